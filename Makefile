@@ -1,0 +1,134 @@
+# make demo    virtual environment, build for this machine, the main job on real data
+# make test    build with everything that can be compiled here; all tests, formatters, linters, audits
+# make bench   benchmarks against torch and torch.compile
+# make wheel   one wheel for Python >= 3.10 and torch >= 2.10, CPU or CUDA
+# make help    all targets
+#
+# PYTHON=python3.12 picks the interpreter of a new .venv; FASTLOSS_CUDA and FASTLOSS_CUDA_ARCHS are read by setup.py.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+# The tools of .venv (cmake, ninja) come before those of the machine.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+NVCC := $(shell PATH="$$PATH:$$CUDA_HOME/bin:$$CUDA_PATH/bin:/usr/local/cuda/bin" command -v nvcc)
+WITH_CUDA := $(if $(filter 0,$(FASTLOSS_CUDA)),,$(NVCC))
+CORE := build/core-$(if $(WITH_CUDA),cuda,cpu)
+GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd,)
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+
+BUILD_NEEDS := setuptools wheel cmake ninja numpy torch
+DEMO_NEEDS := scikit-learn matplotlib
+TEST_NEEDS := pytest hypothesis expecttest mypy ruff clang-format pybind11
+
+SOURCES := $(shell find csrc -path csrc/numpy -prune -o -name '*.[ch]*' -print -o -name '*.cu*' -print) \
+  CMakeLists.txt setup.py pyext/fastloss/_version.py tools/log_compile.sh
+NUMPY_SOURCES := $(wildcard csrc/numpy/*)
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PY_FILES := setup.py pyext tests tools $(wildcard bench)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan bench wheel test-wheel format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
+
+demo: build/extension-here
+	$(PY) -m fastloss demo
+
+# ---- environment
+$(VENV)/demo.stamp: constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "fastloss needs Python >= 3.10: $(PYTHON) not found" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastloss needs Python >= 3.10, but $(PYTHON) is " + sys.version.split()[0])'
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "fastloss needs a C++17 compiler: $${CXX:-c++, g++ or clang++} not found" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(BUILD_NEEDS) $(DEMO_NEEDS)
+	$(PY) -c 'import site; open(site.getsitepackages()[0] + "/fastloss.pth", "w").write("$(CURDIR)/pyext\n")'
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) install -c constraints.txt $(TEST_NEEDS)
+	touch $@
+
+# ---- the extension, in place: for this machine (quick), and with all that can be compiled here
+build/extension-here: $(SOURCES) $(VENV)/demo.stamp
+	FASTLOSS_CUDA=$(if $(GPU_ARCHS),$${FASTLOSS_CUDA:-auto},0) FASTLOSS_CUDA_ARCHS=$(GPU_ARCHS) $(PY) setup.py -q build_ext --inplace
+	touch $@
+
+build/extension-full: $(SOURCES) $(VENV)/demo.stamp
+	$(PY) setup.py -q build_ext --inplace
+	touch build/extension-here $@
+
+build: build/extension-full
+
+# ---- the core bound to numpy, beside the library that the extension links
+build/core-numpy: build/extension-full $(NUMPY_SOURCES) $(VENV)/test.stamp
+	cmake -S . -B $(CORE) -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DFASTLOSS_NUMPY=ON
+	cmake --build $(CORE) -j$(JOBS) --target fastloss_core_numpy
+	touch $@
+
+build/asan/.built: $(SOURCES) $(NUMPY_SOURCES) $(VENV)/test.stamp
+	cmake -S . -B build/asan -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DFASTLOSS_NUMPY=ON -DFASTLOSS_CUDA=OFF \
+	  -DFASTLOSS_SANITIZE=address,undefined -DFASTLOSS_WERROR=ON
+	cmake --build build/asan -j$(JOBS)
+	touch $@
+
+# ---- tests
+test: lint test-python abi-audit $(if $(WITH_CUDA),cuda-report) asan judge
+
+test-python: build/extension-full build/core-numpy
+	PYTHONPATH=$(CORE) $(PY) -m pytest
+
+# The core under AddressSanitizer and UndefinedBehaviorSanitizer, driven from Python without torch.
+asan: build/asan/.built
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH=build/asan PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest --noconftest -p no:cacheprovider -q tests/core
+
+lint: $(VENV)/test.stamp
+	ruff check $(PY_FILES)
+	ruff format --check $(PY_FILES)
+	mypy
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+abi-audit: build/extension-full
+	$(PY) tools/abi_audit.py pyext/fastloss/_C.abi3.so --core $(CORE)
+
+cuda-report: build/extension-full
+	$(PY) tools/cuda_report.py build/core-cuda
+
+# Torch's own test material against fastloss; the two allowances are inputs that torch refuses and fastloss takes.
+JUDGE := ../shared/judges/opinfo_judge.py
+judge: build/extension-full $(VENV)/test.stamp
+	@if [ -f $(JUDGE) ]; then $(PY) $(JUDGE) fastloss --allow "errors:int32 target" --allow "errors:weight dtype"; \
+	else echo "judge: not run, there is no $(JUDGE)"; fi
+
+# ---- the rest
+bench: build/extension-here
+	$(PY) -m bench
+
+build/dist/.built: build/extension-full $(shell find pyext -name '*.py') pyproject.toml MANIFEST.in LICENSE README.md
+	rm -rf build/dist build/lib.*
+	$(PIP) wheel -q --no-deps --no-build-isolation -w build/dist .
+	cd build/dist && $(CURDIR)/$(PY) $(CURDIR)/tools/abi_audit.py --core ../../$(CORE) fastloss-*.whl && \
+	  wheel tags --remove --platform-tag $$($(CURDIR)/$(PY) $(CURDIR)/tools/abi_audit.py --platform-tag fastloss-*.whl) fastloss-*.whl
+	touch $@
+
+wheel: build/dist/.built
+	@ls -l build/dist/*.whl
+
+# The wheel under other torch versions; TORCH_VERSIONS="2.10.0 2.14.1" chooses.
+test-wheel: build/dist/.built
+	$(PY) tools/test_wheel.py build/dist/fastloss-*.whl $(TORCH_VERSIONS)
+
+format: $(VENV)/test.stamp
+	ruff check --fix $(PY_FILES)
+	ruff format $(PY_FILES)
+	clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build pyext/*.egg-info pyext/fastloss/_C.abi3.so pyext/fastloss/_build_info.py

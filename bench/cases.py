@@ -1,0 +1,170 @@
+"""What is measured, and what is hoped for: one line per case, its goals beside it.
+
+A goal is a number per rival: ``eager``, ``compile`` and each peer ask for at least that speed-up over it, ``copy`` for
+at least that fraction of the copy bandwidth measured in the same run, ``within_us`` for at most that many microseconds
+per call more than eager, ``peak`` for at most that much memory in units of the logits. The keys of ``goals`` are the
+modes that a case is measured in:
+
+- ``forward``: the value, no gradient wanted;
+- ``forward+backward``: ``loss.backward()``, the gradient goes to fresh memory (``x.grad = None`` before each call);
+- ``forward+backward, scaled``: the same, but the incoming gradient is not 1, as behind a loss scaler;
+- ``backward``: the backward pass alone. Only for systems that compute the gradient there: one that computes it in
+  forward would be charged for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+FORWARD, BOTH, SCALED, BACKWARD = "forward", "forward+backward", "forward+backward, scaled", "backward"
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+POINTWISE = ("l1_loss", "mse_loss", "rmse_loss")
+Goals = Mapping[str, Mapping[str, float]]  # mode -> rival -> goal
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, ...]  # of the logits; linear_cross_entropy: rows x classes of the logits it would make
+    dtype: str = "float32"
+    goals: Goals = field(default_factory=lambda: {FORWARD: {}, BOTH: {}})
+    loss: str = "cross_entropy"
+    weight: bool = False
+    smoothing: float = 0.0
+    soft: bool = False
+    channels_last: bool = False
+    hidden: int = 0  # linear_cross_entropy only: features of the rows
+    threads: int | None = None  # None: all of the run's
+    systems: tuple[str, ...] | None = None  # None: the device's own choice
+    also: tuple[str, ...] = ()  # systems beside those
+    quick: bool = False  # part of a --quick run
+    detail: bool = False  # in the full table, not in the README's
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes(self) -> int:
+        """One unit: a full read or write of the logits."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+    def fewest_bytes(self, mode: str) -> tuple[int, int]:
+        """(read, written) by an implementation that moves nothing twice."""
+        operands = 2 if self.soft or self.loss in POINTWISE else 1
+        return operands * self.bytes, 0 if mode == FORWARD else self.bytes
+
+    @property
+    def exps(self) -> int:
+        return 0 if self.loss in POINTWISE else self.numel
+
+
+class Problem:
+    """The tensors of a case. ``x`` is what the gradient is asked for."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        self.case, classes = case, case.shape[1] if len(case.shape) > 1 else 0
+        self.x = normal(case.shape[0], case.hidden) if case.hidden else normal(*case.shape)
+        self.classifier = normal(classes, case.hidden) / case.hidden**0.5 if case.hidden else None
+        if case.channels_last:
+            self.x = self.x.contiguous(memory_format=torch.channels_last)
+        if case.loss in POINTWISE:
+            self.target = normal(*case.shape)
+        elif case.soft:
+            self.target = normal(*case.shape).softmax(1)
+        else:
+            labels = (case.shape[0], *case.shape[2:])
+            self.target = torch.randint(classes, labels, generator=generator, device=device)
+        self.weight = (normal(classes).abs() + 0.5) if case.weight else None
+
+    def torch_loss(self, x: torch.Tensor, target: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
+        """The case as a PyTorch user writes it; also, in float64 and on some of the rows, the reference."""
+        case, target = self.case, self.target if target is None else target
+        if case.loss in POINTWISE:
+            loss = F.l1_loss if case.loss == "l1_loss" else F.mse_loss
+            value = loss(x, target, reduction=reduction)
+            return value.sqrt() if case.loss == "rmse_loss" and reduction == "mean" else value
+        if self.classifier is not None:
+            x = x @ self.classifier.to(x.dtype).t()
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.cross_entropy(x, target, weight, reduction=reduction, label_smoothing=case.smoothing)
+
+    def reference(self) -> tuple[float, torch.Tensor]:
+        """Value and gradient in float64, a few rows at a time, the gradient then rounded to float32."""
+        weight = None if self.weight is None else self.weight.double()
+        if self.case.loss in POINTWISE:
+            count = float(self.x.numel())
+        elif self.case.soft or weight is None:
+            count = float(self.case.numel // self.case.shape[1])
+        else:
+            count = float(weight[self.target].sum())
+        rows = max(1, (1 << 24) // (self.case.numel // self.case.shape[0]))
+        total, grads = 0.0, []
+        for x, target in zip(torch.split(self.x, rows), torch.split(self.target, rows), strict=True):
+            x = x.detach().double().requires_grad_()
+            target = target.double() if target.is_floating_point() else target
+            loss = self.torch_loss(x, target, "sum") / count
+            (grad,) = torch.autograd.grad(loss, x)
+            total += loss.item()
+            grads.append(grad if self.x.dtype == torch.float64 else grad.float())
+        grad = torch.cat(grads)
+        if self.case.loss == "rmse_loss":
+            total = total**0.5
+            grad /= 2 * total
+        return total, grad
+
+
+def _ce(rows: int, classes: int, dtype: str, goals: Goals, detail: bool = False, quick: bool = False) -> Case:
+    also = () if detail else ("fastloss-inplace", "compile-max")
+    return Case(f"CE {rows}x{classes} {dtype}", (rows, classes), dtype, goals, also=also, detail=detail, quick=quick)
+
+
+_TWO = ("fastloss", "eager")
+_SEG: Goals = {FORWARD: {}, BOTH: {"eager": 5, "compile": 4}}
+_FROM_HERE_UP: Goals = {FORWARD: {"eager": 1}, BOTH: {"eager": 1}}
+
+# fmt: off
+CPU = [
+    Case("CE 2048x32000 float32", (2048, 32000), "float32", {FORWARD: {"eager": 8, "compile": 2}, BOTH: {"eager": 9, "compile": 6, "peak": 2.1}, SCALED: {}}, also=("fastloss-inplace",), quick=True),  # noqa: E501
+    Case("CE 2048x32000 bfloat16", (2048, 32000), "bfloat16", {FORWARD: {"eager": 5, "compile": 2}, BOTH: {"eager": 6, "compile": 6, "peak": 2.1}}),  # noqa: E501
+    Case("CE 2048x32000 float32, weight and smoothing", (2048, 32000), "float32", {BOTH: {"eager": 14, "compile": 6}}, weight=True, smoothing=0.1),  # noqa: E501
+    Case("CE 512x32000 float32, soft targets", (512, 32000), "float32", soft=True),
+    Case("CE 8192x1000 float32", (8192, 1000), "float32", {FORWARD: {}, BOTH: {"eager": 3, "compile": 3}}),
+    Case("CE 262144x10 float32", (262144, 10), "float32", {FORWARD: {}, BOTH: {"eager": 3, "compile": 3}}),
+    Case("CE 2x21x512x512 float32", (2, 21, 512, 512), "float32", _SEG),
+    Case("CE 2x21x512x512 float32, channels_last", (2, 21, 512, 512), "float32", _SEG, channels_last=True),
+    Case("CE 64x10 float32, one thread", (64, 10), "float32", {FORWARD: {"within_us": 10}, BOTH: {"within_us": 30}}, threads=1, systems=_TWO, quick=True),  # noqa: E501
+    *(Case(f"{name} 16 Mi float32", (1 << 24,), "float32", loss=loss, quick=loss == "l1_loss") for name, loss in zip(("L1", "MSE", "RMSE"), POINTWISE, strict=True)),  # noqa: E501
+    *(Case(f"CE {'x'.join(map(str, shape))} {dtype}", shape, dtype, _FROM_HERE_UP, systems=_TWO, detail=shape != (1024, 100), quick=shape == (1024, 100))  # noqa: E501
+      for dtype in ("float32", "bfloat16")
+      for shape in ((1024, 100), (1024, 257), (2048, 128), (4096, 1000), (65536, 100), (1024, 10007), (128, 50257), (4, 19, 128, 128))),  # noqa: E501
+]
+
+_MEMORY: Goals = {FORWARD: {"copy": 0.9}, BOTH: {"copy": 0.9, "eager": 4, "compile": 1.5, "peak": 2.1}, SCALED: {}, BACKWARD: {"copy": 0.9}}  # noqa: E501
+_LARGE: Goals = {**_MEMORY, BOTH: {**_MEMORY[BOTH], "liger": 1.4, "quack": 1.4}}
+_SMALL: Goals = {FORWARD: {}, BOTH: {"within_us": 30, "eager": 1}}
+_CUDA_SEG: Goals = {FORWARD: {}, BOTH: {"eager": 5, "compile": 1.5}}
+_CUDA_POINTWISE: Goals = {FORWARD: {"copy": 0.9}, BOTH: {"copy": 0.9, "eager": 3, "compile": 1.3}}
+_ROWS_CLASSES = [*((32768, 1 << n) for n in range(8, 17)), (8192, 50257), (8192, 128256), (16384, 131072), (8192, 151936), (8192, 262144)]  # noqa: E501
+
+CUDA = [
+    *(_ce(rows, classes, dtype, _LARGE if classes >= 32768 else _MEMORY, detail=classes not in (1024, 16384, 128256), quick=classes in (1024, 128256) and dtype == "bfloat16")  # noqa: E501
+      for dtype in ("bfloat16", "float32") for rows, classes in _ROWS_CLASSES),
+    *(Case(f"CE {'x'.join(map(str, shape))} bfloat16, weight", shape, "bfloat16", _CUDA_SEG, weight=True) for shape in ((8, 21, 512, 512), (4, 150, 512, 512))),  # noqa: E501
+    *(Case(f"{name} 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, loss) for name, loss in zip(("L1", "MSE", "RMSE"), POINTWISE, strict=True)),  # noqa: E501
+    Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),
+    Case("CE 4096x1000 bfloat16", (4096, 1000), "bfloat16", _SMALL),
+    Case("CE 8192x128256 bfloat16 from 2048 features", (8192, 128256), "bfloat16", {BOTH: {}}, "linear_cross_entropy", hidden=2048, also=("cce",)),  # noqa: E501
+]
+# fmt: on
+CASES = {"cpu": CPU, "cuda": CUDA}

@@ -1,0 +1,257 @@
+"""Measures fastloss beside eager PyTorch, torch.compile and, on CUDA, its peers: ``python bench/run.py --help``.
+
+Every system of a case is first checked against float64; a wrong one gets no time. Then the systems take turns, so that
+a busy moment of the machine meets all of them; the results are medians, with all samples kept. Results go to
+``bench/results/<device>-<date>-<commit>.json``, with a Markdown table and plots beside it (``bench/report.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from cases import BACKWARD, CASES, FORWARD, SCALED, Case, Problem
+from measure import Clock, cpu_roofline, cuda_roofline, environment, interleaved, median, peak_bytes
+from peers import Function, System, systems
+
+# Relative and absolute (to the largest gradient) tolerance, wide enough for eager's own rounding: its bfloat16
+# softmax starts from a log-softmax rounded to 8 bits.
+TOLERANCE = {"float64": (1e-10, 1e-12), "float32": (1e-4, 1e-6), "bfloat16": (6e-2, 1e-5), "float16": (2e-2, 1e-5)}
+LARGE = 1 << 28  # bytes; above, graphs of several systems would not fit side by side
+
+
+def stepper(system: System, function: Function, mode: str, x: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    """One step of a mode, as a function of the logits."""
+    if mode == FORWARD:
+        return function
+    scale = torch.tensor(0.5, dtype=x.dtype, device=x.device) if mode == SCALED else None
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = function(x)
+        if system.inplace:  # the gradient is the logits' memory: a leaf would keep a copy of it
+            (x.grad,) = torch.autograd.grad(loss, x, scale)
+        else:
+            torch.autograd.backward(loss, scale)
+        return loss
+
+    return step
+
+
+def error(case: Case, mode: str, x: torch.Tensor, value: torch.Tensor, truth: tuple[float, torch.Tensor]) -> float:
+    """How far off value and gradient are, in units of the tolerance: above 1 is wrong."""
+    rtol, atol = TOLERANCE[case.dtype]
+    atol = 2e-2 if case.hidden else atol  # a product of matrices rounds relative to its largest terms
+    worst = abs(value.item() - truth[0]) / (rtol * abs(truth[0]))
+    if mode != FORWARD:
+        if x.grad is None:
+            return math.inf
+        expected, factor = truth[1], 0.5 if mode == SCALED else 1.0
+        least = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps  # results may be subnormal
+        floor = atol * factor * float(max(expected.max(), -expected.min())) + least
+        for part, exact in zip(torch.split(x.grad, 1024), torch.split(expected, 1024), strict=True):
+            exact = exact * factor
+            worst = max(worst, float(((part - exact).abs() / (rtol * exact.abs() + floor)).max()))
+    return worst if worst == worst else math.inf
+
+
+@dataclasses.dataclass
+class Bench:
+    """One run: a machine, the systems found there, and the results so far."""
+
+    device: str
+    threads: int
+    found: dict[str, System]
+    wanted: Sequence[str]
+    seconds: float  # of sampling per case and mode
+
+    def case(self, case: Case) -> Iterator[dict[str, Any]]:
+        """The results of every mode and system, as they go into the JSON file."""
+        torch._dynamo.reset()
+        torch.set_num_threads(case.threads or self.threads)
+        names = [n for n in self.found if n in (case.systems or self.wanted) or n in case.also]
+        problem = Problem(case, self.device)
+        functions = {name: self.found[name].make(problem) for name in names}
+        truth, master = problem.reference(), problem.x
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size if self.device == "cuda" else 0
+        copies = [master.clone() for _ in range(max(1, math.ceil(3 * l2 / master.nbytes)))]  # clones keep the layout
+        for mode in case.goals:
+            clocks: dict[str, Clock] = {}
+            rows: dict[str, dict[str, Any]] = {}
+            for name in names:
+                function, system = functions[name], self.found[name]
+                if function is None or not system.can(mode):
+                    continue
+                progress(f"{case.name}, {mode}: preparing {name}")
+                rows[name] = row = {"case": case.name, "mode": mode, "system": name}
+                try:
+                    clock = self._clock(case, mode, system, function, truth, copies, master, row)
+                except Exception as failure:
+                    row["status"] = f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:80]}"
+                    clock = None
+                if clock is not None:
+                    clocks[name] = clock
+            if clocks:
+                progress(f"{case.name}, {mode}: measuring {', '.join(clocks)}")
+                samples = interleaved(list(clocks.values()), self.seconds)
+                for (name, clock), taken in zip(clocks.items(), samples, strict=True):
+                    rows[name] |= {"timer": clock.timer, "samples": [float(f"{s:.4g}") for s in taken]}
+                    if self.device == "cuda" and clock.timer == "graph":
+                        rows[name]["wall"] = float(f"{median([clock.wall(len(copies) + 10) for _ in range(5)]):.4g}")
+            del clocks
+            gc.collect()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            yield from rows.values()
+
+    def _clock(
+        self,
+        case: Case,
+        mode: str,
+        system: System,
+        function: Function,
+        truth: tuple[float, torch.Tensor],
+        copies: Sequence[torch.Tensor],
+        master: torch.Tensor,
+        row: dict[str, Any],
+    ) -> Clock | None:
+        """Checks the system and measures its memory on the way; None, with the reason in ``row``, if it is wrong."""
+        xs = [copy.detach().requires_grad_(mode != FORWARD) for copy in copies]
+
+        def restore() -> None:
+            with torch.no_grad():
+                for x in xs:
+                    x.detach().copy_(master)
+
+        if system.inplace:
+            restore()
+        step = stepper(system, function, mode, master)
+        value = step(xs[0]).detach()
+        row["error"] = float(f"{error(case, mode, xs[0], value, truth):.3g}")
+        row["status"] = "ok" if row["error"] <= 1 else "WRONG"
+        if row["status"] != "ok":
+            return None
+        if mode not in (FORWARD, BACKWARD):
+            row["peak"] = peak_bytes(self.device, xs[0], step)
+        if mode == BACKWARD:
+            losses: list[torch.Tensor] = []
+            return Clock(
+                self.device,
+                xs,
+                lambda x: torch.autograd.backward(losses.pop(0)),
+                prepare=lambda: losses.extend(function(x) for x in xs),
+                graph=False,
+            )
+        return Clock(self.device, xs, step, prepare=restore if system.inplace else None, graph=master.nbytes <= LARGE)
+
+
+def progress(text: str) -> None:
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+def run(
+    device: str,
+    threads: int,
+    cases: Sequence[Case],
+    names: Sequence[str] | None = None,
+    seconds: float = 2.0,
+    budget: float = math.inf,
+    module: str = "fastloss",
+    complete: bool = True,
+) -> dict[str, Any]:
+    """Measures ``cases``; no case is begun when ``budget`` seconds are over, and those left out are named."""
+    begun = time.perf_counter()
+    torch.set_num_threads(threads)
+    found, default = systems(device, module)
+    unknown = set(names or ()) - set(found)
+    if unknown:
+        raise SystemExit(f"No such system here: {', '.join(sorted(unknown))}. There are: {', '.join(found)}.")
+    data: dict[str, Any] = {"environment": environment(device, threads), "complete": complete, "left_out": []}
+    if data["environment"]["load"] > 0.25 * (os.cpu_count() or 1):
+        print(f"Others are using this machine (load {data['environment']['load']:.1f}): expect times to be off.")
+    print("Systems:", ", ".join(names or default))
+    progress("measuring the roofline")
+    data["roofline"] = cpu_roofline(threads) if device == "cpu" else cuda_roofline()
+    progress("")
+    print("Roofline:", report.roofline_text(data["roofline"]), flush=True)
+    bench = Bench(device, threads, found, names or default, seconds)
+    data["cases"] = {case.name: case_facts(case) for case in cases}
+    data["results"] = []
+    for number, case in enumerate(cases, 1):
+        if time.perf_counter() - begun > budget:
+            data["left_out"] += [left.name for left in cases[number - 1 :]]
+            data["complete"] = False
+            break
+        rows: list[dict[str, Any]] = []
+        try:
+            for row in bench.case(case):
+                rows.append(row)
+        except Exception as failure:  # out of memory, say: the next case may still do
+            rows.append({"case": case.name, "mode": FORWARD, "system": "all", "status": f"failed: {failure}"})
+        data["results"] += rows
+        progress("")
+        for line in report.console_lines(rows):
+            print(f"[{number}/{len(cases)}] {line}", flush=True)
+    torch.set_num_threads(threads)
+    data["seconds"] = round(time.perf_counter() - begun)
+    return data
+
+
+def case_facts(case: Case) -> dict[str, Any]:
+    """What the report needs to know of a case, so that a results file stands by itself."""
+    return {
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "loss": case.loss,
+        "bytes": case.bytes,
+        "fewest_bytes": {mode: case.fewest_bytes(mode) for mode in case.goals},
+        "exps": case.exps,
+        "linear": case.hidden > 0,
+        "goals": case.goals,
+        "detail": case.detail,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", help="only cases with this text in their name")
+    parser.add_argument("--systems", help="only these, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="a few cases, less time each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--budget", type=float, default=math.inf, help="begin no case after so many seconds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--module", default="fastloss", help="the module measured as fastloss")
+    args = parser.parse_args(argv)
+    cases = [c for c in CASES[args.device] if (args.cases or "") in c.name and (c.quick or not args.quick)]
+    if not cases:
+        parser.error(f"no case matches {args.cases!r}; there are: " + "; ".join(c.name for c in CASES[args.device]))
+    names = args.systems.split(",") if args.systems else None
+    data = run(
+        args.device,
+        args.threads,
+        cases,
+        names,
+        seconds=(0.5 if args.quick else 2.0) / (4 if args.device == "cuda" else 1),
+        budget=args.budget,
+        module=args.module,
+        complete=len(cases) == len(CASES[args.device]) and names is None and args.module == "fastloss",
+    )
+    path = report.write(data, args.out)
+    print(f"\n{report.summary(data)}\n\n{data['seconds']} s. Results: {path}, and .md and .png beside it.")
+    wrong = [r for r in data["results"] if r["system"].startswith("fastloss") and r["status"] != "ok"]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+// Storage types on the device: 16-byte vectors to and from the accumulation type, loads whose dtype is only known at
+// run time. cuda_fp16.h and cuda_bf16.h also compile for the host.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "primitives.cuh"
+
+namespace fastloss {
+
+using half_t = __half;
+using bfloat16_t = __nv_bfloat16;
+
+template <class T>
+using accum_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr int kLanes16 = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
+
+__device__ __forceinline__ float to_accum(float v) { return v; }
+__device__ __forceinline__ double to_accum(double v) { return v; }
+__device__ __forceinline__ float to_accum(half_t v) { return __half2float(v); }
+__device__ __forceinline__ float to_accum(bfloat16_t v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_accum(accum_t<T> v) {
+  if constexpr (std::is_same_v<T, half_t>)
+    return __float2half_rn(v);
+  else if constexpr (std::is_same_v<T, bfloat16_t>)
+    return __float2bfloat16_rn(v);
+  else
+    return v;
+}
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const Vec16& v, accum_t<T> (&out)[kLanes16<T>]) {
+  if constexpr (std::is_same_v<T, double>) {
+    for (int i = 0; i < 2; ++i) out[i] = bits_as<double>(uint64_t(v.word[2 * i]) | uint64_t(v.word[2 * i + 1]) << 32);
+  } else if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = bits_as<float>(v.word[i]);
+  } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // a bfloat16 is the upper half of a float
+      out[2 * i] = bits_as<float>(v.word[i] << 16);
+      out[2 * i + 1] = bits_as<float>(v.word[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 f = __half22float2(bits_as<__half2>(v.word[i]));
+      out[2 * i] = f.x;
+      out[2 * i + 1] = f.y;
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Vec16 pack(const accum_t<T> (&in)[kLanes16<T>]) {
+  Vec16 v;
+  if constexpr (std::is_same_v<T, double>) {
+    for (int i = 0; i < 2; ++i) {
+      uint64_t bits = bits_as<uint64_t>(in[i]);
+      v.word[2 * i] = uint32_t(bits);
+      v.word[2 * i + 1] = uint32_t(bits >> 32);
+    }
+  } else if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.word[i] = bits_as<uint32_t>(in[i]);
+  } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.word[i] = bits_as<uint32_t>(__floats2bfloat162_rn(in[2 * i], in[2 * i + 1]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.word[i] = bits_as<uint32_t>(__floats2half2_rn(in[2 * i], in[2 * i + 1]));
+  }
+  return v;
+}
+
+// One vector's worth of -inf: what lies outside a row adds nothing to its sum.
+template <class T>
+__device__ __forceinline__ Vec16 minus_infinity() {
+  accum_t<T> v[kLanes16<T>];
+#pragma unroll
+  for (int i = 0; i < kLanes16<T>; ++i) v[i] = -INFINITY;
+  return pack<T>(v);
+}
+
+__device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+// f(T{}) with the C++ type of a dtype.
+template <class F>
+__host__ __device__ inline void with_type(DType t, const F& f) {
+  switch (t) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::f16: return f(half_t{});
+    case DType::bf16: return f(bfloat16_t{});
+  }
+}
+
+// Element i of an array of floating dtype t.
+template <class A>
+__device__ __forceinline__ A load_as(const void* p, DType t, int64_t i) {
+  switch (t) {
+    case DType::f32: return A(static_cast<const float*>(p)[i]);
+    case DType::f64: return A(static_cast<const double*>(p)[i]);
+    case DType::f16: return A(to_accum(static_cast<const half_t*>(p)[i]));
+    case DType::bf16: return A(to_accum(static_cast<const bfloat16_t*>(p)[i]));
+  }
+  return A(0);
+}
+template <class A>
+__device__ __forceinline__ void store_as(void* p, DType t, int64_t i, A v) {
+  switch (t) {
+    case DType::f32: static_cast<float*>(p)[i] = float(v); return;
+    case DType::f64: static_cast<double*>(p)[i] = double(v); return;
+    case DType::f16: static_cast<half_t*>(p)[i] = __float2half_rn(float(v)); return;
+    case DType::bf16: static_cast<bfloat16_t*>(p)[i] = __float2bfloat16_rn(float(v)); return;
+  }
+}
+
+// N elements i, i + stride, … of type T, by 16-byte accesses where they are adjacent and aligned.
+template <class T, int N, class A>
+__device__ __forceinline__ void load_run_of(const T* p, int64_t stride, A (&out)[N]) {
+  constexpr int kL = kLanes16<T>;
+  if constexpr (N % kL == 0) {
+    if (stride == 1 && aligned16(p)) {
+#pragma unroll
+      for (int j = 0; j < N / kL; ++j) {
+        accum_t<T> v[kL];
+        unpack<T>(load16(p + j * kL), v);
+#pragma unroll
+        for (int i = 0; i < kL; ++i) out[j * kL + i] = A(v[i]);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = A(to_accum(p[i * stride]));
+}
+template <int N, class A>
+__device__ __forceinline__ void load_run(const void* p, DType t, int64_t at, int64_t stride, A (&out)[N]) {
+  switch (t) {
+    case DType::f32: return load_run_of(static_cast<const float*>(p) + at, stride, out);
+    case DType::f64: return load_run_of(static_cast<const double*>(p) + at, stride, out);
+    case DType::f16: return load_run_of(static_cast<const half_t*>(p) + at, stride, out);
+    case DType::bf16: return load_run_of(static_cast<const bfloat16_t*>(p) + at, stride, out);
+  }
+}
+
+}  // namespace fastloss

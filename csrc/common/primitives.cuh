@@ -1,0 +1,240 @@
+// The seam to the GPU: the only file that touches hardware. A host build (FASTLOSS_EMULATE_CUDA) puts another header
+// in its place that defines the same names and runs every CUDA thread as a fiber.
+//
+// The seam, device side:
+//   Vec16                                16 bytes as four words
+//   load16, load16_stream, store16_stream  one 128-bit access; stream = evict first, the data are used once
+//   opaque(Vec16&)                       the compiler forgets what it knows of a vector, so that it unpacks it again
+//                                        rather than keep it unpacked in twice the registers
+//   exp2_fast(float)                     2^x, 2 ulp, results below 2^-126 flushed to 0
+//   reciprocal_fast(float)               1/x, 1 ulp
+//   shared_memory()                      the block's dynamic shared memory, 16-byte aligned; there is no static one
+//   block_barrier(), warp_barrier()      order memory among the threads of a block, a warp
+//   memory_fence(), system_fence()       order this thread's writes for the device, for the host
+//   cluster_rank(), cluster_barrier(), cluster_map(p, rank)  thread-block clusters, distributed shared memory
+// and plain CUDA names: __global__, __device__, __launch_bounds__, threadIdx.x, blockIdx.x, blockDim.x, gridDim.x,
+// __shfl_xor_sync, atomicAdd(unsigned*), atomicCAS(int*).
+//
+// The seam, host side:
+//   query_device(device)                              -> DeviceProperties
+//   allocate_mapped(bytes, &host, &device)            -> Status
+//   largest_cluster(kernel, LaunchShape, wanted)      -> clusters of at most that many blocks that the device can run
+//   launch(kernel, LaunchShape, stream, params)       -> Status
+//
+// Warp, block and cluster reductions below the seam are common code.
+#pragma once
+#include "types.h"
+
+#ifdef FASTLOSS_EMULATE_CUDA
+#include "primitives_emulated.h"
+#else
+#include <cuda_runtime.h>
+
+#include "device_properties.h"
+
+namespace fastloss {
+
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+__device__ __forceinline__ Vec16 load16(const void* p) {
+  uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ Vec16 load16_stream(const void* p) {
+  uint4 v = __ldcs(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ void store16_stream(void* p, Vec16 v) {
+  __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+
+__device__ __forceinline__ void opaque(Vec16& v) {
+  asm volatile("" : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3]));
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char fastloss_shared[];
+  return fastloss_shared;
+}
+
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+__device__ __forceinline__ void memory_fence() { __threadfence(); }
+__device__ __forceinline__ void system_fence() { __threadfence_system(); }
+
+// Clusters exist from sm_90 on; the launch policy never asks for one before, so the bodies are empty there.
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
+// The same shared-memory object in another block of the cluster.
+template <class T>
+__device__ __forceinline__ const T* cluster_map(const T* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t q;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(rank));
+  return reinterpret_cast<const T*>(q);
+#else
+  (void)rank;
+  return p;
+#endif
+}
+
+struct LaunchShape {
+  int64_t grid = 1;  // blocks
+  int block = 32;    // threads
+  int shared = 0;    // bytes of dynamic shared memory
+  int cluster = 1;   // blocks in a cluster; divides grid
+};
+
+inline Status cuda_status(cudaError_t e) {
+  return e == cudaSuccess ? Status{} : Status{Status::cuda_error, 0, static_cast<int64_t>(e)};
+}
+
+// What the device says of itself; sm stays 0 when it cannot be asked. max_cluster is what the architecture allows
+// (16 needs the non-portable attribute, which launch() sets); how many fit is for largest_cluster() to say.
+inline DeviceProperties query_device(int device) {
+  DeviceProperties d;
+  auto get = [device](cudaDeviceAttr what) {
+    int v = 0;
+    if (cudaDeviceGetAttribute(&v, what, device) != cudaSuccess) v = 0, cudaGetLastError();
+    return v;
+  };
+  d.sm = 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  d.multiprocessors = get(cudaDevAttrMultiProcessorCount);
+  d.shared_per_block_optin = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  d.shared_per_multiprocessor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  d.threads_per_multiprocessor = get(cudaDevAttrMaxThreadsPerMultiProcessor);
+  d.max_cluster = get(cudaDevAttrClusterLaunch) ? 16 : 1;
+  return d;
+}
+
+// Host memory that the device sees at *device, zeroed; legal while a stream is being captured.
+inline Status allocate_mapped(size_t bytes, void** host, void** device) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaError_t e = cudaHostAlloc(host, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+  if (e == cudaSuccess) {
+    for (size_t i = 0; i < bytes; ++i) static_cast<volatile unsigned char*>(*host)[i] = 0;
+    e = cudaHostGetDevicePointer(device, *host, 0);
+    if (e != cudaSuccess) cudaFreeHost(*host);
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (e != cudaSuccess) cudaGetLastError();
+  return cuda_status(e);
+}
+
+// `wanted`, or the next smaller power of two of which the device can hold at least one cluster.
+template <class Params>
+int largest_cluster(void (*kernel)(Params), const LaunchShape& shape, int wanted) {
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  for (; wanted > 1; wanted /= 2) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(wanted));
+    config.blockDim = dim3(static_cast<unsigned>(shape.block));
+    config.dynamicSmemBytes = static_cast<size_t>(shape.shared);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(wanted), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, entry, &config) == cudaSuccess && clusters > 0) break;
+    cudaGetLastError();
+  }
+  return wanted;
+}
+
+template <class Params>
+Status launch(void (*kernel)(Params), const LaunchShape& shape, void* stream, const Params& params) {
+  if (shape.grid <= 0) return {};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid));
+  config.blockDim = dim3(static_cast<unsigned>(shape.block));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  if (shape.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  cudaError_t e = cudaSuccess;
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  if (shape.cluster > 8) e = cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (e == cudaSuccess && shape.shared > 48 * 1024)
+    e = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
+  if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, params);
+  if (e != cudaSuccess) cudaGetLastError();  // a launch error is reported here and nowhere else
+  return cuda_status(e);
+}
+
+}  // namespace fastloss
+#endif  // FASTLOSS_EMULATE_CUDA
+
+// ---------------------------------------------------------------- reductions, common to the GPU and the emulator
+namespace fastloss {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+// The larger one; a nan loses to a number.
+__device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b); }
+
+// Over aligned groups of `width` lanes (a power of two); every lane of the group gets the result. All 32 lanes of the
+// warp take part. Additions commute, so the lanes agree to the bit.
+template <class V>
+__device__ __forceinline__ V group_sum(V v, int width) {
+  for (int o = width >> 1; o > 0; o >>= 1) v += __shfl_xor_sync(kFullMask, v, o);
+  return v;
+}
+
+template <class V>
+__device__ __forceinline__ V group_max(V v, int width) {
+  for (int o = width >> 1; o > 0; o >>= 1) v = max_of(v, __shfl_xor_sync(kFullMask, v, o));
+  return v;
+}
+
+// Sum over the block in a fixed order; the result is valid in thread 0. scratch: one V per warp. The caller puts a
+// barrier between two uses of the same scratch.
+template <class V>
+__device__ __forceinline__ V block_sum(V v, V* scratch) {
+  v = group_sum(v, kWarp);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) scratch[warp] = v;
+  block_barrier();
+  if (warp == 0) v = group_sum(lane < warps ? scratch[lane] : V(0), kWarp);
+  return v;
+}
+
+}  // namespace fastloss

@@ -1,0 +1,25 @@
+// See scale_grad.h. Included once per instruction set.
+#pragma once
+#include "cpu_support.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+inline void scale_grad(const void* grad, void* out, DType type, int64_t count, double scale, ParallelFor parallel_for) {
+  if (scale == 1 && grad == out) return;
+  with_storage(type, [&](auto* tag) {
+    using S = typename strip_pointer<decltype(tag)>::type;
+    using T = accum_t<S>;
+    parallel(parallel_for, count, grain_for(1), [&](int64_t begin, int64_t end) {
+      const S* in = static_cast<const S*>(grad);
+      S* to = static_cast<S*>(out);
+      const T factor = T(scale);
+      int64_t i = begin;
+      for (; i + kLanes<T> <= end; i += kLanes<T>) store(to + i, load(in + i) * factor);
+      for (; i < end; ++i) to[i] = from_accum<S, T>(to_accum(in[i]) * factor);
+    });
+  });
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

@@ -1,0 +1,334 @@
+// Vectors of float or double for the CPU kernels. The kernels are written once and compiled once per instruction
+// set: a translation unit *_avx512.cpp, *_avx2.cpp or *_portable.cpp names its namespace in FASTLOSS_ISA, is built
+// with its own flags and includes the kernels. Everything here lives in that namespace, and nothing here calls a
+// library template, so that no function compiled for AVX-512 can be linked in place of a portable one.
+//
+// GCC and Clang vector extensions carry the arithmetic (they serve x86, Arm and anything else); intrinsics appear
+// only where the compiler cannot see the instruction from the extension.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "types.h"
+
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTLOSS_ISA
+#error "define FASTLOSS_ISA (avx512, avx2 or portable) before including simd.h"
+#endif
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// ---- storage types of 16-bit floats
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct accum_of_storage {
+  using type = float;
+};
+template <>
+struct accum_of_storage<double> {
+  using type = double;
+};
+template <class S>
+using accum_t = typename accum_of_storage<S>::type;
+
+// ---- vectors
+template <class T, int kBytes = kVectorBytes>
+struct vector_type {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class T>
+using vec = typename vector_type<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+struct bits_of;  // the integer of the same size
+template <>
+struct bits_of<float> {
+  using type = int32_t;
+};
+template <>
+struct bits_of<double> {
+  using type = int64_t;
+};
+template <class T>
+using ivec = vec<typename bits_of<T>::type>;
+
+template <class T>
+inline vec<T> splat(T x) {
+  return x - vec<T>{};  // x - 0 keeps the sign of -0
+}
+template <class T>
+inline vec<T> iota() {
+  vec<T> r{};
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = T(i);
+  return r;
+}
+template <class To, class From>
+inline To bit_cast(const From& x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To r;
+  __builtin_memcpy(&r, &x, sizeof r);
+  return r;
+}
+
+// Larger of two, ignoring a nan in x (like std::fmax with a never nan). a > b ? a : b is MAXPS(a, b).
+template <class T>
+inline vec<T> max_ignoring_nan(vec<T> x, vec<T> a) {
+  return x > a ? x : a;
+}
+
+inline vec<float> max_of(vec<float> x, vec<float> a) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(__mmask16(-1), x, a);  // maskz: GCC 12 warns about the plain form
+#elif defined(__AVX2__)
+  return _mm256_max_ps(x, a);
+#else
+  return max_ignoring_nan<float>(x, a);
+#endif
+}
+inline vec<double> max_of(vec<double> x, vec<double> a) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_pd(__mmask8(-1), x, a);
+#elif defined(__AVX2__)
+  return _mm256_max_pd(x, a);
+#else
+  return max_ignoring_nan<double>(x, a);
+#endif
+}
+
+// Lanes are added in halves, always in the same order.
+template <class T>
+inline T sum_lanes(vec<T> v) {
+  T a[kLanes<T>];
+  __builtin_memcpy(a, &v, sizeof a);
+  for (int n = kLanes<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) a[i] += a[i + n];
+  return a[0];
+}
+template <class T>
+inline T max_lanes(vec<T> v) {
+  T m = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// ---- scalar conversions
+inline float to_accum(float x) { return x; }
+inline double to_accum(double x) { return x; }
+inline float to_accum(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float to_accum(float16 h) {
+  // Shift the exponent into place and correct its bias by a multiplication, which also normalises subnormals.
+  uint32_t magnitude = uint32_t(h.bits & 0x7fffu) << 13, sign = uint32_t(h.bits & 0x8000u) << 16;
+  float f = bit_cast<float>(magnitude) * 0x1p112f;
+  uint32_t bits = bit_cast<uint32_t>(f);
+  if ((h.bits & 0x7c00u) == 0x7c00u) bits = magnitude | 0x7f800000u;  // inf, nan
+  return bit_cast<float>(bits | sign);
+}
+
+template <class S, class T>
+inline S from_accum(T x);
+template <>
+inline float from_accum<float, float>(float x) {
+  return x;
+}
+template <>
+inline float from_accum<float, double>(double x) {
+  return float(x);
+}
+template <>
+inline double from_accum<double, double>(double x) {
+  return x;
+}
+template <>
+inline double from_accum<double, float>(float x) {
+  return x;
+}
+template <>
+inline bfloat16 from_accum<bfloat16, float>(float x) {
+  uint32_t u = bit_cast<uint32_t>(x);
+  if (x != x) return {uint16_t((u >> 16) | 0x40u)};
+  return {uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};  // nearest, ties to even
+}
+template <>
+inline float16 from_accum<float16, float>(float x) {
+  uint32_t u = bit_cast<uint32_t>(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};   // nan
+  if (a >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to inf
+  if (a < 0x38800000u) {                                    // subnormal half: let the adder round
+    float f = bit_cast<float>(a) + 0.5f;
+    return {uint16_t(sign | (bit_cast<uint32_t>(f) - 0x3f000000u))};
+  }
+  a += 0xc8000fffu + ((a >> 13) & 1u);  // rebias the exponent by -112, nearest even
+  return {uint16_t(sign | (a >> 13))};
+}
+// double -> 16 bit goes through float by way of round-to-odd, so that the value is rounded once.
+inline float round_to_odd(double x) {
+  float f = float(x);
+  if (double(f) == x || f != f || f - f != 0.f) return f;
+  uint32_t u = bit_cast<uint32_t>(f);
+  if ((u & 1u) == 0) u += ((double(f) < x) == (x > 0)) ? 1u : uint32_t(-1);
+  return bit_cast<float>(u);
+}
+template <>
+inline bfloat16 from_accum<bfloat16, double>(double x) {
+  return from_accum<bfloat16, float>(round_to_odd(x));
+}
+template <>
+inline float16 from_accum<float16, double>(double x) {
+  return from_accum<float16, float>(round_to_odd(x));
+}
+
+// ---- vector loads and stores, with conversion to the accumulation type
+inline vec<float> load(const float* p) {
+  vec<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vec<double> load(const double* p) {
+  vec<double> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+using half_bits = vector_type<uint16_t, kVectorBytes / 2>::type;
+using word_bits = vec<uint32_t>;
+inline vec<float> load(const bfloat16* p) {
+  half_bits h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return bit_cast<vec<float>>(__builtin_convertvector(h, word_bits) << 16);
+}
+inline vec<float> load(const float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_accum(p[i]);
+  return v;
+#endif
+}
+inline void store(float* p, vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(double* p, vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(bfloat16* p, vec<float> v) {
+  word_bits u = bit_cast<word_bits>(v);
+  word_bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  rounded = v != v ? (u >> 16) | 0x40u : rounded;
+  half_bits h = __builtin_convertvector(rounded, half_bits);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+inline void store(float16* p, vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(__mmask16(-1), v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = from_accum<float16, float>(v[i]);
+#endif
+}
+
+// The first n < kLanes elements, the rest filled; and the store that matches.
+template <class S>
+inline vec<accum_t<S>> load_tail(const S* p, int64_t n, accum_t<S> fill) {
+  using T = accum_t<S>;
+  T a[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) a[i] = i < n ? to_accum(p[i]) : fill;
+  return load(a);
+}
+template <class S>
+inline void store_tail(S* p, int64_t n, vec<accum_t<S>> v) {
+  S a[kLanes<accum_t<S>>];
+  store(a, v);
+  __builtin_memcpy(p, a, size_t(n) * sizeof(S));
+}
+
+// ---- elementary functions
+// exp for x <= 0 (and nan): Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, minimax polynomial for e^r, 2^n by
+// exponent bits. Relative error < 1 ulp; results under the smallest normal number are 0, and exp(-inf) is 0.
+template <class T>
+struct exp_constants;
+template <>
+struct exp_constants<float> {
+  static constexpr float lowest = -88.0f, log2e = 1.44269504088896341f, magic = 12582912.0f;
+  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float c[] = {1.3926550428e-3f, 8.3634727222e-3f, 4.1666552403e-2f, 1.6666575217e-1f, 0.5f, 1.f, 1.f};
+};
+template <>
+struct exp_constants<double> {
+  static constexpr double lowest = -709.1, log2e = 1.4426950408889634074, magic = 6755399441055744.0;
+  static constexpr double ln2_hi = 6.93147180369123816490e-1, ln2_lo = 1.90821492927058770002e-10;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double c[] = {2.5100860168090098861e-8,  2.7620705697125571599e-7,  2.7557267457163429957e-6,
+                                 2.4801519991900053067e-5,  1.9841269863702190533e-4,  1.3888888918057098786e-3,
+                                 8.3333333333299313345e-3,  4.1666666666622430934e-2,  1.6666666666666667492e-1,
+                                 0.50000000000000010733,    1.0,                       1.0};
+};
+template <class T>
+inline vec<T> exp_nonpositive(vec<T> x) {
+  using K = exp_constants<T>;
+  x = max_of(splat(K::lowest), x);  // operand order keeps a nan
+  vec<T> shifted = x * K::log2e + K::magic;
+  vec<T> n = shifted - K::magic;
+  vec<T> r = x - n * K::ln2_hi - n * K::ln2_lo;
+  vec<T> p = splat(K::c[0]);
+  for (size_t i = 1; i < sizeof(K::c) / sizeof(T); ++i) p = p * r + K::c[i];
+  // The low bits of `shifted` hold n; n = -bias gives the float 0.
+  ivec<T> two_n = (bit_cast<ivec<T>>(shifted) + K::bias) << K::mantissa;
+  return p * bit_cast<vec<T>>(two_n);
+}
+
+// log for finite x >= 1, inf and nan.
+inline vec<float> log_of(vec<float> x) {
+  ivec<float> bits = bit_cast<ivec<float>>(x) - 0x3f3504f3;  // relative to sqrt(1/2)
+  vec<float> e = __builtin_convertvector(bits >> 23, vec<float>);
+  vec<float> f = bit_cast<vec<float>>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  constexpr float c[] = {0.0697161147f, -0.1147973385f, 0.1168541992f, -0.1242568733f, 0.1424905765f,
+                         -0.1666780232f, 0.2000071575f, -0.2499999696f, 0.3333333118f};
+  vec<float> p = splat(c[0]);
+  for (int i = 1; i < 9; ++i) p = p * f + c[i];
+  vec<float> f2 = f * f;
+  vec<float> r = p * f2 * f + e * -2.12194440e-4f - 0.5f * f2 + f + e * 0.693359375f;
+  return (x - x == 0.0f) ? r : x;  // inf and nan stay
+}
+inline vec<double> log_of(vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+inline vec<float> tanh_of(vec<float> u) {
+  vec<float> a = u < 0.0f ? -u : u;
+  vec<float> e = exp_nonpositive<float>(-2.0f * a);
+  vec<float> large = (1.0f - e) / (1.0f + e);
+  vec<float> w = u * u;
+  constexpr float c[] = {0.00226950168f, -0.00832318706f, 0.0217625029f, -0.0539584616f, 0.133333001f, -0.333333331f};
+  vec<float> p = splat(c[0]);
+  for (int i = 1; i < 6; ++i) p = p * w + c[i];
+  return a < 0.625f ? u + u * w * p : (u < 0.0f ? -large : large);
+}
+inline vec<double> tanh_of(vec<double> u) {
+  for (int i = 0; i < kLanes<double>; ++i) u[i] = __builtin_tanh(u[i]);
+  return u;
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

@@ -1,0 +1,80 @@
+// The torch-free core as a Python module over numpy arrays, for tests and microbenchmarks of the kernels.
+#include <atomic>
+#include <thread>
+
+#include "../common/cpu_isa.h"
+#include "../common/scale_grad.h"
+#include "arrays.h"
+
+namespace fastloss {
+
+void bind_cross_entropy(py::module_& m);
+void bind_nll_loss(py::module_& m);
+
+namespace {
+
+std::atomic<int> num_threads{1};
+
+// One thread per range, the caller takes the last; 1 thread: a plain call.
+void thread_ranges(int64_t count, int64_t grain, RangeBody body, void* ctx) {
+  if (count <= 0) return;
+  const int64_t most = (count + std::max<int64_t>(grain, 1) - 1) / std::max<int64_t>(grain, 1);
+  const int64_t threads = std::min<int64_t>(num_threads, most);
+  std::vector<std::thread> others;
+  for (int64_t i = 0; i + 1 < threads; ++i)
+    others.emplace_back(body, ctx, count * i / threads, count * (i + 1) / threads);
+  body(ctx, count * (threads - 1) / threads, count);
+  for (std::thread& other : others) other.join();
+}
+
+Isa isa_of(const std::string& name) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+    if (name == isa_name(isa)) return isa;
+  throw py::value_error("expected portable, avx2 or avx512, got " + name);
+}
+
+py::array scale_grad(const py::array& grad, const py::array& scale, const py::object& out) {
+  const DType type = float_type(grad, "grad");
+  if (!(grad.flags() & py::array::c_style)) throw py::value_error("grad: expected a contiguous array");
+  if (scale.size() != 1) throw py::value_error("scale: expected one element");
+  py::array result = out.is_none()
+                         ? py::array(grad.dtype(), std::vector<py::ssize_t>(grad.shape(), grad.shape() + grad.ndim()))
+                         : out.cast<py::array>();
+  if (float_type(result, "out") != type || result.size() != grad.size() || !(result.flags() & py::array::c_style))
+    throw py::value_error("out: expected a contiguous array like grad");
+  void* to = result.mutable_data();
+  run_core([&] {
+    scale_grad_cpu(grad.data(), to, type, grad.size(), scale.data(), float_type(scale, "scale"), numpy_parallel_for());
+    return Status{};
+  });
+  return result;
+}
+
+}  // namespace
+
+ParallelFor numpy_parallel_for() { return thread_ranges; }
+
+}  // namespace fastloss
+
+PYBIND11_MODULE(fastloss_core_numpy, m) {
+  namespace py = pybind11;
+  using namespace fastloss;
+  m.doc() = "fastloss's torch-free core on numpy arrays. uint16 in the place of a float dtype is bfloat16.";
+  m.def(
+      "set_num_threads",
+      [](int n) {
+        if (n < 1) throw py::value_error("the number of threads must be at least 1");
+        num_threads = n;
+      },
+      py::arg("n"), "Threads of the following calls; 1, the default, runs in the calling thread.");
+  m.def("get_num_threads", [] { return num_threads.load(); });
+  m.def("best_isa", [] { return isa_name(best_isa()); }, "The best instruction set of this machine and build.");
+  m.def("current_isa", [] { return isa_name(current_isa()); });
+  m.def(
+      "set_isa", [](const std::string& name) { return set_isa(isa_of(name)); }, py::arg("name"),
+      "Use portable, avx2 or avx512; False, changing nothing, when the machine or the build lacks it.");
+  m.def("scale_grad", &scale_grad, py::arg("grad"), py::arg("scale"), py::kw_only(), py::arg("out") = py::none(),
+        "grad * scale into a new array or `out`, which may be grad itself.");
+  bind_cross_entropy(m);
+  bind_nll_loss(m);
+}

@@ -1,0 +1,178 @@
+#include "cross_entropy_cuda.h"
+
+#include "cross_entropy_kernels.cuh"
+
+namespace fastloss {
+
+template <class T>
+Status launch_cross_entropy(const RowwiseConfig& config, const CrossEntropyParams<accum_t<T>>& params, void* stream);
+extern template Status launch_cross_entropy<float>(const RowwiseConfig&, const CrossEntropyParams<float>&, void*);
+extern template Status launch_cross_entropy<double>(const RowwiseConfig&, const CrossEntropyParams<double>&, void*);
+extern template Status launch_cross_entropy<half_t>(const RowwiseConfig&, const CrossEntropyParams<float>&, void*);
+extern template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, const CrossEntropyParams<float>&, void*);
+
+namespace {
+
+constexpr int64_t kTotalsBytes = kMaxTotals * 4 * sizeof(double), kCounterBytes = 128;
+
+int grid_offset(const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) & 15); }
+
+// A call with its axes merged, and the launch that takes it.
+struct Plan {
+  CrossEntropyArgs a;
+  Pass pass;
+  RowwiseConfig config;
+  bool finish;  // the kernel sums something up over all rows
+  bool totals;  // the totals kernel runs first
+};
+
+Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& device) {
+  Plan plan{args, pass, {}, false, false};
+  CrossEntropyArgs& a = plan.a;
+  Strides* tensors[4] = {&a.logits_strides};
+  int count = 1;
+  if (a.grad) tensors[count++] = &a.grad_strides;
+  if (a.soft) tensors[count++] = &a.target_strides;
+  if (a.grad_target && pass == Pass::backward) tensors[count++] = &a.grad_target_strides;
+  merge_axes(&a.outer, a.classes, &a.inner, tensors, count);
+
+  RowwiseProblem problem;
+  problem.outer = a.outer;
+  problem.classes = a.classes;
+  problem.inner = a.inner;
+  problem.element_bytes = static_cast<int>(size_of(a.logits_type));
+  problem.logits = a.logits_strides;
+  problem.grad = a.grad_strides;
+  problem.has_grad = pass != Pass::forward && a.grad;
+  problem.logits_offset = grid_offset(a.logits);
+  problem.grad_offset = grid_offset(a.grad);
+  problem.general = a.logits_type == DType::f64 || a.soft || a.label_smoothing > 0 || a.softcap > 0 || a.logit_scale != 1 ||
+                    (pass != Pass::backward && (a.argmax || a.accuracy)) || a.classes > INT32_MAX;
+  problem.pass = pass;
+  plan.config = rowwise_config(problem, device);
+  const bool weighted_classes = a.weight && (a.label_smoothing > 0);
+  if (pass == Pass::backward) {
+    plan.totals = weighted_classes && !a.soft;
+  } else {
+    plan.finish = (a.loss && a.reduction != Reduction::none) || a.accuracy;
+    plan.totals = plan.finish || a.saved || weighted_classes;
+    if (plan.finish && plan.config.grid == 0) plan.config.grid = plan.config.parts;  // no rows: the scalars remain
+  }
+  return plan;
+}
+
+template <class A>
+Status run(const Plan& plan, const CudaContext& context) {
+  const CrossEntropyArgs& a = plan.a;
+  CrossEntropyParams<A> p{};
+  p.logits = a.logits;
+  p.grad = a.grad;
+  p.target = a.target;
+  p.weight = static_cast<const A*>(a.weight);
+  p.sample_weight = static_cast<const A*>(a.sample_weight);
+  p.logits_strides = a.logits_strides;
+  p.grad_strides = a.grad_strides;
+  p.target_strides = a.target_strides;
+  p.grad_target_strides = a.grad_target_strides;
+  p.outer = a.outer;
+  p.classes = a.classes;
+  p.inner = a.inner;
+  p.rows = a.rows();
+  p.ignore_index = a.ignore_index;
+  p.saved = static_cast<A*>(a.saved);
+  p.loss_type = a.loss_type;
+  p.prob_type = a.prob_type;
+  p.index_type = a.index_type;
+  p.reduction = a.reduction;
+  p.pass = plan.pass;
+  p.soft = a.soft;
+  p.smooth = a.label_smoothing > 0;
+  p.transform = a.softcap > 0 || a.logit_scale != 1;
+  p.zero_times_inf = a.zero_times_inf;
+  p.all_ignored_zero = a.all_ignored_zero;
+  p.want_q = p.soft || p.smooth;
+  p.k.smoothing = A(a.label_smoothing > 0 ? a.label_smoothing : 0);
+  p.k.smooth_share = a.label_smoothing > 0 ? A(a.label_smoothing / double(a.classes)) : A(0);
+  p.k.weight_sum = A(double(a.classes));
+  p.k.z_loss = A(a.z_loss);
+  p.k.logit_scale = A(a.logit_scale);
+  p.k.softcap = A(a.softcap);
+  p.k.inv_softcap = A(a.softcap > 0 ? 1 / a.softcap : 0);
+  if (plan.pass == Pass::backward) {
+    p.grad_target = a.grad_target;
+    p.grad_output = a.grad_output;
+    p.grad_output_per_row = a.grad_output_per_row;
+  } else {
+    p.loss = a.loss;
+    p.lse = static_cast<A*>(a.lse);
+    p.argmax = a.argmax;
+    p.accuracy = a.accuracy;
+    p.want_best = a.argmax || a.accuracy;
+    if (!a.soft) {
+      Status status;
+      p.record = bad_target_record_cuda(&status);
+      if (status.code != Status::ok) return status;
+    }
+  }
+  const RowwiseConfig& c = plan.config;
+  p.lanes = c.lanes;
+  p.parts = c.parts;
+  p.slice = c.slice;
+  p.groups = c.groups;
+
+  if (plan.totals) {
+    auto* workspace = static_cast<unsigned char*>(context.workspace);
+    p.totals = reinterpret_cast<double*>(workspace);
+    p.totals_count = totals_blocks(p.rows, p.weight && p.smooth ? p.classes : 0);
+    if (plan.finish) {
+      p.counter = reinterpret_cast<unsigned*>(workspace + kTotalsBytes);
+      p.partials = reinterpret_cast<double*>(workspace + kTotalsBytes + kCounterBytes);
+    }
+    LaunchShape shape;
+    shape.grid = p.totals_count;
+    shape.block = 256;
+    shape.shared = 4 * kWarp * static_cast<int>(sizeof(double));
+    Status status = launch(cross_entropy_totals_kernel<A>, shape, context.stream, p);
+    if (status.code != Status::ok) return status;
+  }
+  switch (a.logits_type) {
+    case DType::f32:
+      if constexpr (std::is_same_v<A, float>) return launch_cross_entropy<float>(c, p, context.stream);
+      break;
+    case DType::f16:
+      if constexpr (std::is_same_v<A, float>) return launch_cross_entropy<half_t>(c, p, context.stream);
+      break;
+    case DType::bf16:
+      if constexpr (std::is_same_v<A, float>) return launch_cross_entropy<bfloat16_t>(c, p, context.stream);
+      break;
+    case DType::f64:
+      if constexpr (std::is_same_v<A, double>) return launch_cross_entropy<double>(c, p, context.stream);
+      break;
+  }
+  return {Status::unsupported};
+}
+
+Status run(const CrossEntropyArgs& a, const CudaContext& context, Pass pass) {
+  const Plan plan = plan_of(a, pass, device_properties(context.device));
+  if (plan.totals && context.workspace_bytes < cross_entropy_workspace_bytes_cuda(a, context))
+    return {Status::unsupported};
+  return accum_of(a.logits_type) == DType::f64 ? run<double>(plan, context) : run<float>(plan, context);
+}
+
+}  // namespace
+
+int64_t cross_entropy_workspace_bytes_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
+  const DeviceProperties& device = device_properties(context.device);
+  const Plan plan = plan_of(a, a.grad ? Pass::forward_grad : Pass::forward, device);
+  return kTotalsBytes + kCounterBytes + 3 * plan.config.grid * static_cast<int64_t>(sizeof(double));
+}
+
+Status cross_entropy_forward_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
+  return run(a, context, a.grad ? Pass::forward_grad : Pass::forward);
+}
+
+Status cross_entropy_backward_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
+  return run(a, context, Pass::backward);
+}
+
+}  // namespace fastloss

@@ -1,0 +1,1003 @@
+// Cross entropy on the GPU: the kernels. What is computed stands in cross_entropy.h, the row's mathematics in
+// cross_entropy_math.h, who is launched when in cross_entropy_policy.h.
+//
+//   cross_entropy_totals_kernel   D, Dn, counted rows, sum of class weights: partial sums, O(rows + classes)
+//   cross_entropy_row_kernel      class stride 1. The threads of a row hold it in registers as 16-byte vectors:
+//       warp rows   1 to 32 lanes per row, several rows per warp       up to 4 KiB per row
+//       block rows  one block per row                                  up to 64 KiB
+//       cluster     2 to 16 blocks per row, statistics through         up to 1 MiB, sm_90 and later
+//                   distributed shared memory
+//       streaming   blocks (or clusters) walk along the row online and walk back for the gradient, so that the L2
+//                   serves what was read last                          any length
+//   cross_entropy_plane_kernel    everything else ((N, C, d1, ...), any strides): 32 lanes along the inner axis, the
+//                                 warps of a block share the classes; in registers up to 160 classes, else re-read
+//
+// Bytes moved: forward 1 read; value and gradient 1 read + 1 write (streaming: 2 reads); backward 1 read + 1 write.
+//
+// Rows that start or end between two 16-byte boundaries: the aligned part (the body) is read as vectors, and the fewer
+// than 16 bytes at either end, at most 14 elements, one per thread (the edge). So odd C costs one more load per thread.
+#pragma once
+#include <math.h>
+
+#include "../common/convert.cuh"
+#include "../common/errors_cuda.h"
+#include "cross_entropy.h"
+#include "cross_entropy_math.h"
+#include "cross_entropy_policy.h"
+
+namespace fastloss {
+
+template <class A>
+struct CrossEntropyParams {
+  // as in CrossEntropyArgs, after the axes have been merged
+  const void* logits;
+  void* grad;
+  const void* target;
+  void* grad_target;
+  const A* weight;
+  const A* sample_weight;
+  const void* grad_output;
+  void* loss;
+  A* saved;
+  A* lse;
+  int64_t* argmax;
+  float* accuracy;
+  Strides logits_strides, grad_strides, target_strides, grad_target_strides;
+  int64_t outer, classes, inner, rows;
+  int64_t ignore_index;
+  RowConstants<A> k;  // weight_sum is set on the device when there are class weights
+  DType loss_type, prob_type;
+  IndexType index_type;
+  Reduction reduction;
+  Pass pass;
+  bool soft, smooth, transform, zero_times_inf, all_ignored_zero, grad_output_per_row;
+  bool want_q;     // every class has a weight in the loss: soft or smooth
+  bool want_best;  // argmax or accuracy
+  // of the launch
+  double* totals;     // [totals_count][4]: D, Dn, counted rows, sum of weights; null: not needed
+  int totals_count;   // at most 32
+  double* partials;   // [3][grid]: sums of s nll, s z_loss lse^2, correct rows; null: no scalar result
+  unsigned* counter;  // blocks that have written their partials
+  BadTargetRecord* record;
+  int lanes;      // warp rows: threads per row
+  int parts;      // block rows: blocks per row
+  int64_t slice;  // vectors per part
+  int groups;     // plane: warps per block
+};
+
+constexpr int kMaxTotals = 32;
+
+// ------------------------------------------------------------------------------------------------ row mathematics
+
+__device__ __forceinline__ float exp_of(float x) { return exp2_fast(x * 1.44269504088896341f); }
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+// 1 / x for x >= 1 or nan
+__device__ __forceinline__ float reciprocal_of(float x) { return reciprocal_fast(x); }
+__device__ __forceinline__ double reciprocal_of(double x) { return 1 / x; }
+__device__ __forceinline__ float log_of(float x) { return logf(x); }
+__device__ __forceinline__ double log_of(double x) { return log(x); }
+__device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
+__device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
+
+// What the exponents of a row with this maximum are relative to: never -inf, so that (-inf) - (-inf) does not arise.
+template <class A>
+__device__ __forceinline__ A reference(A max) {
+  return max == A(-INFINITY) ? A(0) : max;
+}
+
+template <class A>
+__device__ __forceinline__ A transform(const RowConstants<A>& k, A x) {
+  x *= k.logit_scale;
+  return k.softcap > A(0) ? k.softcap * tanh_of(x * k.inv_softcap) : x;
+}
+// dz/dx from z
+template <class A>
+__device__ __forceinline__ A transform_slope(const RowConstants<A>& k, A z) {
+  A u = z * k.inv_softcap;  // 0 without a cap
+  return k.logit_scale * (A(1) - u * u);
+}
+
+template <class A>
+__device__ __forceinline__ RowStats<A> empty_stats() {
+  return {A(-INFINITY), A(0), A(0), A(0)};
+}
+
+// Statistics so far, restated for the larger maximum `max`.
+template <class A>
+__device__ __forceinline__ void rebase(RowStats<A>& s, A max, bool dots) {
+  const A ref = reference(max);
+  s.sum_exp *= exp_of(s.max - ref);
+  if (dots) s.dot += s.mass * (reference(s.max) - ref);
+  s.max = max;
+}
+
+// Over the lanes of a group; every lane gets the result.
+template <class A>
+__device__ __forceinline__ void reduce_stats(RowStats<A>& s, int width, bool dots) {
+  rebase(s, group_max(s.max, width), dots);
+  s.sum_exp = group_sum(s.sum_exp, width);
+  if (dots) {
+    s.dot = group_sum(s.dot, width);
+    s.mass = group_sum(s.mass, width);
+  }
+}
+
+// The first largest element; a nan is larger than any number.
+template <class A>
+struct Best {
+  A value;
+  int64_t at;
+};
+template <class A>
+__device__ __forceinline__ Best<A> no_best() {
+  return {A(-INFINITY), INT64_MAX};
+}
+template <class A>
+__device__ __forceinline__ void take_better(Best<A>& a, A value, int64_t at) {
+  const bool nan_a = a.value != a.value, nan_b = value != value;
+  const bool greater = nan_b ? !nan_a : value > a.value;
+  const bool equal = nan_b ? nan_a : value == a.value;
+  if (greater || (equal && at < a.at)) a = {value, at};
+}
+template <class A>
+__device__ __forceinline__ void reduce_best(Best<A>& b, int width) {
+  for (int o = width >> 1; o > 0; o >>= 1) {
+    A value = __shfl_xor_sync(kFullMask, b.value, o);
+    int64_t at = __shfl_xor_sync(kFullMask, b.at, o);
+    take_better(b, value, at);
+  }
+}
+
+// q of N elements (see RowStats): classes c, c + class_step, ..., probabilities at prob_at, prob_at + prob_stride, ...
+// With `search` they take part in the search for the largest probability, of a row (M = 1) or of N rows.
+template <int N, int M, class A>
+__device__ __forceinline__ void load_q(const CrossEntropyParams<A>& p, int64_t c, int class_step, int64_t prob_at,
+                                       int64_t prob_stride, A (&q)[N], bool search, Best<A> (&best)[M]) {
+  if (p.weight && class_step == 1) {
+    load_run_of(p.weight + c, int64_t(1), q);
+  } else {
+    const A w = p.weight ? p.weight[c] : A(1);
+#pragma unroll
+    for (int i = 0; i < N; ++i) q[i] = w;
+  }
+  if (!p.soft) return;
+  A prob[N];
+  load_run(p.target, p.prob_type, prob_at, prob_stride, prob);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (search) take_better(best[M == 1 ? 0 : i], prob[i], c + i * class_step);
+    q[i] *= prob[i] * (A(1) - p.k.smoothing) + p.k.smooth_share;
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A product(A q, A d, bool zero_times_inf) {
+  return zero_times_inf && q == A(0) ? A(0) : q * d;
+}
+
+// ------------------------------------------------------------------------------------------- what a row comes with
+
+template <bool kGeneral>
+struct RowTarget {
+  std::conditional_t<kGeneral, int64_t, int> index;  // the class, where it may be used as an index; else -1
+  bool counts;                                       // takes part in the loss
+  bool bad;                                          // neither a class nor ignore_index
+};
+template <bool kGeneral, class A>
+__device__ __forceinline__ RowTarget<kGeneral> load_target(const CrossEntropyParams<A>& p, int64_t row) {
+  if (kGeneral && p.soft) return {-1, true, false};
+  const int64_t t = load_index(p.target, p.index_type, row);
+  const bool ignored = t == p.ignore_index, is_class = t >= 0 && t < p.classes;
+  RowTarget<kGeneral> target{-1, !ignored && is_class, !ignored && !is_class};
+  if (target.counts) target.index = decltype(target.index)(t);
+  return target;
+}
+
+// D, Dn, counted rows and the weights' sum, by one warp: every lane gets them.
+struct Totals {
+  double weight, count, counted, class_weights;
+};
+template <class A>
+__device__ __forceinline__ Totals load_totals(const CrossEntropyParams<A>& p) {
+  const int lane = threadIdx.x % kWarp;
+  Totals t{0, 0, 0, 0};
+  if (lane < p.totals_count) {
+    const double* d = p.totals + 4 * lane;
+    t = {d[0], d[1], d[2], d[3]};
+  }
+  return {group_sum(t.weight, kWarp), group_sum(t.count, kWarp), group_sum(t.counted, kWarp),
+          group_sum(t.class_weights, kWarp)};
+}
+
+// What the totals make of a call; by whole warps.
+template <class A>
+struct Call {
+  A per_d, per_dn;  // 1 / D, 1 / Dn for mean, else 1
+  A weight_sum;  // W
+};
+template <bool kGeneral, class A>
+__device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pass pass) {
+  Call<A> c{A(1), A(1), p.k.weight_sum};
+  if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_totals(p).class_weights);
+  if (p.reduction == Reduction::mean && pass == Pass::forward_grad) {
+    const Totals t = load_totals(p);
+    c.per_d = A(1 / t.weight);
+    c.per_dn = A(1 / t.count);
+  }
+  if (p.reduction == Reduction::mean && pass == Pass::backward) {
+    const A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
+    c.per_d = A(1) / d[0];
+    c.per_dn = A(1) / d[1];
+  }
+  return c;
+}
+
+struct LossSums {
+  double nll, z, correct;
+};
+
+template <class A>
+struct RowResult {
+  A ref, log_sum;         // lse = ref + log_sum
+  A u;                    // weight of nll in what is differentiated
+  A softmax_scale;        // as in RowGrad, over the row's sum: times exp(z_c - ref)
+  A q_scale, target_scale;
+};
+
+// All that is O(1) per row. `leader` writes and counts; the other threads of the row only want the coefficients.
+template <bool kGeneral, class A>
+__device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& p, const Call<A>& call, Pass pass,
+                                                   int64_t row, const RowTarget<kGeneral>& target, RowStats<A> s, A z_target,
+                                                   Best<A> best, Best<A> best_prob, bool leader, LossSums* sums) {
+  RowConstants<A> k = p.k;
+  k.weight_sum = call.weight_sum;
+  if constexpr (!kGeneral) k.smoothing = k.smooth_share = A(0);
+  const bool soft = kGeneral && p.soft;
+  RowResult<A> r;
+  A sum = s.sum_exp, mass = s.mass;
+  if (pass == Pass::backward) {
+    r.ref = p.saved[row];
+    sum = p.saved[p.rows + row];
+    if (soft) mass = p.saved[2 * p.rows + row];
+  } else {
+    r.ref = reference(s.max);
+    if (s.max == A(-INFINITY)) sum += A(NAN);  // a row of nothing but -inf has no softmax
+  }
+  r.log_sum = log_of(sum);
+  const A lse = r.ref + r.log_sum;
+  const A w_t = p.weight && target.index >= 0 ? p.weight[target.index] : A(1);
+  const A sample = p.sample_weight ? p.sample_weight[row] : A(1);
+
+  RowGrad<A> grad{A(0), A(0), A(0)};
+  r.u = A(0);
+  if (target.counts && pass != Pass::forward) {
+    A g = sample;
+    if (pass == Pass::backward) g *= load_as<A>(p.grad_output, p.loss_type, p.grad_output_per_row ? row : 0);
+    r.u = g * call.per_d;
+    const A uz = k.z_loss != A(0) ? g * call.per_dn : A(0);
+    grad = soft ? soft_row_grad(k, lse, mass, r.u, uz) : index_row_grad(k, lse, w_t, r.u, uz);
+  }
+  r.softmax_scale = grad.softmax_scale * reciprocal_of(sum);  // nan in a nan row, whatever the scale
+  r.q_scale = grad.q_scale;
+  r.target_scale = grad.target_scale;
+  if (pass == Pass::backward || !leader) return r;
+
+  double nll = 0, z = 0;
+  if (target.counts) {
+    nll = double(sample * (soft ? soft_row_nll(r.log_sum, s.dot, mass)
+                                  : index_row_nll(k, r.log_sum, z_target - r.ref, s.dot, w_t)));
+    if (k.z_loss != A(0)) z = double(sample * (k.z_loss * lse * lse));
+  } else if (target.bad) {
+    nll = double(NAN);
+    if (p.record && atomicCAS(&p.record->state, 0, 1) == 0) {
+      volatile BadTargetRecord* record = p.record;
+      record->row = row;
+      record->value = load_index(p.target, p.index_type, row);
+      system_fence();
+      record->state = 2;
+    }
+  }
+  sums->nll += nll;
+  sums->z += z;
+  if (p.reduction == Reduction::none && p.loss) store_as(p.loss, p.loss_type, row, A(nll + z));
+  if (p.saved) {
+    p.saved[row] = r.ref;
+    p.saved[p.rows + row] = sum;
+    if (soft) p.saved[2 * p.rows + row] = mass;
+  }
+  if (p.lse) p.lse[row] = lse;
+  if (kGeneral && p.want_best) {
+    if (p.argmax) p.argmax[row] = p.classes > 0 ? best.at : 0;
+    if (target.counts && best.at == (soft ? best_prob.at : target.index)) sums->correct += 1;
+  }
+  return r;
+}
+
+// The end of a forward kernel: partial sums of this block, one of `blocks` that come here; the last one to come adds
+// them up in order and writes the scalars.
+template <class A>
+__device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, LossSums sums, unsigned block,
+                                            unsigned blocks, double* scratch) {
+  if (p.saved && block == 0) {
+    const Totals t = load_totals(p);
+    if (threadIdx.x == 0) {
+      A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
+      d[0] = A(t.weight);
+      d[1] = A(t.count);
+    }
+  }
+  if (!p.partials) return;
+  block_barrier();  // the scratch may still be in use
+  sums.nll = block_sum(sums.nll, scratch);
+  sums.z = block_sum(sums.z, scratch + kWarp);
+  sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
+  unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 3 * kWarp);
+  if (threadIdx.x == 0) {
+    p.partials[block] = sums.nll;
+    p.partials[blocks + block] = sums.z;
+    p.partials[2 * blocks + block] = sums.correct;
+    memory_fence();  // the partials before the ticket
+    *ticket = atomicAdd(p.counter, 1u);
+  }
+  block_barrier();
+  if (*ticket != blocks - 1) return;
+  memory_fence();  // the ticket before the partials of the others
+  sums = {0, 0, 0};
+  for (unsigned i = threadIdx.x; i < blocks; i += blockDim.x) {
+    sums.nll += p.partials[i];
+    if (p.k.z_loss != A(0)) sums.z += p.partials[blocks + i];
+    if (p.accuracy) sums.correct += p.partials[2 * blocks + i];
+  }
+  block_barrier();
+  sums.nll = block_sum(sums.nll, scratch);
+  sums.z = block_sum(sums.z, scratch + kWarp);
+  sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
+  const Totals totals = load_totals(p);
+  if (threadIdx.x != 0) return;
+  const bool nothing = p.all_ignored_zero && totals.counted == 0;
+  if (p.loss && p.reduction != Reduction::none) {
+    double loss = sums.nll;
+    if (p.reduction == Reduction::mean) {
+      // No counted row but a bad one among them: nan, not 0.
+      loss = nothing ? loss * 0 : loss / totals.weight;
+      if (p.k.z_loss != A(0)) loss += nothing ? 0 : sums.z / totals.count;
+    } else {
+      loss += sums.z;
+    }
+    store_as(p.loss, p.loss_type, 0, loss);
+  }
+  if (p.accuracy) *p.accuracy = nothing ? 0.f : float(sums.correct / totals.counted);
+}
+
+// The policy gives rows on two axes to the general kernels, because of the division.
+template <bool kGeneral>
+__device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t row, int64_t inner) {
+  if (!kGeneral || inner == 1) return row * s.outer;
+  return row / inner * s.outer + row % inner * s.inner;
+}
+
+// --------------------------------------------------------------------------------------------------- the totals
+
+// One partial sum of D, Dn, counted rows and class weights per block, over a fixed share of the rows and classes.
+// Also empties the counter of the kernel that follows.
+template <class A>
+__global__ void __launch_bounds__(256) cross_entropy_totals_kernel(const CrossEntropyParams<A> p) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  Totals t{0, 0, 0, 0};
+  const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+  if (p.pass != Pass::backward) {
+    for (int64_t row = first; row < p.rows; row += step) {
+      const RowTarget<true> target = load_target<true>(p, row);
+      if (!target.counts) continue;
+      const double s = p.sample_weight ? double(p.sample_weight[row]) : 1.0;
+      t.count += s;
+      t.weight += p.weight && !p.soft ? s * double(p.weight[target.index]) : s;
+      t.counted += 1;
+    }
+  }
+  if (p.weight && p.smooth)
+    for (int64_t c = first; c < p.classes; c += step) t.class_weights += double(p.weight[c]);
+  t.weight = block_sum(t.weight, scratch);
+  t.count = block_sum(t.count, scratch + kWarp);
+  t.counted = block_sum(t.counted, scratch + 2 * kWarp);
+  t.class_weights = block_sum(t.class_weights, scratch + 3 * kWarp);
+  if (threadIdx.x == 0) {
+    double* d = p.totals + 4 * blockIdx.x;
+    d[0] = t.weight;
+    d[1] = t.count;
+    d[2] = t.counted;
+    d[3] = t.class_weights;
+    if (blockIdx.x == 0 && p.counter) *p.counter = 0;
+  }
+}
+
+// ------------------------------------------------------------------------------------------- rows, class stride 1
+
+// How a row lies on the 16-byte grid.
+struct RowSpan {
+  int head, tail;  // elements before and after the body
+  int64_t body;    // whole vectors
+};
+template <class T>
+__device__ __forceinline__ RowSpan row_span(const T* x, int64_t classes) {
+  constexpr int kL = kLanes16<T>;
+  int64_t head = (-(reinterpret_cast<uintptr_t>(x) / sizeof(T))) & (kL - 1);
+  if (head > classes) head = classes;
+  const int64_t body = (classes - head) / kL;
+  return {int(head), int(classes - head - body * kL), body};
+}
+
+template <class A>
+struct RowShared {
+  RowStats<A> warp[2][kWarp];
+  RowStats<A> part[2];
+  Best<A> best[2][kWarp], best_prob[2][kWarp];
+  Best<A> part_best[2], part_best_prob[2];
+  double scratch[3 * kWarp + 1];
+  LossSums sums[kWarpRowThreads];  // of every thread that leads a row
+};
+
+// Statistics of `kN` vectors of a row: tile[j] is vector first + j * step, those from `count` on hold -inf.
+// kKeep: exp(x - maximum of this thread) replaces x.
+template <class T, bool kGeneral, bool kKeep, int kN, class A, class index_t>
+__device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, RowStats<A>& s, Vec16 (&tile)[kN],
+                                         index_t first, int step, index_t count, index_t column, int64_t prob_at,
+                                         bool dots, Best<A>& best, Best<A> (&best_prob)[1]) {
+  constexpr int kL = kLanes16<T>;
+  A max = s.max;
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    A z[kL];
+    unpack<T>(tile[j], z);
+    if constexpr (kGeneral) {
+      if (first + j * step >= count) continue;
+      if (p.transform) {
+#pragma unroll
+        for (int i = 0; i < kL; ++i) z[i] = transform(p.k, z[i]);
+      }
+      if (p.want_best) {
+#pragma unroll
+        for (int i = 0; i < kL; ++i) take_better(best, z[i], column + (first + j * step) * kL + i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kL; ++i) max = max_of(max, z[i]);
+  }
+  rebase(s, max, dots);
+  const A ref = reference(max);
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    A z[kL], e[kL];
+    opaque(tile[j]);
+    unpack<T>(tile[j], z);
+    if constexpr (kGeneral) {
+      if (first + j * step >= count) continue;
+      if (p.transform) {
+#pragma unroll
+        for (int i = 0; i < kL; ++i) z[i] = transform(p.k, z[i]);
+      }
+    }
+    A sum = A(0);
+#pragma unroll
+    for (int i = 0; i < kL; ++i) {
+      z[i] -= ref;
+      e[i] = exp_of(z[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kL; i += 2) sum += e[i] + e[i + 1];
+    s.sum_exp += sum;
+    if (dots && first + j * step < count) {
+      const int64_t c = column + (first + j * step) * kL;
+      A q[kL];
+      load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q,
+                       p.want_best, best_prob);
+#pragma unroll
+      for (int i = 0; i < kL; ++i) {
+        s.dot += product(q[i], z[i], p.zero_times_inf);
+        s.mass += q[i];
+      }
+    }
+    if constexpr (kKeep) tile[j] = pack<T>(e);
+  }
+}
+
+// The same for one element, column c.
+template <bool kGeneral, class A>
+__device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, RowStats<A>& s, A x, int64_t c,
+                                            int64_t prob_at, bool dots, Best<A>& best, Best<A> (&best_prob)[1]) {
+  if constexpr (kGeneral) {
+    if (p.transform) x = transform(p.k, x);
+    if (p.want_best) take_better(best, x, c);
+  }
+  rebase(s, max_of(s.max, x), dots);
+  const A d = x - reference(s.max);
+  s.sum_exp += exp_of(d);
+  if (dots) {
+    A q[1];
+    load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q,
+                     p.want_best, best_prob);
+    s.dot += product(q[0], d, p.zero_times_inf);
+    s.mass += q[0];
+  }
+}
+
+// d loss / d x of N elements, the picked class aside; arguments as in load_q. slope[i] = dz/dx comes out as well.
+// Also writes the gradient of a probability target, at out_at, out_at + out_stride, ...
+template <bool kGeneral, int N, class A>
+__device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const RowResult<A>* r, int row_step,
+                                         const A (&x)[N], int64_t c, int class_step, int64_t prob_at,
+                                         int64_t prob_stride, int64_t out_at, int64_t out_stride, bool want_q,
+                                         A (&g)[N], A (&slope)[N]) {
+  A z[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    z[i] = x[i];
+    slope[i] = A(1);
+    if constexpr (kGeneral) {
+      if (p.transform) {
+        z[i] = transform(p.k, x[i]);
+        slope[i] = transform_slope(p.k, z[i]);
+      }
+    }
+    const RowResult<A>& row = r[i * row_step];
+    z[i] -= row.ref;
+    g[i] = exp_of(z[i]) * row.softmax_scale;
+  }
+  if (want_q) {
+    A q[N];
+    Best<A> none[1];
+    load_q(p, c, class_step, prob_at, prob_stride, q, false, none);
+#pragma unroll
+    for (int i = 0; i < N; ++i) g[i] -= r[i * row_step].q_scale * q[i];
+  }
+  if constexpr (kGeneral) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) g[i] *= slope[i];
+    if (p.pass == Pass::backward && p.grad_target) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const RowResult<A>& row = r[i * row_step];
+        const A w = p.weight ? p.weight[c + i * class_step] : A(1);
+        store_as(p.grad_target, p.prob_type, out_at + i * out_stride,
+                 row.u * (A(1) - p.k.smoothing) * w * (row.log_sum - z[i]));
+      }
+    }
+  }
+}
+
+template <class T, bool kGeneral, Pass kPass, bool kWarpRows, bool kResident, int kN>
+__global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, kGeneral ? 1 : !kWarpRows ? 2 : kN == 4 ? 8 : 5)
+    cross_entropy_row_kernel(const CrossEntropyParams<accum_t<T>> p) {
+  using A = accum_t<T>;
+  constexpr int kL = kLanes16<T>;
+  // With float logits the exponentials stay in the registers of the logits; 16 bits would not hold them.
+  constexpr bool kKeep = kPass == Pass::forward_grad && std::is_same_v<T, float> && !kGeneral && kResident;
+  using index_t = std::conditional_t<kGeneral || !kResident, int64_t, int>;  // vectors of a part, columns
+  const Pass pass = kPass == Pass::any ? p.pass : kPass;
+  auto& shared = *reinterpret_cast<RowShared<A>*>(shared_memory());
+  const Call<A> call = load_call<kGeneral>(p, pass);
+
+  const int parts = kWarpRows ? 1 : p.parts;
+  const int part = parts > 1 ? int(blockIdx.x % unsigned(parts)) : 0;
+  const int width = kWarpRows ? p.lanes : int(blockDim.x);
+  const int thread = kWarpRows ? int(threadIdx.x & unsigned(width - 1)) : int(threadIdx.x);
+  const int lane = threadIdx.x % kWarp;
+  const int in_warp = kWarpRows ? lane / width : 0;  // which of the warp's rows
+  const bool leader_thread = part == 0 && thread == 0;
+  const bool dots = kGeneral && p.want_q && pass != Pass::backward;
+  int64_t first_row = blockIdx.x / unsigned(parts), row_step = gridDim.x / unsigned(parts);
+  if constexpr (kWarpRows) {
+    first_row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x - lane) / width;
+    row_step = int64_t(gridDim.x) * blockDim.x / width;
+  }
+  LossSums& sums = shared.sums[kWarpRows ? threadIdx.x : 0];  // in shared memory: registers are dear
+  if (kWarpRows || threadIdx.x == 0) sums = {0, 0, 0};
+  int flip = 0;  // two sets of partials, so that one barrier per row is enough
+
+  for (int64_t base_row = first_row; base_row < p.rows; base_row += row_step, flip ^= 1) {
+    const bool active = base_row + in_warp < p.rows;
+    const int64_t row = active ? base_row + in_warp : p.rows - 1;
+    const RowTarget<kGeneral> target = load_target<kGeneral>(p, row);
+    const T* x = static_cast<const T*>(p.logits) + row_offset<kGeneral>(p.logits_strides, row, p.inner);
+    const int64_t prob_at = kGeneral ? row_offset<kGeneral>(p.target_strides, row, p.inner) : 0;
+    const RowSpan span = row_span(x, p.classes);
+    const int64_t first = part * p.slice;  // of this part's vectors
+    const int64_t left = span.body - first;
+    const index_t count = !active || left < 0 ? 0 : index_t(left < p.slice ? left : p.slice);
+    const index_t column = index_t(span.head + first * kL);
+    const bool edge = active && part == 0 && thread < span.head + span.tail;
+    const index_t edge_column = thread < span.head ? thread : index_t(p.classes) - span.tail + (thread - span.head);
+
+    Vec16 tile[kN];
+    auto load_tile = [&](index_t base) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const index_t v = base + j * width;
+        if constexpr (kResident)
+          tile[j] = v < count ? load16_stream(x + column + v * kL) : minus_infinity<T>();
+        else
+          tile[j] = v < count ? load16(x + column + v * kL) : minus_infinity<T>();
+      }
+    };
+    if constexpr (kResident) load_tile(thread);
+    A edge_x = A(0);
+    if (edge) edge_x = to_accum(x[edge_column]);
+
+    // ---- statistics
+    RowStats<A> s = empty_stats<A>();
+    Best<A> best = no_best<A>(), best_prob[1] = {no_best<A>()};
+    A z_target = A(0), own_max = A(0);
+    if (pass != Pass::backward) {
+      if (target.index >= 0) z_target = to_accum(x[target.index]);
+      if (kGeneral && p.transform) z_target = transform(p.k, z_target);
+      if (edge) add_element<kGeneral>(p, s, edge_x, edge_column, prob_at, dots, best, best_prob);
+      if constexpr (kResident) {
+        add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, dots, best, best_prob);
+      } else {
+        for (index_t base = thread; base < count; base += kN * width) {
+          load_tile(base);
+          add_tile<T, kGeneral, false>(p, s, tile, base, width, count, column, prob_at, dots, best, best_prob);
+        }
+      }
+      own_max = s.max;
+
+      const bool want_best = kGeneral && p.want_best;
+      reduce_stats(s, kWarpRows ? width : kWarp, dots);
+      if (want_best) {
+        reduce_best(best, kWarpRows ? width : kWarp);
+        reduce_best(best_prob[0], kWarpRows ? width : kWarp);
+      }
+      if constexpr (kWarpRows) {
+        warp_barrier();  // the picked logit has been read before the gradient may overwrite it
+      } else {
+        const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+        if (lane == 0) {
+          shared.warp[flip][warp] = s;
+          if (want_best) shared.best[flip][warp] = best, shared.best_prob[flip][warp] = best_prob[0];
+        }
+        block_barrier();
+        s = lane < warps ? shared.warp[flip][lane] : empty_stats<A>();
+        reduce_stats(s, kWarp, dots);
+        if (want_best) {
+          best = lane < warps ? shared.best[flip][lane] : no_best<A>();
+          best_prob[0] = lane < warps ? shared.best_prob[flip][lane] : no_best<A>();
+          reduce_best(best, kWarp);
+          reduce_best(best_prob[0], kWarp);
+        }
+        if (parts > 1) {  // a cluster
+          if (threadIdx.x == 0) {
+            shared.part[flip] = s;
+            if (want_best) shared.part_best[flip] = best, shared.part_best_prob[flip] = best_prob[0];
+          }
+          cluster_barrier();
+          s = lane < parts ? *cluster_map(&shared.part[flip], lane) : empty_stats<A>();
+          reduce_stats(s, kWarp, dots);
+          if (want_best) {
+            best = lane < parts ? *cluster_map(&shared.part_best[flip], lane) : no_best<A>();
+            best_prob[0] = lane < parts ? *cluster_map(&shared.part_best_prob[flip], lane) : no_best<A>();
+            reduce_best(best, kWarp);
+            reduce_best(best_prob[0], kWarp);
+          }
+        }
+      }
+    }
+    const RowResult<A> r = finish_row<kGeneral>(p, call, pass, row, target, s, z_target, best, best_prob[0],
+                                      active && leader_thread, &sums);
+    if (pass == Pass::forward) continue;
+
+    // ---- gradient
+    T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, row, p.inner);
+    const int64_t grad_stride = kGeneral ? p.grad_strides.cls : 1;
+    const bool whole_vectors = !kGeneral || (grad_stride == 1 && aligned16(grad + span.head));
+    const int64_t out_at = kGeneral ? row_offset<kGeneral>(p.grad_target_strides, row, p.inner) : 0;
+    // The picked class is owned by the thread that writes its vector: that thread writes the element once more, so
+    // that the gradient is rounded once.
+    const index_t target_vector = (index_t(target.index) - column) / kL;
+    const bool in_body = target.index >= column && target_vector < count;
+    const bool owner = target.index >= 0 && ((edge && edge_column == target.index) ||
+                                             (in_body && int(target_vector % width) == thread));
+    A slope_target = A(1);
+    if (owner) {
+      if (pass == Pass::backward) {
+        z_target = to_accum(x[target.index]);
+        if (kGeneral && p.transform) z_target = transform(p.k, z_target);
+      }
+      if (kGeneral && p.transform) slope_target = transform_slope(p.k, z_target);
+    }
+    // exp(x - own_max) of this thread, restated for the row; 0 when this thread saw nothing but -inf.
+    const A kept_scale = kKeep ? r.softmax_scale * exp_of(own_max - r.ref) : A(0);
+
+    auto store_tile = [&](index_t base) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const index_t v = base + j * width;
+        if (v >= count) continue;
+        const index_t c = column + v * kL;
+        A values[kL], g[kL], slope[kL];
+        opaque(tile[j]);
+        unpack<T>(tile[j], values);
+        if constexpr (kKeep) {
+#pragma unroll
+          for (int i = 0; i < kL; ++i) g[i] = values[i] * kept_scale;
+        } else {
+          gradient<kGeneral>(p, &r, 0, values, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls,
+                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.cls, kGeneral && p.want_q, g, slope);
+        }
+        if (kGeneral && !p.grad) continue;
+        if (whole_vectors) {
+          store16_stream(grad + c, pack<T>(g));
+        } else {
+#pragma unroll
+          for (int i = 0; i < kL; ++i) grad[(c + i) * grad_stride] = from_accum<T>(g[i]);
+        }
+      }
+    };
+    if constexpr (kResident) {
+      store_tile(thread);
+    } else if (count > thread) {  // backwards: what was read last is still in the L2
+      const index_t chunk = index_t(kN) * width;
+      for (index_t base = thread + (count - 1 - thread) / chunk * chunk; base >= 0; base -= chunk) {
+        load_tile(base);
+        store_tile(base);
+      }
+    }
+    if (edge) {
+      A value[1] = {edge_x}, g[1], slope[1];
+      gradient<kGeneral>(p, &r, 0, value, edge_column, 1, prob_at + edge_column * p.target_strides.cls, int64_t(0),
+                         out_at + edge_column * p.grad_target_strides.cls, int64_t(0), kGeneral && p.want_q, g, slope);
+      if (!kGeneral || p.grad) grad[edge_column * grad_stride] = from_accum<T>(g[0]);
+    }
+    if (owner && (!kGeneral || p.grad)) {
+      A g = exp_of(z_target - r.ref) * r.softmax_scale - r.target_scale;
+      if (kGeneral && p.want_q) g -= r.q_scale * (p.weight ? p.weight[target.index] : A(1));
+      grad[target.index * grad_stride] = from_accum<T>(g * slope_target);
+    }
+  }
+  if (pass == Pass::backward) return;
+  if (!kWarpRows && parts > 1) cluster_barrier();  // no block leaves while its shared memory may still be read
+  if (part == 0)
+    finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, blockIdx.x / unsigned(parts), gridDim.x / unsigned(parts), shared.scratch);
+}
+
+// -------------------------------------------------------------------------------- planes, classes at any stride
+
+// Shared memory of a plane block: positions = rows that it works on at a time.
+template <class A>
+struct PlaneShared {
+  double* scratch;  // [3 * 32 + 1]
+  int64_t* target;  // [positions]
+  int64_t* best_at;  // [2][groups][positions], where wanted
+  A* best;           // the same
+  A* result;         // [6][positions], the fields of RowResult
+  A* stats;          // [2 or 4][groups][positions]: max, sum_exp, dot, mass
+
+  static __host__ __device__ int bytes(int groups, int positions, bool dots, bool want_best) {
+    const int each = groups * positions;
+    int n = 8 * (3 * kWarp + 2) + 8 * positions + int(sizeof(A)) * (6 * positions + (dots ? 4 : 2) * each);
+    if (want_best) n += 2 * each * (8 + int(sizeof(A)));
+    return n;
+  }
+  __device__ __forceinline__ PlaneShared(int groups, int positions, bool want_best) {
+    const int each = want_best ? 2 * groups * positions : 0;
+    scratch = reinterpret_cast<double*>(shared_memory());
+    target = reinterpret_cast<int64_t*>(scratch + 3 * kWarp + 2);
+    best_at = target + positions;
+    best = reinterpret_cast<A*>(best_at + each);
+    result = best + each;
+    stats = result + 6 * positions;
+  }
+};
+
+template <class T, bool kGeneral, Pass kPass, bool kWide>
+__global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlaneGroups) * kWarp)
+    cross_entropy_plane_kernel(const CrossEntropyParams<accum_t<T>> p) {
+  using A = accum_t<T>;
+  constexpr int kV = kWide ? kLanes16<T> : 1;  // rows per lane
+  constexpr int kN = kPlaneClasses;
+  constexpr int kPositions = kWarp * kV;
+  using Slot = std::conditional_t<kWide, Vec16, T>;
+  using index_t = std::conditional_t<kGeneral, int64_t, int>;
+  const Pass pass = kPass == Pass::any ? p.pass : kPass;
+  const bool dots = kGeneral && p.want_q && pass != Pass::backward;
+  const bool want_best = kGeneral && p.want_best && pass != Pass::backward;
+  const int groups = p.groups, group = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const PlaneShared<A> shared(groups, kPositions, want_best);
+  const Call<A> call = load_call<kGeneral>(p, pass);
+  const index_t classes = index_t(p.classes);
+  const index_t chunk = kN * groups;
+  const bool resident = classes <= chunk;
+  const int64_t inner_tiles = (p.inner + kPositions - 1) / kPositions, tiles = p.outer * inner_tiles;
+  LossSums sums{0, 0, 0};
+
+  for (int64_t plane = blockIdx.x; plane < tiles; plane += gridDim.x) {
+    const int64_t o = plane / inner_tiles, i0 = plane % inner_tiles * kPositions, i = i0 + lane * kV;
+    const bool valid = i < p.inner;  // wide: the inner axis is a multiple of kV
+    const T* x = static_cast<const T*>(p.logits) + o * p.logits_strides.outer + i * p.logits_strides.inner;
+    const int64_t prob_at = kGeneral ? o * p.target_strides.outer + i * p.target_strides.inner : 0;
+
+    Slot tile[kN];
+    auto load_tile = [&](index_t base) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const index_t c = base + group + j * groups;
+        if constexpr (kWide)
+          tile[j] = valid && c < classes ? load16(x + c * p.logits_strides.cls) : minus_infinity<T>();
+        else
+          tile[j] = valid && c < classes ? x[c * p.logits_strides.cls] : from_accum<T>(A(-INFINITY));
+      }
+    };
+    auto values_of = [&](Slot& slot, A(&z)[kV]) {
+      if constexpr (kWide) {
+        opaque(slot);
+        unpack<T>(slot, z);
+      } else {
+        z[0] = to_accum(slot);
+      }
+    };
+    auto transform_all = [&](A(&z)[kV]) {
+      if (kGeneral && p.transform) {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) z[v] = transform(p.k, z[v]);
+      }
+    };
+    if (resident) load_tile(0);
+
+    // ---- statistics of this warp's classes, then of all
+    if (pass != Pass::backward) {
+      RowStats<A> s[kV];
+      Best<A> best[kV], best_prob[kV];
+#pragma unroll
+      for (int v = 0; v < kV; ++v) {
+        s[v] = empty_stats<A>();
+        best[v] = best_prob[v] = no_best<A>();
+      }
+      for (index_t base = 0; base < classes; base += chunk) {
+        if (!resident) load_tile(base);
+        A max[kV];
+#pragma unroll
+        for (int v = 0; v < kV; ++v) max[v] = s[v].max;
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          const index_t c = base + group + j * groups;
+          if (kGeneral && !(valid && c < classes)) continue;
+          A z[kV];
+          values_of(tile[j], z);
+          transform_all(z);
+#pragma unroll
+          for (int v = 0; v < kV; ++v) {
+            max[v] = max_of(max[v], z[v]);
+            if (want_best) take_better(best[v], z[v], int64_t(c));
+          }
+        }
+#pragma unroll
+        for (int v = 0; v < kV; ++v) rebase(s[v], max[v], dots);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          const index_t c = base + group + j * groups;
+          const bool in = valid && c < classes;
+          if (kGeneral && !in) continue;
+          A z[kV];
+          values_of(tile[j], z);
+          transform_all(z);
+#pragma unroll
+          for (int v = 0; v < kV; ++v) {
+            z[v] -= reference(max[v]);
+            s[v].sum_exp += exp_of(z[v]);
+          }
+          if (dots && in) {
+            A q[kV];
+            load_q(p, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner, q,
+                             want_best, best_prob);
+#pragma unroll
+            for (int v = 0; v < kV; ++v) {
+              s[v].dot += product(q[v], z[v], p.zero_times_inf);
+              s[v].mass += q[v];
+            }
+          }
+        }
+      }
+      const int at = group * kPositions + lane * kV, each = groups * kPositions;
+#pragma unroll
+      for (int v = 0; v < kV; ++v) {
+        shared.stats[at + v] = s[v].max;
+        shared.stats[each + at + v] = s[v].sum_exp;
+        if (dots) {
+          shared.stats[2 * each + at + v] = s[v].dot;
+          shared.stats[3 * each + at + v] = s[v].mass;
+        }
+        if (want_best) {
+          shared.best[at + v] = best[v].value;
+          shared.best_at[at + v] = best[v].at;
+          shared.best[each + at + v] = best_prob[v].value;
+          shared.best_at[each + at + v] = best_prob[v].at;
+        }
+      }
+    }
+    block_barrier();  // the statistics are there; the previous plane's results have been read
+
+    for (int position = threadIdx.x; position < kPositions; position += blockDim.x) {
+      if (i0 + position >= p.inner) break;
+      const int64_t row = o * p.inner + i0 + position;
+      const RowTarget<kGeneral> target = load_target<kGeneral>(p, row);
+      RowStats<A> s = empty_stats<A>();
+      Best<A> best = no_best<A>(), best_prob = no_best<A>();
+      A z_target = A(0);
+      if (pass != Pass::backward) {
+        if (target.index >= 0)
+          z_target = to_accum(static_cast<const T*>(p.logits)[o * p.logits_strides.outer +
+                                                              (i0 + position) * p.logits_strides.inner +
+                                                              target.index * p.logits_strides.cls]);
+        if (kGeneral && p.transform) z_target = transform(p.k, z_target);
+        const int each = groups * kPositions;
+        for (int g = 0; g < groups; ++g) s.max = max_of(s.max, shared.stats[g * kPositions + position]);
+        for (int g = 0; g < groups; ++g) {
+          const int at = g * kPositions + position;
+          RowStats<A> part{shared.stats[at], shared.stats[each + at], A(0), A(0)};
+          if (dots) part.dot = shared.stats[2 * each + at], part.mass = shared.stats[3 * each + at];
+          rebase(part, s.max, dots);
+          s.sum_exp += part.sum_exp;
+          s.dot += part.dot;
+          s.mass += part.mass;
+          if (want_best) {
+            take_better(best, shared.best[at], shared.best_at[at]);
+            take_better(best_prob, shared.best[each + at], shared.best_at[each + at]);
+          }
+        }
+      }
+      const RowResult<A> r =
+          finish_row<kGeneral>(p, call, pass, row, target, s, z_target, best, best_prob, /*leader=*/true, &sums);
+      if (pass != Pass::forward) {
+        A* d = shared.result + position;
+        d[0 * kPositions] = r.ref;
+        d[1 * kPositions] = r.log_sum;
+        d[2 * kPositions] = r.u;
+        d[3 * kPositions] = r.softmax_scale;
+        d[4 * kPositions] = r.q_scale;
+        d[5 * kPositions] = r.target_scale;
+        shared.target[position] = target.index;
+      }
+    }
+    block_barrier();  // the results are there; the statistics have been read, and so have the picked logits
+
+    // ---- gradient
+    if constexpr (kPass != Pass::forward) {
+      if (pass == Pass::forward || !valid) continue;
+      RowResult<A> r[kV];
+      index_t picked[kV];
+#pragma unroll
+      for (int v = 0; v < kV; ++v) {
+        const A* d = shared.result + lane * kV + v;
+        r[v] = {d[0 * kPositions], d[1 * kPositions], d[2 * kPositions],
+                d[3 * kPositions], d[4 * kPositions], d[5 * kPositions]};
+        picked[v] = index_t(shared.target[lane * kV + v]);
+      }
+      T* grad = static_cast<T*>(p.grad) + o * p.grad_strides.outer + i * p.grad_strides.inner;
+      const int64_t out_at = kGeneral ? o * p.grad_target_strides.outer + i * p.grad_target_strides.inner : 0;
+      const index_t last = (classes - 1) / chunk * chunk;
+      for (index_t base = classes > 0 ? last : -1; base >= 0; base -= chunk) {  // what was read last first
+        if (!resident) load_tile(base);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          const index_t c = base + group + j * groups;
+          if (c >= classes) continue;
+          A values[kV], g[kV], slope[kV];
+          values_of(tile[j], values);
+          gradient<kGeneral>(p, r, 1, values, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner,
+                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.inner, kGeneral && p.want_q, g, slope);
+          if (kGeneral && !p.grad) continue;
+#pragma unroll
+          for (int v = 0; v < kV; ++v)
+            if (c == picked[v]) g[v] -= r[v].target_scale * slope[v];
+          if constexpr (kWide)
+            store16_stream(grad + c * p.grad_strides.cls, pack<T>(g));
+          else
+            grad[c * p.grad_strides.cls] = from_accum<T>(g[0]);
+        }
+      }
+    }
+  }
+  if (pass == Pass::backward) return;
+  finish_loss(p, sums, blockIdx.x, gridDim.x, shared.scratch);
+}
+
+}  // namespace fastloss

@@ -1,0 +1,77 @@
+// From a launch configuration to one of the instantiated kernels, per dtype of the logits.
+#pragma once
+#include "cross_entropy_kernels.cuh"
+
+namespace fastloss {
+
+template <class T>
+Status launch_cross_entropy(const RowwiseConfig& config, const CrossEntropyParams<accum_t<T>>& params, void* stream);
+
+namespace launch_detail {
+
+template <class T>
+using Kernel = void (*)(CrossEntropyParams<accum_t<T>>);
+
+template <class T, bool kWarpRows, int kN>
+Kernel<T> row_kernel_of_pass(Pass pass) {
+  switch (pass) {
+    case Pass::forward: return cross_entropy_row_kernel<T, false, Pass::forward, kWarpRows, true, kN>;
+    case Pass::forward_grad: return cross_entropy_row_kernel<T, false, Pass::forward_grad, kWarpRows, true, kN>;
+    default: return cross_entropy_row_kernel<T, false, Pass::backward, kWarpRows, true, kN>;
+  }
+}
+
+template <class T>
+Kernel<T> plane_kernel_of_pass(Pass pass) {
+  switch (pass) {
+    case Pass::forward: return cross_entropy_plane_kernel<T, false, Pass::forward, true>;
+    case Pass::forward_grad: return cross_entropy_plane_kernel<T, false, Pass::forward_grad, true>;
+    default: return cross_entropy_plane_kernel<T, false, Pass::backward, true>;
+  }
+}
+
+// float64 has the general instantiations only.
+template <class T>
+Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (!c.general) {
+      switch (c.regime) {
+        case Regime::warp_rows:
+          return c.vectors == 4 ? row_kernel_of_pass<T, true, 4>(pass) : row_kernel_of_pass<T, true, 8>(pass);
+        case Regime::block_rows:
+          return c.vectors == 4 ? row_kernel_of_pass<T, false, 4>(pass) : row_kernel_of_pass<T, false, 8>(pass);
+        case Regime::streaming_rows: return cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
+        case Regime::plane:
+          return c.wide ? plane_kernel_of_pass<T>(pass) : cross_entropy_plane_kernel<T, false, Pass::any, false>;
+      }
+    }
+  }
+  switch (c.regime) {
+    case Regime::warp_rows: return cross_entropy_row_kernel<T, true, Pass::any, true, true, 4>;
+    case Regime::block_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, true, 8>;
+    case Regime::streaming_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, false, 4>;
+    case Regime::plane: break;
+  }
+  return c.wide ? cross_entropy_plane_kernel<T, true, Pass::any, true>
+                : cross_entropy_plane_kernel<T, true, Pass::any, false>;
+}
+
+}  // namespace launch_detail
+
+template <class T>
+Status launch_cross_entropy(const RowwiseConfig& config, const CrossEntropyParams<accum_t<T>>& params, void* stream) {
+  using A = accum_t<T>;
+  LaunchShape shape;
+  shape.grid = config.grid;
+  shape.block = config.threads;
+  shape.cluster = config.cluster ? config.parts : 1;
+  shape.shared = static_cast<int>(sizeof(RowShared<A>));
+  if (config.regime == Regime::plane) {
+    const bool statistics = params.pass != Pass::backward;
+    shape.shared = PlaneShared<A>::bytes(config.groups, kWarp * (config.wide ? kLanes16<T> : 1),
+                                         statistics && params.want_q, statistics && params.want_best);
+  }
+  return launch(launch_detail::kernel_of<T>(config, params.pass), shape, stream, params);
+}
+
+}  // namespace fastloss

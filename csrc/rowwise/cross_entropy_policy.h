@@ -1,0 +1,169 @@
+// Which kernel takes a call of cross entropy on the GPU, and how it is launched: a pure function of the problem and the
+// device. Host C++, no CUDA, so that it is tested without a GPU. The kernels never decide, this never computes.
+//
+//   logits' class stride 1, per row (V = 16-byte vectors of the row):
+//     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
+//     V <= 4096           a block per row: up to 512 threads, 4 or 8 vectors each
+//     V <= 65536, sm_90+  a cluster of 2, 4, 8 or 16 blocks per row, up to 512 threads of 8 vectors each
+//     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
+//     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
+//   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
+//                         element), warps along the classes
+//
+// General instantiations serve what is rare: float64, probability targets, label smoothing, softcap and
+// logit_scale, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid out differently from the logits.
+#pragma once
+#include <cstdint>
+
+#include "../common/device_properties.h"
+#include "../common/types.h"
+
+namespace fastloss {
+
+enum class Pass : int32_t { forward = 0, forward_grad = 1, backward = 2, any = 3 /* known at run time only */ };
+
+constexpr int kWarpRowThreads = 128;  // threads of a block of warp rows
+constexpr int kMaxRowThreads = 512;   // at most, of a block that has a row or a part of one
+constexpr int kMaxPlaneGroups = 20;   // warps of a plane block
+constexpr int kMaxGeneralPlaneGroups = 8;
+constexpr int kPlaneClasses = 8;      // classes that one thread of a plane block holds
+
+struct RowwiseProblem {
+  int64_t outer = 0, classes = 0, inner = 1;
+  int element_bytes = 4;
+  Strides logits, grad;
+  bool has_grad = false;
+  int logits_offset = 0, grad_offset = 0;  // of the first element from a 16-byte boundary, in bytes
+  bool general = false;                    // wants what only the general instantiation has
+  Pass pass = Pass::forward;
+
+  int64_t rows() const { return outer * inner; }
+};
+
+enum class Regime : int32_t { warp_rows, block_rows, streaming_rows, plane };
+
+struct RowwiseConfig {
+  Regime regime = Regime::warp_rows;
+  bool general = false;
+  bool wide = false;    // plane: 16 bytes per lane
+  int vectors = 4;      // rows: 16-byte vectors per thread
+  int lanes = 32;       // warp rows: threads per row
+  int parts = 1;        // block and streaming rows: blocks per row
+  bool cluster = false; // the parts form a cluster
+  int64_t slice = 0;    // rows: vectors per part
+  int groups = 1;       // plane: warps per block
+  int threads = 32;
+  int64_t grid = 0;
+};
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// [outer, classes, inner] tensors whose outer and inner axes can be walked as one; then inner becomes 1. Transposed
+// matrices (inner 1, classes not adjacent) become planes instead.
+inline void merge_axes(int64_t* outer, int64_t classes, int64_t* inner, Strides* tensors[], int count) {
+  for (int i = 0; i < count; ++i)
+    if (classes == 1) tensors[i]->cls = 1;
+  bool mergeable = true;
+  for (int i = 0; i < count; ++i)
+    mergeable &= *outer <= 1 || *inner <= 1 || tensors[i]->outer == *inner * tensors[i]->inner;
+  if (mergeable && *inner > 1) {
+    for (int i = 0; i < count; ++i) tensors[i]->outer = tensors[i]->inner;
+    *outer *= *inner;
+    *inner = 1;
+  }
+  if (*inner == 1 && tensors[0]->cls != 1) {
+    for (int i = 0; i < count; ++i) tensors[i]->inner = tensors[i]->outer;
+    *inner = *outer;
+    *outer = 1;
+  }
+  for (int i = 0; i < count; ++i) {
+    if (*outer == 1) tensors[i]->outer = 0;
+    if (*inner == 1) tensors[i]->inner = 0;
+  }
+}
+
+inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DeviceProperties& device) {
+  RowwiseConfig c;
+  const int lanes16 = 16 / p.element_bytes;
+  const int64_t rows = p.rows();
+  const bool statistics = p.pass != Pass::backward;
+  auto on_grid = [&](int64_t elements) { return elements * p.element_bytes % 16 == 0; };
+
+  if (p.logits.cls != 1) {
+    c.regime = Regime::plane;
+    c.wide = p.inner % lanes16 == 0 && p.logits.inner == 1 && p.logits_offset == 0 && on_grid(p.logits.cls) &&
+             on_grid(p.logits.outer);
+    if (p.has_grad)
+      c.wide = c.wide && p.grad.inner == 1 && p.grad_offset == 0 && on_grid(p.grad.cls) && on_grid(p.grad.outer);
+    c.general = p.general;
+    const int64_t groups = div_up(p.classes, kPlaneClasses);
+    const int most_groups = c.general ? kMaxGeneralPlaneGroups : kMaxPlaneGroups;
+    c.groups = static_cast<int>(groups < 1 ? 1 : groups <= most_groups ? groups : 8);
+    c.threads = 32 * c.groups;
+    const int64_t tiles = p.outer * div_up(p.inner, 32 * (c.wide ? lanes16 : 1));
+    const int64_t most = int64_t(device.multiprocessors) * 64;
+    c.grid = tiles < most ? tiles : most;
+    return c;
+  }
+
+  // Gradients that do not lie on the 16-byte grid as the logits do are stored element by element.
+  bool same_grid = true;
+  if (p.has_grad)
+    same_grid = p.grad.cls == 1 && p.logits_offset == p.grad_offset && on_grid(p.grad.outer - p.logits.outer) &&
+                on_grid(p.grad.inner - p.logits.inner);
+  c.general = p.general || !same_grid || p.inner > 1;
+  // Every row on the 16-byte grid: no edges. Otherwise a row has up to 2 (lanes16 - 1) of them, one per thread.
+  const bool whole = p.logits_offset == 0 && on_grid(p.classes) && (p.outer == 1 || on_grid(p.logits.outer)) &&
+                     (p.inner == 1 || on_grid(p.logits.inner));
+  const int least_lanes = whole ? 1 : 2 * lanes16;
+  const int64_t vectors = div_up(p.classes, lanes16);
+
+  if (vectors <= (c.general ? 128 : 256)) {
+    c.regime = Regime::warp_rows;
+    c.vectors = vectors <= 128 ? 4 : 8;
+    c.lanes = least_lanes;
+    while (int64_t(c.lanes) * c.vectors < vectors) c.lanes *= 2;
+    c.slice = vectors;
+    c.threads = kWarpRowThreads;
+    const int64_t blocks = div_up(rows, c.threads / c.lanes);
+    const int64_t most = int64_t(device.multiprocessors) * 32;
+    c.grid = blocks < most ? blocks : most;
+    return c;
+  }
+
+  c.regime = Regime::block_rows;
+  c.vectors = c.general || vectors > 4 * 256 ? 8 : 4;
+  int64_t capacity = int64_t(kMaxRowThreads) * c.vectors;
+  if (vectors > capacity) {
+    if (!statistics) {
+      c.parts = static_cast<int>(div_up(vectors, capacity / 2));
+    } else {
+      while (c.parts < device.max_cluster && vectors > capacity * c.parts) c.parts *= 2;
+      c.cluster = c.parts > 1;
+      if (vectors > capacity * c.parts) {
+        c.regime = Regime::streaming_rows;
+        c.vectors = 4;
+        // Enough blocks to fill the device; a cluster only when the rows are too few for that.
+        if (device.max_cluster > 1) {
+          c.parts = device.max_cluster < 8 ? device.max_cluster : 8;
+          c.cluster = true;
+        }
+      }
+    }
+  }
+  c.slice = div_up(div_up(vectors, c.parts), 8) * 8;  // parts start on 128-byte lines of an aligned row
+  const int64_t needed = div_up(div_up(c.slice, c.vectors), 32) * 32;
+  c.threads = static_cast<int>(needed < kMaxRowThreads ? needed : kMaxRowThreads);
+  const int64_t most = statistics ? div_up(int64_t(device.multiprocessors) * 32, c.parts) : INT32_MAX / c.parts;
+  c.grid = (rows < most ? rows : most) * c.parts;
+  return c;
+}
+
+// Blocks of the kernel that sums up the targets; each leaves one partial sum, and a warp adds them up.
+inline int totals_blocks(int64_t rows, int64_t classes) {
+  const int64_t items = rows > classes ? rows : classes;
+  const int64_t blocks = div_up(items, 2048);
+  return static_cast<int>(blocks < 1 ? 1 : blocks < 32 ? blocks : 32);
+}
+
+}  // namespace fastloss

@@ -1,0 +1,105 @@
+// One gathered element per row: nothing to vectorise in forward; backward is a fill and a scatter.
+#define FASTLOSS_ISA portable
+#include "../common/cpu_support.h"
+#include "nll_loss.h"
+
+namespace fastloss {
+namespace portable {
+
+struct NllPart {
+  double loss, weight;
+  int64_t bad;
+};
+
+template <class S>
+Status nll_forward(const NllLossArgs& a, ParallelFor parallel_for) {
+  using T = accum_t<S>;
+  const S* x = static_cast<const S*>(a.input);
+  const T* weight = static_cast<const T*>(a.weight);
+  constexpr int64_t kBlock = 4096;
+  const int64_t rows = a.rows(), blocks = (rows + kBlock - 1) / kBlock;
+  Scratch<NllPart> parts(blocks > 0 ? blocks : 1);
+  auto over_blocks = [&](const auto& row_body) {
+    parallel(parallel_for, blocks, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        NllPart p{0, 0, -1};
+        for (int64_t row = i * kBlock; row < min_of(rows, (i + 1) * kBlock); ++row) row_body(row, p);
+        parts[i] = p;
+      }
+    });
+  };
+  // First the targets alone, so that a bad one leaves nothing half done.
+  over_blocks([&](int64_t row, NllPart& p) {
+    const int64_t t = load_index(a.target, a.index_type, row);
+    if (t != a.ignore_index && uint64_t(t) >= uint64_t(a.classes) && p.bad < 0) p.bad = row;
+  });
+  for (int64_t i = 0; i < blocks; ++i)
+    if (parts[i].bad >= 0) return {Status::bad_target, parts[i].bad, load_index(a.target, a.index_type, parts[i].bad)};
+  over_blocks([&](int64_t row, NllPart& p) {
+    const int64_t t = load_index(a.target, a.index_type, row);
+    double loss = 0;
+    if (t != a.ignore_index) {
+      const double w = weight ? double(weight[t]) : 1.0;
+      loss = -w * double(to_accum(x[row / a.inner * a.input_strides.outer + row % a.inner * a.input_strides.inner +
+                                    t * a.input_strides.cls]));
+      p.weight += w;
+      p.loss += loss;
+    }
+    if (a.reduction == Reduction::none) store_scalar(a.loss, a.input_type, row, loss + 0.0);
+  });
+  constexpr int64_t stride = sizeof(NllPart) / sizeof(double);
+  const double total = pairwise_sum(&parts[0].loss, blocks, stride);
+  const double total_weight = pairwise_sum(&parts[0].weight, blocks, stride);
+  if (a.total_weight) *static_cast<T*>(a.total_weight) = T(total_weight);
+  if (a.reduction == Reduction::mean) store_scalar(a.loss, a.input_type, 0, total / total_weight);
+  if (a.reduction == Reduction::sum) store_scalar(a.loss, a.input_type, 0, total);
+  return {};
+}
+
+template <class S>
+Status nll_backward(const NllLossArgs& a, ParallelFor parallel_for) {
+  using T = accum_t<S>;
+  const T* weight = static_cast<const T*>(a.weight);
+  const double total = a.reduction == Reduction::mean ? double(*static_cast<const T*>(a.total_weight)) : 1.0;
+  S* grad = static_cast<S*>(a.grad);
+  const Strides g = a.grad_strides;
+  // Zeros in memory order (the smaller stride innermost), then one element per row.
+  const bool class_major = g.cls > g.inner && a.inner > 1;
+  parallel(parallel_for, a.outer, grain_for(a.classes * a.inner), [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      S* p = grad + o * g.outer;
+      const int64_t n0 = class_major ? a.classes : a.inner, n1 = class_major ? a.inner : a.classes;
+      const int64_t s0 = class_major ? g.cls : g.inner, s1 = class_major ? g.inner : g.cls;
+      for (int64_t i = 0; i < n0; ++i) {
+        if (s1 == 1) {
+          __builtin_memset(static_cast<void*>(p + i * s0), 0, size_t(n1) * sizeof(S));
+        } else {
+          for (int64_t j = 0; j < n1; ++j) p[i * s0 + j * s1] = S{};
+        }
+      }
+      for (int64_t i = 0; i < a.inner; ++i) {
+        const int64_t row = o * a.inner + i, t = load_index(a.target, a.index_type, row);
+        if (t == a.ignore_index) continue;
+        const double w = weight ? double(weight[t]) : 1.0;
+        const double up = load_scalar(a.grad_output, a.input_type, a.grad_output_per_row ? row : 0);
+        p[t * g.cls + i * g.inner] = from_accum<S, double>(-w * up / total);
+      }
+    }
+  });
+  return {};
+}
+
+}  // namespace portable
+
+Status nll_loss_forward_cpu(const NllLossArgs& a, ParallelFor parallel_for) {
+  return portable::with_storage(a.input_type, [&](auto* tag) {
+    return portable::nll_forward<typename portable::strip_pointer<decltype(tag)>::type>(a, parallel_for);
+  });
+}
+Status nll_loss_backward_cpu(const NllLossArgs& a, ParallelFor parallel_for) {
+  return portable::with_storage(a.input_type, [&](auto* tag) {
+    return portable::nll_backward<typename portable::strip_pointer<decltype(tag)>::type>(a, parallel_for);
+  });
+}
+
+}  // namespace fastloss

@@ -1,0 +1,151 @@
+#include "support.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastloss {
+
+namespace {
+void check(AOTITorchError e, const char* what) {
+  if (e != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("fastloss: ") + what + " failed");
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kHugePage = int64_t(1) << 21;
+  if (bytes < 2 * kHugePage) return;
+  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
+  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) & ~uintptr_t(kHugePage - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may be refused
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+std::string row_name(const Tensor& target, int64_t row) {
+  std::string name = "target[";
+  const int64_t dim = target.dim();
+  if (dim == 0) return "target";
+  int64_t below = 1;
+  for (int64_t d = 1; d < dim; ++d) below *= target.size(d);
+  for (int64_t d = 0; d < dim; ++d) {
+    name += (d ? ", " : "") + std::to_string(below ? row / below : 0);
+    row = below ? row % below : 0;
+    if (d + 1 < dim) below /= target.size(d + 1) ? target.size(d + 1) : 1;
+  }
+  return name + "]";
+}
+}  // namespace
+
+Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type) {
+  int32_t device_type, device_index;
+  check(aoti_torch_get_device_type(like.get(), &device_type), "reading a device");
+  check(aoti_torch_get_device_index(like.get(), &device_index), "reading a device");
+  AtenTensorHandle handle;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("fastloss: out of memory");
+  return Tensor(handle);
+}
+Tensor allocate(const Tensor& like, int64_t count, ScalarType type) {
+  const int64_t one = 1;
+  return allocate(like, &count, &one, 1, type);
+}
+Tensor allocate_scalar(const Tensor& like, ScalarType type) {
+  const int64_t none = 0;
+  return allocate(like, &none, &none, 0, type);
+}
+Tensor allocate_like(const Tensor& t) {
+  Tensor r = t.is_contiguous() ? allocate(t, t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type())
+                               : torch::stable::empty_like(t);
+  if (t.is_cpu()) advise_huge_pages(r.data_ptr(), r.numel() * int64_t(r.element_size()));
+  return r;
+}
+
+void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType type, const Tensor& like) {
+  if (t.numel() != count || !t.is_contiguous() || t.scalar_type() != type || t.is_cuda() != like.is_cuda() ||
+      t.get_device_index() != like.get_device_index())
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(count) +
+                                " contiguous elements of the accumulation dtype on the device of the logits");
+}
+
+Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  const int64_t dim = first.dim();
+  Collapsed r;
+  r.classes = first.size(1);
+  // The row dimensions (all but dim 1), outermost first, without those of size 1.
+  int64_t dims[64], n = 0, size[64];
+  for (int64_t d = 0; d < dim; ++d)
+    if (d != 1 && first.size(d) != 1) dims[n] = d, size[n++] = first.size(d);
+  auto merges = [&](int64_t k) {  // dims[k] and dims[k + 1] are one, in every tensor
+    for (const Tensor* t : tensors)
+      if (t->stride(dims[k]) != t->stride(dims[k + 1]) * size[k + 1]) return false;
+    return true;
+  };
+  int64_t split = n;  // first dimension of the inner group
+  for (int64_t k = 0; k + 1 < n; ++k)
+    if (!merges(k)) {
+      if (split != n) throw std::invalid_argument("fastloss: this layout needs logits.contiguous()");
+      split = k + 1;
+    }
+  if (split == n && n > 0 && first.stride(1) != 1) split = 0;  // one group: rows outside unless classes are strided
+  for (int64_t k = 0; k < n; ++k) (k < split ? r.outer : r.inner) *= size[k];
+  int i = 0;
+  for (const Tensor* t : tensors) {
+    r.strides[i].cls = t->stride(1);
+    r.strides[i].outer = split > 0 ? t->stride(dims[split - 1]) : 0;
+    r.strides[i].inner = split < n ? t->stride(dims[n - 1]) : 0;
+    ++i;
+  }
+  return r;
+}
+
+void torch_parallel(int64_t count, int64_t grain, RangeBody body, void* ctx) {
+  if (count <= 0) return;
+  if (count <= grain) return body(ctx, 0, count);
+  struct Call {
+    RangeBody body;
+    void* ctx;
+  } call{body, ctx};
+  check(torch_parallel_for(
+            0, count, grain,
+            [](int64_t begin, int64_t end, void* p) {
+              const Call* c = static_cast<const Call*>(p);
+              c->body(c->ctx, begin, end);
+            },
+            &call),
+        "parallel_for");
+}
+
+void raise_if_failed(const Status& status, const Tensor& target, int64_t classes, int64_t ignore_index) {
+  switch (status.code) {
+    case Status::ok: return;
+    case Status::bad_target:
+      throw std::out_of_range("Target " + std::to_string(status.value) + " is out of bounds. " +
+                              row_name(target, status.row) + " = " + std::to_string(status.value) +
+                              ", but there are " + std::to_string(classes) + " classes: expected 0 <= target < " +
+                              std::to_string(classes) + ", or ignore_index (" + std::to_string(ignore_index) +
+                              ") for targets to leave out.");
+    case Status::cuda_error:
+      throw std::runtime_error("fastloss: CUDA error " + std::to_string(status.value) + " at a kernel launch");
+    case Status::unsupported: throw std::runtime_error("fastloss: no kernel for this input");
+  }
+}
+
+#if defined(FASTLOSS_HAVE_CUDA)
+// Only libtorch_cuda has it; the same binary also serves CPU builds of torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+void* current_cuda_stream(const Tensor& t) {
+  if (aoti_torch_get_current_cuda_stream == nullptr)
+    throw std::runtime_error("fastloss: this build of torch has no CUDA");
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream), "reading the current stream");
+  return stream;
+}
+#endif
+
+}  // namespace fastloss

@@ -1,0 +1,127 @@
+"""What the Python faces of the losses share: reductions, dtypes, checks of what an argument is."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .._library import cuda_built
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+# Codes of the C++ enum DType.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+INDEX_DTYPES = frozenset(
+    (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+)
+HALVES = (torch.float16, torch.bfloat16)
+_ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that torch's deprecated arguments stand for; they win over ``reduction``, even a wrong one."""
+    reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    warnings.warn(
+        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.", stacklevel=4
+    )
+    return reduction
+
+
+def reduction_code(reduction: str) -> int:
+    """0, 1, 2 for none, mean, sum. ValueError for anything else."""
+    code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is not None:
+        return code
+    if reduction == "elementwise_mean":
+        warnings.warn(
+            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=4
+        )
+        return REDUCTIONS["mean"]
+    raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+
+
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums and exponentials are taken in float64 for float64, else in float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for this device; torch's losses then return float32 for float16 and bfloat16."""
+    kind = device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def require_tensor(name: str, value: Any, function: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why fastloss cannot take these tensors, or None. The first one is the loss's input."""
+    first: Tensor | None = None
+    for t in tensors:
+        if t is None:
+            continue
+        if first is None:
+            first = t
+            kind = t.device.type
+            if kind not in ("cpu", "cuda", "meta"):
+                return f"device {t.device}: fastloss has kernels for cpu and cuda"
+            if kind == "cuda" and not cuda_built() and not isinstance(t, FakeTensor):
+                return "CUDA tensors: this build of fastloss has no CUDA kernels (see python -m fastloss info)"
+        if t.layout is not torch.strided:
+            return f"layout {t.layout}: fastloss takes dense tensors; call .to_dense()"
+        if type(t) not in _ORDINARY and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"tensor subclass {type(t).__name__}: fastloss takes plain tensors; convert it first"
+    return None
+
+
+def require_supported_tensors(function: str, *tensors: Tensor | None) -> None:
+    reason = unsupported(*tensors)
+    if reason is not None:
+        raise NotImplementedError(f"{function}(): not for {reason}. fastloss.patch() leaves such calls to torch.")
+
+
+def require_same_device(function: str, first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
+    name, tensor = first
+    for other_name, other in others:
+        if other is not None and other.device != tensor.device:
+            raise RuntimeError(
+                f"{function}(): Expected all tensors to be on the same device, but {name} is on {tensor.device} and "
+                f"{other_name} is on {other.device}; move one with .to()"
+            )
+
+
+def forward_mode_active() -> bool:
+    return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def keeps_graph() -> bool:
+    """In a backward pass: whether this graph may be run again (retain_graph, create_graph)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def differentiated_again(*tensors: Tensor | None) -> bool:
+    """In a backward pass: whether its result must itself be differentiable (create_graph, nested torch.func)."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def attach(value: Tensor, formula: Tensor) -> Tensor:
+    """``value``, computed by a kernel, with the derivative of ``formula``, the same thing composed of torch operations."""
+    return value + torch.nan_to_num(formula - formula.detach(), nan=0.0, posinf=0.0, neginf=0.0).to(value.dtype)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements of ``t`` fill a block of memory once each."""
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True

@@ -1,0 +1,773 @@
+"""Cross entropy: log-softmax and negative log likelihood in one pass over the logits.
+
+The mathematics is in ``csrc/rowwise/cross_entropy.h``; this file checks arguments, chooses the path and gives autograd
+its rules. Three ways to a gradient:
+
+- *fused* (scalar reductions): the gradient for grad_output 1 is computed in forward while the row is at hand, one read
+  and one write of the logits in all; backward scales it, or returns it untouched when grad_output is 1;
+- *recomputing* (reduction ``none``, float16, torch.compile, forward mode, ``grad_in_forward=False``): forward reads the
+  logits once and saves two numbers per row; backward reads them again and writes the gradient;
+- the same under torch.func transforms, in the form that they ask for.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import errors
+from .._library import loop_vmap, ops
+from . import _common
+from ._common import DTYPE_CODES, INDEX_DTYPES
+
+# Bits of `flags`, as in cross_entropy_torch.cpp.
+SAVE, GRAD, ALL_IGNORED_ZERO, ZERO_TIMES_INF, STATS = 1, 2, 4, 8, 16
+NONE, MEAN, SUM = 0, 1, 2
+
+
+class CrossEntropyStats(NamedTuple):
+    """What ``return_stats=True`` adds, from the same read of the logits. No gradient flows through it.
+
+    Attributes:
+        lse: log-sum-exp of each row of (scaled, capped) logits, shape of an index target, float32 (float64 for float64
+            logits).
+        argmax: predicted class, int64, shape of an index target.
+        accuracy: share of the counted targets that were predicted right, float32, shape (). For probability targets the
+            wanted class is their arg-max.
+    """
+
+    lse: Tensor
+    argmax: Tensor
+    accuracy: Tensor
+
+
+class _Options(NamedTuple):
+    """The operators' trailing arguments, in their order."""
+
+    reduction: int
+    loss_dtype: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+    flags: int
+
+
+# ------------------------------------------------------------------------------------------------ fake kernels, vmap
+
+
+def _row_shape(logits: Tensor) -> list[int]:
+    return [*logits.shape[:1], *logits.shape[2:]]
+
+
+def _saved_count(logits: Tensor, target: Tensor) -> int:
+    rows = 1
+    for n in _row_shape(logits):
+        rows = rows * n
+    return (3 if target.is_floating_point() else 2) * rows + 2
+
+
+_LOSS_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+def _fake_loss(logits: Tensor, options: _Options) -> Tensor:
+    shape = _row_shape(logits) if options.reduction == NONE else []
+    return logits.new_empty(shape, dtype=_LOSS_DTYPES[options.loss_dtype])
+
+
+def _fake_saved_grad(logits: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    nothing = logits.new_empty([0], dtype=torch.float32)
+    saved, grad = nothing, torch.empty_like(nothing)
+    if options.flags & SAVE:
+        saved = logits.new_empty([_saved_count(logits, target)], dtype=_common.accum_dtype(logits.dtype))
+    if options.flags & GRAD:
+        grad = torch.empty_like(logits)
+    return saved, grad
+
+
+def _fake_stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = _row_shape(logits)
+    return (
+        logits.new_empty(shape, dtype=_common.accum_dtype(logits.dtype)),
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty([], dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("fastloss::cross_entropy_forward")
+def _(logits, target, weight, sample_weight, *options):
+    return (_fake_loss(logits, _Options(*options)), *_fake_saved_grad(logits, target, _Options(*options)))
+
+
+@torch.library.register_fake("fastloss::cross_entropy_forward_stats")
+def _(logits, target, weight, sample_weight, *options):
+    o = _Options(*options)
+    return (_fake_loss(logits, o), *_fake_saved_grad(logits, target, o), *_fake_stats(logits))
+
+
+@torch.library.register_fake("fastloss::cross_entropy_forward_inplace")
+def _(logits, target, weight, sample_weight, *options):
+    o = _Options(*options)
+    if o.flags & STATS:
+        return (_fake_loss(logits, o), *_fake_stats(logits))
+    return (_fake_loss(logits, o), *(logits.new_empty([0], dtype=torch.float32) for _ in range(3)))
+
+
+@torch.library.register_fake("fastloss::cross_entropy_backward")
+def _(grad_output, logits, target, weight, sample_weight, saved, *options):
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake("fastloss::cross_entropy_target_backward")
+def _(grad_output, logits, target, weight, sample_weight, saved, *options):
+    return torch.empty_like(target)
+
+
+for _name, _outputs in (
+    ("cross_entropy_forward", 3),
+    ("cross_entropy_forward_stats", 6),
+    ("cross_entropy_backward", 1),
+    ("cross_entropy_target_backward", 1),
+):
+    torch.library.register_vmap(f"fastloss::{_name}", loop_vmap(getattr(ops, _name), _outputs))
+
+
+# --------------------------------------------------------------------------- formulas for second order and forward mode
+
+
+def _formula(
+    logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, grad_output: Tensor, o: _Options
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients composed of torch operations, so that they can be differentiated again.
+
+    Returns the derivatives with respect to logits, probabilities, and class weight (the last per row and class, still
+    to be summed over the rows), each times grad_output. float16 and bfloat16 are computed in float32.
+    """
+    accum = _common.accum_dtype(logits.dtype)
+    x, classes = logits.to(accum), logits.shape[1]
+    z = x * o.logit_scale
+    slope: Any = o.logit_scale
+    if o.softcap > 0:
+        t = torch.tanh(z / o.softcap)
+        z, slope = o.softcap * t, o.logit_scale * (1 - t * t)
+    lse = torch.logsumexp(z, 1, keepdim=True)
+    softmax = torch.softmax(z, 1)
+    w = torch.ones((), dtype=accum, device=x.device) if weight is None else weight.to(accum)
+    w = w.view(-1, *[1] * (logits.dim() - 2)) if weight is not None else w
+    s = 1.0 if sample_weight is None else sample_weight.unsqueeze(1)
+
+    if target.is_floating_point():
+        p = target.to(accum) * (1 - o.label_smoothing) + o.label_smoothing / max(classes, 1)
+        counted = torch.ones_like(lse)
+        q = w * p
+        mass = q.sum(1, keepdim=True)
+        row_weight = counted
+    else:
+        counted = (target != o.ignore_index).unsqueeze(1).to(accum)
+        index = torch.where(target != o.ignore_index, target, 0).to(torch.int64).unsqueeze(1)
+        w_t = w.expand(logits.shape[1], *[1] * (logits.dim() - 2)).unsqueeze(0).expand_as(z).gather(1, index)
+        one_hot = torch.zeros_like(z).scatter(1, index, 1.0)
+        w_all = w.expand_as(z)
+        q = (1 - o.label_smoothing) * w_t * one_hot + o.label_smoothing / max(classes, 1) * w_all
+        mass = q.sum(1, keepdim=True)
+        p = None
+        row_weight = w_t * counted
+    per_row = grad_output.to(accum).unsqueeze(1) if o.reduction == NONE else grad_output.to(accum)
+    u = per_row * s * counted
+    uz = u
+    if o.reduction == MEAN:
+        u = u / (s * row_weight).sum()
+        uz = uz / (s * counted).sum()
+    grad = u * (mass * softmax - q)
+    if o.z_loss:
+        grad = grad + uz * (2 * o.z_loss) * lse * softmax
+    grad = (grad * slope).to(logits.dtype)
+    if p is None:
+        return grad, None, None
+    return grad, u * (1 - o.label_smoothing) * w * (lse - z), u * p * (lse - z)
+
+
+def _sum_rows(per_class: Tensor, weight: Tensor) -> Tensor:
+    return per_class.sum([d for d in range(per_class.dim()) if d != 1]).to(weight.dtype)
+
+
+def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: Any) -> tuple[Any, ...]:
+    """Gradients for (logits, target, weight). ``kernel_grad`` gives the logits' own, as the path at hand gets it."""
+    logits, target, weight, sample_weight, saved = saved_tensors
+    o: _Options = ctx.options
+    need_logits, need_target, need_weight = ctx.needs_input_grad[:3]
+    grad_output = grad_output.contiguous()
+    grad = kernel_grad(grad_output) if need_logits else None
+    grad_target = grad_weight = None
+    args = (grad_output, logits, target)
+    if need_target:
+        grad_target = ops.cross_entropy_target_backward(*args, weight, sample_weight, saved, *o)
+    if need_weight:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z)
+        plain = o._replace(label_smoothing=0.0)
+        per_class = ops.cross_entropy_target_backward(*args, None, sample_weight, saved, *plain)
+        p = target * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
+        grad_weight = _sum_rows(per_class.to(weight.dtype) * p, weight)
+    if _common.differentiated_again(grad_output, logits, target, weight):
+        f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, grad_output, o)
+        grad = None if grad is None else _common.attach(grad, f_logits)
+        if grad_target is not None and f_target is not None:
+            grad_target = _common.attach(grad_target, f_target)
+        if grad_weight is not None and f_weight is not None:
+            grad_weight = _common.attach(grad_weight, _sum_rows(f_weight, weight))
+    return grad, grad_target, grad_weight, None, None
+
+
+def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
+    logits, target, weight, sample_weight = ctx.saved_for_forward
+    o: _Options = ctx.options
+    ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=_LOSS_DTYPES[o.loss_dtype])
+    f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
+    total: Any = 0
+    if logits_t is not None:
+        total = total + (f_logits * logits_t)
+    if target_t is not None and f_target is not None:
+        total = total + f_target * target_t
+    if weight_t is not None and f_weight is not None:
+        total = total + f_weight * weight_t.view(-1, *[1] * (logits.dim() - 2))
+    result = total.sum(1) if o.reduction == NONE else total.sum()
+    return result.to(_LOSS_DTYPES[o.loss_dtype])
+
+
+# --------------------------------------------------------------------------------------------------- autograd
+
+
+class _Fused(Function):
+    """Gradient in forward. Holds it outside the saved tensors: the logits may then change after forward, as torch allows."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+        o = options._replace(flags=options.flags | GRAD)
+        loss, _, ctx.grad = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
+        ctx.options = options
+        ctx.save_for_backward(logits, target, weight, sample_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):  # type: ignore[override]
+        return _fused_backward(ctx, grad_output)
+
+
+class _FusedStats(Function):
+    @staticmethod
+    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+        o = options._replace(flags=options.flags | GRAD)
+        loss, _, ctx.grad, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+        ctx.options = options
+        ctx.save_for_backward(logits, target, weight, sample_weight)
+        ctx.mark_non_differentiable(*stats)
+        return (loss, *stats)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):  # type: ignore[override]
+        return _fused_backward(ctx, grad_output)
+
+
+def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    grad = ctx.grad
+    if grad is None:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: the gradient of this cross entropy was given away the "
+            "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
+        )
+    if not _common.keeps_graph():
+        ctx.grad = None
+        ops.scale_grad_(grad, grad_output)
+        return grad, None, None, None, None
+    if not torch.is_grad_enabled():
+        return ops.scale_grad(grad, grad_output), None, None, None, None
+    saved = (*ctx.saved_tensors, None)
+    return _backward(ctx, grad_output, saved, lambda g: ops.scale_grad(grad, g))
+
+
+class _InPlace(Function):
+    """The gradient takes the logits' own memory; their version counter is moved on."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+        loss, *stats = ops.cross_entropy_forward_inplace(logits, target, weight, sample_weight, *options)
+        torch.autograd.graph.increment_version(logits)
+        ctx.grad = logits.detach()
+        ctx.mark_non_differentiable(*stats)
+        return (loss, *stats)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "cross_entropy(inplace_grad=True) cannot be differentiated twice: its logits are gone. Leave "
+                "inplace_grad out where create_graph=True is used."
+            )
+        return _fused_backward(ctx, grad_output)
+
+
+class _Recompute(Function):
+    @staticmethod
+    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+        o = options._replace(flags=options.flags | SAVE)
+        if options.flags & STATS:
+            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+        else:
+            loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
+            stats = []
+        ctx.options = options
+        ctx.save_for_backward(logits, target, weight, sample_weight, saved)
+        ctx.save_for_forward(logits, target, weight, sample_weight)
+        ctx.mark_non_differentiable(saved, *stats)
+        return (loss, saved, *stats)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):  # type: ignore[override]
+        return _recompute_backward(ctx, grad_output)
+
+    @staticmethod
+    def jvp(ctx, logits_t, target_t, weight_t, *_):  # type: ignore[override]
+        return (_jvp(ctx, logits_t, target_t, weight_t), *[None] * (1 + 3 * bool(ctx.options.flags & STATS)))
+
+
+def _recompute_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    logits, target, weight, sample_weight, saved = tensors
+
+    def kernel_grad(g: Tensor) -> Tensor:
+        return ops.cross_entropy_backward(g, logits, target, weight, sample_weight, saved, *ctx.options)
+
+    return _backward(ctx, grad_output, tensors, kernel_grad)
+
+
+class _Transformed(Function):
+    """The recomputing path in the form that torch.func transforms ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, target, weight, sample_weight, options):  # type: ignore[override]
+        o = options._replace(flags=options.flags | SAVE)
+        if options.flags & STATS:
+            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+            return (loss, saved, *stats)
+        loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
+        return loss, saved
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        logits, target, weight, sample_weight, ctx.options = inputs
+        _, saved, *stats = output
+        ctx.mark_non_differentiable(saved, *stats)
+        ctx.save_for_backward(logits, target, weight, sample_weight, saved)
+        ctx.save_for_forward(logits, target, weight, sample_weight)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):  # type: ignore[override]
+        return _recompute_backward(ctx, grad_output)
+
+    jvp = _Recompute.jvp
+
+
+def _run(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    o: _Options,
+    grad_in_forward: bool | None,
+    inplace_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Loss (and statistics) of canonical arguments: chooses among the paths."""
+    stats = bool(o.flags & STATS)
+    if _common.functorch_active():
+        loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, o)
+        return (loss, *rest)
+    if _common.forward_mode_active():
+        loss, _, *rest = _Recompute.apply(logits, target, weight, sample_weight, o)
+        return (loss, *rest)
+    wanted = torch.is_grad_enabled() and (
+        logits.requires_grad or target.requires_grad or (weight is not None and weight.requires_grad)
+    )
+    if not wanted:
+        if stats:
+            loss, _, _, *rest = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+            return (loss, *rest)
+        return (ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)[0],)
+    fused = o.reduction != NONE and logits.requires_grad
+    fused = fused and not (target.requires_grad or (weight is not None and weight.requires_grad))
+    fused = fused and not torch.compiler.is_compiling()
+    if inplace_grad and fused:
+        loss, *rest = _InPlace.apply(logits, target, weight, sample_weight, o)
+        return (loss, *rest) if stats else (loss,)
+    if grad_in_forward is None:
+        grad_in_forward = logits.dtype is not torch.float16
+    if fused and grad_in_forward:
+        if stats:
+            return _FusedStats.apply(logits, target, weight, sample_weight, o)
+        return (_Fused.apply(logits, target, weight, sample_weight, o),)
+    loss, _, *rest = _Recompute.apply(logits, target, weight, sample_weight, o)
+    return (loss, *rest)
+
+
+# ------------------------------------------------------------------------------------------------------ validation
+
+
+def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
+    """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions, with a remedy."""
+    x, t = list(logits.shape), list(target.shape)
+    if len(x) == 2:
+        if len(t) > 1:
+            raise RuntimeError(
+                f"0D or 1D target tensor expected, multi-target not supported: target has shape {t} for input {x}; give "
+                "one class index per row, or floating-point probabilities of the input's shape"
+            )
+        if not t or t[0] != x[0]:
+            raise ValueError(
+                f"Expected input batch_size ({x[0]}) to match target batch_size ({t[0] if t else 0}). "
+                f"input has shape {x}, target {t}"
+            )
+        return
+    if t[:1] != x[:1]:
+        raise ValueError(
+            f"Expected input batch_size ({x[0]}) to match target batch_size ({t[0] if t else 0}). "
+            f"input has shape {x}, target {t}"
+        )
+    if len(x) == 4:
+        if len(t) != 3:
+            raise RuntimeError(
+                f"only batches of spatial targets supported (3D tensors) but got targets of dimension: {len(t)}; for "
+                f"input {x} the target needs shape {[x[0], *x[2:]]}"
+            )
+        if t[1:] != x[2:]:
+            raise RuntimeError(
+                f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}"
+            )
+    elif t[1:] != x[2:]:
+        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
+
+
+def _check_weight(weight: Tensor, classes: int, function: str, prefix: str = "") -> None:
+    if not weight.is_floating_point():
+        raise RuntimeError(f"{function}(): weight must be floating point, got {weight.dtype}; call weight.float()")
+    if weight.dim() != 1 or weight.shape[0] != classes:
+        raise RuntimeError(
+            f"{prefix}weight tensor should be defined either for all {classes} classes or no classes but got weight "
+            f"tensor of shape: {list(weight.shape)}"
+        )
+
+
+def _check_logits_dtype(logits: Tensor, function: str, name: str = "input") -> None:
+    if logits.dtype not in DTYPE_CODES:
+        raise NotImplementedError(
+            f'{function}(): "{function}" not implemented for {name} of dtype {logits.dtype}: expected float32, float64, '
+            "float16 or bfloat16"
+        )
+
+
+def _check_index_dtype(target: Tensor, function: str) -> None:
+    if target.dtype not in INDEX_DTYPES:
+        raise RuntimeError(
+            f"{function}(): expected target dtype to be Long or Byte, but got {target.dtype} (any integer dtype will "
+            "do); floating-point targets are class probabilities and need the shape of the input"
+        )
+
+
+def _mergeable(t: Tensor) -> bool:
+    """Whether the spatial dimensions of [N, C, d1, d2, ...] collapse into what the kernels take."""
+    if t.dim() <= 3 or t.is_contiguous():
+        return True
+    if t.dim() == 4:
+        return t.is_contiguous(memory_format=torch.channels_last)
+    return t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    sample_weight: Tensor | None = None,
+    class_dim: int | None = None,
+    all_ignored: Literal["nan", "zero"] = "nan",
+    zero_times_inf: Literal["nan", "zero"] = "nan",
+    return_stats: bool = False,
+    inplace_grad: bool = False,
+    grad_in_forward: bool | None = None,
+) -> Any:
+    r"""Cross entropy between logits and targets; a drop-in for :func:`torch.nn.functional.cross_entropy`.
+
+    With z the logits (scaled and capped, see below), lse = logsumexp(z) over the classes, class weights w and smoothing
+    e, the loss of a row is ``(1-e) w_t (lse - z_t) + e/C sum_c w_c (lse - z_c)`` for a class index t, and
+    ``-sum_c w_c ((1-e) p_c + e/C) (z_c - lse)`` for probabilities p.
+
+    Args:
+        input: logits, shape (C), (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16. Strides may be
+            anything; with two or more spatial dimensions neither contiguous nor channels-last it is copied.
+        target: class indices of shape (), (N) or (N, d1, ..., dK) and any integer dtype, or class probabilities of the
+            input's shape and any floating dtype.
+        weight: weight of each class, shape (C), any floating dtype. Differentiable with probability targets.
+        size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
+        ignore_index: class index that marks targets to leave out (index targets only).
+        reduction: ``'none'`` | ``'mean'`` | ``'sum'``. ``'mean'`` divides by the sum of ``weight[target]`` over the
+            targets that count (index targets), or by the number of rows (probabilities).
+        label_smoothing: e in [0, 1] (Szegedy et al., 2016).
+        z_loss: adds ``z_loss * lse**2`` to every row that counts (PaLM, Chowdhery et al., 2022). Under ``'mean'`` this
+            term is averaged over the targets that count, whatever their class weights.
+        softcap: c > 0 replaces logits x by ``c * tanh(x / c)`` (Gemma 2).
+        logit_scale: factor on the logits, before the cap (an inverse temperature).
+        sample_weight: weight of each target, in the shape of an index target, any floating dtype, no gradient. It
+            multiplies the row's loss; ``'mean'`` divides by the sum of ``sample_weight * weight[target]``
+            (``sample_weight`` alone for probabilities).
+        class_dim: dimension of the classes, if not 1 (0 for a 1-D input).
+        all_ignored: mean over no counted target: ``'nan'`` as torch, or ``'zero'``.
+        zero_times_inf: what weight or probability 0 times a logit of -inf gives: ``'nan'`` as torch, or ``'zero'``.
+        return_stats: also return :class:`CrossEntropyStats` (log-sum-exp, arg-max, accuracy) from the same read.
+        inplace_grad: let the gradient take the memory of ``input`` (scalar reductions): half the peak memory. The logits
+            are overwritten in forward; any other use of them in backward then raises. Has no effect when no gradient is
+            wanted or under torch.compile and torch.func.
+        grad_in_forward: compute the gradient in forward (one read and one write of the logits in all) or recompute in
+            backward (two reads and one write, nothing kept of the logits' size in between). None, the default, chooses
+            forward for scalar reductions except for float16, where an unscaled gradient could underflow before the loss
+            scale arrives.
+
+    Returns:
+        The loss: shape () or, for ``'none'``, that of an index target; the input's dtype (promoted with probabilities
+        and their weight; float32 for 16-bit logits under autocast). With ``return_stats`` a pair (loss, stats).
+
+    Raises:
+        IndexError: a target outside [0, C) that is not ignore_index. On CUDA by a later call, see
+            :func:`fastloss.set_error_mode`; until then its row has loss nan and gradient 0.
+        ValueError, RuntimeError, TypeError, NotImplementedError: as torch, for shapes, dtypes and arguments.
+
+    Accumulates in float32 (float64 for float64) and rounds once; results are the same bit for bit from run to run and
+    whatever the number of threads.
+    """
+    if has_torch_function_variadic(input, target, weight, sample_weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight, sample_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            sample_weight=sample_weight,
+            class_dim=class_dim,
+            all_ignored=all_ignored,
+            zero_times_inf=zero_times_inf,
+            return_stats=return_stats,
+            inplace_grad=inplace_grad,
+            grad_in_forward=grad_in_forward,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _common.legacy_reduction(size_average, reduce)
+    red = _common.reduction_code(reduction)
+
+    _common.require_tensor("input", input, "cross_entropy")
+    _common.require_tensor("target", target, "cross_entropy")
+    if weight is not None:
+        _common.require_tensor("weight", weight, "cross_entropy")
+    if sample_weight is not None:
+        _common.require_tensor("sample_weight", sample_weight, "cross_entropy")
+    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+        raise TypeError(
+            f"cross_entropy(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}"
+        )
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
+        if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+    _common.require_supported_tensors("cross_entropy", input, target, weight, sample_weight)
+    _common.require_same_device(
+        "cross_entropy", ("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight)
+    )
+
+    # Bring the classes to dimension 1 of [N, C, ...].
+    soft = input.shape == target.shape
+    if class_dim is not None and class_dim != 1 and input.dim() > 1:
+        if not -input.dim() <= class_dim < input.dim():
+            raise IndexError(
+                f"Dimension out of range: class_dim is {class_dim}, but input has {input.dim()} dimensions"
+            )
+        input = input.movedim(class_dim, 1)
+        target = target.movedim(class_dim, 1) if soft else target
+    if soft:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"Expected floating point type for target with class probabilities, got {target.dtype}: target has the "
+                f"shape of the input, {list(input.shape)}; class indices need shape {[*input.shape[:1], *input.shape[2:]]}"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(
+                f"ignore_index is not supported for floating point target, got ignore_index={ignore_index}; give the "
+                "rows to leave out a sample_weight of 0"
+            )
+    if input.dim() == 0:
+        raise IndexError("Dimension specified as 1 but tensor has no dimensions: input needs shape (C), (N, C) or more")
+    if not label_smoothing == label_smoothing:  # torch takes nan for none
+        label_smoothing = 0.0
+    if label_smoothing < 0.0 or label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if all_ignored not in ("nan", "zero"):
+        raise ValueError(f"all_ignored must be 'nan' or 'zero', got {all_ignored!r}")
+    if zero_times_inf not in ("nan", "zero"):
+        raise ValueError(f"zero_times_inf must be 'nan' or 'zero', got {zero_times_inf!r}")
+    _check_logits_dtype(input, "cross_entropy")
+
+    single = input.dim() == 1
+    if single:
+        if not soft and target.numel() != 1:
+            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+        single_shape = target.shape if not soft else ()
+        input = input.unsqueeze(0)
+        target = target.unsqueeze(0) if soft else target.reshape(1)
+        if sample_weight is not None and sample_weight.numel() == 1:
+            sample_weight = sample_weight.reshape(1)
+    classes = input.shape[1]
+    if soft:
+        loss_dtype = torch.promote_types(input.dtype, target.dtype)
+        if target.dtype not in DTYPE_CODES:
+            raise NotImplementedError(f"cross_entropy(): probabilities of dtype {target.dtype} are not supported")
+        if not (_mergeable(input) and _mergeable(target) and (input.dim() <= 3 or input.stride() == target.stride())):
+            input, target = input.contiguous(), target.contiguous()
+    else:
+        _check_index_dtype(target, "cross_entropy")
+        _check_index_shapes(input, target, "cross_entropy")
+        loss_dtype = input.dtype
+        if not target.is_contiguous():
+            target = target.contiguous()
+        if not _mergeable(input):
+            input = input.contiguous()
+    accum = _common.accum_dtype(input.dtype)
+    if weight is not None:
+        _check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "")
+        if soft:
+            loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
+        elif weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "cross_entropy(): not differentiable with respect to argument 'weight' for class-index targets. This "
+                "input cannot have requires_grad True; pass weight.detach()"
+            )
+        if weight.dtype is not accum:
+            weight = weight.to(accum)
+        weight = weight.contiguous()
+    if sample_weight is not None:
+        if not sample_weight.is_floating_point():
+            raise RuntimeError(f"cross_entropy(): sample_weight must be floating point, got {sample_weight.dtype}")
+        if list(sample_weight.shape) != _row_shape(input):
+            raise ValueError(
+                f"cross_entropy(): sample_weight needs one weight per target, shape {_row_shape(input)}, but got "
+                f"{list(sample_weight.shape)}"
+            )
+        if sample_weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "cross_entropy(): not differentiable with respect to argument 'sample_weight'; pass it detached, or use "
+                "reduction='none' and multiply"
+            )
+        sample_weight = sample_weight.to(accum).contiguous()
+    if loss_dtype in _common.HALVES and _common.under_autocast(input.device):
+        loss_dtype = torch.float32
+    if inplace_grad and input.requires_grad and torch.is_grad_enabled():
+        if input.is_leaf:
+            raise RuntimeError(
+                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, and its memory cannot become its "
+                "own gradient. inplace_grad is for logits that a model computed."
+            )
+        if not _common.is_dense(input):
+            raise RuntimeError(
+                "cross_entropy(inplace_grad=True): elements of input share memory (an expanded tensor?) or do not fill "
+                "it; pass input.contiguous()"
+            )
+
+    flags = ALL_IGNORED_ZERO * (all_ignored == "zero") + ZERO_TIMES_INF * (zero_times_inf == "zero")
+    options = _Options(
+        red,
+        DTYPE_CODES[loss_dtype],
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        float(softcap) if softcap is not None else 0.0,
+        float(logit_scale),
+        flags + STATS * bool(return_stats),
+    )
+    loss, *stats = _run(input, target, weight, sample_weight, options, grad_in_forward, inplace_grad)
+    if errors.immediate_errors() and input.is_cuda:
+        errors.check_errors()
+    if single:
+        if red == NONE:
+            loss = loss.reshape(single_shape)
+        stats = [s.reshape(single_shape) for s in stats]
+    return (loss, CrossEntropyStats(*stats)) if return_stats else loss
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """:func:`cross_entropy` as a module; a drop-in for :class:`torch.nn.CrossEntropyLoss`.
+
+    Takes torch's constructor arguments and, keyword-only, those that :func:`cross_entropy` adds. ``weight`` is a buffer,
+    so state dicts are interchangeable with torch's. ``sample_weight`` is an argument of the call.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        class_dim: int | None = None,
+        all_ignored: Literal["nan", "zero"] = "nan",
+        zero_times_inf: Literal["nan", "zero"] = "nan",
+        return_stats: bool = False,
+        inplace_grad: bool = False,
+        grad_in_forward: bool | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.options: dict[str, Any] = {
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "class_dim": class_dim,
+            "all_ignored": all_ignored,
+            "zero_times_inf": zero_times_inf,
+            "return_stats": return_stats,
+            "inplace_grad": inplace_grad,
+            "grad_in_forward": grad_in_forward,
+        }
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Any:
+        """The loss of logits (N, C, ...) against targets; shapes, dtypes and errors as :func:`cross_entropy`."""
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            sample_weight=sample_weight,
+            **self.options,
+        )

@@ -1,0 +1,198 @@
+"""Negative log likelihood of given log-probabilities. One element per row is read; backward writes each element once.
+
+The mathematics is in ``csrc/rowwise/nll_loss.h``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import errors
+from .._library import loop_vmap, ops
+from . import _common, cross_entropy
+from .cross_entropy import MEAN, NONE
+
+
+@torch.library.register_fake("fastloss::nll_loss_forward")
+def _(input, target, weight, reduction, ignore_index):
+    loss = input.new_empty(target.shape if reduction == NONE else [])
+    return loss, input.new_empty([], dtype=_common.accum_dtype(input.dtype))
+
+
+@torch.library.register_fake("fastloss::nll_loss_backward")
+def _(grad_output, input, target, weight, total_weight, reduction, ignore_index):
+    return torch.empty_like(input)
+
+
+torch.library.register_vmap("fastloss::nll_loss_forward", loop_vmap(ops.nll_loss_forward, 2))
+torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_loss_backward, 1))
+
+
+def _row_factors(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Class index (ignored ones replaced) and -w_t / D of every row, shape [N, 1, d1, ...]: the loss is linear in input."""
+    reduction, ignore_index = options
+    counted = (target != ignore_index).unsqueeze(1)
+    index = torch.where(target != ignore_index, target, 0).to(torch.int64).unsqueeze(1)
+    factor = counted.to(_common.accum_dtype(input.dtype))
+    if weight is not None:
+        factor = factor * weight[index]
+    if reduction == MEAN:
+        factor = factor / factor.sum()
+    return index, -factor
+
+
+def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
+    input, target, weight, total_weight = ctx.saved_tensors
+    grad_output = grad_output.contiguous()
+    grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
+    if _common.differentiated_again(grad_output):
+        index, factor = _row_factors(input, target, weight, ctx.options)
+        upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output
+        rows = (factor * upstream).to(input.dtype)
+        grad = _common.attach(grad, torch.zeros_like(input).scatter(1, index, rows))
+    return grad, None, None, None
+
+
+def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
+    input, target, weight = ctx.saved_for_forward
+    index, factor = _row_factors(input, target, weight, ctx.options)
+    rows = (factor * input_t.gather(1, index)).squeeze(1).to(input.dtype)
+    return (rows if ctx.options[0] == NONE else rows.sum()), None
+
+
+class _NllLoss(Function):
+    @staticmethod
+    def forward(ctx, input, target, weight, options):  # type: ignore[override]
+        loss, total_weight = ops.nll_loss_forward(input, target, weight, *options)
+        ctx.options = options
+        ctx.save_for_backward(input, target, weight, total_weight)
+        ctx.save_for_forward(input, target, weight)
+        ctx.mark_non_differentiable(total_weight)
+        return loss, total_weight
+
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_jvp)
+
+
+class _NllLossTransformed(Function):
+    """The same in the form that torch.func transforms ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, target, weight, options):  # type: ignore[override]
+        return ops.nll_loss_forward(input, target, weight, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        input, target, weight, ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(input, target, weight, output[1])
+        ctx.save_for_forward(input, target, weight)
+
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_jvp)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood loss; a drop-in for :func:`torch.nn.functional.nll_loss`.
+
+    The loss of a row with class index t is ``-w_t * input_t``. For logits use :func:`fastloss.cross_entropy`, which
+    needs no log-probabilities in memory.
+
+    Args:
+        input: log-probabilities, shape (C), (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16.
+        target: class indices, shape (), (N) or (N, d1, ..., dK), any integer dtype.
+        weight: weight of each class, shape (C), any floating dtype.
+        size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
+        ignore_index: class index that marks targets to leave out.
+        reduction: ``'none'`` | ``'mean'`` (divided by the sum of ``weight[target]`` over the counted) | ``'sum'``.
+
+    Returns:
+        The loss, in the input's dtype (float32 for 16-bit input under autocast).
+
+    Raises:
+        IndexError: a target outside [0, C) that is not ignore_index; on CUDA by a later call, see
+            :func:`fastloss.set_error_mode`.
+        ValueError, RuntimeError, TypeError, NotImplementedError: as torch, for shapes, dtypes and arguments.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            nll_loss,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _common.legacy_reduction(size_average, reduce)
+    red = _common.reduction_code(reduction)
+    _common.require_tensor("input", input, "nll_loss_nd")
+    _common.require_tensor("target", target, "nll_loss_nd")
+    if weight is not None:
+        _common.require_tensor("weight", weight, "nll_loss_nd")
+    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+        raise TypeError(f"nll_loss_nd(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}")
+    _common.require_supported_tensors("nll_loss", input, target, weight)
+    _common.require_same_device("nll_loss", ("input", input), ("target", target), ("weight", weight))
+    if input.dim() == 0:
+        raise ValueError("Expected 1 or more dimensions (got 0)")
+    cross_entropy._check_logits_dtype(input, "nll_loss")
+    single = input.dim() == 1
+    if single:
+        if target.numel() != 1:
+            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+        single_shape = target.shape
+        input, target = input.unsqueeze(0), target.reshape(1)
+    cross_entropy._check_index_dtype(target, "nll_loss")
+    cross_entropy._check_index_shapes(input, target, "nll_loss")
+    if not target.is_contiguous():
+        target = target.contiguous()
+    if not cross_entropy._mergeable(input):
+        input = input.contiguous()
+    if input.dtype in _common.HALVES and _common.under_autocast(input.device):
+        input = input.float()
+    if weight is not None:
+        cross_entropy._check_weight(weight, input.shape[1], "nll_loss")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "nll_loss(): not differentiable with respect to argument 'weight'. This input cannot have requires_grad "
+                "True; pass weight.detach()"
+            )
+        weight = weight.to(_common.accum_dtype(input.dtype)).contiguous()
+
+    options = (red, ignore_index)
+    if _common.functorch_active():
+        loss = _NllLossTransformed.apply(input, target, weight, options)[0]
+    elif (torch.is_grad_enabled() and input.requires_grad) or _common.forward_mode_active():
+        loss = _NllLoss.apply(input, target, weight, options)[0]
+    else:
+        loss = ops.nll_loss_forward(input, target, weight, *options)[0]
+    if errors.immediate_errors() and input.is_cuda:
+        errors.check_errors()
+    return loss.reshape(single_shape) if single and red == NONE else loss
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """:func:`nll_loss` as a module; a drop-in for :class:`torch.nn.NLLLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of log-probabilities (N, C, ...) against class indices; as :func:`nll_loss`."""
+        return nll_loss(
+            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+        )

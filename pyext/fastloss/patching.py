@@ -1,0 +1,74 @@
+"""Puts fastloss behind torch.nn.functional, and so behind torch.nn and every library that calls it."""
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from . import functional
+from .losses._common import DTYPE_CODES, unsupported
+
+_originals: dict[str, Callable[..., Any]] = {}
+
+
+def _takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    if not tensors or has_torch_function(tensors):
+        return False
+    floating = all(t.dtype in DTYPE_CODES for t in tensors if t.is_floating_point() or t.is_complex())
+    return floating and tensors[0].dtype in DTYPE_CODES and unsupported(*tensors) is None
+
+
+def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs) if _takes(args, kwargs) else original(*args, **kwargs)
+
+    return call
+
+
+class _Patched:
+    """What :func:`patch` returns: as a context manager it undoes the patch at the end, if it made it."""
+
+    def __init__(self, made: bool) -> None:
+        self._made = made
+
+    def __enter__(self) -> "_Patched":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._made:
+            unpatch()
+
+
+def patch() -> _Patched:
+    """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``.
+
+    What fastloss does not take (complex, sparse, integer, float8; other devices; DTensor and other subclasses) goes to
+    torch unchanged. Names that were imported from torch.nn.functional before (``from ... import cross_entropy``) keep
+    pointing at torch's own. Calling it twice changes nothing; :func:`unpatch` undoes it, as does leaving a ``with``::
+
+        with fastloss.patch():
+            loss = model(batch).loss
+    """
+    if _originals:
+        return _Patched(made=False)
+    for name in functional.__all__:
+        if hasattr(F, name):
+            _originals[name] = getattr(F, name)
+            setattr(F, name, _behind(_originals[name], getattr(functional, name)))
+    return _Patched(made=True)
+
+
+def unpatch() -> None:
+    """Undo :func:`patch`. Without a patch it does nothing."""
+    while _originals:
+        name, original = _originals.popitem()
+        setattr(torch.nn.functional, name, original)

@@ -1,0 +1,261 @@
+"""The torch-free core on numpy arrays against float64 numpy: every instruction set, dtype and memory layout.
+
+Also what runs under AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`), hence no torch here.
+"""
+
+import numpy as np
+import pytest
+
+core = pytest.importorskip(
+    "fastloss_core_numpy", reason="the numpy binding of the core is not on PYTHONPATH: run `make test`"
+)
+
+ISAS = ("portable", "avx2", "avx512")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+# Relative error of a result kept in the dtype; the arithmetic is float32, or float64 for float64.
+EPS = {"float32": 2e-6, "float64": 1e-13, "float16": 1e-3, "bfloat16": 8e-3}
+# One class, below / at / past a vector, the row path's chunk of 1024 classes and its tail; spatial, odd sizes.
+SHAPES = (
+    (1, 1),
+    (5, 7),
+    (3, 16),
+    (4, 129),
+    (3, 1024),
+    (2, 2600),
+    (2, 3, 5),
+    (2, 21, 33),
+    (1, 300, 9),
+    (0, 5),
+    (2, 4, 0),
+)
+FEATURES = {
+    "plain": {},
+    "weight": {"weight": True},
+    "smoothing": {"label_smoothing": 0.1},
+    "weight, smoothing, sum": {"weight": True, "label_smoothing": 0.2, "reduction": "sum"},
+    "rows": {"reduction": "none", "weight": True},
+    "everything": {
+        "weight": True,
+        "sample_weight": True,
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "softcap": 3.0,
+        "logit_scale": 0.7,
+    },
+}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = core.current_isa()
+    if not core.set_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    core.set_isa(before)
+
+
+def to_bits(x):
+    """bfloat16 bits of x, rounded to nearest even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return np.asarray((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, np.uint16)
+
+
+def stored(x, dtype):
+    return to_bits(x) if dtype == "bfloat16" else np.asarray(x).astype(dtype)
+
+
+def exact(x):
+    """float64 of an array as the core stores it."""
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(float) if x.dtype == np.uint16 else x.astype(float)
+
+
+def reference(x, target, *, weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+              softcap=0.0, logit_scale=1.0, reduction="mean", grad_output=1.0):  # fmt: skip
+    """Loss and its derivatives by x and by a probability target, in float64. x: [outer, classes, inner]."""
+    outer, classes, inner = x.shape
+    rows = x.transpose(0, 2, 1).reshape(-1, classes)
+    w = np.ones(classes) if weight is None else weight.astype(float)
+    s = np.ones(len(rows)) if sample_weight is None else sample_weight.astype(float)
+    soft = target.dtype.kind == "f"
+    z = rows * logit_scale
+    dz = np.full_like(z, logit_scale)
+    if softcap:
+        dz *= 1 - np.tanh(z / softcap) ** 2
+        z = softcap * np.tanh(z / softcap)
+    lse = z.max(1) + np.log(np.exp(z - z.max(1, keepdims=True)).sum(1)) if z.size else np.zeros(len(z))
+    softmax = np.exp(z - lse[:, None])
+    if soft:
+        counted = np.ones(len(rows))
+        q = target.transpose(0, 2, 1).reshape(-1, classes)
+        d = s.sum()
+    else:
+        t = target.reshape(-1).astype(int)
+        counted = (t != ignore_index).astype(float)
+        q = np.eye(classes)[np.where(counted, t, 0)]
+        d = (s * counted * w[np.where(counted, t, 0)]).sum()
+    # Index targets weigh their own share by w_t and the smoothed rest by w_c: the same as w on every share.
+    q = (1 - label_smoothing) * q + label_smoothing / classes
+    nll = (w * q * (lse[:, None] - z)).sum(1)
+    if reduction == "mean":
+        u, uz = s * counted / d, s * counted / (s * counted).sum()
+        loss = (s * counted * nll).sum() / d + z_loss * (s * counted * lse**2).sum() / (s * counted).sum()
+    else:
+        u = uz = s * counted
+        loss = u * (nll + z_loss * lse**2)
+        loss = loss.sum() if reduction == "sum" else loss
+    g = np.broadcast_to(np.asarray(grad_output, float), len(rows))
+    by_z = u[:, None] * ((w * q).sum(1, keepdims=True) * softmax - w * q) + (uz * z_loss * 2 * lse)[:, None] * softmax
+    by_p = (g * u)[:, None] * (1 - label_smoothing) * w * (lse[:, None] - z)
+    back = lambda y: y.reshape(outer, inner, classes).transpose(0, 2, 1)  # noqa: E731
+    return loss, back(g[:, None] * by_z * dz), back(by_p)
+
+
+def problem(shape, dtype, features, layout="contiguous", soft=False, seed=0):
+    """Arrays of one problem, and the same in float64 for the reference."""
+    rng = np.random.default_rng([seed, *shape])
+    x = rng.normal(0, 3, shape)
+    if layout == "classes last" and len(shape) == 3:
+        logits = stored(x.transpose(0, 2, 1), dtype).transpose(0, 2, 1)
+    elif layout == "sliced":
+        logits = stored(np.repeat(np.repeat(x, 2, 0), 3, 1), dtype)[::2, ::3]
+    else:
+        logits = stored(x, dtype)
+    classes, rows = shape[1], int(np.prod(shape)) // shape[1]
+    if soft:
+        p = rng.random(shape)
+        target = stored(p / p.sum(1, keepdims=True), dtype)
+    else:
+        target = rng.integers(0, classes, rows)
+        target[rng.random(rows) < 0.2] = -100
+        if rows:
+            target[0] = classes - 1
+    accum = "float64" if dtype == "float64" else "float32"
+    options = dict(features)
+    if options.get("weight"):
+        options["weight"] = rng.uniform(0.5, 2, classes).astype(accum)
+    if options.get("sample_weight"):
+        options["sample_weight"] = rng.uniform(0.5, 2, rows).astype(accum)
+    cube = (*shape, 1)[:3]
+    exact_target = exact(target).reshape(cube) if soft else target
+    return logits, target, options, exact(logits).reshape(cube), exact_target
+
+
+def close(got, want, dtype):
+    got = exact(np.asarray(got)).reshape(np.shape(want))
+    # Where terms cancel, the error is that of the terms, which are about as large as the largest result, or 1.
+    scale = max(np.abs(want).max(initial=0), 1) if np.size(want) == 1 else np.abs(want).max(initial=0)
+    np.testing.assert_allclose(got, want, rtol=4 * EPS[dtype], atol=4 * EPS[dtype] * scale)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a mean over no row is nan, as in torch
+@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_value_and_gradients(isa, dtype, features, soft):
+    for shape in SHAPES:
+        for layout in ("contiguous", "classes last", "sliced"):
+            logits, target, options, x, t = problem(shape, dtype, features, layout, soft)
+            per_row = options.get("reduction") == "none"
+            want_loss, want_grad, _ = reference(x, t, **options)
+            # A float loss shows the accuracy of the sum; that it may be rounded to the logits' dtype is tested below.
+            loss_dtype = "float64" if dtype == "float64" else "float32"
+            common = {"soft": soft, "loss_dtype": loss_dtype, **options}
+            got = core.cross_entropy_forward(logits, target, saved=True, grad=not per_row, **common)
+            close(got["loss"], want_loss, loss_dtype)
+            if not per_row:
+                close(got["grad"], want_grad, dtype)
+
+            rows = x.shape[0] * x.shape[2]
+            grad_output = np.linspace(-1, 3, rows) if per_row else np.array(1.5)
+            grad_output = grad_output.astype(loss_dtype)
+            _, want_grad, want_by_target = reference(x, t, **options, grad_output=grad_output)
+            back = core.cross_entropy_backward(
+                logits, target, got["saved"], grad_output, grad=True, grad_target=soft, **common
+            )
+            close(back["grad"], want_grad, dtype)
+            if soft:
+                close(back["grad_target"], want_by_target, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics(isa, dtype):
+    logits, target, _, x, _ = problem((37, 1111), dtype, {})
+    got = core.cross_entropy_forward(logits, target, lse=True, argmax=True, accuracy=True)
+    z = x[:, :, 0]
+    close(got["lse"], np.logaddexp.reduce(z, 1), "float64" if dtype == "float64" else "float32")
+    assert (got["argmax"] == z.argmax(1)).all()
+    counted = target != -100
+    assert got["accuracy"] == np.float32((z.argmax(1) == target)[counted].mean())
+    assert got["loss"].dtype == logits.dtype  # the default dtype of the loss is the logits' own
+
+
+@pytest.mark.parametrize("shape", ((700, 513), (3, 21, 999), (20000, 10)))
+def test_result_does_not_depend_on_the_number_of_threads(isa, shape):
+    logits, target, options, *_ = problem(shape, "float32", FEATURES["everything"])
+    results = []
+    for threads in (1, 2, 3, 7):
+        core.set_num_threads(threads)
+        results.append(core.cross_entropy_forward(logits, target, saved=True, grad=True, **options))
+    core.set_num_threads(1)
+    for result in results[1:]:
+        for name, value in result.items():
+            assert value.tobytes() == results[0][name].tobytes(), name
+
+
+def test_gradient_in_the_memory_of_the_logits(isa):
+    for shape in ((9, 2000), (4, 21, 130), (50, 10)):
+        logits, target, *_ = problem(shape, "float32", {})
+        want = core.cross_entropy_forward(logits, target, grad=True)
+        got = core.cross_entropy_forward(logits, target, grad=logits)
+        assert got["grad"] is logits
+        assert (want["grad"] == logits).all() and want["loss"] == got["loss"]
+
+
+@pytest.mark.parametrize("index_dtype", ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"))
+def test_bad_target_is_reported_before_anything_is_written(isa, index_dtype):
+    logits, target, *_ = problem((40, 33), "float32", {})
+    target = np.abs(target % 33).astype(index_dtype)
+    good = core.cross_entropy_forward(logits, target)["loss"]
+    assert good == core.cross_entropy_forward(logits, target.astype("int64"))["loss"]
+    for value in (33, np.iinfo(index_dtype).max, *(() if index_dtype[0] == "u" else (-1, np.iinfo(index_dtype).min))):
+        bad = target.copy()
+        bad[17] = bad[30] = value
+        loss, grad = np.full((), 5, "float32"), np.full_like(logits, 5)
+        with pytest.raises(IndexError) as error:
+            core.cross_entropy_forward(logits, bad, loss=loss, grad=grad)
+        assert error.value.args[1] == 17
+        assert error.value.args[2] in (value, -1)  # uint64 past 2**63 reads as negative
+        assert loss == 5 and (grad == 5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+def test_nll_loss(dtype, reduction):
+    for shape in ((6, 5), (3, 4, 7), (9000, 3)):
+        x, target, options, exact_x, _ = problem(shape, dtype, {"weight": True})
+        rows = exact_x.transpose(0, 2, 1).reshape(-1, shape[1])
+        counted = target != -100
+        w = np.where(counted, options["weight"].astype(float)[target % shape[1]], 0)
+        picked = np.take_along_axis(rows, target[:, None] % shape[1], 1)[:, 0]
+        want = {"none": -w * picked, "sum": -(w * picked).sum(), "mean": -(w * picked).sum() / w.sum()}[reduction]
+        got = core.nll_loss_forward(x, target, reduction=reduction, **options)
+        close(got["loss"], want, dtype)
+
+        grad_output = stored(np.linspace(1, 2, len(rows)) if reduction == "none" else np.array(3.0), dtype)
+        back = core.nll_loss_backward(x, target, got["total_weight"], grad_output, reduction=reduction, **options)[
+            "grad"
+        ]
+        by_row = -w * exact(grad_output) / (w.sum() if reduction == "mean" else 1)
+        want_grad = np.where(counted[:, None], np.eye(shape[1])[target % shape[1]], 0) * by_row[:, None]
+        outer, classes, inner = exact_x.shape
+        close(back, want_grad.reshape(outer, inner, classes).transpose(0, 2, 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_grad(isa, dtype):
+    grad = stored(np.random.default_rng(0).normal(size=1003), dtype)
+    scaled = core.scale_grad(grad, np.array(65536.0 if dtype != "float16" else 12.0))
+    close(scaled, exact(grad) * (65536.0 if dtype != "float16" else 12.0), dtype)
+    unscaled = grad.copy()
+    assert core.scale_grad(unscaled, np.array(1.0), out=unscaled) is unscaled
+    assert (unscaled == grad).all()

@@ -1,0 +1,81 @@
+"""The demo runs, says what it did, and its check tells a wrong loss from a differently rounded one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastloss import demo
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is wrong by a factor: the value of a loss of it is right."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ctx.factor * grad_output, None
+
+
+def losses(value=1.0, gradient=1.0):
+    """torch's own formulas, rounded differently from torch's losses; value and gradient wrong by the given factors."""
+
+    def cross_entropy(logits, target, weight):
+        log_p = ScaleGradient.apply(logits, gradient).log_softmax(1)
+        picked = weight[target]
+        return -value * (log_p.gather(1, target[:, None]).squeeze(1) * picked).sum() / picked.sum()
+
+    return SimpleNamespace(
+        cross_entropy=cross_entropy,
+        rmse_loss=lambda p, t: value * (ScaleGradient.apply(p, gradient) - t).norm() / len(p) ** 0.5,
+        l1_loss=lambda p, t: value * F.l1_loss(ScaleGradient.apply(p, gradient), t, reduction="sum") / len(p),
+    )
+
+
+def run(tmp_path, capsys, ours=None, steps=40):
+    code = demo.main(["--steps", str(steps), "--out", str(tmp_path / "curves.png")], ours)
+    return code, capsys.readouterr().out
+
+
+def test_fastloss_trains_as_torch_does(tmp_path, capsys):
+    code, out = run(tmp_path, capsys)
+    assert code == 0, out
+    assert "digits, weighted cross entropy" in out and "DIFFERS" not in out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rounding_is_no_difference(tmp_path, capsys):
+    code, out = run(tmp_path, capsys, losses())
+    assert code == 0, out
+    assert all(name in out for name in ("diabetes, RMSE", "diabetes, L1"))
+
+
+@pytest.mark.parametrize("wrong", [{"value": 1.01}, {"gradient": 1.01}, {"gradient": 1 + 1e-6}, {"gradient": -1.0}])
+def test_a_wrong_loss_is_caught(tmp_path, capsys, wrong):
+    code, out = run(tmp_path, capsys, losses(**wrong))
+    assert code == 1 and "DIFFERS" in out
+
+
+def test_nan_is_caught(tmp_path, capsys):
+    code, out = run(tmp_path, capsys, losses(value=float("nan")), steps=4)
+    assert code == 1 and "DIFFERS" in out
+
+
+def test_regression_is_left_out_when_there_is_no_loss_for_it(tmp_path, capsys):
+    ours = losses()
+    del ours.rmse_loss
+    code, out = run(tmp_path, capsys, ours, steps=4)
+    assert code == 0 and "left out" in out and "RMSE" not in out
+
+
+def test_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    assert demo.main(["--out", str(tmp_path / "curves.png")], losses()) == 2
+    assert "fastloss[demo]" in capsys.readouterr().err
