@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-NVCC := $(shell PATH="$$PATH:$$CUDA_HOME/bin:$$CUDA_PATH/bin:/usr/local/cuda/bin" command -v nvcc)
+NVCC := $(shell PATH="$$PATH:$${CUDA_HOME:-}/bin:$${CUDA_PATH:-}/bin:/usr/local/cuda/bin" command -v nvcc)
 WITH_CUDA := $(if $(filter 0,$(FASTLOSS_CUDA)),,$(NVCC))
 CORE := build/core-$(if $(WITH_CUDA),cuda,cpu)
 GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd,)
@@ -109,9 +109,9 @@ judge: build/extension-full $(VENV)/test.stamp
 
 # ---- the rest
 bench: build/extension-here
-	$(PY) -m bench
+	$(PY) bench/run.py
 
-build/dist/.built: build/extension-full $(shell find pyext -name '*.py') pyproject.toml MANIFEST.in LICENSE README.md
+build/dist/.built: build/extension-full $(shell find pyext -name '*.py') pyproject.toml MANIFEST.in LICENSE $(wildcard README.md)
 	rm -rf build/dist build/lib.*
 	$(PIP) wheel -q --no-deps --no-build-isolation -w build/dist .
 	cd build/dist && $(CURDIR)/$(PY) $(CURDIR)/tools/abi_audit.py --core ../../$(CORE) fastloss-*.whl && \

@@ -79,7 +79,6 @@ def build_core() -> dict:
         "FASTLOSS_NUMPY": "OFF",
         "FASTLOSS_CUDA_ARCHS": os.environ.get("FASTLOSS_CUDA_ARCHS", ""),
         "FASTLOSS_WERROR": "ON" if os.environ.get("FASTLOSS_WERROR") == "1" else "OFF",
-        "Python_EXECUTABLE": sys.executable,
     }
     if nvcc:
         options["FASTLOSS_NVCC"] = nvcc
@@ -148,7 +147,6 @@ class BuildCoreThenBinding(build_ext):
         extension.include_dirs += [str(ROOT / "csrc"), *cpp_extension.include_paths()]
         extension.library_dirs += cpp_extension.library_paths()
         extension.extra_objects += [core["library"]]
-        extension.depends += [core["library"]]
         extension.extra_compile_args += [
             "-std=c++17",
             "-O2",
@@ -161,15 +159,20 @@ class BuildCoreThenBinding(build_ext):
         # libtorch.so itself defines nothing that we use, but it is what pulls in libtorch_cuda, where the CUDA
         # stream's symbol lives. Not CppExtension's list: c10 and torch_python have no stable ABI.
         extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-        extension.extra_link_args += ["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s"]
-        extension.extra_link_args += [argument for argument in core["link"] if argument]
+        extension.extra_link_args += [
+            f"-Wl,--version-script={ROOT}/csrc/torch/exports.map",
+            "-Wl,--gc-sections",
+            "-Wl,-s",
+        ]
+        extension.extra_link_args += core["link"]
 
         command = torch_command()(self.distribution)
-        for option in ("inplace", "build_lib", "build_temp", "debug", "force", "parallel", "editable_mode"):
+        for option in ("inplace", "build_lib", "build_temp", "debug", "parallel", "editable_mode"):
             setattr(command, option, getattr(self, option))
+        command.force = True  # a library of the same age may be another one, with or without CUDA
         command.build_info = {
             "cuda": core["cuda"],
-            "cuda_archs": [f"sm_{arch}" for arch in core["cuda_archs"] if arch],
+            "cuda_archs": [f"sm_{arch}" for arch in core["cuda_archs"]],
             "nvcc": core["nvcc"] or None,
             "compiler": core["compiler"],
             "instruction_sets": core["instruction_sets"],

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 FORWARD, BOTH, SCALED, BACKWARD = "forward", "forward+backward", "forward+backward, scaled", "backward"
+MODES = (FORWARD, BOTH, SCALED, BACKWARD)
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 POINTWISE = ("l1_loss", "mse_loss", "rmse_loss")
 Goals = Mapping[str, Mapping[str, float]]  # mode -> rival -> goal

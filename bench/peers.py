@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import BACKWARD, POINTWISE, Case, Problem
+from cases import BACKWARD, MODES, POINTWISE, Case, Problem
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -21,11 +21,11 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 class System:
     name: str
     make: Callable[[Problem], Function | None]
-    gradient_in_forward: bool = False  # then its backward alone is not measured
+    modes: tuple[str, ...] = MODES
     inplace: bool = False  # overwrites its logits: they are restored before every sample, outside the clock
 
-    def can(self, mode: str) -> bool:
-        return not (mode == BACKWARD and self.gradient_in_forward)
+
+IN_FORWARD = tuple(mode for mode in MODES if mode != BACKWARD)  # what computes its gradient in forward is measured in
 
 
 def _ours(module: Any, **extras: Any) -> Callable[[Problem], Function | None]:
@@ -51,7 +51,7 @@ def _plain(case: Case) -> bool:
     return case.loss == "cross_entropy" and len(case.shape) == 2 and not (case.soft or case.weight or case.smoothing)
 
 
-def _peer(name: str, module: str, call: Callable[[Any, torch.Tensor, Problem], torch.Tensor], **traits: bool) -> System:
+def _peer(name: str, module: str, call: Callable[[Any, torch.Tensor, Problem], torch.Tensor], **traits: Any) -> System:
     """``call(module, logits, problem)`` for plain cases; for Cut Cross Entropy, which makes its own logits, linear."""
     peer = importlib.import_module(module)
 
@@ -67,7 +67,7 @@ PEERS: list[Callable[[], System]] = [
         "liger",
         "liger_kernel.transformers.functional",
         lambda m, x, p: m.liger_cross_entropy(x, p.target),
-        gradient_in_forward=True,
+        modes=IN_FORWARD,
         inplace=True,
     ),
     lambda: _peer("quack", "quack.cross_entropy", lambda m, x, p: m.cross_entropy(x, p.target, reduction="mean")),
@@ -92,9 +92,9 @@ def systems(device: str, module: str = "fastloss") -> tuple[dict[str, System], l
     except ImportError as missing:
         print(f"Without {module}: {missing}")
     else:
-        found.insert(0, System("fastloss", _ours(ours), gradient_in_forward=True))
-        inplace = _ours(ours, inplace_grad=True)
-        found.append(System("fastloss-inplace", inplace, gradient_in_forward=True, inplace=True))
+        found.insert(0, System("fastloss", _ours(ours), IN_FORWARD))
+        found.append(System("fastloss-inplace", _ours(ours, inplace_grad=True), IN_FORWARD, inplace=True))
+        found.append(System("fastloss-recompute", _ours(ours, grad_in_forward=False), (BACKWARD,)))
     if device == "cuda":
         # The harness replays CUDA graphs itself, so inductor is kept from making its own around static copies.
         found.append(System("compile-max", _compiled(mode="max-autotune-no-cudagraphs")))

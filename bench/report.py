@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OURS = "fastloss"
+OURS, RECOMPUTE = "fastloss", "fastloss-recompute"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 COLOURS = {
     "fastloss": "#1b4965",
     "fastloss-inplace": "#62b6cb",
+    "fastloss-recompute": "#5fa8d3",
     "eager": "#f2a65a",
     "compile": "#2a9d8f",
     "compile-max": "#8ab17d",
@@ -71,6 +72,11 @@ class Line:
     detail: bool = False
 
     @property
+    def ours(self) -> str:
+        """What is compared: backward alone is measured of the path that recomputes the softmax there."""
+        return RECOMPUTE if RECOMPUTE in self.results else OURS
+
+    @property
     def label(self) -> str:
         return f"{self.case}, {self.mode}"
 
@@ -93,14 +99,14 @@ class Line:
         return f"{duration(seconds)} ± {50 * (quartiles[2] - quartiles[0]) / seconds:.0f} %"
 
     def compare(self, rival: str, goals: Mapping[str, float]) -> Against:
-        ours, theirs, goal = self.seconds(OURS), self.seconds(rival), goals.get(rival)
+        ours, theirs, goal = self.seconds(self.ours), self.seconds(rival), goals.get(rival)
         if ours is None or theirs is None:
-            return Against(f"no time for {OURS if ours is None else rival}", goal=goal, met=goal is None)
+            return Against(f"no time for {self.ours if ours is None else rival}", goal=goal, met=goal is None)
         ratio = theirs / ours
         met = goal is None or ratio >= goal
         text = ratio_text(ratio) + ("" if goal is None else _goal_text(f"{goal:g}x", met))
         if rival == "eager" and "within_us" in goals:
-            more, within = 1e6 * (self.per_call(OURS) - self.per_call(rival)), goals["within_us"]
+            more, within = 1e6 * (self.per_call(self.ours) - self.per_call(rival)), goals["within_us"]
             text += f", {more:+.1f} us per call" + _goal_text(f"{within:+g} us", more <= within)
             met = met and more <= within
         return Against(text, ratio, goal, met)
@@ -128,12 +134,12 @@ def lines(data: Data) -> list[Line]:
         facts = data["cases"][line.case]
         goals = facts["goals"].get(line.mode, {})
         line.memory = {s: 1 + r["peak"] / facts["bytes"] for s, r in line.results.items() if r.get("peak") is not None}
-        if OURS not in line.results:
+        if line.ours not in line.results:
             continue
         rivals = [s for s in line.results if not s.startswith(OURS)]
         rivals += [g for g in ("eager", "compile") if g in goals and g not in rivals]
         line.against = {rival: line.compare(rival, goals) for rival in rivals}
-        floor, ours = floor_seconds(facts, line.mode, data["roofline"]), line.seconds(OURS)
+        floor, ours = floor_seconds(facts, line.mode, data["roofline"]), line.seconds(line.ours)
         if floor is not None and ours is not None:
             line.roofline = floor / ours
             if "copy" in goals:
@@ -142,7 +148,7 @@ def lines(data: Data) -> list[Line]:
                 line.against["copy"] = Against(text, line.roofline, goals["copy"], met)
         if "peak" in goals and OURS in line.memory:
             met = line.memory[OURS] <= goals["peak"]
-            text = f"{line.memory[OURS]:.1f}" + _goal_text(f"{goals['peak']:g}", met)
+            text = f"{line.memory[OURS]:.2f}" + _goal_text(f"{goals['peak']:g}", met)
             line.against["peak"] = Against(text, line.memory[OURS], goals["peak"], met)
     return list(found.values())
 
@@ -165,11 +171,11 @@ def console_lines(results: Sequence[Data]) -> Iterator[str]:
     """One line per mode of a case, while a run goes on."""
     for case, mode in dict.fromkeys((r["case"], r["mode"]) for r in results):
         line = Line(case, mode, {r["system"]: r for r in results if r["mode"] == mode})
-        ours = line.seconds(OURS)
+        ours = line.seconds(line.ours)
         parts = []
         for system in line.results:
             seconds = line.seconds(system)
-            ratio = f" ({ratio_text(seconds / ours)})" if seconds and ours and system != OURS else ""
+            ratio = f" ({ratio_text(seconds / ours)})" if seconds and ours and system != line.ours else ""
             parts.append(f"{system} {duration(seconds) if seconds else line.cell(system)}{ratio}")
         yield f"{line.label}: " + ", ".join(parts)
 
@@ -178,7 +184,7 @@ def shortfalls(data: Data) -> list[str]:
     """One line for every goal that was not reached, and for every case that fastloss got wrong or failed."""
     short = []
     for line in lines(data):
-        statuses = [r["status"] for s, r in line.results.items() if s in (OURS, "all") and r["status"] != "ok"]
+        statuses = [r["status"] for s, r in line.results.items() if s in (line.ours, "all") and r["status"] != "ok"]
         short += [f"{line.label}: {status}" for status in statuses]
         if not statuses:
             missed = {rival: a.text.replace("**", "") for rival, a in line.against.items() if not a.met}
@@ -217,13 +223,15 @@ def table(data: Data, detail: bool = True) -> str:
     every = lines(data)
     shown = [line for line in every if detail or not line.detail]
     names = list(dict.fromkeys(s for line in shown for s in line.results if s != "all"))
-    names = [n for n in COLOURS if n in names] + [n for n in names if n not in COLOURS]
+    names = [n for n in COLOURS if n in names and not n.startswith(f"{OURS}-")]
     rows = [["work", *names, "of the roofline", "peak"], ["---"] * (len(names) + 3)]
     for line in shown:
         texts = {rival: against.text for rival, against in line.against.items()}
         cells = ["; ".join(filter(None, (line.cell(name), texts.get(name)))) for name in names]
+        variants = {s.removeprefix(f"{OURS}-"): line.cell(s) for s in line.results if s.startswith(f"{OURS}-")}
+        cells[0] = "; ".join(filter(None, (cells[0], *(f"{name} {cell}" for name, cell in variants.items()))))
         roofline = texts.get("copy") or ("" if line.roofline is None else f"{line.roofline:.0%}")
-        peaks = {s: f"{line.memory[s]:.1f}" for s in (OURS, "eager") if s in line.memory}
+        peaks = {s: f"{line.memory[s]:.2f}" for s in (OURS, "eager") if OURS in line.memory and s in line.memory}
         if "peak" in texts:
             peaks[OURS] = texts["peak"]
         rows.append([line.label, *cells, roofline, " / ".join(peaks.values())])
@@ -261,7 +269,7 @@ def plot_speedups(data: Data, path: Path) -> bool:
     labels = list(dict.fromkeys(line.label for line, *_ in bars))
     rivals = [r for r in COLOURS if any(r == rival for _, rival, *_ in bars)]
     height = 0.8 / len(rivals)
-    size = (10, 1.6 + 0.23 * len(labels) * max(2, len(rivals)))
+    size = (10, 1.6 + len(labels) * max(0.4, 0.15 * len(rivals)))
     figure, axis = plt.subplots(figsize=size, layout="constrained", dpi=130)
     for line, rival, ratio, goal in bars:
         y = labels.index(line.label) - 0.4 + height * (rivals.index(rival) + 0.5)
@@ -298,7 +306,7 @@ def plot_throughput(data: Data, path: Path) -> bool:
     points: dict[tuple[str, str], list[tuple[int, Line]]] = {}
     for line in lines(data):
         facts = data["cases"][line.case]
-        if facts["loss"] == "cross_entropy" and len(facts["shape"]) == 2 and "," not in line.case:
+        if facts["loss"] == "cross_entropy" and len(facts["shape"]) == 2 and facts["bytes"] >= 1 << 24:
             points.setdefault((facts["dtype"], line.mode), []).append((facts["shape"][1], line))
     panels = {key: sorted(found, key=lambda p: p[0]) for key, found in points.items() if len(found) >= 3}
     if not panels:
@@ -318,7 +326,7 @@ def plot_throughput(data: Data, path: Path) -> bool:
                 if seconds is not None:
                     xy.append((classes, sum(data["cases"][line.case]["fewest_bytes"][mode]) / seconds / 1e9))
             if xy:
-                width = 2.2 if system == OURS else 1.3
+                width = 2.2 if system.startswith(OURS) else 1.3
                 axis.plot(
                     *zip(*xy, strict=True),
                     marker="o",

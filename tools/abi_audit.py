@@ -23,10 +23,9 @@ NEEDED |= {"libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2"
 # All of the limited API that csrc/torch/module.cpp uses: in it since Python 3.10 or before.
 PYTHON = {"PyModule_Create2", "PyUnicode_FromString", "PyUnicode_AsUTF8String", "PyBytes_AsString", "PyErr_Format"}
 PYTHON |= {"PyExc_ValueError", "_Py_NoneStruct", "_Py_Dealloc"}
-EXPORTED = {"PyInit__C", "__bss_start", "_edata", "_end", "_init", "_fini"}
 WEAK_ANYWHERE = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize"}
-# Mangled names (functions, static locals and their guards, type information) of fastloss::avx2 and fastloss::avx512.
-OWN_NAMESPACE = re.compile(r"_Z(GV|T[ISV])?Z*N[KVRO]*8fastloss(4avx2|6avx512)")
+# Mangled names of functions in fastloss::avx2 and fastloss::avx512, lambdas included.
+OWN_NAMESPACE = re.compile(r"_ZZ*N[KVRO]*8fastloss(4avx2|6avx512)")
 
 
 def output_of(*command: str) -> str:
@@ -77,22 +76,21 @@ def audit_library(path: Path) -> list[str]:
             problems.append(f"uses {name}, which is no part of torch's stable C shim")
         elif kind not in "wv" and in_libtorch_cpu is not None and name not in in_libtorch_cpu:
             problems.append(f"uses {name} strongly, but CPU builds of torch lack it: declare it weak")
-    for kind, name in symbols(path, "-D", "--defined-only"):
-        # gcc gives the type information of libstdc++ default visibility, weak.
-        if name not in EXPORTED and not (kind in "VWu" and name.startswith(("_ZTI", "_ZTS", "_ZTV"))):
+    for _, name in symbols(path, "-D", "--defined-only"):
+        if name != "PyInit__C":
             problems.append(f"exports {name}")
     return problems
 
 
 def audit_objects(core: Path) -> list[str]:
-    """Weak definitions are merged by name over all objects: one compiled for AVX-512 could then serve every CPU."""
+    """Weak functions are merged by name over all objects: one compiled for AVX-512 could then serve every CPU."""
     problems = []
     objects = [path for path in core.rglob("*.o") if re.search(r"_avx(2|512)\.cpp\.o$", path.name)]
     if platform.machine() == "x86_64" and not objects:
         problems.append(f"no AVX objects in {core}")
     for path in objects:
         for kind, name in symbols(path, "--defined-only"):
-            if kind in "WVu" and not OWN_NAMESPACE.match(name):
+            if kind == "W" and not OWN_NAMESPACE.match(name):
                 problems.append(f"{path.name} defines {output_of('c++filt', name).strip()} for every instruction set")
     return problems
 

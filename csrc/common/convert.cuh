@@ -96,11 +96,60 @@ __device__ __forceinline__ Vec16 minus_infinity() {
   return pack<T>(v);
 }
 
+// Element by element, the larger one; a nan loses to a number. 16-bit types two at a time.
+template <class T>
+__device__ __forceinline__ Vec16 max_of_vectors(const Vec16& a, const Vec16& b) {
+  Vec16 m;
+  if constexpr (sizeof(T) == 2) {
+    using pair_t = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      m.word[i] = bits_as<uint32_t>(__hmax2(bits_as<pair_t>(a.word[i]), bits_as<pair_t>(b.word[i])));
+  } else {
+    accum_t<T> x[kLanes16<T>], y[kLanes16<T>];
+    unpack<T>(a, x);
+    unpack<T>(b, y);
+#pragma unroll
+    for (int i = 0; i < kLanes16<T>; ++i) x[i] = max_of(x[i], y[i]);
+    m = pack<T>(x);
+  }
+  return m;
+}
+
+// v[i] = value, without giving v an address.
+template <class T>
+__device__ __forceinline__ void set_element(Vec16& v, int i, accum_t<T> value) {
+  accum_t<T> x[kLanes16<T>];
+  unpack<T>(v, x);
+#pragma unroll
+  for (int j = 0; j < kLanes16<T>; ++j) x[j] = j == i ? value : x[j];
+  v = pack<T>(x);
+}
+
+// The largest element, two at a time; a nan loses to a number.
+template <class T>
+__device__ __forceinline__ accum_t<T> max_of_vector(const Vec16& v) {
+  if constexpr (sizeof(T) == 2) {
+    using pair_t = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
+    const pair_t a = __hmax2(bits_as<pair_t>(v.word[0]), bits_as<pair_t>(v.word[1]));
+    const pair_t b = __hmax2(bits_as<pair_t>(v.word[2]), bits_as<pair_t>(v.word[3]));
+    const pair_t m = __hmax2(a, b);
+    return max_of(to_accum(T(m.x)), to_accum(T(m.y)));
+  } else {
+    accum_t<T> x[kLanes16<T>];
+    unpack<T>(v, x);
+    accum_t<T> m = x[0];
+#pragma unroll
+    for (int i = 1; i < kLanes16<T>; ++i) m = max_of(m, x[i]);
+    return m;
+  }
+}
+
 __device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // f(T{}) with the C++ type of a dtype.
 template <class F>
-__host__ __device__ inline void with_type(DType t, const F& f) {
+inline void with_type(DType t, const F& f) {
   switch (t) {
     case DType::f32: return f(float{});
     case DType::f64: return f(double{});
@@ -127,6 +176,18 @@ __device__ __forceinline__ void store_as(void* p, DType t, int64_t i, A v) {
     case DType::f64: static_cast<double*>(p)[i] = double(v); return;
     case DType::f16: static_cast<half_t*>(p)[i] = __float2half_rn(float(v)); return;
     case DType::bf16: static_cast<bfloat16_t*>(p)[i] = __float2bfloat16_rn(float(v)); return;
+  }
+}
+
+// Class indices i, i + 1, ..., i + N - 1.
+template <int N>
+__device__ __forceinline__ void load_indices(const void* p, IndexType t, int64_t i, int64_t (&out)[N]) {
+  if (t == IndexType::i64) {  // the usual one by itself, so that the loads go out together
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = static_cast<const int64_t*>(p)[i + j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = load_index(p, t, i + j);
   }
 }
 

@@ -4,20 +4,19 @@
 // The seam, device side:
 //   Vec16                                16 bytes as four words
 //   load16, load16_stream, store16_stream  one 128-bit access; stream = evict first, the data are used once
-//   opaque(Vec16&)                       the compiler forgets what it knows of a vector, so that it unpacks it again
-//                                        rather than keep it unpacked in twice the registers
 //   exp2_fast(float)                     2^x, 2 ulp, results below 2^-126 flushed to 0
 //   reciprocal_fast(float)               1/x, 1 ulp
 //   shared_memory()                      the block's dynamic shared memory, 16-byte aligned; there is no static one
 //   block_barrier(), warp_barrier()      order memory among the threads of a block, a warp
 //   memory_fence(), system_fence()       order this thread's writes for the device, for the host
-//   cluster_rank(), cluster_barrier(), cluster_map(p, rank)  thread-block clusters, distributed shared memory
+//   cluster_arrive(), cluster_wait(), cluster_map(p, rank)   thread-block clusters, distributed shared memory
 // and plain CUDA names: __global__, __device__, __launch_bounds__, threadIdx.x, blockIdx.x, blockDim.x, gridDim.x,
 // __shfl_xor_sync, atomicAdd(unsigned*), atomicCAS(int*).
 //
 // The seam, host side:
 //   query_device(device)                              -> DeviceProperties
 //   allocate_mapped(bytes, &host, &device)            -> Status
+//   fill_zero(p, bytes, stream)                       -> Status
 //   largest_cluster(kernel, LaunchShape, wanted)      -> clusters of at most that many blocks that the device can run
 //   launch(kernel, LaunchShape, stream, params)       -> Status
 //
@@ -50,10 +49,6 @@ __device__ __forceinline__ void store16_stream(void* p, Vec16 v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
 
-__device__ __forceinline__ void opaque(Vec16& v) {
-  asm volatile("" : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3]));
-}
-
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -76,22 +71,17 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ void memory_fence() { __threadfence(); }
 __device__ __forceinline__ void system_fence() { __threadfence_system(); }
 
-// Clusters exist from sm_90 on; the launch policy never asks for one before, so the bodies are empty there.
-__device__ __forceinline__ int cluster_rank() {
+// Clusters exist from sm_90 on; the launch policy never asks for one before, so the bodies are empty there. A cluster is
+// `parts` blocks with adjacent blockIdx.x, so a block's rank is blockIdx.x % parts.
+// Memory accesses before arrive happen before those after wait, across the cluster. All threads of a block call both.
+__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-#else
-  return 0;
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void cluster_barrier() {
+__device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 // The same shared-memory object in another block of the cluster.
@@ -147,6 +137,12 @@ inline Status allocate_mapped(size_t bytes, void** host, void** device) {
     if (e != cudaSuccess) cudaFreeHost(*host);
   }
   cudaThreadExchangeStreamCaptureMode(&mode);
+  if (e != cudaSuccess) cudaGetLastError();
+  return cuda_status(e);
+}
+
+inline Status fill_zero(void* p, int64_t bytes, void* stream) {
+  const cudaError_t e = cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
   if (e != cudaSuccess) cudaGetLastError();
   return cuda_status(e);
 }

@@ -91,45 +91,44 @@ inline To bit_cast(const From& x) {
   return r;
 }
 
-// Larger of two, ignoring a nan in x (like std::fmax with a never nan). a > b ? a : b is MAXPS(a, b).
-template <class T>
-inline vec<T> max_ignoring_nan(vec<T> x, vec<T> a) {
+// The larger of two; a where x is nan. Exactly what MAXPS(x, a) does, which GCC 12 does not see for 512 bits.
+template <class V>
+inline V max_of(V x, V a) {
   return x > a ? x : a;
 }
 
+#if defined(__AVX512F__)
 inline vec<float> max_of(vec<float> x, vec<float> a) {
-#if defined(__AVX512F__)
   return _mm512_maskz_max_ps(__mmask16(-1), x, a);  // maskz: GCC 12 warns about the plain form
-#elif defined(__AVX2__)
-  return _mm256_max_ps(x, a);
-#else
-  return max_ignoring_nan<float>(x, a);
-#endif
 }
-inline vec<double> max_of(vec<double> x, vec<double> a) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_max_pd(__mmask8(-1), x, a);
+inline vec<double> max_of(vec<double> x, vec<double> a) { return _mm512_maskz_max_pd(__mmask8(-1), x, a); }
 #elif defined(__AVX2__)
-  return _mm256_max_pd(x, a);
-#else
-  return max_ignoring_nan<double>(x, a);
+inline vec<float> max_of(vec<float> x, vec<float> a) { return _mm256_max_ps(x, a); }
+inline vec<double> max_of(vec<double> x, vec<double> a) { return _mm256_max_pd(x, a); }
 #endif
-}
 
-// Lanes are added in halves, always in the same order.
+// Lanes are combined in halves, always in the same order: lane i with lane i + n/2.
+template <class T, int kBytes, class Op>
+inline T fold_lanes(typename vector_type<T, kBytes>::type v, const Op& op) {
+  if constexpr (kBytes > 16) {
+    using half = typename vector_type<T, kBytes / 2>::type;
+    half parts[2];
+    __builtin_memcpy(parts, &v, sizeof v);
+    return fold_lanes<T, kBytes / 2>(op(parts[0], parts[1]), op);
+  } else if constexpr (sizeof(T) == 4) {
+    const auto pairs = op(v, __builtin_shufflevector(v, v, 2, 3, 2, 3));
+    return op(pairs, __builtin_shufflevector(pairs, pairs, 1, 1, 1, 1))[0];
+  } else {
+    return op(v, __builtin_shufflevector(v, v, 1, 1))[0];
+  }
+}
 template <class T>
 inline T sum_lanes(vec<T> v) {
-  T a[kLanes<T>];
-  __builtin_memcpy(a, &v, sizeof a);
-  for (int n = kLanes<T> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) a[i] += a[i + n];
-  return a[0];
+  return fold_lanes<T, kVectorBytes>(v, [](auto a, auto b) { return a + b; });
 }
 template <class T>
-inline T max_lanes(vec<T> v) {
-  T m = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+inline T max_lanes(vec<T> v) {  // v holds no nan
+  return fold_lanes<T, kVectorBytes>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- scalar conversions
@@ -261,73 +260,115 @@ inline void store_tail(S* p, int64_t n, vec<accum_t<S>> v) {
   __builtin_memcpy(p, a, size_t(n) * sizeof(S));
 }
 
-// ---- elementary functions
-// exp for x <= 0 (and nan): Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, minimax polynomial for e^r, 2^n by
-// exponent bits. Relative error < 1 ulp; results under the smallest normal number are 0, and exp(-inf) is 0.
+// ---- elementary functions, for vectors V of any width
+template <class R>
+struct strip_reference;
+template <class T>
+struct strip_reference<T&> {
+  using type = T;
+};
+template <class V>
+using lane_t = typename strip_reference<decltype(static_cast<V*>(nullptr)[0][0])>::type;
+template <class V>
+struct int_vector {
+  using type = typename vector_type<typename bits_of<lane_t<V>>::type, int(sizeof(V))>::type;
+};
+
+// exp for x <= 0 (and nan): e^x = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; minimax polynomial for 2^f, 2^n by
+// exponent bits. Relative error at most (1 + |x| / 9) ulp; results under the smallest normal number are 0, and exp(-inf)
+// is 0.
 template <class T>
 struct exp_constants;
 template <>
 struct exp_constants<float> {
-  static constexpr float lowest = -88.0f, log2e = 1.44269504088896341f, magic = 12582912.0f;
-  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
-  static constexpr int mantissa = 23, bias = 127;
-  static constexpr float c[] = {1.3926550428e-3f, 8.3634727222e-3f, 4.1666552403e-2f, 1.6666575217e-1f, 0.5f, 1.f, 1.f};
+  // magic is 1.5 2^23 + bias: adding it rounds to an integer and leaves n + bias in the low bits.
+  static constexpr float lowest = -88.0f, log2e = 1.44269504088896341f, magic = 12582912.0f + 127.0f;
+  static constexpr int mantissa = 23;
+  static constexpr float c[] = {0.000154537612306f, 0.00133915544008f, 0.00961808142887f, 0.0555035581091f,
+                                0.240226507629f,    0.693147188299f,   1.0f};
 };
 template <>
 struct exp_constants<double> {
-  static constexpr double lowest = -709.1, log2e = 1.4426950408889634074, magic = 6755399441055744.0;
-  static constexpr double ln2_hi = 6.93147180369123816490e-1, ln2_lo = 1.90821492927058770002e-10;
-  static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double c[] = {2.5100860168090098861e-8,  2.7620705697125571599e-7,  2.7557267457163429957e-6,
-                                 2.4801519991900053067e-5,  1.9841269863702190533e-4,  1.3888888918057098786e-3,
-                                 8.3333333333299313345e-3,  4.1666666666622430934e-2,  1.6666666666666667492e-1,
-                                 0.50000000000000010733,    1.0,                       1.0};
+  static constexpr double lowest = -709.1, log2e = 1.4426950408889634074, magic = 6755399441055744.0 + 1023.0;
+  static constexpr int mantissa = 52;
+  static constexpr double c[] = {4.455074120217283834e-10, 7.072798926201545768e-9, 1.0178061874829993702e-7,
+                                 1.3215441516650742984e-6, 1.5252733830778568438e-5, 1.5403530443504154997e-4,
+                                 1.3333558146416370956e-3, 9.6181291076058297627e-3, 5.5504108664821595226e-2,
+                                 0.24022650695910099884,   0.69314718055994530942,   1.0};
 };
-template <class T>
-inline vec<T> exp_nonpositive(vec<T> x) {
+template <class V>
+inline V exp_nonpositive(V x) {
+  using T = lane_t<V>;
   using K = exp_constants<T>;
-  x = max_of(splat(K::lowest), x);  // operand order keeps a nan
-  vec<T> shifted = x * K::log2e + K::magic;
-  vec<T> n = shifted - K::magic;
-  vec<T> r = x - n * K::ln2_hi - n * K::ln2_lo;
-  vec<T> p = splat(K::c[0]);
-  for (size_t i = 1; i < sizeof(K::c) / sizeof(T); ++i) p = p * r + K::c[i];
-  // The low bits of `shifted` hold n; n = -bias gives the float 0.
-  ivec<T> two_n = (bit_cast<ivec<T>>(shifted) + K::bias) << K::mantissa;
-  return p * bit_cast<vec<T>>(two_n);
+  using I = typename int_vector<V>::type;
+  x = max_of(K::lowest - V{}, x);  // operand order keeps a nan
+  const V shifted = x * K::log2e + K::magic;
+  const V f = x * K::log2e - (shifted - K::magic);  // one rounding: contracted to a fused multiply-add
+  V p = K::c[0] - V{};
+  for (size_t i = 1; i < sizeof(K::c) / sizeof(T); ++i) p = p * f + K::c[i];
+  return p * bit_cast<V>(bit_cast<I>(shifted) << K::mantissa);  // n + bias = 0 gives the float 0
 }
 
-// log for finite x >= 1, inf and nan.
-inline vec<float> log_of(vec<float> x) {
-  ivec<float> bits = bit_cast<ivec<float>>(x) - 0x3f3504f3;  // relative to sqrt(1/2)
-  vec<float> e = __builtin_convertvector(bits >> 23, vec<float>);
-  vec<float> f = bit_cast<vec<float>>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  constexpr float c[] = {0.0697161147f, -0.1147973385f, 0.1168541992f, -0.1242568733f, 0.1424905765f,
-                         -0.1666780232f, 0.2000071575f, -0.2499999696f, 0.3333333118f};
-  vec<float> p = splat(c[0]);
-  for (int i = 1; i < 9; ++i) p = p * f + c[i];
-  vec<float> f2 = f * f;
-  vec<float> r = p * f2 * f + e * -2.12194440e-4f - 0.5f * f2 + f + e * 0.693359375f;
-  return (x - x == 0.0f) ? r : x;  // inf and nan stay
-}
-inline vec<double> log_of(vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
-  return x;
+// log for x >= 1, inf and nan.
+template <class V>
+inline V log_of(V x) {
+  if constexpr (sizeof(lane_t<V>) == 8) {
+    for (size_t i = 0; i < sizeof(V) / 8; ++i) x[i] = __builtin_log(x[i]);
+    return x;
+  } else {
+    using I = typename int_vector<V>::type;
+    const I bits = bit_cast<I>(x) - 0x3f3504f3;  // relative to sqrt(1/2)
+    const V e = __builtin_convertvector(bits >> 23, V);
+    const V f = bit_cast<V>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    constexpr float c[] = {0.0697161147f, -0.1147973385f, 0.1168541992f, -0.1242568733f, 0.1424905765f,
+                           -0.1666780232f, 0.2000071575f, -0.2499999696f, 0.3333333118f};
+    V p = c[0] - V{};
+    for (int i = 1; i < 9; ++i) p = p * f + c[i];
+    const V f2 = f * f;
+    const V r = p * f2 * f + e * -2.12194440e-4f - 0.5f * f2 + f + e * 0.693359375f;
+    return (x - x == 0.0f) ? r : x;  // inf and nan stay
+  }
 }
 
-inline vec<float> tanh_of(vec<float> u) {
-  vec<float> a = u < 0.0f ? -u : u;
-  vec<float> e = exp_nonpositive<float>(-2.0f * a);
-  vec<float> large = (1.0f - e) / (1.0f + e);
-  vec<float> w = u * u;
-  constexpr float c[] = {0.00226950168f, -0.00832318706f, 0.0217625029f, -0.0539584616f, 0.133333001f, -0.333333331f};
-  vec<float> p = splat(c[0]);
-  for (int i = 1; i < 6; ++i) p = p * w + c[i];
-  return a < 0.625f ? u + u * w * p : (u < 0.0f ? -large : large);
+// log(1 + u) for u >= 0 without losing a small u: the rounding error of 1 + u is corrected by u / ((1 + u) - 1).
+template <class V>
+inline V log1p_of(V u) {
+  const V w = lane_t<V>(1) + u;
+  const V d = w - lane_t<V>(1);
+  return d == lane_t<V>(0) ? u : log_of(w) * (u / d);
 }
-inline vec<double> tanh_of(vec<double> u) {
-  for (int i = 0; i < kLanes<double>; ++i) u[i] = __builtin_tanh(u[i]);
-  return u;
+
+template <class V>
+inline V tanh_of(V u) {
+  if constexpr (sizeof(lane_t<V>) == 8) {
+    for (size_t i = 0; i < sizeof(V) / 8; ++i) u[i] = __builtin_tanh(u[i]);
+    return u;
+  } else {
+    const V a = u < 0.0f ? -u : u;
+    const V e = exp_nonpositive(-2.0f * a);
+    const V large = (1.0f - e) / (1.0f + e);
+    const V w = u * u;
+    constexpr float c[] = {0.00226950168f, -0.00832318706f, 0.0217625029f, -0.0539584616f, 0.133333001f, -0.333333331f};
+    V p = c[0] - V{};
+    for (int i = 1; i < 6; ++i) p = p * w + c[i];
+    return a < 0.625f ? u + u * w * p : (u < 0.0f ? -large : large);
+  }
+}
+
+// One value through the narrowest vector.
+template <class T>
+using narrow = typename vector_type<T, 16>::type;
+template <class T>
+inline T exp_nonpositive_scalar(T x) {
+  return exp_nonpositive(x - narrow<T>{})[0];
+}
+template <class T>
+inline T log_scalar(T x) {
+  return log_of(x - narrow<T>{})[0];
+}
+template <class T>
+inline T log1p_scalar(T x) {
+  return log1p_of(x - narrow<T>{})[0];
 }
 
 }  // namespace FASTLOSS_ISA

@@ -2,10 +2,11 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(FASTLOSS_EMULATE_CUDA)
+#ifdef __CUDACC__
 #define FASTLOSS_HD __host__ __device__ inline
 #else
-#define FASTLOSS_HD inline
+// Internal linkage: compiled once per instruction set, so the linker must not merge them into one for every CPU.
+#define FASTLOSS_HD static inline
 #endif
 
 namespace fastloss {

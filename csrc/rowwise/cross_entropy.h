@@ -46,9 +46,9 @@ struct CrossEntropyArgs {
   // ---- results of forward; null: not wanted
   void* loss = nullptr;  // [] or, for reduction none, [rows]; loss_type
   DType loss_type = DType::f32;
-  void* saved = nullptr;     // accum_of(logits_type), [saved_count()]: what backward needs to recompute the softmax as
-                             //   exp(z - ref) / sum_exp: ref[rows], sum_exp[rows], soft: mass[rows]; then D, Dn. (A
-                             //   rounded lse alone would cost half the digits at logits of 1e4.)
+  void* saved = nullptr;     // accum_of(logits_type), [saved_count()]: what backward needs to recompute the softmax:
+                             //   ref[rows], others[rows] (see RowStats), soft: mass[rows]; then D, Dn. (A rounded lse
+                             //   alone would cost half the digits at logits of 1e4.)
   void* lse = nullptr;       // [rows] accum_of(logits_type)
   void* grad = nullptr;      // dL/dx for grad_output 1 (scalar reductions only); logits_type. May be the
   Strides grad_strides;      //   logits themselves (then grad_strides == logits_strides).

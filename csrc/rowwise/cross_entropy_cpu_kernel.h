@@ -19,7 +19,7 @@ namespace FASTLOSS_ISA {
 enum class Mode { index, smooth, smooth_weighted, soft };  // what q_c is: nothing, 1, w_c, w_c p'_c
 
 constexpr int64_t kChunk = 1024;          // classes per chunk of the row path
-constexpr int64_t kRowPathClasses = 128;  // fewer go through tiles
+constexpr int64_t kRowPathClasses = 32;  // fewer go through tiles
 constexpr int64_t kTileBytes = 32768;
 constexpr int64_t kTileBytesMax = 262144;  // past this a tile holds only part of the classes
 
@@ -38,7 +38,7 @@ struct Call {
   const T* weight;         // [classes] or null
   const T* sample_weight;  // [rows] or null
   T* ref;                  // saved statistics, or null
-  T* sum_exp;
+  T* others;
   T* mass;
   bool backward;
 
@@ -47,8 +47,8 @@ struct Call {
         weight(static_cast<const T*>(args.weight)),
         sample_weight(static_cast<const T*>(args.sample_weight)),
         ref(static_cast<T*>(args.saved)),
-        sum_exp(ref ? ref + args.rows() : nullptr),
-        mass(ref && args.soft ? sum_exp + args.rows() : nullptr),
+        others(ref ? ref + args.rows() : nullptr),
+        mass(ref && args.soft ? others + args.rows() : nullptr),
         backward(is_backward) {
     double weight_sum = double(args.classes);
     if (weight) {
@@ -84,7 +84,10 @@ inline vec<T> transform(const RowConstants<T>& k, vec<T> x) {
 }
 template <bool kTransform, class T>
 inline T transform_scalar(const RowConstants<T>& k, T x) {
-  return transform<kTransform, T>(k, splat(x))[0];
+  if constexpr (kTransform)
+    return transform<kTransform, T>(k, splat(x))[0];
+  else
+    return x;
 }
 // dz/dx from z.
 template <class V, class T>
@@ -135,7 +138,7 @@ inline void load_probabilities(const CrossEntropyArgs& a, int64_t offset, int64_
 
 // Statistics of the row x[classes] in one pass over chunks; *best is the chunk that holds the maximum.
 template <Mode kMode, bool kTransform, class S, class T>
-inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offset, int64_t* best) {
+inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offset, int64_t target, int64_t* best) {
   const int64_t classes = call.a.classes;
   const bool zero_inf = call.a.zero_times_inf;
   const RowConstants<T>& k = call.k;
@@ -143,6 +146,7 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
   T max = -kInf<T>, ref = 0;
   vec<T> sum{}, dot{}, mass{};
   T done = 0;  // smooth: mass of the chunks before this one
+  const int64_t target_vector = target >= 0 ? target / kLanes<T> * kLanes<T> : -1;  // chunks hold whole vectors
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t c1 = min_of(classes, c0 + kChunk);
     vec<T> m0 = splat(-kInf<T>), m1 = m0, m2 = m0, m3 = m0;
@@ -161,7 +165,7 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
     const T chunk_max = max_lanes<T>(m0);
     if (chunk_max > max) {
       if (max > -kInf<T>) {
-        sum *= exp_nonpositive<T>(splat(ref - chunk_max))[0];
+        sum *= exp_nonpositive_scalar(ref - chunk_max);
       }
       if constexpr (kMode == Mode::smooth) dot[0] += done * (ref - chunk_max);
       if constexpr (kMode == Mode::smooth_weighted || kMode == Mode::soft) {
@@ -172,14 +176,16 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
     }
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
     auto add = [&](int64_t i, int64_t n, vec<T>& s) {
+      __builtin_prefetch(x + i + kChunk);  // the next chunk arrives while this one is computed
       vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
       vec<T> d = z - ref;
-      vec<T> e = exp_nonpositive<T>(d);
+      vec<T> e = exp_nonpositive(d);
       if (n < kLanes<T>) {
         auto in_row = iota<T>() < T(n);
         e = in_row ? e : vec<T>{};
         d = in_row ? d : vec<T>{};
       }
+      if (i == target_vector) e[target - i] = T(0);
       s += e;
       if constexpr (kMode == Mode::smooth) dot += d;
       if constexpr (kMode == Mode::smooth_weighted) {
@@ -209,39 +215,39 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
   return {ref, max > -kInf<T> ? total : total + kNan<T>, sum_lanes<T>(dot), sum_lanes<T>(mass)};
 }
 
-// grad_c = (softmax_scale e^(z_c - ref) / sum - q_scale q_c - [c == t] target_scale) dz_c/dx_c
+// The gradient of one row, see RowGrad.
 template <Mode kMode, bool kTransform, class S, class T>
-inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref, T sum_exp, RowGrad<T> g,
+inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref, T others, T sum_exp, RowGrad<T> g,
                      int64_t target, S* grad) {
   const int64_t classes = call.a.classes;
   const RowConstants<T>& k = call.k;
-  const T softmax_scale = g.softmax_scale / sum_exp;
+  const T inv_sum = T(1) / sum_exp, softmax_scale = (g.target_scale + g.rest_scale) * inv_sum;
   alignas(64) T prob[kMode == Mode::soft ? kChunk + kLanes<T> : 1];
-  T x_t = target >= 0 ? T(to_accum(x[target])) : T(0);  // before it is overwritten, should grad be the logits
-  auto value = [&](vec<T> raw, int64_t i, int64_t c0, int64_t n, T pick) {
-    vec<T> z = transform<kTransform, T>(k, raw);
-    vec<T> r = exp_nonpositive<T>(z - ref) * softmax_scale;
-    if constexpr (kMode == Mode::smooth) r -= g.q_scale;
-    if constexpr (kMode == Mode::smooth_weighted) r -= g.q_scale * load_n(call.weight + i, n, T(0));
-    if constexpr (kMode == Mode::soft) {
-      vec<T> w = call.weight ? load_n(call.weight + i, n, T(0)) : splat(T(1));
-      r -= g.q_scale * soft_q<T>(k, load_n(prob + (i - c0), n, T(0)), w);
-    }
-    r -= pick;
-    if constexpr (kTransform) r *= transform_slope(k, z);
-    return r;
-  };
+  T target_grad = T(0);
+  if (target >= 0) {  // before it is overwritten, should grad be the logits
+    const T z = transform_scalar<kTransform, T>(k, T(to_accum(x[target])));
+    target_grad = (exp_nonpositive_scalar(z - ref) * g.rest_scale - g.target_scale * others) * inv_sum;
+    if constexpr (kMode == Mode::smooth) target_grad -= g.q_scale;
+    if constexpr (kMode == Mode::smooth_weighted) target_grad -= g.q_scale * call.weight[target];
+    if constexpr (kTransform) target_grad *= transform_slope(k, z);
+  }
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t c1 = min_of(classes, c0 + kChunk);
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
     for_vectors<T>(c0, c1, [&](int64_t i, int64_t n) {
-      store_n(grad + i, n, value(load_n(x + i, n, T(0)), i, c0, n, T(0)));
+      vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
+      vec<T> r = exp_nonpositive(z - ref) * softmax_scale;
+      if constexpr (kMode == Mode::smooth) r -= g.q_scale;
+      if constexpr (kMode == Mode::smooth_weighted) r -= g.q_scale * load_n(call.weight + i, n, T(0));
+      if constexpr (kMode == Mode::soft) {
+        vec<T> w = call.weight ? load_n(call.weight + i, n, T(0)) : splat(T(1));
+        r -= g.q_scale * soft_q<T>(k, load_n(prob + (i - c0), n, T(0)), w);
+      }
+      if constexpr (kTransform) r *= transform_slope(k, z);
+      store_n(grad + i, n, r);
     });
-    if constexpr (kMode != Mode::soft) {
-      if (target >= c0 && target < c1)  // once more for the picked class, so that it is rounded once
-        grad[target] = from_accum<S, T>(value(splat(x_t), target, c0, 1, g.target_scale)[0]);
-    }
   }
+  if (target >= 0) grad[target] = from_accum<S, T>(target_grad);
 }
 
 // First index whose transformed logit equals the row's maximum; the first nan if there is one (torch.argmax).
@@ -276,31 +282,31 @@ struct BlockSums {  // of one block of rows; doubles so that rows can be added i
 
 // Takes the statistics of a row and does all that is O(1): loss, saved values, gradient coefficients.
 template <Mode kMode, class T>
-inline RowGrad<T> finish_row(const Call<T>& call, int64_t row, T ref, T sum_exp, T log_sum, T dot, T mass, int64_t target,
-                             T target_minus_ref, BlockSums* sums) {
+inline RowGrad<T> finish_row(const Call<T>& call, int64_t row, const RowStats<T>& st, T log_sum, int64_t target, T nll_t,
+                             BlockSums* sums) {
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;
-  const T lse = ref + log_sum;
+  const T lse = st.ref + log_sum;
   const bool counts = kMode == Mode::soft || target >= 0;
   const T w_t = kMode == Mode::soft ? T(1) : counts && call.weight ? call.weight[target] : T(1);
   RowGrad<T> g{T(0), T(0), T(0)};
-  if (counts) {
+  if (counts && a.grad) {
     T u, uz;
     call.row_scale(row, &u, &uz);
     if constexpr (kMode == Mode::soft)
-      g = soft_row_grad(k, lse, mass, u, uz);
+      g = soft_row_grad(k, lse, st.mass, u, uz);
     else
       g = index_row_grad(k, lse, w_t, u, uz);
   }
   if (call.backward) return g;
   double nll = 0, z = 0;
   if (counts) {
-    T s = call.sample_weight ? call.sample_weight[row] : T(1);
+    const T s = call.sample_weight ? call.sample_weight[row] : T(1);
     T n;
     if constexpr (kMode == Mode::soft)
-      n = soft_row_nll(log_sum, dot, mass);
+      n = soft_row_nll(log_sum, st.dot, st.mass);
     else
-      n = index_row_nll(k, log_sum, target_minus_ref, dot, w_t);
+      n = index_row_nll(k, nll_t, log_sum, st.dot, w_t);
     nll = double(s * n);
     if (k.z_loss != T(0)) z = double(s * (k.z_loss * lse * lse));
   }
@@ -308,9 +314,9 @@ inline RowGrad<T> finish_row(const Call<T>& call, int64_t row, T ref, T sum_exp,
   sums->z += z;
   if (a.loss && a.reduction == Reduction::none) store_scalar(a.loss, a.loss_type, row, nll + z);
   if (call.ref) {
-    call.ref[row] = ref;
-    call.sum_exp[row] = sum_exp;
-    if (call.mass) call.mass[row] = mass;
+    call.ref[row] = st.ref;
+    call.others[row] = st.others;
+    if (call.mass) call.mass[row] = st.mass;
   }
   if (a.lse) static_cast<T*>(a.lse)[row] = lse;
   return g;
@@ -346,21 +352,25 @@ inline void row_path(const Call<accum_t<S>>& call, int64_t begin, int64_t end, B
     int64_t best = 0;
     RowStats<T> st;
     if (call.backward)
-      st = {call.ref[row], call.sum_exp[row], T(0), call.mass ? call.mass[row] : T(0)};
+      st = {call.ref[row], call.others[row], T(0), call.mass ? call.mass[row] : T(0)};
     else
-      st = row_stats<kMode, kTransform, S, T>(call, x, prob_offset, &best);
-    T log_sum = log_of(splat(st.sum_exp))[0];
-    T picked = T(0);
-    if (target >= 0) picked = transform_scalar<kTransform, T>(call.k, T(to_accum(x[target]))) - st.max;
-    RowGrad<T> g =
-        finish_row<kMode, T>(call, row, st.max, st.sum_exp, log_sum, st.dot, st.mass, target, picked, sums);
+      st = row_stats<kMode, kTransform, S, T>(call, x, prob_offset, target, &best);
+    T e_t = 0, d_t = 0;
+    if (target >= 0) {
+      d_t = transform_scalar<kTransform, T>(call.k, T(to_accum(x[target]))) - st.ref;
+      e_t = exp_nonpositive_scalar(d_t);
+    }
+    const T sum = st.others + e_t, log_sum = log_scalar(sum);
+    const T ratio = st.others < e_t && !call.backward ? log1p_scalar(st.others / e_t) : T(0);
+    const T nll_t = target_nll(st.others, e_t, log_sum, d_t, ratio);
+    RowGrad<T> g = finish_row<kMode, T>(call, row, st, log_sum, target, nll_t, sums);
     if (stats_wanted && !call.backward) {
-      int64_t top = row_argmax<kTransform, S, T>(call.k, x, 1, a.classes, st.max, st.sum_exp != st.sum_exp, best);
+      int64_t top = row_argmax<kTransform, S, T>(call.k, x, 1, a.classes, st.ref, sum != sum, best);
       count_correct(call, row, top, kMode == Mode::soft ? prob_argmax(a, prob_offset) : target, sums);
     }
     if (a.grad) {
       S* grad = static_cast<S*>(a.grad) + o * a.grad_strides.outer + i * a.grad_strides.inner;
-      row_grad<kMode, kTransform, S, T>(call, x, prob_offset, st.max, st.sum_exp, g, target, grad);
+      row_grad<kMode, kTransform, S, T>(call, x, prob_offset, st.ref, st.others, sum, g, target, grad);
     }
   }
 }
@@ -444,9 +454,12 @@ inline TileShape tile_shape(const CrossEntropyArgs& a) {
 template <class T>
 struct TileState {  // one value per row of the tile
   explicit TileState(int64_t n)
-      : max(n), ref(n), sum(n), dot(n), mass(n), log_sum(n), picked(n), a(n), q(n), t(n), target(n), offset(n) {}
-  Scratch<T> max, ref, sum, dot, mass, log_sum, picked;
-  Scratch<T> a, q, t;  // gradient: softmax_scale / sum, q_scale, target_scale
+      : max(n), ref(n), others(n), dot(n), mass(n), sum(n), log_sum(n), picked(n), nll(n), a(n), q(n), t(n), lane_target(n),
+        target(n), offset(n) {}
+  Scratch<T> max, ref, others, dot, mass;  // see RowStats
+  Scratch<T> sum, log_sum, picked, nll;    // others + e_t, its logarithm, z_t, -log p_t
+  Scratch<T> a, q, t;                      // gradient: softmax scale / sum, q_scale, the target's own
+  Scratch<typename bits_of<T>::type> lane_target;
   Scratch<int64_t> target, offset;
 };
 
@@ -460,15 +473,20 @@ inline void tile_statistics(const Call<T>& call, TileState<T>& s, int64_t lanes,
     vec<T> max = old_max;
     for (int64_t c = 0; c < classes; ++c) max = max_of(load(tile + c * pitch + v), max);
     const vec<T> ref = max > -kInf<T> ? max : vec<T>{};
-    vec<T> sum = load(&s.sum[v]), dot = load(&s.dot[v]), mass = load(&s.mass[v]);
+    vec<T> others = load(&s.others[v]), dot = load(&s.dot[v]), mass = load(&s.mass[v]);
+    ivec<T> target;
+    __builtin_memcpy(&target, &s.lane_target[v], sizeof target);
+    target -= typename bits_of<T>::type(c0);
     if (c0 > 0) {
       vec<T> shift = old_ref - ref;
-      sum = old_max > -kInf<T> ? sum * exp_nonpositive<T>(shift) : sum;
+      others = old_max > -kInf<T> ? others * exp_nonpositive(shift) : others;
       if constexpr (kMode != Mode::index) dot += mass * shift;
     }
     for (int64_t c = 0; c < classes; ++c) {
       vec<T> d = load(tile + c * pitch + v) - ref;
-      sum += exp_nonpositive<T>(d);
+      vec<T> e = exp_nonpositive(d);
+      if constexpr (kMode != Mode::soft) e = target == typename bits_of<T>::type(c) ? vec<T>{} : e;
+      others += e;
       if constexpr (kMode == Mode::smooth) {
         dot += d;
         mass += T(1);
@@ -487,7 +505,7 @@ inline void tile_statistics(const Call<T>& call, TileState<T>& s, int64_t lanes,
     }
     store(&s.max[v], max);
     store(&s.ref[v], ref);
-    store(&s.sum[v], sum);
+    store(&s.others[v], others);
     store(&s.dot[v], dot);
     store(&s.mass[v], mass);
   }
@@ -502,7 +520,7 @@ inline void tile_gradient(const Call<T>& call, TileState<T>& s, int64_t lanes, T
     const vec<T> ref = load(&s.ref[v]), softmax_scale = load(&s.a[v]), q_scale = load(&s.q[v]);
     for (int64_t c = 0; c < classes; ++c) {
       vec<T> z = load(tile + c * pitch + v);
-      vec<T> g = exp_nonpositive<T>(z - ref) * softmax_scale;
+      vec<T> g = exp_nonpositive(z - ref) * softmax_scale;
       if constexpr (kMode == Mode::smooth) g -= q_scale;
       if constexpr (kMode == Mode::smooth_weighted) g -= q_scale * call.weight[c0 + c];
       if constexpr (kMode == Mode::soft)
@@ -557,16 +575,18 @@ inline void tile_path(const Call<accum_t<S>>& call, const TileShape& shape, int6
         s.target[b] = -1;
       }
     }
+    for (int64_t b = 0; b < lanes; ++b)
+      s.lane_target[b] = b < n ? typename bits_of<T>::type(s.target[b]) : -1;
     if (call.backward) {
       if (one_chunk) load_chunk(0, a.classes);
       for (int64_t b = 0; b < lanes; ++b) {
         const int64_t row = first + (b < n ? b : 0);
         s.ref[b] = call.ref[row];
-        s.sum[b] = call.sum_exp[row];
+        s.others[b] = call.others[row];
         s.mass[b] = call.mass ? call.mass[row] : T(0);
         s.dot[b] = T(0);
       }
-      if constexpr (kTransform && kMode != Mode::soft)
+      if constexpr (kMode != Mode::soft)
         for (int64_t b = 0; b < n; ++b)
           if (s.target[b] >= 0)
             s.picked[b] = transform_scalar<kTransform, T>(
@@ -574,7 +594,7 @@ inline void tile_path(const Call<accum_t<S>>& call, const TileShape& shape, int6
     } else {
       for (int64_t b = 0; b < lanes; ++b) {
         s.max[b] = -kInf<T>;
-        s.ref[b] = s.sum[b] = s.dot[b] = s.mass[b] = T(0);
+        s.ref[b] = s.others[b] = s.dot[b] = s.mass[b] = T(0);
       }
       for (int64_t c0 = 0; c0 < a.classes; c0 += shape.classes) {
         const int64_t classes = min_of(shape.classes, a.classes - c0);
@@ -587,22 +607,35 @@ inline void tile_path(const Call<accum_t<S>>& call, const TileShape& shape, int6
           }
       }
       for (int64_t b = 0; b < n; ++b)
-        if (!(s.max[b] > -kInf<T>)) s.sum[b] = s.sum[b] + kNan<T>;  // nothing but -inf (or nan): no softmax
+        if (!(s.max[b] > -kInf<T>)) s.others[b] += kNan<T>;  // nothing but -inf (or nan): no softmax
     }
-    for (int64_t v = 0; v < lanes; v += kLanes<T>) store(&s.log_sum[v], log_of(load(&s.sum[v])));
+    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      ivec<T> target;
+      __builtin_memcpy(&target, &s.lane_target[v], sizeof target);
+      const vec<T> others = load(&s.others[v]), d = load(&s.picked[v]) - load(&s.ref[v]);
+      const vec<T> e = target >= 0 ? exp_nonpositive(d) : vec<T>{}, sum = others + e, log_sum = log_of(sum);
+      store(&s.sum[v], sum);
+      store(&s.log_sum[v], log_sum);
+      if (!call.backward) store(&s.nll[v], target_nll(others, e, log_sum, d, log1p_of(others / e)));
+    }
     for (int64_t b = 0; b < n; ++b) {
-      RowGrad<T> g = finish_row<kMode, T>(call, first + b, s.ref[b], s.sum[b], s.log_sum[b], s.dot[b], s.mass[b],
-                                          s.target[b], s.picked[b] - s.ref[b], sums);
+      const RowStats<T> st{s.ref[b], s.others[b], s.dot[b], s.mass[b]};
+      RowGrad<T> g = finish_row<kMode, T>(call, first + b, st, s.log_sum[b], s.target[b], s.nll[b], sums);
       if (stats_wanted) {
         int64_t top = row_argmax<kTransform, S, T>(k, x + s.offset[b], a.logits_strides.cls, a.classes, s.max[b],
                                                    s.sum[b] != s.sum[b], 0);
         count_correct(call, first + b, top, kMode == Mode::soft ? prob_argmax(a, prob_offset[b]) : s.target[b], sums);
       }
       if (a.grad) {
-        s.a[b] = g.softmax_scale / s.sum[b];
+        s.a[b] = (g.target_scale + g.rest_scale) / s.sum[b];
         s.q[b] = g.q_scale;
-        s.t[b] = g.target_scale;
-        if constexpr (kTransform) s.t[b] *= transform_slope(k, s.picked[b]);
+        if (s.target[b] >= 0) {
+          T r = ((s.sum[b] - s.others[b]) * g.rest_scale - g.target_scale * s.others[b]) / s.sum[b];
+          if constexpr (kMode == Mode::smooth) r -= g.q_scale;
+          if constexpr (kMode == Mode::smooth_weighted) r -= g.q_scale * call.weight[s.target[b]];
+          if constexpr (kTransform) r *= transform_slope(k, s.picked[b]);
+          s.t[b] = r;
+        }
       }
     }
     if (!a.grad) continue;
@@ -613,7 +646,7 @@ inline void tile_path(const Call<accum_t<S>>& call, const TileShape& shape, int6
       if constexpr (kMode != Mode::soft)
         for (int64_t b = 0; b < n; ++b) {
           const int64_t c = s.target[b] - c0;
-          if (s.target[b] >= 0 && c >= 0 && c < classes) tile[c * shape.pitch + b] -= s.t[b];
+          if (s.target[b] >= 0 && c >= 0 && c < classes) tile[c * shape.pitch + b] = s.t[b];
         }
       store_tile(static_cast<S*>(a.grad), grad_rows, grad_offset.get(), a.grad_strides.cls, c0, classes, tile.get(),
                  shape.pitch);
@@ -682,7 +715,7 @@ inline void target_gradient(const Call<accum_t<S>>& call, int64_t begin, int64_t
     const int64_t out = o * a.grad_target_strides.outer + i * a.grad_target_strides.inner;
     T u, uz;
     call.row_scale(row, &u, &uz);
-    const T scale = u * (T(1) - call.k.smoothing), log_sum = log_of(splat(call.sum_exp[row]))[0];
+    const T scale = u * (T(1) - call.k.smoothing), log_sum = log_scalar(call.others[row]);
     with_storage(a.prob_type, [&](auto* tag) {
       auto* grad = static_cast<decltype(tag)>(a.grad_target) + out;
       for (int64_t c0 = 0; c0 < a.classes; c0 += kLanes<T>) {

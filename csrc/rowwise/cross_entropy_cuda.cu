@@ -5,11 +5,11 @@
 namespace fastloss {
 
 template <class T>
-Status launch_cross_entropy(const RowwiseConfig& config, const CrossEntropyParams<accum_t<T>>& params, void* stream);
-extern template Status launch_cross_entropy<float>(const RowwiseConfig&, const CrossEntropyParams<float>&, void*);
-extern template Status launch_cross_entropy<double>(const RowwiseConfig&, const CrossEntropyParams<double>&, void*);
-extern template Status launch_cross_entropy<half_t>(const RowwiseConfig&, const CrossEntropyParams<float>&, void*);
-extern template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, const CrossEntropyParams<float>&, void*);
+Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accum_t<T>> params, void* stream);
+extern template Status launch_cross_entropy<float>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
+extern template Status launch_cross_entropy<double>(const RowwiseConfig&, CrossEntropyParams<double>, void*);
+extern template Status launch_cross_entropy<half_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
+extern template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
 
 namespace {
 
@@ -48,6 +48,7 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
   problem.grad_offset = grid_offset(a.grad);
   problem.general = a.logits_type == DType::f64 || a.soft || a.label_smoothing > 0 || a.softcap > 0 || a.logit_scale != 1 ||
                     (pass != Pass::backward && (a.argmax || a.accuracy)) || a.classes > INT32_MAX;
+  problem.in_place = problem.has_grad && a.grad == a.logits;
   problem.pass = pass;
   plan.config = rowwise_config(problem, device);
   const bool weighted_classes = a.weight && (a.label_smoothing > 0);
@@ -99,6 +100,7 @@ Status run(const Plan& plan, const CudaContext& context) {
   p.k.softcap = A(a.softcap);
   p.k.inv_softcap = A(a.softcap > 0 ? 1 / a.softcap : 0);
   if (plan.pass == Pass::backward) {
+    p.in_place = a.grad && a.grad == a.logits;
     p.grad_target = a.grad_target;
     p.grad_output = a.grad_output;
     p.grad_output_per_row = a.grad_output_per_row;

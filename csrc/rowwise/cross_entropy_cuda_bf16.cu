@@ -1,5 +1,5 @@
 #include "cross_entropy_launch.cuh"
 
 namespace fastloss {
-template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, const CrossEntropyParams<accum_t<bfloat16_t>>&, void*);
+template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, CrossEntropyParams<accum_t<bfloat16_t>>, void*);
 }

@@ -1,5 +1,5 @@
 #include "cross_entropy_launch.cuh"
 
 namespace fastloss {
-template Status launch_cross_entropy<double>(const RowwiseConfig&, const CrossEntropyParams<accum_t<double>>&, void*);
+template Status launch_cross_entropy<double>(const RowwiseConfig&, CrossEntropyParams<accum_t<double>>, void*);
 }

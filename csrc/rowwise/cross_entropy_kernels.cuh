@@ -10,7 +10,7 @@
 //       streaming   blocks (or clusters) walk along the row online and walk back for the gradient, so that the L2
 //                   serves what was read last                          any length
 //   cross_entropy_plane_kernel    everything else ((N, C, d1, ...), any strides): 32 lanes along the inner axis, the
-//                                 warps of a block share the classes; in registers up to 160 classes, else re-read
+//                                 warps of a block share the classes; in registers up to 160 classes (general: 80), else re-read
 //
 // Bytes moved: forward 1 read; value and gradient 1 read + 1 write (streaming: 2 reads); backward 1 read + 1 write.
 //
@@ -20,7 +20,7 @@
 #include <math.h>
 
 #include "../common/convert.cuh"
-#include "../common/errors_cuda.h"
+#include "../common/errors_cuda.cuh"
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
 #include "cross_entropy_policy.h"
@@ -51,6 +51,7 @@ struct CrossEntropyParams {
   Reduction reduction;
   Pass pass;
   bool soft, smooth, transform, zero_times_inf, all_ignored_zero, grad_output_per_row;
+  bool in_place;   // backward: grad is the logits
   bool want_q;     // every class has a weight in the loss: soft or smooth
   bool want_best;  // argmax or accuracy
   // of the launch
@@ -63,6 +64,11 @@ struct CrossEntropyParams {
   int parts;      // block rows: blocks per row
   int64_t slice;  // vectors per part
   int groups;     // plane: warps per block
+  int64_t outer_step, inner_step;  // plane: the grid, in units of outer steps and inner tiles
+  int64_t last_base;               // plane: first class of the last chunk that a block holds at once, or negative
+  // 0, which the compiler cannot know: what is combined with it is computed again for the gradient rather than kept in
+  // registers beside the row.
+  unsigned zero;
 };
 
 constexpr int kMaxTotals = 32;
@@ -76,6 +82,8 @@ __device__ __forceinline__ float reciprocal_of(float x) { return reciprocal_fast
 __device__ __forceinline__ double reciprocal_of(double x) { return 1 / x; }
 __device__ __forceinline__ float log_of(float x) { return logf(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
+__device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
 __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 
@@ -97,25 +105,30 @@ __device__ __forceinline__ A transform_slope(const RowConstants<A>& k, A z) {
   return k.logit_scale * (A(1) - u * u);
 }
 
+// Statistics of a part of a row, without the target's own exponential; sums are relative to reference(max).
 template <class A>
-__device__ __forceinline__ RowStats<A> empty_stats() {
+struct PartStats {
+  A max, others, dot, mass;
+};
+template <class A>
+__device__ __forceinline__ PartStats<A> empty_stats() {
   return {A(-INFINITY), A(0), A(0), A(0)};
 }
 
 // Statistics so far, restated for the larger maximum `max`.
 template <class A>
-__device__ __forceinline__ void rebase(RowStats<A>& s, A max, bool dots) {
+__device__ __forceinline__ void rebase(PartStats<A>& s, A max, bool dots) {
   const A ref = reference(max);
-  s.sum_exp *= exp_of(s.max - ref);
+  s.others *= exp_of(s.max - ref);
   if (dots) s.dot += s.mass * (reference(s.max) - ref);
   s.max = max;
 }
 
 // Over the lanes of a group; every lane gets the result.
 template <class A>
-__device__ __forceinline__ void reduce_stats(RowStats<A>& s, int width, bool dots) {
+__device__ __forceinline__ void reduce_stats(PartStats<A>& s, int width, bool dots) {
   rebase(s, group_max(s.max, width), dots);
-  s.sum_exp = group_sum(s.sum_exp, width);
+  s.others = group_sum(s.others, width);
   if (dots) {
     s.dot = group_sum(s.dot, width);
     s.mass = group_sum(s.mass, width);
@@ -193,6 +206,18 @@ __device__ __forceinline__ RowTarget<kGeneral> load_target(const CrossEntropyPar
   return target;
 }
 
+// The classes of N adjacent rows, -1 where there is none to use.
+template <bool kGeneral, int N, class A, class index_t>
+__device__ __forceinline__ void load_targets(const CrossEntropyParams<A>& p, int64_t row, bool valid,
+                                             index_t (&target)[N]) {
+  int64_t t[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) t[i] = -1;
+  if (valid && !(kGeneral && p.soft)) load_indices(p.target, p.index_type, row, t);
+#pragma unroll
+  for (int i = 0; i < N; ++i) target[i] = t[i] != p.ignore_index && t[i] >= 0 && t[i] < p.classes ? index_t(t[i]) : -1;
+}
+
 // D, Dn, counted rows and the weights' sum, by one warp: every lane gets them.
 struct Totals {
   double weight, count, counted, class_weights;
@@ -238,31 +263,35 @@ struct LossSums {
 
 template <class A>
 struct RowResult {
-  A ref, log_sum;         // lse = ref + log_sum
-  A u;                    // weight of nll in what is differentiated
-  A softmax_scale;        // as in RowGrad, over the row's sum: times exp(z_c - ref)
-  A q_scale, target_scale;
+  A ref, log_sum;   // lse = ref + log_sum
+  A u;              // weight of nll in what is differentiated
+  // d loss / d z_c = softmax_scale exp(z_c - ref) - q_scale q_c; at the target at_target - q_scale q_t
+  A softmax_scale, q_scale, at_target;
 };
 
 // All that is O(1) per row. `leader` writes and counts; the other threads of the row only want the coefficients.
 template <bool kGeneral, class A>
 __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& p, const Call<A>& call, Pass pass,
-                                                   int64_t row, const RowTarget<kGeneral>& target, RowStats<A> s, A z_target,
-                                                   Best<A> best, Best<A> best_prob, bool leader, LossSums* sums) {
+                                                   int64_t row, const RowTarget<kGeneral>& target, PartStats<A> s,
+                                                   A z_target, Best<A> best, Best<A> best_prob, bool leader,
+                                                   LossSums* sums) {
   RowConstants<A> k = p.k;
   k.weight_sum = call.weight_sum;
   if constexpr (!kGeneral) k.smoothing = k.smooth_share = A(0);
   const bool soft = kGeneral && p.soft;
   RowResult<A> r;
-  A sum = s.sum_exp, mass = s.mass;
   if (pass == Pass::backward) {
     r.ref = p.saved[row];
-    sum = p.saved[p.rows + row];
-    if (soft) mass = p.saved[2 * p.rows + row];
+    s.others = p.saved[p.rows + row];
+    if (soft) s.mass = p.saved[2 * p.rows + row];
   } else {
+    if (target.index >= 0) rebase(s, max_of(s.max, z_target), kGeneral && p.want_q);
     r.ref = reference(s.max);
-    if (s.max == A(-INFINITY)) sum += A(NAN);  // a row of nothing but -inf has no softmax
+    if (s.max == A(-INFINITY)) s.others += A(NAN);  // a row of nothing but -inf has no softmax
   }
+  const A d_target = z_target - r.ref;
+  const A e_target = target.index >= 0 ? exp_of(d_target) : A(0);
+  const A sum = s.others + e_target, per_sum = reciprocal_of(sum);
   r.log_sum = log_of(sum);
   const A lse = r.ref + r.log_sum;
   const A w_t = p.weight && target.index >= 0 ? p.weight[target.index] : A(1);
@@ -275,35 +304,35 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
     if (pass == Pass::backward) g *= load_as<A>(p.grad_output, p.loss_type, p.grad_output_per_row ? row : 0);
     r.u = g * call.per_d;
     const A uz = k.z_loss != A(0) ? g * call.per_dn : A(0);
-    grad = soft ? soft_row_grad(k, lse, mass, r.u, uz) : index_row_grad(k, lse, w_t, r.u, uz);
+    grad = soft ? soft_row_grad(k, lse, s.mass, r.u, uz) : index_row_grad(k, lse, w_t, r.u, uz);
   }
-  r.softmax_scale = grad.softmax_scale * reciprocal_of(sum);  // nan in a nan row, whatever the scale
+  r.softmax_scale = (grad.target_scale + grad.rest_scale) * per_sum;  // nan in a nan row, whatever the scale
   r.q_scale = grad.q_scale;
-  r.target_scale = grad.target_scale;
+  r.at_target = (grad.rest_scale * e_target - grad.target_scale * s.others) * per_sum;
   if (pass == Pass::backward || !leader) return r;
 
   double nll = 0, z = 0;
   if (target.counts) {
-    nll = double(sample * (soft ? soft_row_nll(r.log_sum, s.dot, mass)
-                                  : index_row_nll(k, r.log_sum, z_target - r.ref, s.dot, w_t)));
+    A n;
+    if (soft) {
+      n = soft_row_nll(r.log_sum, s.dot, s.mass);
+    } else {
+      const A ratio = s.others < e_target ? log1p_of(s.others * reciprocal_of(e_target)) : A(0);
+      n = index_row_nll(k, target_nll(s.others, e_target, r.log_sum, d_target, ratio), r.log_sum, s.dot, w_t);
+    }
+    nll = double(sample * n);
     if (k.z_loss != A(0)) z = double(sample * (k.z_loss * lse * lse));
   } else if (target.bad) {
     nll = double(NAN);
-    if (p.record && atomicCAS(&p.record->state, 0, 1) == 0) {
-      volatile BadTargetRecord* record = p.record;
-      record->row = row;
-      record->value = load_index(p.target, p.index_type, row);
-      system_fence();
-      record->state = 2;
-    }
+    record_bad_target(p.record, row, load_index(p.target, p.index_type, row));
   }
   sums->nll += nll;
   sums->z += z;
   if (p.reduction == Reduction::none && p.loss) store_as(p.loss, p.loss_type, row, A(nll + z));
   if (p.saved) {
     p.saved[row] = r.ref;
-    p.saved[p.rows + row] = sum;
-    if (soft) p.saved[2 * p.rows + row] = mass;
+    p.saved[p.rows + row] = s.others;
+    if (soft) p.saved[2 * p.rows + row] = s.mass;
   }
   if (p.lse) p.lse[row] = lse;
   if (kGeneral && p.want_best) {
@@ -427,30 +456,38 @@ __device__ __forceinline__ RowSpan row_span(const T* x, int64_t classes) {
   return {int(head), int(classes - head - body * kL), body};
 }
 
+__device__ __forceinline__ Vec16 recompute(const Vec16& v, unsigned zero) {
+  return {{v.word[0] ^ zero, v.word[1] ^ zero, v.word[2] ^ zero, v.word[3] ^ zero}};
+}
+
 template <class A>
 struct RowShared {
-  RowStats<A> warp[2][kWarp];
-  RowStats<A> part[2];
+  PartStats<A> warp[2][kWarp];
+  PartStats<A> part[2];
   Best<A> best[2][kWarp], best_prob[2][kWarp];
   Best<A> part_best[2], part_best_prob[2];
   double scratch[3 * kWarp + 1];
   LossSums sums[kWarpRowThreads];  // of every thread that leads a row
 };
 
-// Statistics of `kN` vectors of a row: tile[j] is vector first + j * step, those from `count` on hold -inf.
-// kKeep: exp(x - maximum of this thread) replaces x.
+// Statistics of `kN` vectors of a row: tile[j] is vector first + j * step, those from `count` on hold -inf. The target's
+// exponential stays out of the sum. kKeep: exp(x - maximum of this thread) replaces x, 0 at the target.
 template <class T, bool kGeneral, bool kKeep, int kN, class A, class index_t>
-__device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, RowStats<A>& s, Vec16 (&tile)[kN],
+__device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartStats<A>& s, Vec16 (&tile)[kN],
                                          index_t first, int step, index_t count, index_t column, int64_t prob_at,
-                                         bool dots, Best<A>& best, Best<A> (&best_prob)[1]) {
+                                         index_t target, bool dots, Best<A>& best, Best<A> (&best_prob)[1]) {
   constexpr int kL = kLanes16<T>;
   A max = s.max;
+  const index_t target_vector = target < column ? -1 : (target - column) / kL;
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    A z[kL];
-    unpack<T>(tile[j], z);
-    if constexpr (kGeneral) {
+    if constexpr (!kGeneral) {
+      if (first + j * step == target_vector) set_element<T>(tile[j], int((target - column) % kL), A(-INFINITY));
+      max = max_of(max, max_of_vector<T>(tile[j]));
+    } else {
       if (first + j * step >= count) continue;
+      A z[kL];
+      unpack<T>(tile[j], z);
       if (p.transform) {
 #pragma unroll
         for (int i = 0; i < kL; ++i) z[i] = transform(p.k, z[i]);
@@ -459,16 +496,15 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, RowStat
 #pragma unroll
         for (int i = 0; i < kL; ++i) take_better(best, z[i], column + (first + j * step) * kL + i);
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kL; ++i) max = max_of(max, z[i]);
+      for (int i = 0; i < kL; ++i) max = max_of(max, z[i]);
+    }
   }
   rebase(s, max, dots);
   const A ref = reference(max);
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     A z[kL], e[kL];
-    opaque(tile[j]);
     unpack<T>(tile[j], z);
     if constexpr (kGeneral) {
       if (first + j * step >= count) continue;
@@ -482,10 +518,11 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, RowStat
     for (int i = 0; i < kL; ++i) {
       z[i] -= ref;
       e[i] = exp_of(z[i]);
+      if (kGeneral && column + (first + j * step) * kL + i == target) e[i] = A(0);
     }
 #pragma unroll
     for (int i = 0; i < kL; i += 2) sum += e[i] + e[i + 1];
-    s.sum_exp += sum;
+    s.others += sum;
     if (dots && first + j * step < count) {
       const int64_t c = column + (first + j * step) * kL;
       A q[kL];
@@ -503,15 +540,16 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, RowStat
 
 // The same for one element, column c.
 template <bool kGeneral, class A>
-__device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, RowStats<A>& s, A x, int64_t c,
-                                            int64_t prob_at, bool dots, Best<A>& best, Best<A> (&best_prob)[1]) {
+__device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, PartStats<A>& s, A x, int64_t c,
+                                            int64_t prob_at, bool is_target, bool dots, Best<A>& best,
+                                            Best<A> (&best_prob)[1]) {
   if constexpr (kGeneral) {
     if (p.transform) x = transform(p.k, x);
     if (p.want_best) take_better(best, x, c);
   }
   rebase(s, max_of(s.max, x), dots);
   const A d = x - reference(s.max);
-  s.sum_exp += exp_of(d);
+  if (!is_target) s.others += exp_of(d);
   if (dots) {
     A q[1];
     load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q,
@@ -521,14 +559,13 @@ __device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, RowS
   }
 }
 
-// d loss / d x of N elements, the picked class aside; arguments as in load_q. slope[i] = dz/dx comes out as well.
-// Also writes the gradient of a probability target, at out_at, out_at + out_stride, ...
+// d loss / d x of N elements; arguments as in load_q. is_target[i]: row i's target is this class. Also writes the gradient of a probability target, at out_at, out_at + out_stride, ...
 template <bool kGeneral, int N, class A>
 __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const RowResult<A>* r, int row_step,
                                          const A (&x)[N], int64_t c, int class_step, int64_t prob_at,
                                          int64_t prob_stride, int64_t out_at, int64_t out_stride, bool want_q,
-                                         A (&g)[N], A (&slope)[N]) {
-  A z[N];
+                                         const bool (&is_target)[N], A (&g)[N]) {
+  A z[N], slope[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     z[i] = x[i];
@@ -541,7 +578,7 @@ __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const R
     }
     const RowResult<A>& row = r[i * row_step];
     z[i] -= row.ref;
-    g[i] = exp_of(z[i]) * row.softmax_scale;
+    g[i] = is_target[i] ? row.at_target : exp_of(z[i]) * row.softmax_scale;
   }
   if (want_q) {
     A q[N];
@@ -565,8 +602,15 @@ __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const R
   }
 }
 
+// Bounds the registers so that a row's vectors stay in them and enough rows are in flight.
+constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, int vectors, size_t accum_bytes) {
+  if (accum_bytes == 8) return 1;
+  const int blocks = general || vectors == 16 ? 2 : vectors == 8 ? 3 : 4;  // of 256 threads
+  return warp_rows ? (general ? 3 : vectors == 8 ? 5 : 7) : blocks;
+}
+
 template <class T, bool kGeneral, Pass kPass, bool kWarpRows, bool kResident, int kN>
-__global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, kGeneral ? 1 : !kWarpRows ? 2 : kN == 4 ? 8 : 5)
+__global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, row_blocks_per_multiprocessor(kGeneral, kWarpRows, kN, sizeof(accum_t<T>)))
     cross_entropy_row_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kL = kLanes16<T>;
@@ -624,19 +668,20 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
     if (edge) edge_x = to_accum(x[edge_column]);
 
     // ---- statistics
-    RowStats<A> s = empty_stats<A>();
+    PartStats<A> s = empty_stats<A>();
     Best<A> best = no_best<A>(), best_prob[1] = {no_best<A>()};
     A z_target = A(0), own_max = A(0);
+    if (target.index >= 0) z_target = to_accum(x[target.index]);
+    if (kGeneral && p.transform) z_target = transform(p.k, z_target);
     if (pass != Pass::backward) {
-      if (target.index >= 0) z_target = to_accum(x[target.index]);
-      if (kGeneral && p.transform) z_target = transform(p.k, z_target);
-      if (edge) add_element<kGeneral>(p, s, edge_x, edge_column, prob_at, dots, best, best_prob);
+      const index_t t = index_t(target.index);
+      if (edge) add_element<kGeneral>(p, s, edge_x, edge_column, prob_at, edge_column == t, dots, best, best_prob);
       if constexpr (kResident) {
-        add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, dots, best, best_prob);
+        add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, t, dots, best, best_prob);
       } else {
         for (index_t base = thread; base < count; base += kN * width) {
           load_tile(base);
-          add_tile<T, kGeneral, false>(p, s, tile, base, width, count, column, prob_at, dots, best, best_prob);
+          add_tile<T, kGeneral, false>(p, s, tile, base, width, count, column, prob_at, t, dots, best, best_prob);
         }
       }
       own_max = s.max;
@@ -669,7 +714,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
             shared.part[flip] = s;
             if (want_best) shared.part_best[flip] = best, shared.part_best_prob[flip] = best_prob[0];
           }
-          cluster_barrier();
+          cluster_arrive();
+          cluster_wait();
           s = lane < parts ? *cluster_map(&shared.part[flip], lane) : empty_stats<A>();
           reduce_stats(s, kWarp, dots);
           if (want_best) {
@@ -678,32 +724,38 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
             reduce_best(best, kWarp);
             reduce_best(best_prob[0], kWarp);
           }
+          cluster_arrive();  // this block has read; see the wait below
         }
       }
     }
+    if (pass == Pass::backward && p.in_place) {  // all have read the picked logit before anyone overwrites it
+      if constexpr (kWarpRows) {
+        warp_barrier();
+      } else if (parts > 1) {
+        cluster_arrive();
+        cluster_wait();
+      } else {
+        block_barrier();
+      }
+    }
     const RowResult<A> r = finish_row<kGeneral>(p, call, pass, row, target, s, z_target, best, best_prob[0],
-                                      active && leader_thread, &sums);
-    if (pass == Pass::forward) continue;
+                                                active && leader_thread, &sums);
+    if (pass == Pass::forward) {
+      if (!kWarpRows && parts > 1) cluster_wait();
+      continue;
+    }
 
     // ---- gradient
+    const unsigned zero = p.zero;
     T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, row, p.inner);
     const int64_t grad_stride = kGeneral ? p.grad_strides.cls : 1;
     const bool whole_vectors = !kGeneral || (grad_stride == 1 && aligned16(grad + span.head));
     const int64_t out_at = kGeneral ? row_offset<kGeneral>(p.grad_target_strides, row, p.inner) : 0;
-    // The picked class is owned by the thread that writes its vector: that thread writes the element once more, so
-    // that the gradient is rounded once.
+    // The picked class is owned by the thread that writes its vector: that thread writes the element once more.
     const index_t target_vector = (index_t(target.index) - column) / kL;
     const bool in_body = target.index >= column && target_vector < count;
     const bool owner = target.index >= 0 && ((edge && edge_column == target.index) ||
                                              (in_body && int(target_vector % width) == thread));
-    A slope_target = A(1);
-    if (owner) {
-      if (pass == Pass::backward) {
-        z_target = to_accum(x[target.index]);
-        if (kGeneral && p.transform) z_target = transform(p.k, z_target);
-      }
-      if (kGeneral && p.transform) slope_target = transform_slope(p.k, z_target);
-    }
     // exp(x - own_max) of this thread, restated for the row; 0 when this thread saw nothing but -inf.
     const A kept_scale = kKeep ? r.softmax_scale * exp_of(own_max - r.ref) : A(0);
 
@@ -713,15 +765,15 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
         const index_t v = base + j * width;
         if (v >= count) continue;
         const index_t c = column + v * kL;
-        A values[kL], g[kL], slope[kL];
-        opaque(tile[j]);
-        unpack<T>(tile[j], values);
+        A values[kL], g[kL];
+        const bool none[kL] = {};
+        unpack<T>(kKeep ? tile[j] : recompute(tile[j], zero), values);
         if constexpr (kKeep) {
 #pragma unroll
           for (int i = 0; i < kL; ++i) g[i] = values[i] * kept_scale;
         } else {
           gradient<kGeneral>(p, &r, 0, values, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls,
-                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.cls, kGeneral && p.want_q, g, slope);
+                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.cls, kGeneral && p.want_q, none, g);
         }
         if (kGeneral && !p.grad) continue;
         if (whole_vectors) {
@@ -733,7 +785,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
       }
     };
     if constexpr (kResident) {
-      store_tile(thread);
+      store_tile(thread ^ zero);
     } else if (count > thread) {  // backwards: what was read last is still in the L2
       const index_t chunk = index_t(kN) * width;
       for (index_t base = thread + (count - 1 - thread) / chunk * chunk; base >= 0; base -= chunk) {
@@ -742,19 +794,22 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
       }
     }
     if (edge) {
-      A value[1] = {edge_x}, g[1], slope[1];
+      A value[1] = {edge_x}, g[1];
+      const bool none[1] = {};
       gradient<kGeneral>(p, &r, 0, value, edge_column, 1, prob_at + edge_column * p.target_strides.cls, int64_t(0),
-                         out_at + edge_column * p.grad_target_strides.cls, int64_t(0), kGeneral && p.want_q, g, slope);
+                         out_at + edge_column * p.grad_target_strides.cls, int64_t(0), kGeneral && p.want_q, none, g);
       if (!kGeneral || p.grad) grad[edge_column * grad_stride] = from_accum<T>(g[0]);
     }
     if (owner && (!kGeneral || p.grad)) {
-      A g = exp_of(z_target - r.ref) * r.softmax_scale - r.target_scale;
+      A g = r.at_target;
       if (kGeneral && p.want_q) g -= r.q_scale * (p.weight ? p.weight[target.index] : A(1));
-      grad[target.index * grad_stride] = from_accum<T>(g * slope_target);
+      if (kGeneral && p.transform) g *= transform_slope(p.k, z_target);
+      grad[target.index * grad_stride] = from_accum<T>(g);
     }
+    // No block overwrites its part's statistics, or leaves, before all have read them.
+    if (!kWarpRows && parts > 1 && pass != Pass::backward) cluster_wait();
   }
   if (pass == Pass::backward) return;
-  if (!kWarpRows && parts > 1) cluster_barrier();  // no block leaves while its shared memory may still be read
   if (part == 0)
     finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, blockIdx.x / unsigned(parts), gridDim.x / unsigned(parts), shared.scratch);
 }
@@ -765,23 +820,21 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
 template <class A>
 struct PlaneShared {
   double* scratch;  // [3 * 32 + 1]
-  int64_t* target;  // [positions]
   int64_t* best_at;  // [2][groups][positions], where wanted
   A* best;           // the same
   A* result;         // [6][positions], the fields of RowResult
-  A* stats;          // [2 or 4][groups][positions]: max, sum_exp, dot, mass
+  A* stats;          // [2 or 4][groups][positions]: max, others, dot, mass
 
   static __host__ __device__ int bytes(int groups, int positions, bool dots, bool want_best) {
     const int each = groups * positions;
-    int n = 8 * (3 * kWarp + 2) + 8 * positions + int(sizeof(A)) * (6 * positions + (dots ? 4 : 2) * each);
+    int n = 8 * (3 * kWarp + 2) + int(sizeof(A)) * (6 * positions + (dots ? 4 : 2) * each);
     if (want_best) n += 2 * each * (8 + int(sizeof(A)));
     return n;
   }
   __device__ __forceinline__ PlaneShared(int groups, int positions, bool want_best) {
     const int each = want_best ? 2 * groups * positions : 0;
     scratch = reinterpret_cast<double*>(shared_memory());
-    target = reinterpret_cast<int64_t*>(scratch + 3 * kWarp + 2);
-    best_at = target + positions;
+    best_at = reinterpret_cast<int64_t*>(scratch + 3 * kWarp + 2);
     best = reinterpret_cast<A*>(best_at + each);
     result = best + each;
     stats = result + 6 * positions;
@@ -806,11 +859,18 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
   const index_t classes = index_t(p.classes);
   const index_t chunk = kN * groups;
   const bool resident = classes <= chunk;
-  const int64_t inner_tiles = (p.inner + kPositions - 1) / kPositions, tiles = p.outer * inner_tiles;
+  // Planes are (o, which tile of the inner axis); stepping over the grid without a 64-bit division.
+  const int64_t inner_tiles = (p.inner + kPositions - 1) / kPositions;
+  int64_t o = blockIdx.x < inner_tiles ? 0 : blockIdx.x / unsigned(inner_tiles);
+  int64_t inner_tile = blockIdx.x - o * inner_tiles;
   LossSums sums{0, 0, 0};
 
-  for (int64_t plane = blockIdx.x; plane < tiles; plane += gridDim.x) {
-    const int64_t o = plane / inner_tiles, i0 = plane % inner_tiles * kPositions, i = i0 + lane * kV;
+  for (; o < p.outer; o += p.outer_step, inner_tile += p.inner_step) {
+    if (inner_tile >= inner_tiles) {
+      inner_tile -= inner_tiles;
+      if (++o >= p.outer) break;
+    }
+    const int64_t i0 = inner_tile * kPositions, i = i0 + lane * kV;
     const bool valid = i < p.inner;  // wide: the inner axis is a multiple of kV
     const T* x = static_cast<const T*>(p.logits) + o * p.logits_strides.outer + i * p.logits_strides.inner;
     const int64_t prob_at = kGeneral ? o * p.target_strides.outer + i * p.target_strides.inner : 0;
@@ -826,9 +886,8 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
           tile[j] = valid && c < classes ? x[c * p.logits_strides.cls] : from_accum<T>(A(-INFINITY));
       }
     };
-    auto values_of = [&](Slot& slot, A(&z)[kV]) {
+    auto values_of = [&](const Slot& slot, A(&z)[kV]) {
       if constexpr (kWide) {
-        opaque(slot);
         unpack<T>(slot, z);
       } else {
         z[0] = to_accum(slot);
@@ -841,10 +900,12 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
       }
     };
     if (resident) load_tile(0);
+    index_t target[kV];
+    load_targets<kGeneral>(p, o * p.inner + i, valid, target);
 
     // ---- statistics of this warp's classes, then of all
     if (pass != Pass::backward) {
-      RowStats<A> s[kV];
+      PartStats<A> s[kV];
       Best<A> best[kV], best_prob[kV];
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
@@ -856,17 +917,27 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
         A max[kV];
 #pragma unroll
         for (int v = 0; v < kV; ++v) max[v] = s[v].max;
+        if constexpr (!kGeneral && kWide) {
+          Vec16 m = tile[0];
 #pragma unroll
-        for (int j = 0; j < kN; ++j) {
-          const index_t c = base + group + j * groups;
-          if (kGeneral && !(valid && c < classes)) continue;
+          for (int j = 1; j < kN; ++j) m = max_of_vectors<T>(m, tile[j]);
           A z[kV];
-          values_of(tile[j], z);
-          transform_all(z);
+          unpack<T>(m, z);
 #pragma unroll
-          for (int v = 0; v < kV; ++v) {
-            max[v] = max_of(max[v], z[v]);
-            if (want_best) take_better(best[v], z[v], int64_t(c));
+          for (int v = 0; v < kV; ++v) max[v] = max_of(max[v], z[v]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kN; ++j) {
+            const index_t c = base + group + j * groups;
+            if (kGeneral && !(valid && c < classes)) continue;
+            A z[kV];
+            values_of(tile[j], z);
+            transform_all(z);
+#pragma unroll
+            for (int v = 0; v < kV; ++v) {
+              max[v] = max_of(max[v], z[v]);
+              if (want_best) take_better(best[v], z[v], int64_t(c));
+            }
           }
         }
 #pragma unroll
@@ -882,7 +953,8 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
 #pragma unroll
           for (int v = 0; v < kV; ++v) {
             z[v] -= reference(max[v]);
-            s[v].sum_exp += exp_of(z[v]);
+            const A e = exp_of(z[v]);
+            s[v].others += c == target[v] ? A(0) : e;
           }
           if (dots && in) {
             A q[kV];
@@ -900,7 +972,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
         shared.stats[at + v] = s[v].max;
-        shared.stats[each + at + v] = s[v].sum_exp;
+        shared.stats[each + at + v] = s[v].others;
         if (dots) {
           shared.stats[2 * each + at + v] = s[v].dot;
           shared.stats[3 * each + at + v] = s[v].mass;
@@ -919,23 +991,23 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
       if (i0 + position >= p.inner) break;
       const int64_t row = o * p.inner + i0 + position;
       const RowTarget<kGeneral> target = load_target<kGeneral>(p, row);
-      RowStats<A> s = empty_stats<A>();
+      PartStats<A> s = empty_stats<A>();
       Best<A> best = no_best<A>(), best_prob = no_best<A>();
       A z_target = A(0);
+      if (target.index >= 0)
+        z_target = to_accum(static_cast<const T*>(p.logits)[o * p.logits_strides.outer +
+                                                            (i0 + position) * p.logits_strides.inner +
+                                                            target.index * p.logits_strides.cls]);
+      if (kGeneral && p.transform) z_target = transform(p.k, z_target);
       if (pass != Pass::backward) {
-        if (target.index >= 0)
-          z_target = to_accum(static_cast<const T*>(p.logits)[o * p.logits_strides.outer +
-                                                              (i0 + position) * p.logits_strides.inner +
-                                                              target.index * p.logits_strides.cls]);
-        if (kGeneral && p.transform) z_target = transform(p.k, z_target);
         const int each = groups * kPositions;
         for (int g = 0; g < groups; ++g) s.max = max_of(s.max, shared.stats[g * kPositions + position]);
         for (int g = 0; g < groups; ++g) {
           const int at = g * kPositions + position;
-          RowStats<A> part{shared.stats[at], shared.stats[each + at], A(0), A(0)};
+          PartStats<A> part{shared.stats[at], shared.stats[each + at], A(0), A(0)};
           if (dots) part.dot = shared.stats[2 * each + at], part.mass = shared.stats[3 * each + at];
           rebase(part, s.max, dots);
-          s.sum_exp += part.sum_exp;
+          s.others += part.others;
           s.dot += part.dot;
           s.mass += part.mass;
           if (want_best) {
@@ -953,8 +1025,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
         d[2 * kPositions] = r.u;
         d[3 * kPositions] = r.softmax_scale;
         d[4 * kPositions] = r.q_scale;
-        d[5 * kPositions] = r.target_scale;
-        shared.target[position] = target.index;
+        d[5 * kPositions] = r.at_target;
       }
     }
     block_barrier();  // the results are there; the statistics have been read, and so have the picked logits
@@ -963,31 +1034,28 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
     if constexpr (kPass != Pass::forward) {
       if (pass == Pass::forward || !valid) continue;
       RowResult<A> r[kV];
-      index_t picked[kV];
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
         const A* d = shared.result + lane * kV + v;
         r[v] = {d[0 * kPositions], d[1 * kPositions], d[2 * kPositions],
                 d[3 * kPositions], d[4 * kPositions], d[5 * kPositions]};
-        picked[v] = index_t(shared.target[lane * kV + v]);
       }
       T* grad = static_cast<T*>(p.grad) + o * p.grad_strides.outer + i * p.grad_strides.inner;
       const int64_t out_at = kGeneral ? o * p.grad_target_strides.outer + i * p.grad_target_strides.inner : 0;
-      const index_t last = (classes - 1) / chunk * chunk;
-      for (index_t base = classes > 0 ? last : -1; base >= 0; base -= chunk) {  // what was read last first
+      for (index_t base = index_t(p.last_base); base >= 0; base -= chunk) {  // what was read last first
         if (!resident) load_tile(base);
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           const index_t c = base + group + j * groups;
           if (c >= classes) continue;
-          A values[kV], g[kV], slope[kV];
+          A values[kV], g[kV];
+          bool is_target[kV];
+#pragma unroll
+          for (int v = 0; v < kV; ++v) is_target[v] = c == target[v];
           values_of(tile[j], values);
           gradient<kGeneral>(p, r, 1, values, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner,
-                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.inner, kGeneral && p.want_q, g, slope);
+                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.inner, kGeneral && p.want_q, is_target, g);
           if (kGeneral && !p.grad) continue;
-#pragma unroll
-          for (int v = 0; v < kV; ++v)
-            if (c == picked[v]) g[v] -= r[v].target_scale * slope[v];
           if constexpr (kWide)
             store16_stream(grad + c * p.grad_strides.cls, pack<T>(g));
           else

@@ -5,7 +5,7 @@
 namespace fastloss {
 
 template <class T>
-Status launch_cross_entropy(const RowwiseConfig& config, const CrossEntropyParams<accum_t<T>>& params, void* stream);
+Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accum_t<T>> params, void* stream);
 
 namespace launch_detail {
 
@@ -17,8 +17,10 @@ Kernel<T> row_kernel_of_pass(Pass pass) {
   switch (pass) {
     case Pass::forward: return cross_entropy_row_kernel<T, false, Pass::forward, kWarpRows, true, kN>;
     case Pass::forward_grad: return cross_entropy_row_kernel<T, false, Pass::forward_grad, kWarpRows, true, kN>;
-    default: return cross_entropy_row_kernel<T, false, Pass::backward, kWarpRows, true, kN>;
+    default: break;
   }
+  // Backward does not need the row as a whole: its parts are smaller.
+  return cross_entropy_row_kernel<T, false, Pass::backward, kWarpRows, true, kN < 8 ? kN : 8>;
 }
 
 template <class T>
@@ -39,7 +41,9 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
         case Regime::warp_rows:
           return c.vectors == 4 ? row_kernel_of_pass<T, true, 4>(pass) : row_kernel_of_pass<T, true, 8>(pass);
         case Regime::block_rows:
-          return c.vectors == 4 ? row_kernel_of_pass<T, false, 4>(pass) : row_kernel_of_pass<T, false, 8>(pass);
+          return c.vectors == 4   ? row_kernel_of_pass<T, false, 4>(pass)
+                 : c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
+                                  : row_kernel_of_pass<T, false, 16>(pass);
         case Regime::streaming_rows: return cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
         case Regime::plane:
           return c.wide ? plane_kernel_of_pass<T>(pass) : cross_entropy_plane_kernel<T, false, Pass::any, false>;
@@ -48,7 +52,7 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
   }
   switch (c.regime) {
     case Regime::warp_rows: return cross_entropy_row_kernel<T, true, Pass::any, true, true, 4>;
-    case Regime::block_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, true, 8>;
+    case Regime::block_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, true, 4>;
     case Regime::streaming_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, false, 4>;
     case Regime::plane: break;
   }
@@ -59,7 +63,7 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
 }  // namespace launch_detail
 
 template <class T>
-Status launch_cross_entropy(const RowwiseConfig& config, const CrossEntropyParams<accum_t<T>>& params, void* stream) {
+Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accum_t<T>> params, void* stream) {
   using A = accum_t<T>;
   LaunchShape shape;
   shape.grid = config.grid;
@@ -68,8 +72,14 @@ Status launch_cross_entropy(const RowwiseConfig& config, const CrossEntropyParam
   shape.shared = static_cast<int>(sizeof(RowShared<A>));
   if (config.regime == Regime::plane) {
     const bool statistics = params.pass != Pass::backward;
-    shape.shared = PlaneShared<A>::bytes(config.groups, kWarp * (config.wide ? kLanes16<T> : 1),
-                                         statistics && params.want_q, statistics && params.want_best);
+    const int positions = kWarp * (config.wide ? kLanes16<T> : 1);
+    shape.shared = PlaneShared<A>::bytes(config.groups, positions, statistics && params.want_q,
+                                         statistics && params.want_best);
+    const int64_t inner_tiles = div_up(params.inner, positions);
+    params.outer_step = inner_tiles > 0 ? config.grid / inner_tiles : 0;
+    const int64_t chunk = kPlaneClasses * config.groups;
+    params.last_base = params.classes > 0 ? (params.classes - 1) / chunk * chunk : -1;
+    params.inner_step = inner_tiles > 0 ? config.grid % inner_tiles : 0;
   }
   return launch(launch_detail::kernel_of<T>(config, params.pass), shape, stream, params);
 }

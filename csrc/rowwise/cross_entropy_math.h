@@ -17,42 +17,53 @@ struct RowConstants {
   T inv_softcap;
 };
 
-// The statistics of a row, all relative to a reference point `ref` (its running maximum, or 0 while every
-// logit seen is -inf) so that nothing cancels at logits of +-1e4.
+// The statistics of a row, all relative to a reference point `ref` (its maximum, or 0 while every logit seen is -inf)
+// so that nothing cancels at logits of +-1e4.
+//
+// The target's own exponential is kept out of the sum: with others = sum_{c != t} exp(z_c - ref) and
+// e_t = exp(z_t - ref), 1 - p_t = others / (others + e_t) and -log p_t = log1p(others / e_t) keep all their digits for a
+// row that is nearly certain, where p_t - 1 and log(sum) have none left. Without a target (probabilities, ignored
+// rows) others is the whole sum and e_t is 0.
 template <class V>
 struct RowStats {
-  V max;        // largest z; -inf for an empty or fully masked row
-  V sum_exp;    // sum_c exp(z_c - ref)
-  V dot;        // sum_c q_c (z_c - ref), q_c = w_c (smoothing) or w_c p'_c (probability target)
-  V mass;       // sum_c q_c so far (probability target; for smoothing it is weight_sum)
+  V ref;
+  V others;
+  V dot;   // sum_c q_c (z_c - ref), q_c = w_c (smoothing) or w_c p'_c (probability target)
+  V mass;  // sum_c q_c (probability target; for smoothing it is weight_sum)
 };
 
-// d loss / d z_c = softmax_scale * softmax_c - q_scale * q_c - [c == t] * target_scale
+// d loss / d z_c = (target_scale + rest_scale) softmax_c - q_scale q_c                       for c != t
+//                  rest_scale softmax_t - q_scale q_t - target_scale others / sum            for c == t
 template <class V>
 struct RowGrad {
-  V softmax_scale, q_scale, target_scale;
+  V target_scale, rest_scale, q_scale;
 };
 
-// u: weight of nll in the result (grad_output * s / D), uz: weight of lse^2 (grad_output * s / Dn).
-template <class T, class V>
-FASTLOSS_HD V index_row_nll(const RowConstants<T>& k, V log_sum, V target_minus_ref, V dot, V w_t) {
-  V nll = (T(1) - k.smoothing) * w_t * (log_sum - target_minus_ref);
-  return k.smoothing > T(0) ? nll + k.smooth_share * (k.weight_sum * log_sum - dot) : nll;
-}
-template <class T, class V>
-FASTLOSS_HD RowGrad<V> index_row_grad(const RowConstants<T>& k, V lse, V w_t, V u, V uz) {
-  V target_scale = u * ((T(1) - k.smoothing) * w_t);
-  V q_scale = u * k.smooth_share;
-  return {target_scale + q_scale * k.weight_sum + uz * (T(2) * k.z_loss * lse), q_scale, target_scale};
+// -log p_t, from log_sum = log(others + e_t) and target_minus_ref = z_t - ref. `log1p_ratio` is log1p(others / e_t).
+template <class V>
+FASTLOSS_HD V target_nll(V others, V e_t, V log_sum, V target_minus_ref, V log1p_ratio) {
+  return others < e_t ? log1p_ratio : log_sum - target_minus_ref;
 }
 
-template <class V>
-FASTLOSS_HD V soft_row_nll(V log_sum, V dot, V mass) {
+// u: weight of nll in the result (grad_output * s / D), uz: weight of lse^2 (grad_output * s / Dn).
+template <class T>
+FASTLOSS_HD T index_row_nll(const RowConstants<T>& k, T nll_t, T log_sum, T dot, T w_t) {
+  const T nll = (T(1) - k.smoothing) * w_t * nll_t;
+  return k.smoothing > T(0) ? nll + k.smooth_share * (k.weight_sum * log_sum - dot) : nll;
+}
+template <class T>
+FASTLOSS_HD RowGrad<T> index_row_grad(const RowConstants<T>& k, T lse, T w_t, T u, T uz) {
+  const T q_scale = u * k.smooth_share;
+  return {u * ((T(1) - k.smoothing) * w_t), q_scale * k.weight_sum + uz * (T(2) * k.z_loss * lse), q_scale};
+}
+
+template <class T>
+FASTLOSS_HD T soft_row_nll(T log_sum, T dot, T mass) {
   return mass * log_sum - dot;
 }
-template <class T, class V>
-FASTLOSS_HD RowGrad<V> soft_row_grad(const RowConstants<T>& k, V lse, V mass, V u, V uz) {
-  return {u * mass + uz * (T(2) * k.z_loss * lse), u, V{} /* no picked class */};
+template <class T>
+FASTLOSS_HD RowGrad<T> soft_row_grad(const RowConstants<T>& k, T lse, T mass, T u, T uz) {
+  return {T(0), u * mass + uz * (T(2) * k.z_loss * lse), u};
 }
 
 }  // namespace fastloss

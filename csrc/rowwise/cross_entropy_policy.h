@@ -3,8 +3,8 @@
 //
 //   logits' class stride 1, per row (V = 16-byte vectors of the row):
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
-//     V <= 4096           a block per row: up to 512 threads, 4 or 8 vectors each
-//     V <= 65536, sm_90+  a cluster of 2, 4, 8 or 16 blocks per row, up to 512 threads of 8 vectors each
+//     V <= 4096           a block per row: up to 256 threads, 4, 8 or 16 vectors each (general: 4, V <= 1024)
+//     V <= 65536, sm_90+  a cluster of 2, 4, 8 or 16 such blocks per row (general: V <= 16384)
 //     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
 //   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
@@ -23,10 +23,10 @@ namespace fastloss {
 enum class Pass : int32_t { forward = 0, forward_grad = 1, backward = 2, any = 3 /* known at run time only */ };
 
 constexpr int kWarpRowThreads = 128;  // threads of a block of warp rows
-constexpr int kMaxRowThreads = 512;   // at most, of a block that has a row or a part of one
-constexpr int kMaxPlaneGroups = 20;   // warps of a plane block
+constexpr int kMaxRowThreads = 256;   // at most, of a block that has a row or a part of one
+constexpr int kMaxPlaneGroups = 16;   // warps of a plane block
 constexpr int kMaxGeneralPlaneGroups = 8;
-constexpr int kPlaneClasses = 8;      // classes that one thread of a plane block holds
+constexpr int kPlaneClasses = 10;     // classes that one thread of a plane block holds
 
 struct RowwiseProblem {
   int64_t outer = 0, classes = 0, inner = 1;
@@ -34,6 +34,7 @@ struct RowwiseProblem {
   Strides logits, grad;
   bool has_grad = false;
   int logits_offset = 0, grad_offset = 0;  // of the first element from a 16-byte boundary, in bytes
+  bool in_place = false;                   // the gradient takes the logits' memory
   bool general = false;                    // wants what only the general instantiation has
   Pass pass = Pass::forward;
 
@@ -86,7 +87,8 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   RowwiseConfig c;
   const int lanes16 = 16 / p.element_bytes;
   const int64_t rows = p.rows();
-  const bool statistics = p.pass != Pass::backward;
+  // Do the parts of a row wait for each other? In backward alone only for the picked logit, should it be overwritten.
+  const bool together = p.pass != Pass::backward || p.in_place;
   auto on_grid = [&](int64_t elements) { return elements * p.element_bytes % 16 == 0; };
 
   if (p.logits.cls != 1) {
@@ -132,10 +134,12 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   }
 
   c.regime = Regime::block_rows;
-  c.vectors = c.general || vectors > 4 * 256 ? 8 : 4;
-  int64_t capacity = int64_t(kMaxRowThreads) * c.vectors;
+  c.vectors = c.general || vectors <= 4 * kMaxRowThreads                            ? 4
+              : p.pass == Pass::backward || vectors <= 8 * kMaxRowThreads ? 8
+                                                                          : 16;
+  const int64_t capacity = int64_t(kMaxRowThreads) * c.vectors;
   if (vectors > capacity) {
-    if (!statistics) {
+    if (!together) {
       c.parts = static_cast<int>(div_up(vectors, capacity / 2));
     } else {
       while (c.parts < device.max_cluster && vectors > capacity * c.parts) c.parts *= 2;
@@ -154,7 +158,9 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   c.slice = div_up(div_up(vectors, c.parts), 8) * 8;  // parts start on 128-byte lines of an aligned row
   const int64_t needed = div_up(div_up(c.slice, c.vectors), 32) * 32;
   c.threads = static_cast<int>(needed < kMaxRowThreads ? needed : kMaxRowThreads);
-  const int64_t most = statistics ? div_up(int64_t(device.multiprocessors) * 32, c.parts) : INT32_MAX / c.parts;
+  // A block takes several rows so that few partial sums are left; a cluster takes one, since its barrier would wait for
+  // the previous row's stores.
+  const int64_t most = together && !c.cluster ? int64_t(device.multiprocessors) * 32 : INT32_MAX / c.parts;
   c.grid = (rows < most ? rows : most) * c.parts;
   return c;
 }

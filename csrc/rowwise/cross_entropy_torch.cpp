@@ -129,15 +129,9 @@ struct Call {
   }
 #if defined(FASTLOSS_HAVE_CUDA)
   void run_cuda(Status (*kernel)(const CrossEntropyArgs&, const CudaContext&)) {
-    torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-    const int64_t bytes = cross_entropy_workspace_bytes_cuda(args);
-    Tensor workspace = allocate(logits, bytes, ScalarType::Byte);
-    CudaContext context;
-    context.stream = current_cuda_stream(logits);
-    context.device = logits.get_device_index();
-    context.workspace = workspace.data_ptr();
-    context.workspace_bytes = bytes;
-    raise_if_failed(kernel(args, context), target, args.classes, args.ignore_index);
+    CudaCall call(logits);
+    const int64_t bytes = cross_entropy_workspace_bytes_cuda(args, call.context());
+    raise_if_failed(kernel(args, call.with_workspace(bytes)), target, args.classes, args.ignore_index);
   }
 #endif
 };

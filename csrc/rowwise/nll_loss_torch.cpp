@@ -37,15 +37,8 @@ NllLossArgs arguments(const Tensor& input, const Tensor& target, const std::opti
 
 #if defined(FASTLOSS_HAVE_CUDA)
 Status on_cuda(Status (*kernel)(const NllLossArgs&, const CudaContext&), const NllLossArgs& a, const Tensor& input) {
-  torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const int64_t bytes = nll_loss_workspace_bytes_cuda(a);
-  Tensor workspace = allocate(input, bytes, ScalarType::Byte);
-  CudaContext context;
-  context.stream = current_cuda_stream(input);
-  context.device = input.get_device_index();
-  context.workspace = workspace.data_ptr();
-  context.workspace_bytes = bytes;
-  return kernel(a, context);
+  CudaCall call(input);
+  return kernel(a, call.with_workspace(nll_loss_workspace_bytes_cuda(a, call.context())));
 }
 #endif
 

@@ -44,4 +44,14 @@ STABLE_TORCH_LIBRARY(fastloss, m) {
   // grad * scale; the second form in place, without touching memory when scale is exactly 1.
   m.def("scale_grad(Tensor grad, Tensor scale) -> Tensor");
   m.def("scale_grad_(Tensor(a!) grad, Tensor scale) -> ()");
+#if defined(FASTLOSS_HAVE_CUDA)
+  // Raises what a CUDA kernel has found; the caller synchronises first.
+  m.def("check_errors() -> ()");
+#endif
 }
+
+#if defined(FASTLOSS_HAVE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CompositeExplicitAutograd, m) {
+  m.impl("check_errors", TORCH_BOX(&fastloss::raise_deferred_error));
+}
+#endif

@@ -14,9 +14,9 @@ void scale_into(const Tensor& grad, const Tensor& out, const Tensor& scale) {
   const DType type = dtype_of(grad, "grad"), scale_type = dtype_of(scale, "scale");
 #if defined(FASTLOSS_HAVE_CUDA)
   if (grad.is_cuda()) {
-    torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+    CudaCall call(grad);
     Status s = scale_grad_cuda(grad.data_ptr(), out.data_ptr(), type, grad.numel(), scale.data_ptr(), scale_type,
-                               current_cuda_stream(grad));
+                               call.context());
     return raise_if_failed(s, grad, 0, 0);
   }
 #endif

@@ -1,5 +1,9 @@
 #include "support.h"
 
+#if defined(FASTLOSS_HAVE_CUDA)
+#include "../common/errors_cuda.h"
+#endif
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -75,6 +79,11 @@ Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
   const int64_t dim = first.dim();
   Collapsed r;
   r.classes = first.size(1);
+  if (first.numel() == 0) {  // rows without classes keep their number; nothing else matters
+    for (int64_t d = 0; d < dim; ++d)
+      if (d != 1) r.outer *= first.size(d);
+    return r;
+  }
   // The row dimensions (all but dim 1), outermost first, without those of size 1.
   int64_t dims[64], n = 0, size[64];
   for (int64_t d = 0; d < dim; ++d)
@@ -139,12 +148,29 @@ void raise_if_failed(const Status& status, const Tensor& target, int64_t classes
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
-void* current_cuda_stream(const Tensor& t) {
+CudaCall::CudaCall(const Tensor& t) : guard_(t.get_device_index()), like_(t) {
+  raise_deferred_error();
   if (aoti_torch_get_current_cuda_stream == nullptr)
     throw std::runtime_error("fastloss: this build of torch has no CUDA");
-  void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream), "reading the current stream");
-  return stream;
+  context_.device = t.get_device_index();
+  check(aoti_torch_get_current_cuda_stream(context_.device, &context_.stream), "reading the current stream");
+}
+CudaContext& CudaCall::with_workspace(int64_t bytes) {
+  if (bytes > 0) {
+    workspace_ = allocate(like_, bytes, ScalarType::Byte);
+    context_.workspace = workspace_->data_ptr();
+    context_.workspace_bytes = bytes;
+  }
+  return context_;
+}
+
+void raise_deferred_error() {
+  if (!bad_target_peek_cuda()) return;
+  const Status s = bad_target_take_cuda();
+  if (s.code == Status::bad_target)
+    throw std::out_of_range("Target " + std::to_string(s.value) + " is out of bounds. It was found on the GPU by an " +
+                            "earlier call, at row " + std::to_string(s.row) + " of its flattened target; that row had " +
+                            "loss nan and gradient 0. fastloss.set_error_mode('immediate') raises in the call itself.");
 }
 #endif
 

@@ -11,6 +11,11 @@
 #include <string>
 
 #include "../common/types.h"
+#if defined(FASTLOSS_HAVE_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../common/cuda_context.h"
+#endif
 
 namespace fastloss {
 
@@ -75,8 +80,24 @@ void torch_parallel(int64_t count, int64_t grain, RangeBody body, void* ctx);
 void raise_if_failed(const Status& status, const Tensor& target, int64_t classes, int64_t ignore_index);
 
 #if defined(FASTLOSS_HAVE_CUDA)
-// The current stream of the tensor's device, as PyTorch has it.
-void* current_cuda_stream(const Tensor& t);
+// Raises the IndexError that a kernel has left, if any; never waits for the GPU.
+void raise_deferred_error();
+
+// One call on the GPU: makes the tensor's device current, finds PyTorch's current stream, and first raises what an
+// earlier kernel found (a bad target), which costs one read of host memory.
+class CudaCall {
+ public:
+  explicit CudaCall(const Tensor& t);
+  CudaContext& context() { return context_; }
+  // Scratch from PyTorch's allocator, alive until this object goes (the allocator keeps it for the stream's order).
+  CudaContext& with_workspace(int64_t bytes);
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Tensor like_;
+  std::optional<Tensor> workspace_;
+  CudaContext context_;
+};
 #endif
 
 }  // namespace fastloss

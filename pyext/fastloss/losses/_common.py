@@ -36,9 +36,7 @@ def reduction_code(reduction: str) -> int:
     if code is not None:
         return code
     if reduction == "elementwise_mean":
-        warnings.warn(
-            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=4
-        )
+        warnings.warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=4)
         return REDUCTIONS["mean"]
     raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
 

@@ -139,7 +139,12 @@ for _name, _outputs in (
 
 
 def _formula(
-    logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, grad_output: Tensor, o: _Options
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    grad_output: Tensor,
+    o: _Options,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients composed of torch operations, so that they can be differentiated again.
 
@@ -327,6 +332,10 @@ class _Recompute(Function):
     def backward(ctx, grad_output, *_):  # type: ignore[override]
         return _recompute_backward(ctx, grad_output)
 
+
+class _ForwardMode(_Recompute):
+    """A class of its own because torch.compile refuses functions with a jvp."""
+
     @staticmethod
     def jvp(ctx, logits_t, target_t, weight_t, *_):  # type: ignore[override]
         return (_jvp(ctx, logits_t, target_t, weight_t), *[None] * (1 + 3 * bool(ctx.options.flags & STATS)))
@@ -368,7 +377,7 @@ class _Transformed(Function):
     def backward(ctx, grad_output, *_):  # type: ignore[override]
         return _recompute_backward(ctx, grad_output)
 
-    jvp = _Recompute.jvp
+    jvp = _ForwardMode.jvp
 
 
 def _run(
@@ -386,7 +395,7 @@ def _run(
         loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, o)
         return (loss, *rest)
     if _common.forward_mode_active():
-        loss, _, *rest = _Recompute.apply(logits, target, weight, sample_weight, o)
+        loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)
         return (loss, *rest)
     wanted = torch.is_grad_enabled() and (
         logits.requires_grad or target.requires_grad or (weight is not None and weight.requires_grad)
@@ -442,9 +451,7 @@ def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
                 f"input {x} the target needs shape {[x[0], *x[2:]]}"
             )
         if t[1:] != x[2:]:
-            raise RuntimeError(
-                f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}"
-            )
+            raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
     elif t[1:] != x[2:]:
         raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
 
@@ -587,9 +594,7 @@ def cross_entropy(
     if sample_weight is not None:
         _common.require_tensor("sample_weight", sample_weight, "cross_entropy")
     if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
-        raise TypeError(
-            f"cross_entropy(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}"
-        )
+        raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}")
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
         if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")

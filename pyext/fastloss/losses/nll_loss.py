@@ -16,6 +16,9 @@ from . import _common, cross_entropy
 from .cross_entropy import MEAN, NONE
 
 
+_SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+
+
 @torch.library.register_fake("fastloss::nll_loss_forward")
 def _(input, target, weight, reduction, ignore_index):
     loss = input.new_empty(target.shape if reduction == NONE else [])
@@ -31,7 +34,9 @@ torch.library.register_vmap("fastloss::nll_loss_forward", loop_vmap(ops.nll_loss
 torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_loss_backward, 1))
 
 
-def _row_factors(input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _row_factors(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Class index (ignored ones replaced) and -w_t / D of every row, shape [N, 1, d1, ...]: the loss is linear in input."""
     reduction, ignore_index = options
     counted = (target != ignore_index).unsqueeze(1)
@@ -74,6 +79,11 @@ class _NllLoss(Function):
         return loss, total_weight
 
     backward = staticmethod(_backward)
+
+
+class _NllLossForwardMode(_NllLoss):
+    """A class of its own because torch.compile refuses functions with a jvp."""
+
     jvp = staticmethod(_jvp)
 
 
@@ -114,7 +124,7 @@ def nll_loss(
     Args:
         input: log-probabilities, shape (C), (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16.
         target: class indices, shape (), (N) or (N, d1, ..., dK), any integer dtype.
-        weight: weight of each class, shape (C), any floating dtype.
+        weight: weight of each class, shape (C), in the input's dtype.
         size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
         ignore_index: class index that marks targets to leave out.
         reduction: ``'none'`` | ``'mean'`` (divided by the sum of ``weight[target]`` over the counted) | ``'sum'``.
@@ -165,10 +175,17 @@ def nll_loss(
         target = target.contiguous()
     if not cross_entropy._mergeable(input):
         input = input.contiguous()
+    weight_dtype = input.dtype
     if input.dtype in _common.HALVES and _common.under_autocast(input.device):
         input = input.float()
     if weight is not None:
         cross_entropy._check_weight(weight, input.shape[1], "nll_loss")
+        if weight.dtype is not weight_dtype:
+            raise RuntimeError(
+                f"expected scalar type {_SCALAR_TYPES[weight_dtype]} but found {_SCALAR_TYPES.get(weight.dtype, weight.dtype)}: "
+                "nll_loss(): weight needs the dtype of the "
+                "input; call weight.to(input.dtype)"
+            )
         if weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "nll_loss(): not differentiable with respect to argument 'weight'. This input cannot have requires_grad "
@@ -179,7 +196,9 @@ def nll_loss(
     options = (red, ignore_index)
     if _common.functorch_active():
         loss = _NllLossTransformed.apply(input, target, weight, options)[0]
-    elif (torch.is_grad_enabled() and input.requires_grad) or _common.forward_mode_active():
+    elif _common.forward_mode_active():
+        loss = _NllLossForwardMode.apply(input, target, weight, options)[0]
+    elif torch.is_grad_enabled() and input.requires_grad:
         loss = _NllLoss.apply(input, target, weight, options)[0]
     else:
         loss = ops.nll_loss_forward(input, target, weight, *options)[0]
@@ -193,6 +212,4 @@ class NLLLoss(torch.nn.NLLLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of log-probabilities (N, C, ...) against class indices; as :func:`nll_loss`."""
-        return nll_loss(
-            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
-        )
+        return nll_loss(input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)

@@ -1,0 +1,106 @@
+"""Building and installing: what holds before anything is compiled, and what a user is told when it cannot be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastloss import _version
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Runs setup.py as on a machine where shutil.which finds none of the named tools.
+SETUP_WITHOUT = """
+import runpy, shutil, sys
+missing, which = set(sys.argv[1].split()), shutil.which
+shutil.which = lambda name, *rest, **options: None if name in missing else which(name, *rest, **options)
+sys.argv = ["setup.py", "-q", *sys.argv[2:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def run_setup(*arguments, missing="", **environment):
+    """The exit status of setup.py in a process of its own, and all that it printed."""
+    env = {name: value for name, value in os.environ.items() if name not in ("CXX", "FASTLOSS_CUDA")}
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP_WITHOUT, missing, *arguments],
+        cwd=ROOT,
+        env={**env, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def fake_torch(folder, source):
+    """A torch that stands before the real one on the path."""
+    (folder / "torch.py").write_text(source)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "pyext")])}
+
+
+def test_metadata_needs_no_torch(tmp_path):
+    environment = fake_torch(tmp_path, 'raise RuntimeError("torch was imported")')
+    status, output = run_setup("build_ext", **environment)
+    assert status != 0 and "torch was imported" in output  # building does import it
+
+    status, output = run_setup("egg_info", "--egg-base", str(tmp_path), **environment)
+    assert status == 0, output
+    lines = (tmp_path / "fastloss.egg-info/PKG-INFO").read_text().splitlines()
+    assert "Name: fastloss" in lines
+    assert f"Version: {_version.__version__}" in lines
+    assert f"Requires-Python: >={_version.MIN_PYTHON}" in lines
+    assert f"torch>={_version.MIN_TORCH}" in (tmp_path / "fastloss.egg-info/requires.txt").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("missing", "environment", "named"),
+    [
+        ("nvcc", {"FASTLOSS_CUDA": "1"}, ("nvcc", "FASTLOSS_CUDA=0")),
+        ("c++ g++ clang++", {"FASTLOSS_CUDA": "0"}, ("C++17 compiler", "g++")),
+        ("no-such-c++", {"FASTLOSS_CUDA": "0", "CXX": "no-such-c++"}, ("C++17 compiler", "no-such-c++")),
+        ("cmake", {"FASTLOSS_CUDA": "0"}, ("cmake", "pip install cmake")),
+        ("", {"FASTLOSS_CUDA": "yes"}, ("FASTLOSS_CUDA", "'yes'")),
+    ],
+)
+def test_what_is_missing_is_named_in_one_message(missing, environment, named):
+    status, output = run_setup("build_ext", missing=missing, **environment)
+    assert status != 0
+    (message,) = [line for line in output.splitlines() if "fastloss cannot be built" in line]
+    for part in named:
+        assert part in message
+    assert "Traceback" not in output
+
+
+def test_build_without_torch_names_it(tmp_path):
+    environment = fake_torch(tmp_path, 'raise ImportError("No module named torch")')
+    status, output = run_setup("build_ext", **environment)
+    assert status != 0 and "Traceback" not in output
+    assert f"fastloss cannot be built: torch >= {_version.MIN_TORCH}" in output
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git1234", "2.13.0+cpu", "3.0", "2.100.1"])
+def test_supported_torch(version):
+    _version.require_supported(version)
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "2.9", "1.13.1"])
+def test_unsupported_torch_is_named_with_the_remedy(version):
+    with pytest.raises(ImportError, match=rf"needs torch >= 2\.10, but this is torch {version[:3]}.*install a newer"):
+        _version.require_supported(version)
+
+
+def test_unsupported_python_is_named():
+    with pytest.raises(ImportError, match=r"needs Python >= 3\.10, but this is Python 3\.9\.18:"):
+        _version.require_supported("2.13.0", "3.9.18 (main, Jan 1 2026) [GCC 12.2.0]")
+
+
+def test_import_checks_the_version_of_torch(tmp_path):
+    environment = fake_torch(tmp_path, '__version__ = "2.9.1+cu128"\n')
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastloss"], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: fastloss") and "torch >= 2.10" in last and "2.9.1" in last
