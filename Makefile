@@ -87,7 +87,7 @@ test-python: build/extension-full build/core-numpy
 asan: build/asan/.built
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/asan PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest --noconftest -p no:cacheprovider -q tests/core
+	PYTHONPATH=build/asan PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest --noconftest -p no:cacheprovider -q -s tests/core
 
 lint: $(VENV)/test.stamp
 	ruff check $(PY_FILES)

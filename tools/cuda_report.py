@@ -103,8 +103,8 @@ def main() -> int:
             f'{{\n  "nvcc": "{nvcc}",\n  "registers, bytes of shared memory": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
         )
         LIMITS.write_text(text)
-    recorded = json.loads(LIMITS.read_text())
-    limits = recorded["registers, bytes of shared memory"]
+    recorded = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    limits = recorded.get("registers, bytes of shared memory", {})
     for name, (registers, shared) in most.items():
         if name not in limits:
             problems.append(f"{name} has no recorded limits: look at it, then run with --record")

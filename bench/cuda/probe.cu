@@ -3,7 +3,7 @@
 //
 //   cd csrc && for f in ../bench/cuda/probe.cu common/*.cu rowwise/*_cuda*.cu; do echo $f; done |
 //     xargs -P 8 -I{} sh -c 'nvcc -std=c++17 -O3 -arch=native -I. -c {} -o /tmp/$(basename {}).o' &&
-//     nvcc -arch=native /tmp/*.cu.o -o probe && ./probe [check|time|all]
+//     nvcc -arch=native /tmp/*.cu.o -o probe && ./probe [check|time|all] [largest case to check, in elements]
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -27,13 +27,13 @@
 
 using namespace fastloss;
 
-#define OK(x)                                                                                              \
-  do {                                                                                                     \
-    cudaError_t e_ = (x);                                                                                  \
-    if (e_ != cudaSuccess) {                                                                               \
-      std::printf("FATAL %s:%d %s: %s\n", __FILE__, __LINE__, #x, cudaGetErrorString(e_));                 \
-      std::exit(2);                                                                                        \
-    }                                                                                                      \
+#define OK(x)                                                                              \
+  do {                                                                                     \
+    cudaError_t e_ = (x);                                                                  \
+    if (e_ != cudaSuccess) {                                                               \
+      std::printf("FATAL %s:%d %s: %s\n", __FILE__, __LINE__, #x, cudaGetErrorString(e_)); \
+      std::exit(2);                                                                        \
+    }                                                                                      \
   } while (0)
 
 static int failures = 0, checks = 0;
@@ -116,8 +116,8 @@ static double product_of(double q, double d, bool zero) { return zero && q == 0 
 
 // The definition in cross_entropy.h, row by row in float64. x, p: [rows][classes]; g: grad_output per row.
 static Reference reference_of(const Case& k, const std::vector<double>& x, const std::vector<double>& p,
-                              const std::vector<int64_t>& t, const std::vector<double>& w,
-                              const std::vector<double>& s, const std::vector<double>& g) {
+                              const std::vector<int64_t>& t, const std::vector<double>& w, const std::vector<double>& s,
+                              const std::vector<double>& g) {
   const int64_t rows = k.outer * k.inner, n = k.classes;
   Reference r;
   r.loss_rows.resize(rows);
@@ -256,10 +256,12 @@ static void report(const Case& k, const char* quantity, const Worst& w) {
 }
 
 static double worst_ratio = 0;
+static int64_t largest_case = INT64_MAX;  // elements; the second argument
 
 static void check(Case k) {
   static std::mt19937_64 rng(7);
   const int64_t rows = k.outer * k.inner, n = k.classes;
+  if (rows * n > largest_case) return;
   if (k.strides.outer < 0) k.strides = k.inner == 1 ? Strides{n, 1, 0} : Strides{n * k.inner, k.inner, 1};
   if (k.grad_strides.outer < 0) k.grad_strides = k.strides;
   if (k.grad_offset < 0) k.grad_offset = k.offset;
@@ -303,14 +305,15 @@ static void check(Case k) {
   if (k.soft) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t c = 0; c < n; ++c) {
-        store_host(prob.host.data(), k.prob, at(ps, row, c), (c + row) % 3 ? uniform(rng) / std::max<int64_t>(1, n) : 0);
+        store_host(prob.host.data(), k.prob, at(ps, row, c),
+                   (c + row) % 3 ? uniform(rng) / std::max<int64_t>(1, n) : 0);
         p[row * n + c] = load_host(prob.host.data(), k.prob, at(ps, row, c));
       }
   } else {
     for (int64_t row = 0; row < rows; ++row) {
       t[row] = n ? int64_t(rng() % uint64_t(n)) : 0;
       if (k.index == IndexType::i8 || k.index == IndexType::u8) t[row] %= 100;
-      if (k.special && row % 9 == 5 && row % 2) t[row] = 0;                      // -inf at the target
+      if (k.special && row % 9 == 5 && row % 2) t[row] = 0;                          // -inf at the target
       if (k.ignore_some && k.index <= IndexType::i8 && row % 5 == 3) t[row] = -100;  // falls on every special row too
       if (k.all_ignored) t[row] = -100;
       if (k.bad && row == rows / 2) t[row] = n + 5;
@@ -413,8 +416,9 @@ static void check(Case k) {
       for (int64_t c = 0; c < n; ++c) {
         const double v = want.grad[row * n + c];
         worst.see(load_host(out.host.data(), k.type, at(k.grad_strides, row, c)), v,
-                  half_ulp * std::fabs(v) + 3 * unit * (std::fabs(v) + (k.smoothing > 0 || k.soft || k.z_loss > 0 ? 4 : 1) /
-                                                                           per * 0.5) + absolute,
+                  half_ulp * std::fabs(v) +
+                      3 * unit * (std::fabs(v) + (k.smoothing > 0 || k.soft || k.z_loss > 0 ? 4 : 1) / per * 0.5) +
+                      absolute,
                   row * n + c);
       }
     report(k, name, worst);
@@ -452,7 +456,8 @@ static void check(Case k) {
     report(k, "accuracy", wc);
   }
   const Status bad = bad_target_take_cuda();
-  if ((bad.code == Status::bad_target) != k.bad) ++failures, std::printf("FAIL %s: bad target record\n", k.what.c_str());
+  if ((bad.code == Status::bad_target) != k.bad)
+    ++failures, std::printf("FAIL %s: bad target record\n", k.what.c_str());
   if (k.bad && !(t[bad.row] == bad.value && (bad.row == rows / 2 || bad.row == rows / 3)))
     ++failures, std::printf("FAIL %s: bad target says row %lld value %lld\n", k.what.c_str(), (long long)bad.row,
                             (long long)bad.value);
@@ -479,7 +484,9 @@ static void check(Case k) {
           const double v = wt.grad_target[row * n + c];
           const double ulp = k.prob == DType::bf16 ? 0x1p-8 : k.prob == DType::f16 ? 0x1p-11 : 0;
           worst.see(load_host(grad_prob.host.data(), k.prob, at(ps, row, c)), v,
-                    ulp * std::fabs(v) + 8 * std::max(unit, k.prob == DType::f32 ? 1e-7 : 0) * (std::fabs(v) + 1 / std::max(1e-30, k.reduction == Reduction::mean ? want.d : 1)) +
+                    ulp * std::fabs(v) +
+                        8 * std::max(unit, k.prob == DType::f32 ? 1e-7 : 0) *
+                            (std::fabs(v) + 1 / std::max(1e-30, k.reduction == Reduction::mean ? want.d : 1)) +
                         (k.prob == DType::f16 ? 0x1p-25 : 0),
                     row * n + c);
         }
@@ -500,8 +507,8 @@ static void check(Case k) {
     check_grad("value+grad", ones, k.in_place ? logits : grad);
     loss.download();
     Worst again;
-    again.see(load_host(loss.host.data(), loss_type, 0), want.loss, (half_ulp + 2 * unit) * std::fabs(want.loss) + 4 * unit,
-              0);
+    again.see(load_host(loss.host.data(), loss_type, 0), want.loss,
+              (half_ulp + 2 * unit) * std::fabs(want.loss) + 4 * unit, 0);
     report(k, "loss+grad", again);
   }
   OK(cudaStreamDestroy(stream));
@@ -517,8 +524,9 @@ static void check_all() {
   for (DType type : types) {
     // Around every boundary of the policy, in 16-byte vectors: lanes, warp rows, block rows, clusters, streaming.
     const int64_t l = 16 / size_of(type);
-    std::vector<int64_t> vectors = {1, 2, 4, 5, 8, 16, 32, 33, 64, 128, 129, 250, 256, 257, 1024, 1025, 2048, 2049, 4096,
-                                    4097, 8192, 9000, 16384, 20000, 32768, 33000, 65536, 66000, 140000};
+    std::vector<int64_t> vectors = {1,    2,    4,     5,     8,     16,    32,    33,    64,    128,
+                                    129,  250,  256,   257,   1024,  1025,  2048,  2049,  4096,  4097,
+                                    8192, 9000, 16384, 20000, 32768, 33000, 65536, 66000, 140000};
     for (int64_t v : vectors)
       for (int64_t delta : {-1, 0, 1}) {
         const int64_t c = v * l + delta;
@@ -538,24 +546,33 @@ static void check_all() {
           check(with(k, "rows none in place", [](Case& x) { x.in_place = true, x.reduction = Reduction::none; }));
         }
         if (delta == 1 && v < 20000) {
-          check(with(k, "rows weight sample sum", [](Case& x) {
-            x.weight = x.sample = true, x.reduction = Reduction::sum, x.z_loss = 1e-3;
-          }));
-          check(with(k, "rows special", [](Case& x) { x.special = true, x.outer = 45, x.reduction = Reduction::none; }));
+          check(with(k, "rows weight sample sum",
+                     [](Case& x) { x.weight = x.sample = true, x.reduction = Reduction::sum, x.z_loss = 1e-3; }));
+          check(
+              with(k, "rows special", [](Case& x) { x.special = true, x.outer = 45, x.reduction = Reduction::none; }));
           check(with(k, "rows special mean", [](Case& x) { x.special = true, x.outer = 45; }));
           check(with(k, "rows general", [](Case& x) {
             x.softcap = 5, x.scale = 0.7, x.smoothing = 0.2, x.argmax = true, x.sample = true;
           }));
-          check(with(k, "rows soft", [](Case& x) { x.soft = true, x.target_grad = true, x.argmax = true, x.weight = true; }));
+          check(with(k, "rows soft",
+                     [](Case& x) { x.soft = true, x.target_grad = true, x.argmax = true, x.weight = true; }));
           check(with(k, "rows other grad layout", [&](Case& x) { x.grad_strides = {c + 3, 1, 0}, x.grad_offset = 1; }));
           check(with(k, "rows padded", [&](Case& x) { x.strides = {c + 5, 1, 0}; }));
           check(with(k, "rows bad", [](Case& x) { x.bad = true; }));
           check(with(k, "rows large", [](Case& x) { x.shift = 1e4, x.reduction = Reduction::none, x.spread = 1; }));
         }
       }
-    for (const auto& shape : std::vector<std::array<int64_t, 3>>{{3, 21, 640}, {2, 21, 513}, {1, 150, 768}, {5, 2, 7},
-                                                              {3, 1, 9}, {2, 161, 256}, {2, 400, 130}, {300, 5, 3},
-                                                              {2, 80, 1032}, {7, 81, 64}, {2, 1500, 96}}) {
+    for (const auto& shape : std::vector<std::array<int64_t, 3>>{{3, 21, 640},
+                                                                 {2, 21, 513},
+                                                                 {1, 150, 768},
+                                                                 {5, 2, 7},
+                                                                 {3, 1, 9},
+                                                                 {2, 161, 256},
+                                                                 {2, 400, 130},
+                                                                 {300, 5, 3},
+                                                                 {2, 80, 1032},
+                                                                 {7, 81, 64},
+                                                                 {2, 1500, 96}}) {
       const int64_t o = shape[0], c = shape[1], i = shape[2];
       Case k;
       k.type = type;
@@ -590,7 +607,8 @@ static void check_all() {
         k.smoothing = 0.1;
         k.what = "soft dtypes";
         check(k);
-        check(with(k, "soft zero times inf", [](Case& x) { x.special = x.zero_times_inf = true, x.smoothing = 0, x.target_grad = false; }));
+        check(with(k, "soft zero times inf",
+                   [](Case& x) { x.special = x.zero_times_inf = true, x.smoothing = 0, x.target_grad = false; }));
       }
   for (int index = 0; index < 8; ++index)
     for (int64_t inner : {1, 33}) {
@@ -609,7 +627,8 @@ static void check_all() {
   check(with(k, "all ignored special", [](Case& x) { x.all_ignored = x.special = true, x.outer = 18; }));
   check(with(k, "no rows mean", [](Case& x) { x.outer = 0; }));
   check(with(k, "no rows sum", [](Case& x) { x.outer = 0, x.reduction = Reduction::sum; }));
-  check(with(k, "zero times inf", [](Case& x) { x.special = x.zero_times_inf = x.weight = true, x.smoothing = 0.1, x.outer = 36; }));
+  check(with(k, "zero times inf",
+             [](Case& x) { x.special = x.zero_times_inf = x.weight = true, x.smoothing = 0.1, x.outer = 36; }));
   check(with(k, "graph", [](Case& x) { x.graph = true, x.outer = 5000; }));
   check(with(k, "graph cluster", [](Case& x) { x.graph = true, x.classes = 70001, x.outer = 40; }));
   check(with(k, "many rows", [](Case& x) { x.outer = 300001, x.classes = 10, x.weight = true; }));
@@ -624,7 +643,8 @@ static void check_all() {
       Buffer up(rows * size_of(type));
       std::mt19937 rng(3);
       for (int64_t j = 0; j < rows * c; ++j) store_host(x.host.data(), type, j, -double(rng() % 1000) / 250);
-      for (int64_t j = 0; j < rows; ++j) reinterpret_cast<int64_t*>(t.host.data())[j] = j % 11 ? int64_t(rng() % c) : -100;
+      for (int64_t j = 0; j < rows; ++j)
+        reinterpret_cast<int64_t*>(t.host.data())[j] = j % 11 ? int64_t(rng() % c) : -100;
       for (int64_t j = 0; j < c; ++j) store_host(w.host.data(), accum_of(type), j, 0.5 + j);
       for (int64_t j = 0; j < rows; ++j) store_host(up.host.data(), type, j, 2);
       for (Buffer* b : {&x, &t, &w, &up}) b->upload();
@@ -656,7 +676,8 @@ static void check_all() {
           const double v = cls >= 0 ? -wt * load_host(x.host.data(), type, (r / i * c + cls) * i + r % i) : 0;
           if (pass == 0) {
             sum += v, weights += wt;
-            if (reduction == Reduction::none) wl.see(load_host(loss.host.data(), type, r), v, tol * (1 + std::fabs(v)), r);
+            if (reduction == Reduction::none)
+              wl.see(load_host(loss.host.data(), type, r), v, tol * (1 + std::fabs(v)), r);
           } else {
             for (int64_t q = 0; q < c; ++q) {
               const double gr = q == cls ? -wt * 2 / (reduction == Reduction::mean ? weights : 1) : 0;
@@ -666,7 +687,8 @@ static void check_all() {
         }
       if (reduction != Reduction::none) {
         const double v = reduction == Reduction::mean ? sum / weights : sum;
-        if (!(type == DType::f16 && std::fabs(v) > 65000)) wl.see(load_host(loss.host.data(), type, 0), v, tol * (1 + std::fabs(v)), 0);
+        if (!(type == DType::f16 && std::fabs(v) > 65000))
+          wl.see(load_host(loss.host.data(), type, 0), v, tol * (1 + std::fabs(v)), 0);
       }
       report(label, "nll loss", wl);
       report(label, "nll grad", wg);
@@ -747,22 +769,41 @@ static void time_all() {
   OK(cudaMalloc(&memory, 2 * pool));
   unsigned char* small;
   OK(cudaMalloc(&small, int64_t(1) << 28));
-  const double copy_s =
-      seconds_of(4, [&](int i) { OK(cudaMemcpyAsync(memory + pool + (i << 30), memory + (int64_t(i) << 30), 1 << 30,
-                                                    cudaMemcpyDeviceToDevice, timing_stream)); });
+  const double copy_s = seconds_of(4, [&](int i) {
+    OK(cudaMemcpyAsync(memory + pool + (i << 30), memory + (int64_t(i) << 30), 1 << 30, cudaMemcpyDeviceToDevice,
+                       timing_stream));
+  });
   const double copy = 2.0 * (1 << 30) / copy_s * 1e-9;
   std::printf("copy 1 GiB device to device: %.0f GB/s (read + write)\n", copy);
-  std::printf("%-28s %-5s | %-24s | %-24s | %-24s\n", "shape", "dtype", "forward us GB/s %copy", "value+grad", "backward");
+  std::printf("%-28s %-5s | %-24s | %-24s | %-24s\n", "shape", "dtype", "forward us GB/s %copy", "value+grad",
+              "backward");
   struct Shape {
     int64_t o, c, i;
     bool weight = false;
   };
-  std::vector<Shape> shapes = {{32768, 10, 1},    {262144, 10, 1},   {32768, 256, 1},   {32768, 512, 1},
-                               {32768, 1000, 1},  {32768, 1001, 1},  {32768, 1024, 1},  {32768, 2048, 1},
-                               {32768, 4096, 1},  {32768, 8192, 1},  {32768, 16384, 1}, {32768, 32768, 1},
-                               {32768, 65536, 1}, {16384, 131072, 1}, {8192, 262144, 1}, {8192, 50257, 1},
-                               {8192, 128256, 1}, {8192, 151936, 1}, {64, 10, 1},       {4096, 1000, 1},
-                               {8, 21, 512 * 512, true}, {4, 150, 512 * 512, true}, {8, 21, 513 * 513, true}};
+  std::vector<Shape> shapes = {{32768, 10, 1},
+                               {262144, 10, 1},
+                               {32768, 256, 1},
+                               {32768, 512, 1},
+                               {32768, 1000, 1},
+                               {32768, 1001, 1},
+                               {32768, 1024, 1},
+                               {32768, 2048, 1},
+                               {32768, 4096, 1},
+                               {32768, 8192, 1},
+                               {32768, 16384, 1},
+                               {32768, 32768, 1},
+                               {32768, 65536, 1},
+                               {16384, 131072, 1},
+                               {8192, 262144, 1},
+                               {8192, 50257, 1},
+                               {8192, 128256, 1},
+                               {8192, 151936, 1},
+                               {64, 10, 1},
+                               {4096, 1000, 1},
+                               {8, 21, 512 * 512, true},
+                               {4, 150, 512 * 512, true},
+                               {8, 21, 513 * 513, true}};
   for (DType type : {DType::bf16, DType::f32}) {
     OK(cudaDeviceSynchronize());
     fill_random<<<4096, 256>>>(reinterpret_cast<unsigned*>(memory), pool / 4, type == DType::bf16);
@@ -849,6 +890,8 @@ static void time_all() {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "all";
+  if (argc > 2) largest_case = std::atoll(argv[2]);
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   cudaDeviceProp prop;
   OK(cudaGetDeviceProperties(&prop, 0));
   std::printf("%s, sm_%d%d, %d multiprocessors, L2 %d MiB\n", prop.name, prop.major, prop.minor,

@@ -1,8 +1,7 @@
-#include "errors_cuda.h"
-
 #include <atomic>
 #include <mutex>
 
+#include "errors_cuda.h"
 #include "primitives.cuh"
 
 namespace fastloss {

@@ -3,6 +3,7 @@
 //
 // The seam, device side:
 //   Vec16                                16 bytes as four words
+//   kPairwiseMax                         is there an instruction for two 16-bit maxima (sm_80 and later)?
 //   load16, load16_stream, store16_stream  one 128-bit access; stream = evict first, the data are used once
 //   exp2_fast(float)                     2^x, 2 ulp, results below 2^-126 flushed to 0
 //   reciprocal_fast(float)               1/x, 1 ulp
@@ -36,6 +37,12 @@ namespace fastloss {
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kPairwiseMax = false;
+#else
+constexpr bool kPairwiseMax = true;
+#endif
 
 __device__ __forceinline__ Vec16 load16(const void* p) {
   uint4 v = *static_cast<const uint4*>(p);
@@ -71,9 +78,9 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ void memory_fence() { __threadfence(); }
 __device__ __forceinline__ void system_fence() { __threadfence_system(); }
 
-// Clusters exist from sm_90 on; the launch policy never asks for one before, so the bodies are empty there. A cluster is
-// `parts` blocks with adjacent blockIdx.x, so a block's rank is blockIdx.x % parts.
-// Memory accesses before arrive happen before those after wait, across the cluster. All threads of a block call both.
+// Clusters exist from sm_90 on; the launch policy never asks for one before, so the bodies are empty there. A cluster
+// is `parts` blocks with adjacent blockIdx.x, so a block's rank is blockIdx.x % parts. Memory accesses before arrive
+// happen before those after wait, across the cluster. All threads of a block call both.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -1,5 +1,4 @@
 #include "scale_grad_cuda.h"
-
 #include "scale_grad_kernels.cuh"
 
 namespace fastloss {
@@ -14,9 +13,7 @@ Status scale_grad_cuda(const void* grad, void* out, DType type, int64_t count, c
   shape.grid = blocks < most ? blocks : most;
   shape.block = kScaleThreads;
   Status status;
-  with_type(type, [&](auto tag) {
-    status = launch(scale_grad_kernel<decltype(tag)>, shape, context.stream, params);
-  });
+  with_type(type, [&](auto tag) { status = launch(scale_grad_kernel<decltype(tag)>, shape, context.stream, params); });
   return status;
 }
 

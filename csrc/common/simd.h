@@ -107,6 +107,15 @@ inline vec<float> max_of(vec<float> x, vec<float> a) { return _mm256_max_ps(x, a
 inline vec<double> max_of(vec<double> x, vec<double> a) { return _mm256_max_pd(x, a); }
 #endif
 
+// Lane sums in double: the lanes of a vector of floats are added in two halves.
+using vec_double = vec<double>;
+inline vec_double widen(vec<double> v) { return v; }
+inline vec_double widen(vec<float> v) {
+  typename vector_type<float, kVectorBytes / 2>::type half[2];
+  __builtin_memcpy(half, &v, sizeof v);
+  return __builtin_convertvector(half[0], vec_double) + __builtin_convertvector(half[1], vec_double);
+}
+
 // Lanes are combined in halves, always in the same order: lane i with lane i + n/2.
 template <class T, int kBytes, class Op>
 inline T fold_lanes(typename vector_type<T, kBytes>::type v, const Op& op) {
@@ -237,7 +246,8 @@ inline void store(bfloat16* p, vec<float> v) {
 }
 inline void store(float16* p, vec<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(__mmask16(-1), v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(__mmask16(-1), v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__) && defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -245,7 +255,70 @@ inline void store(float16* p, vec<float> v) {
 #endif
 }
 
-// The first n < kLanes elements, the rest filled; and the store that matches.
+// Four elements, for transposing; and a 4 x 4 transpose.
+template <class T>
+using narrow = typename vector_type<T, 16>::type;
+inline narrow<float> load4(const float* p) {
+  narrow<float> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline narrow<float> load4(const bfloat16* p) {
+  typename vector_type<uint16_t, 8>::type h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return bit_cast<narrow<float>>(__builtin_convertvector(h, narrow<uint32_t>) << 16);
+}
+inline narrow<float> load4(const float16* p) {
+#if defined(__F16C__)
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return narrow<float>{to_accum(p[0]), to_accum(p[1]), to_accum(p[2]), to_accum(p[3])};
+#endif
+}
+inline void store4(float* p, narrow<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class S>
+inline void store4(S* p, narrow<float> v) {
+  for (int i = 0; i < 4; ++i) p[i] = from_accum<S, float>(v[i]);
+}
+template <class V>
+inline void transpose4(V (&m)[4]) {
+  const V a = __builtin_shufflevector(m[0], m[1], 0, 4, 1, 5), b = __builtin_shufflevector(m[2], m[3], 0, 4, 1, 5);
+  const V c = __builtin_shufflevector(m[0], m[1], 2, 6, 3, 7), d = __builtin_shufflevector(m[2], m[3], 2, 6, 3, 7);
+  m[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  m[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  m[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  m[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// A store past the caches, for results too large to be read back from them: it saves reading the line first. Falls back
+// to an ordinary one where the address is not aligned. stream_fence() orders such stores before what follows.
+template <class S>
+inline void stream(S* p, vec<accum_t<S>> v) {
+#if defined(__AVX2__)
+  alignas(64) unsigned char bytes[kLanes<accum_t<S>> * sizeof(S)];
+  if (uintptr_t(p) % sizeof bytes == 0) {
+    store(reinterpret_cast<S*>(bytes), v);
+    if constexpr (sizeof bytes == 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(bytes));
+    } else if constexpr (sizeof bytes == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(bytes));
+    } else {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<const __m512i*>(bytes));
+#endif
+    }
+    return;
+  }
+#endif
+  store(p, v);
+}
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// The first n < kLanes elements, the rest filled; and the store that matches. Nothing past them is touched.
 template <class S>
 inline vec<accum_t<S>> load_tail(const S* p, int64_t n, accum_t<S> fill) {
   using T = accum_t<S>;
@@ -259,6 +332,35 @@ inline void store_tail(S* p, int64_t n, vec<accum_t<S>> v) {
   store(a, v);
   __builtin_memcpy(p, a, size_t(n) * sizeof(S));
 }
+#if defined(__AVX512F__)
+inline vec<float> load_tail(const float* p, int64_t n, float fill) {
+  return _mm512_mask_loadu_ps(splat(fill), __mmask16((1u << n) - 1), p);
+}
+inline vec<double> load_tail(const double* p, int64_t n, double fill) {
+  return _mm512_mask_loadu_pd(splat(fill), __mmask8((1u << n) - 1), p);
+}
+inline vec<float> load_tail(const bfloat16* p, int64_t n, float fill) {
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  const __m512i bits =
+      _mm512_maskz_slli_epi32(mask, _mm512_maskz_cvtepu16_epi32(mask, _mm256_maskz_loadu_epi16(mask, p)), 16);
+  return _mm512_mask_mov_ps(splat(fill), mask, _mm512_castsi512_ps(bits));
+}
+inline vec<float> load_tail(const float16* p, int64_t n, float fill) {
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  return _mm512_mask_cvtph_ps(splat(fill), mask, _mm256_maskz_loadu_epi16(mask, p));
+}
+inline void store_tail(float* p, int64_t n, vec<float> v) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+inline void store_tail(double* p, int64_t n, vec<double> v) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline vec<float> load_tail(const float* p, int64_t n, float fill) {
+  const __m256i mask = first_lanes(n);
+  return _mm256_blendv_ps(splat(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+inline void store_tail(float* p, int64_t n, vec<float> v) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+#endif
 
 // ---- elementary functions, for vectors V of any width
 template <class R>
@@ -275,8 +377,8 @@ struct int_vector {
 };
 
 // exp for x <= 0 (and nan): e^x = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; minimax polynomial for 2^f, 2^n by
-// exponent bits. Relative error at most (1 + |x| / 9) ulp; results under the smallest normal number are 0, and exp(-inf)
-// is 0.
+// exponent bits. Relative error at most (1 + |x| / 9) ulp; results under the smallest normal number are 0, and
+// exp(-inf) is 0.
 template <class T>
 struct exp_constants;
 template <>
@@ -284,14 +386,19 @@ struct exp_constants<float> {
   // magic is 1.5 2^23 + bias: adding it rounds to an integer and leaves n + bias in the low bits.
   static constexpr float lowest = -88.0f, log2e = 1.44269504088896341f, magic = 12582912.0f + 127.0f;
   static constexpr int mantissa = 23;
-  static constexpr float c[] = {0.000154537612306f, 0.00133915544008f, 0.00961808142887f, 0.0555035581091f,
-                                0.240226507629f,    0.693147188299f,   1.0f};
+  static constexpr float c[] = {0.000154537612306f,
+                                0.00133915544008f,
+                                0.00961808142887f,
+                                0.0555035581091f,
+                                0.240226507629f,
+                                0.693147188299f,
+                                1.0f};
 };
 template <>
 struct exp_constants<double> {
   static constexpr double lowest = -709.1, log2e = 1.4426950408889634074, magic = 6755399441055744.0 + 1023.0;
   static constexpr int mantissa = 52;
-  static constexpr double c[] = {4.455074120217283834e-10, 7.072798926201545768e-9, 1.0178061874829993702e-7,
+  static constexpr double c[] = {4.455074120217283834e-10, 7.072798926201545768e-9,  1.0178061874829993702e-7,
                                  1.3215441516650742984e-6, 1.5252733830778568438e-5, 1.5403530443504154997e-4,
                                  1.3333558146416370956e-3, 9.6181291076058297627e-3, 5.5504108664821595226e-2,
                                  0.24022650695910099884,   0.69314718055994530942,   1.0};
@@ -320,8 +427,8 @@ inline V log_of(V x) {
     const I bits = bit_cast<I>(x) - 0x3f3504f3;  // relative to sqrt(1/2)
     const V e = __builtin_convertvector(bits >> 23, V);
     const V f = bit_cast<V>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
-    constexpr float c[] = {0.0697161147f, -0.1147973385f, 0.1168541992f, -0.1242568733f, 0.1424905765f,
-                           -0.1666780232f, 0.2000071575f, -0.2499999696f, 0.3333333118f};
+    constexpr float c[] = {0.0697161147f,  -0.1147973385f, 0.1168541992f,  -0.1242568733f, 0.1424905765f,
+                           -0.1666780232f, 0.2000071575f,  -0.2499999696f, 0.3333333118f};
     V p = c[0] - V{};
     for (int i = 1; i < 9; ++i) p = p * f + c[i];
     const V f2 = f * f;
@@ -357,8 +464,6 @@ inline V tanh_of(V u) {
 
 // One value through the narrowest vector.
 template <class T>
-using narrow = typename vector_type<T, 16>::type;
-template <class T>
 inline T exp_nonpositive_scalar(T x) {
   return exp_nonpositive(x - narrow<T>{})[0];
 }
@@ -366,10 +471,5 @@ template <class T>
 inline T log_scalar(T x) {
   return log_of(x - narrow<T>{})[0];
 }
-template <class T>
-inline T log1p_scalar(T x) {
-  return log1p_of(x - narrow<T>{})[0];
-}
-
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

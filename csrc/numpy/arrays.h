@@ -8,11 +8,10 @@
 #include <vector>
 
 #include "../common/types.h"
+#include "backend.h"
 
 namespace fastloss {
 namespace py = pybind11;
-
-ParallelFor numpy_parallel_for();  // std::thread, see module.cpp
 
 inline DType float_type(const py::array& x, const char* name) {
   const std::string code(1, x.dtype().char_());
@@ -132,7 +131,7 @@ void run_core(const F& f) {
     PyErr_SetObject(PyExc_IndexError, py::make_tuple(message, status.row, status.value).ptr());
     throw py::error_already_set();
   }
-  if (status.code != Status::ok) throw std::runtime_error("core status " + std::to_string(status.code));
+  if (status.code != Status::ok) throw std::runtime_error(failure_message(status));
 }
 
 }  // namespace fastloss

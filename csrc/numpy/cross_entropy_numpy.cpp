@@ -3,7 +3,6 @@
 
 #include <optional>
 
-#include "../rowwise/cross_entropy.h"
 #include "arrays.h"
 
 namespace fastloss {
@@ -78,7 +77,7 @@ py::dict forward(const Problem& problem, const py::object& loss, const py::objec
   a.grad_strides = grad_out.strides("grad");
   a.argmax = argmax_out.data<int64_t>();
   a.accuracy = accuracy_out.data<float>();
-  run_core([&] { return cross_entropy_forward_cpu(a, numpy_parallel_for()); });
+  run_core([&] { return run_cross_entropy_forward(a); });
 
   py::dict results;
   loss_out.put(results, "loss");
@@ -104,7 +103,7 @@ py::dict backward(const Problem& problem, const py::array& saved, const py::arra
   a.grad_strides = grad_out.strides("grad");
   a.grad_target = grad_target_out.data();
   a.grad_target_strides = grad_target_out.strides("grad_target");
-  run_core([&] { return cross_entropy_backward_cpu(a, numpy_parallel_for()); });
+  run_core([&] { return run_cross_entropy_backward(a); });
 
   py::dict results;
   grad_out.put(results, "grad");

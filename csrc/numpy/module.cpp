@@ -10,6 +10,8 @@ namespace fastloss {
 
 void bind_cross_entropy(py::module_& m);
 void bind_nll_loss(py::module_& m);
+void bind_scale_grad(py::module_& m);
+void bind_policy(py::module_& m);
 
 namespace {
 
@@ -33,26 +35,17 @@ Isa isa_of(const std::string& name) {
   throw py::value_error("expected portable, avx2 or avx512, got " + name);
 }
 
-py::array scale_grad(const py::array& grad, const py::array& scale, const py::object& out) {
-  const DType type = float_type(grad, "grad");
-  if (!(grad.flags() & py::array::c_style)) throw py::value_error("grad: expected a contiguous array");
-  if (scale.size() != 1) throw py::value_error("scale: expected one element");
-  py::array result = out.is_none()
-                         ? py::array(grad.dtype(), std::vector<py::ssize_t>(grad.shape(), grad.shape() + grad.ndim()))
-                         : out.cast<py::array>();
-  if (float_type(result, "out") != type || result.size() != grad.size() || !(result.flags() & py::array::c_style))
-    throw py::value_error("out: expected a contiguous array like grad");
-  void* to = result.mutable_data();
-  run_core([&] {
-    scale_grad_cpu(grad.data(), to, type, grad.size(), scale.data(), float_type(scale, "scale"), numpy_parallel_for());
-    return Status{};
-  });
-  return result;
-}
-
 }  // namespace
 
-ParallelFor numpy_parallel_for() { return thread_ranges; }
+Status run_cross_entropy_forward(const CrossEntropyArgs& a) { return cross_entropy_forward_cpu(a, thread_ranges); }
+Status run_cross_entropy_backward(const CrossEntropyArgs& a) { return cross_entropy_backward_cpu(a, thread_ranges); }
+Status run_nll_loss_forward(const NllLossArgs& a) { return nll_loss_forward_cpu(a, thread_ranges); }
+Status run_nll_loss_backward(const NllLossArgs& a) { return nll_loss_backward_cpu(a, thread_ranges); }
+Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
+  scale_grad_cpu(grad, out, type, count, scale, scale_type, thread_ranges);
+  return {};
+}
+std::string failure_message(const Status& status) { return "core status " + std::to_string(status.code); }
 
 }  // namespace fastloss
 
@@ -73,8 +66,8 @@ PYBIND11_MODULE(fastloss_core_numpy, m) {
   m.def(
       "set_isa", [](const std::string& name) { return set_isa(isa_of(name)); }, py::arg("name"),
       "Use portable, avx2 or avx512; False, changing nothing, when the machine or the build lacks it.");
-  m.def("scale_grad", &scale_grad, py::arg("grad"), py::arg("scale"), py::kw_only(), py::arg("out") = py::none(),
-        "grad * scale into a new array or `out`, which may be grad itself.");
   bind_cross_entropy(m);
   bind_nll_loss(m);
+  bind_scale_grad(m);
+  bind_policy(m);
 }

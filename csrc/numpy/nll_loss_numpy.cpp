@@ -1,5 +1,4 @@
 // nll_loss_forward and nll_loss_backward on numpy arrays; the contract is rowwise/nll_loss.h.
-#include "../rowwise/nll_loss.h"
 #include "arrays.h"
 
 namespace fastloss {
@@ -29,7 +28,7 @@ py::dict forward(const py::array& input, const py::array& target, const py::obje
   Output total_out(total_weight, numpy_dtype(accum_of(a.input_type)), {1}, "total_weight");
   a.loss = loss_out.data();
   a.total_weight = total_out.data();
-  run_core([&] { return nll_loss_forward_cpu(a, numpy_parallel_for()); });
+  run_core([&] { return run_nll_loss_forward(a); });
   py::dict results;
   loss_out.put(results, "loss");
   total_out.put(results, "total_weight");
@@ -47,7 +46,7 @@ py::dict backward(const py::array& input, const py::array& target, const py::arr
   Output grad_out(grad, input.dtype(), {input.shape(), input.shape() + input.ndim()}, "grad");
   a.grad = grad_out.data();
   a.grad_strides = grad_out.strides("grad");
-  run_core([&] { return nll_loss_backward_cpu(a, numpy_parallel_for()); });
+  run_core([&] { return run_nll_loss_backward(a); });
   py::dict results;
   grad_out.put(results, "grad");
   return results;

@@ -1,13 +1,13 @@
 // Cross entropy on the CPU, generic over dtype, target and instruction set. Included by cross_entropy_<isa>.cpp.
 //
-// Two ways through memory, chosen by layout (see choose_path):
-//   row path   classes contiguous and many: vectors along the classes. Chunks of 4 KiB are read once (maximum, then
+// Two ways through memory, chosen by layout (see run_batches):
+//   row path   classes contiguous and not few: vectors along the classes. Chunks of 1024 are read once (maximum, then
 //              exp-sum from L1); the gradient reads the row again from L2. 1 read (+ 1 write).
-//   tile path  anything else (few classes, class axis strided, channels first or last): a tile of rows is laid out as
-//              [classes, rows] in L1/L2 and vectors run along the rows. 1 read (+ 1 write) while all classes of a tile
-//              fit, else one more read for the gradient.
-// Work is cut into blocks by shape alone; each block adds its rows in order and blocks are added pairwise, so the
-// result does not depend on the number of threads.
+//   tile path  anything else (few classes, class axis strided, channels first): rows are laid out as [classes, rows] in
+//              L1/L2 and vectors run along the rows. 1 read (+ 1 write) while all classes of a tile fit, else one more
+//              read for the gradient.
+// Work is cut into batches of rows by shape alone; each adds its rows in order and batches are added pairwise, so the
+// result does not depend on the number of threads. What is O(1) per row is done for a batch at a time, in vectors.
 #pragma once
 #include "../common/cpu_support.h"
 #include "cross_entropy.h"
@@ -18,8 +18,9 @@ namespace FASTLOSS_ISA {
 
 enum class Mode { index, smooth, smooth_weighted, soft };  // what q_c is: nothing, 1, w_c, w_c p'_c
 
-constexpr int64_t kChunk = 1024;          // classes per chunk of the row path
-constexpr int64_t kRowPathClasses = 32;  // fewer go through tiles
+constexpr int64_t kChunk = 1024;                     // classes per chunk of the row path
+constexpr int64_t kRowPathClasses = 32;              // fewer go through tiles
+constexpr int64_t kStreamBytes = int64_t(32) << 20;  // gradients from here on are stored past the caches
 constexpr int64_t kTileBytes = 32768;
 constexpr int64_t kTileBytesMax = 262144;  // past this a tile holds only part of the classes
 
@@ -41,6 +42,7 @@ struct Call {
   T* others;
   T* mass;
   bool backward;
+  bool streamed;  // the gradient is stored past the caches
 
   explicit Call(const CrossEntropyArgs& args, bool is_backward)
       : a(args),
@@ -49,28 +51,27 @@ struct Call {
         ref(static_cast<T*>(args.saved)),
         others(ref ? ref + args.rows() : nullptr),
         mass(ref && args.soft ? others + args.rows() : nullptr),
-        backward(is_backward) {
+        backward(is_backward),
+        streamed(args.grad && args.grad != args.logits &&
+                 args.rows() * args.classes * size_of(args.logits_type) >= kStreamBytes) {
     double weight_sum = double(args.classes);
     if (weight) {
       weight_sum = 0;
       for (int64_t c = 0; c < args.classes; ++c) weight_sum += double(weight[c]);
     }
-    k = {T(args.label_smoothing), T(args.label_smoothing / double(args.classes)),
-         T(weight_sum),           T(args.z_loss),
-         T(args.logit_scale),     T(args.softcap),
+    k = {T(args.label_smoothing),
+         T(args.label_smoothing / double(args.classes)),
+         T(weight_sum),
+         T(args.z_loss),
+         T(args.logit_scale),
+         T(args.softcap),
          T(args.softcap > 0 ? 1 / args.softcap : 0)};
   }
-  bool ignored(int64_t row) const {
-    return !a.soft && load_index(a.target, a.index_type, row) == a.ignore_index;
-  }
-  // How much the nll and the lse^2 of a row weigh in what is differentiated.
-  void row_scale(int64_t row, T* u, T* uz) const {
-    double g = 1;
-    if (backward) g = load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0);
-    if (sample_weight) g *= double(sample_weight[row]);
-    bool mean = a.reduction == Reduction::mean;
-    *u = T(mean ? g / d.weight : g);
-    *uz = k.z_loss != T(0) ? T(mean ? g / d.count : g) : T(0);
+  // 1 / D and 1 / Dn for mean, else 1.
+  T per_d() const { return T(a.reduction == Reduction::mean ? 1 / d.weight : 1); }
+  T per_dn() const { return T(a.reduction == Reduction::mean ? 1 / d.count : 1); }
+  T grad_output(int64_t row) const {
+    return T(load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0));
   }
 };
 
@@ -215,39 +216,38 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
   return {ref, max > -kInf<T> ? total : total + kNan<T>, sum_lanes<T>(dot), sum_lanes<T>(mass)};
 }
 
-// The gradient of one row, see RowGrad.
+// The gradient of one row from its coefficients; `target_grad` is the target's own, already complete (see
+// finish_batch).
 template <Mode kMode, bool kTransform, class S, class T>
-inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref, T others, T sum_exp, RowGrad<T> g,
-                     int64_t target, S* grad) {
+inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref, T softmax_scale, T q_scale,
+                     int64_t target, T target_grad, S* grad) {
   const int64_t classes = call.a.classes;
   const RowConstants<T>& k = call.k;
-  const T inv_sum = T(1) / sum_exp, softmax_scale = (g.target_scale + g.rest_scale) * inv_sum;
+  const int64_t target_vector = target >= 0 ? target / kLanes<T> * kLanes<T> : -1;  // chunks hold whole vectors
+  const bool streamed = call.streamed;
   alignas(64) T prob[kMode == Mode::soft ? kChunk + kLanes<T> : 1];
-  T target_grad = T(0);
-  if (target >= 0) {  // before it is overwritten, should grad be the logits
-    const T z = transform_scalar<kTransform, T>(k, T(to_accum(x[target])));
-    target_grad = (exp_nonpositive_scalar(z - ref) * g.rest_scale - g.target_scale * others) * inv_sum;
-    if constexpr (kMode == Mode::smooth) target_grad -= g.q_scale;
-    if constexpr (kMode == Mode::smooth_weighted) target_grad -= g.q_scale * call.weight[target];
-    if constexpr (kTransform) target_grad *= transform_slope(k, z);
-  }
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t c1 = min_of(classes, c0 + kChunk);
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
     for_vectors<T>(c0, c1, [&](int64_t i, int64_t n) {
       vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
       vec<T> r = exp_nonpositive(z - ref) * softmax_scale;
-      if constexpr (kMode == Mode::smooth) r -= g.q_scale;
-      if constexpr (kMode == Mode::smooth_weighted) r -= g.q_scale * load_n(call.weight + i, n, T(0));
+      if constexpr (kMode == Mode::smooth) r -= q_scale;
+      if constexpr (kMode == Mode::smooth_weighted) r -= q_scale * load_n(call.weight + i, n, T(0));
       if constexpr (kMode == Mode::soft) {
         vec<T> w = call.weight ? load_n(call.weight + i, n, T(0)) : splat(T(1));
-        r -= g.q_scale * soft_q<T>(k, load_n(prob + (i - c0), n, T(0)), w);
+        r -= q_scale * soft_q<T>(k, load_n(prob + (i - c0), n, T(0)), w);
       }
       if constexpr (kTransform) r *= transform_slope(k, z);
-      store_n(grad + i, n, r);
+      if (i == target_vector) r[target - i] = target_grad;
+      if (n < kLanes<T>)
+        store_tail(grad + i, n, r);
+      else if (streamed)
+        stream(grad + i, r);
+      else
+        store(grad + i, r);
     });
   }
-  if (target >= 0) grad[target] = from_accum<S, T>(target_grad);
 }
 
 // First index whose transformed logit equals the row's maximum; the first nan if there is one (torch.argmax).
@@ -274,165 +274,257 @@ inline int64_t prob_argmax(const CrossEntropyArgs& a, int64_t offset) {
   return best;
 }
 
-// ---------------------------------------------------------------------------------------- one row's bookkeeping
+// ----------------------------------------------------------------------------------------------- a batch of rows
 
-struct BlockSums {  // of one block of rows; doubles so that rows can be added in order without loss
+// Where the rows first, ..., first + n - 1 of a tensor start; true if they are adjacent elements.
+inline bool place_rows(int64_t first, int64_t n, int64_t inner, Strides s, int64_t* offset) {
+  int64_t o = first / inner, i = first % inner;
+  bool adjacent = true;
+  for (int64_t b = 0; b < n; ++b) {
+    offset[b] = o * s.outer + i * s.inner;
+    adjacent &= offset[b] == offset[0] + b;
+    if (++i == inner) i = 0, ++o;
+  }
+  return adjacent;
+}
+
+struct BlockSums {  // of one batch; doubles so that rows can be added in order without loss
   double nll = 0, z = 0, correct = 0;
 };
 
-// Takes the statistics of a row and does all that is O(1): loss, saved values, gradient coefficients.
-template <Mode kMode, class T>
-inline RowGrad<T> finish_row(const Call<T>& call, int64_t row, const RowStats<T>& st, T log_sum, int64_t target, T nll_t,
-                             BlockSums* sums) {
+// One value per row of a batch, in arrays padded to whole vectors.
+template <class T>
+class RowBatch {
+  using lane_int = typename bits_of<T>::type;
+  static constexpr int64_t kValues = 9, kOffsets = 5;
+  const int64_t pitch_;
+  Scratch<T> values_;
+  Scratch<int64_t> offsets_;
+  Scratch<lane_int> lane_target_;
+
+ public:
+  explicit RowBatch(int64_t rows)
+      : pitch_(round_up(rows, kLanes<T>)),
+        values_(kValues * pitch_),
+        offsets_(kOffsets * pitch_),
+        lane_target_(pitch_) {}
+  T* value(int i) { return values_.get() + i * pitch_; }
+  int64_t* index(int i) { return offsets_.get() + i * pitch_; }
+
+  T *const max = value(0), *const ref = value(1), *const others = value(2);  // statistics: see RowStats
+  T *const dot = value(3), *const mass = value(4);
+  T* const picked = value(5);                                    // z_t
+  T *const softmax_scale = value(6), *const q_scale = value(7);  // gradient: per e^(z - ref), per q
+  T* const target_grad = value(8);                               // the target's own, complete
+  int64_t* const target = index(0);                              // class index, -1: ignored or none
+  int64_t *const offset = index(1), *const prob_offset = index(2), *const grad_offset = index(3);
+  int64_t* const best = index(4);  // where to look for the maximum
+  lane_int* const lane_target = lane_target_.get();
+
+  void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
+    for (int64_t b = 0; b < pitch_; ++b) {
+      int64_t t = -1;
+      if (b < n && !a.soft) t = load_index(a.target, a.index_type, first + b);
+      target[b] = !a.soft && t == a.ignore_index ? -1 : t;
+      lane_target[b] = lane_int(target[b]);
+      best[b] = 0;
+    }
+  }
+  void restore(const Call<T>& call, int64_t first, int64_t n) {
+    for (int64_t b = 0; b < pitch_; ++b) {
+      const int64_t row = first + (b < n ? b : 0);
+      ref[b] = call.ref[row];
+      others[b] = call.others[row];
+      mass[b] = call.mass ? call.mass[row] : T(0);
+      dot[b] = T(0);
+    }
+  }
+};
+
+// All that is O(1) per row, from the statistics of a batch: losses, saved values, gradient coefficients.
+template <Mode kMode, bool kTransform, class S, class T>
+inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int64_t n, BlockSums* sums) {
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;
-  const T lse = st.ref + log_sum;
-  const bool counts = kMode == Mode::soft || target >= 0;
-  const T w_t = kMode == Mode::soft ? T(1) : counts && call.weight ? call.weight[target] : T(1);
-  RowGrad<T> g{T(0), T(0), T(0)};
-  if (counts && a.grad) {
-    T u, uz;
-    call.row_scale(row, &u, &uz);
+  const T per_d = call.per_d(), per_dn = call.per_dn();
+  vec_double nll_sum{}, z_sum{};
+  for (int64_t v = 0; v < n; v += kLanes<T>) {
+    const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
+    ivec<T> target;
+    __builtin_memcpy(&target, s.lane_target + v, sizeof target);
+    const auto counts = kMode == Mode::soft ? iota<T>() < T(m) : target >= 0;
+    const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
+    const vec<T> picked = load(s.picked + v), d = picked - ref;
+    const vec<T> e = target >= 0 ? exp_nonpositive(d) : vec<T>{}, sum = others + e;
+    const vec<T> log_sum = log_of(sum), lse = ref + log_sum;
+    vec<T> w_t = splat(T(1));
+    if (kMode != Mode::soft && call.weight)
+      for (int64_t b = 0; b < m; ++b)
+        if (target[b] >= 0) w_t[b] = call.weight[target[b]];
+    vec<T> sample = splat(T(1));
+    if (call.sample_weight) sample = load_n(call.sample_weight + row, m, T(0));
+
+    if (!call.backward) {
+      vec<T> nll;
+      if constexpr (kMode == Mode::soft)
+        nll = soft_row_nll(log_sum, dot, mass);
+      else
+        nll = index_row_nll(k, target_nll(others, e, log_sum, d, log1p_of(others / e)), log_sum, dot, w_t);
+      nll = counts ? nll * sample : vec<T>{};
+      vec<T> z{};
+      if (k.z_loss != T(0)) z = counts ? sample * (k.z_loss * lse * lse) : vec<T>{};
+      nll_sum += widen(nll);
+      z_sum += widen(z);
+      if (a.loss && a.reduction == Reduction::none)
+        for (int64_t b = 0; b < m; ++b) store_scalar(a.loss, a.loss_type, row + b, double(nll[b]) + double(z[b]));
+      if (call.ref) {
+        store_n(call.ref + row, m, ref);
+        store_n(call.others + row, m, others);
+        if (call.mass) store_n(call.mass + row, m, mass);
+      }
+      if (a.lse) store_n(static_cast<T*>(a.lse) + row, m, lse);
+      if (a.argmax || a.accuracy)
+        for (int64_t b = 0; b < m; ++b) {
+          const S* x = static_cast<const S*>(a.logits) + s.offset[v + b];
+          const int64_t top = row_argmax<kTransform, S, T>(k, x, a.logits_strides.cls, a.classes, s.max[v + b],
+                                                           sum[b] != sum[b], s.best[v + b]);
+          if (a.argmax) a.argmax[row + b] = top;
+          sums->correct += top == (kMode == Mode::soft ? prob_argmax(a, s.prob_offset[v + b]) : s.target[v + b]);
+        }
+    }
+    if (!a.grad) continue;
+    vec<T> up = sample;  // what the row's loss weighs in the result that is differentiated
+    if (call.backward)
+      for (int64_t b = 0; b < m; ++b) up[b] *= call.grad_output(row + b);
+    const vec<T> u = counts ? up * per_d : vec<T>{};
+    const vec<T> uz = counts && k.z_loss != T(0) ? up * per_dn : vec<T>{};
+    RowGrad<vec<T>> g;
     if constexpr (kMode == Mode::soft)
-      g = soft_row_grad(k, lse, st.mass, u, uz);
+      g = soft_row_grad(k, lse, mass, u, uz);
     else
       g = index_row_grad(k, lse, w_t, u, uz);
+    if constexpr (kMode != Mode::soft) {  // 0, but nan in a nan row, where the target is ignored
+      g.target_scale = counts ? g.target_scale : vec<T>{};
+      g.rest_scale = counts ? g.rest_scale : vec<T>{};
+    }
+    const vec<T> per_sum = T(1) / sum;
+    store(s.softmax_scale + v, (g.target_scale + g.rest_scale) * per_sum);
+    store(s.q_scale + v, g.q_scale);
+    vec<T> own = (g.rest_scale * e - g.target_scale * others) * per_sum;
+    if constexpr (kMode == Mode::smooth) own -= g.q_scale;
+    if constexpr (kMode == Mode::smooth_weighted) own -= g.q_scale * w_t;
+    if constexpr (kTransform) own *= transform_slope(k, picked);
+    store(s.target_grad + v, own);
   }
-  if (call.backward) return g;
-  double nll = 0, z = 0;
-  if (counts) {
-    const T s = call.sample_weight ? call.sample_weight[row] : T(1);
-    T n;
-    if constexpr (kMode == Mode::soft)
-      n = soft_row_nll(log_sum, st.dot, st.mass);
-    else
-      n = index_row_nll(k, nll_t, log_sum, st.dot, w_t);
-    nll = double(s * n);
-    if (k.z_loss != T(0)) z = double(s * (k.z_loss * lse * lse));
-  }
-  sums->nll += nll;
-  sums->z += z;
-  if (a.loss && a.reduction == Reduction::none) store_scalar(a.loss, a.loss_type, row, nll + z);
-  if (call.ref) {
-    call.ref[row] = st.ref;
-    call.others[row] = st.others;
-    if (call.mass) call.mass[row] = st.mass;
-  }
-  if (a.lse) static_cast<T*>(a.lse)[row] = lse;
-  return g;
-}
-
-template <class T>
-inline void count_correct(const Call<T>& call, int64_t row, int64_t argmax, int64_t wanted, BlockSums* sums) {
-  if (call.a.argmax) call.a.argmax[row] = argmax;
-  sums->correct += argmax == wanted;
+  sums->nll += sum_lanes<double>(nll_sum);
+  sums->z += sum_lanes<double>(z_sum);
 }
 
 template <Mode kMode, bool kTransform, class S>
-inline void row_path(const Call<accum_t<S>>& call, int64_t begin, int64_t end, BlockSums* sums) {
+inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, int64_t first, int64_t n, BlockSums* sums) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
-  const bool stats_wanted = a.argmax || a.accuracy;
-  const bool forward_only = !call.backward && !a.grad;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t o = row / a.inner, i = row % a.inner;
-    const S* x = static_cast<const S*>(a.logits) + o * a.logits_strides.outer + i * a.logits_strides.inner;
-    const int64_t prob_offset = o * a.target_strides.outer + i * a.target_strides.inner;
-    int64_t target = -1;
-    if constexpr (kMode != Mode::soft) {
-      target = load_index(a.target, a.index_type, row);
-      if (target == a.ignore_index) {
-        target = -1;
-        if (forward_only && !a.saved && !a.lse && !stats_wanted) {  // nothing depends on this row
-          if (a.reduction == Reduction::none) store_scalar(a.loss, a.loss_type, row, 0);
-          continue;
-        }
-      }
+  const S* logits = static_cast<const S*>(a.logits);
+  place_rows(first, n, a.inner, a.logits_strides, s.offset);
+  if constexpr (kMode == Mode::soft) place_rows(first, n, a.inner, a.target_strides, s.prob_offset);
+  s.set_targets(a, first, n);
+  if (call.backward) s.restore(call, first, n);
+  const bool ignored_matter = call.backward || a.grad || a.saved || a.lse || a.argmax || a.accuracy;
+  for (int64_t b = 0; b < n; ++b) {
+    const S* x = logits + s.offset[b];
+    s.picked[b] = s.target[b] >= 0 ? transform_scalar<kTransform, T>(call.k, T(to_accum(x[s.target[b]]))) : T(0);
+    if (call.backward) continue;
+    if (kMode != Mode::soft && s.target[b] < 0 && !ignored_matter) {  // nothing depends on this row
+      s.ref[b] = s.others[b] = s.dot[b] = T(0);
+      continue;
     }
-    int64_t best = 0;
-    RowStats<T> st;
-    if (call.backward)
-      st = {call.ref[row], call.others[row], T(0), call.mass ? call.mass[row] : T(0)};
-    else
-      st = row_stats<kMode, kTransform, S, T>(call, x, prob_offset, target, &best);
-    T e_t = 0, d_t = 0;
-    if (target >= 0) {
-      d_t = transform_scalar<kTransform, T>(call.k, T(to_accum(x[target]))) - st.ref;
-      e_t = exp_nonpositive_scalar(d_t);
-    }
-    const T sum = st.others + e_t, log_sum = log_scalar(sum);
-    const T ratio = st.others < e_t && !call.backward ? log1p_scalar(st.others / e_t) : T(0);
-    const T nll_t = target_nll(st.others, e_t, log_sum, d_t, ratio);
-    RowGrad<T> g = finish_row<kMode, T>(call, row, st, log_sum, target, nll_t, sums);
-    if (stats_wanted && !call.backward) {
-      int64_t top = row_argmax<kTransform, S, T>(call.k, x, 1, a.classes, st.ref, sum != sum, best);
-      count_correct(call, row, top, kMode == Mode::soft ? prob_argmax(a, prob_offset) : target, sums);
-    }
-    if (a.grad) {
-      S* grad = static_cast<S*>(a.grad) + o * a.grad_strides.outer + i * a.grad_strides.inner;
-      row_grad<kMode, kTransform, S, T>(call, x, prob_offset, st.ref, st.others, sum, g, target, grad);
-    }
+    RowStats<T> st = row_stats<kMode, kTransform, S, T>(call, x, s.prob_offset[b], s.target[b], &s.best[b]);
+    s.max[b] = s.ref[b] = st.ref;
+    s.others[b] = st.others;
+    s.dot[b] = st.dot;
+    s.mass[b] = st.mass;
   }
+  finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
+  if (!a.grad) return;
+  place_rows(first, n, a.inner, a.grad_strides, s.grad_offset);
+  for (int64_t b = 0; b < n; ++b)
+    row_grad<kMode, kTransform, S, T>(call, logits + s.offset[b], s.prob_offset[b], s.ref[b], s.softmax_scale[b],
+                                      s.q_scale[b], s.target[b], s.target_grad[b],
+                                      static_cast<S*>(a.grad) + s.grad_offset[b]);
 }
 
 // --------------------------------------------------------------------------------------------------- tile path
 
-// Rows of a tile and where they lie: element (row b, class c) of a tensor is at offset[b] + c * stride.
-struct TileRows {
-  int64_t first = 0, count = 0;
-  bool consecutive = false;  // offset[b] == offset[0] + b
-};
-inline TileRows tile_rows(int64_t first, int64_t count, int64_t inner, Strides s, int64_t* offset) {
-  int64_t o = first / inner, i = first % inner;
-  bool consecutive = true;
-  for (int64_t b = 0; b < count; ++b) {
-    offset[b] = o * s.outer + i * s.inner;
-    consecutive &= offset[b] == offset[0] + b;
-    if (++i == inner) i = 0, ++o;
-  }
-  return {first, count, consecutive};
-}
-
-// tile[c][b], row pitch `pitch`; lanes past the last row hold 0.
+// tile[c][b] at tile + c * pitch + b, for n rows; lanes past them hold 0. The class stride of x is `stride`.
+// Classes next to each other are transposed 4 by 4, rows next to each other are copied, anything else is gathered.
 template <class S, class T>
-inline void load_tile(const S* x, const TileRows& r, const int64_t* offset, int64_t stride, int64_t c0, int64_t classes,
-                      T* tile, int64_t pitch) {
-  const int64_t padded = round_up(r.count, kLanes<T>);
-  if (r.consecutive) {
+inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t n, int64_t stride, int64_t c0,
+                      int64_t classes, T* tile, int64_t pitch) {
+  const int64_t padded = round_up(n, kLanes<T>);
+  constexpr bool kSameAccum = sizeof(accum_t<S>) == sizeof(T);
+  if (adjacent) {
     for (int64_t c = 0; c < classes; ++c) {
       const S* p = x + offset[0] + (c0 + c) * stride;
       T* d = tile + c * pitch;
-      if constexpr (sizeof(accum_t<S>) == sizeof(T)) {
-        for_vectors<T>(0, r.count, [&](int64_t b, int64_t n) { store(d + b, load_n(p + b, n, T(0))); });
+      if constexpr (kSameAccum) {
+        for_vectors<T>(0, n, [&](int64_t b, int64_t m) { store(d + b, load_n(p + b, m, T(0))); });
       } else {
-        for (int64_t b = 0; b < padded; ++b) d[b] = b < r.count ? T(to_accum(p[b])) : T(0);
+        for (int64_t b = 0; b < padded; ++b) d[b] = b < n ? T(to_accum(p[b])) : T(0);
       }
     }
     return;
   }
-  for (int64_t b = 0; b < r.count; ++b) {
+  int64_t b = 0;
+  if constexpr (kSameAccum && sizeof(T) == 4) {
+    if (stride == 1)
+      for (; b + 4 <= n; b += 4) {
+        const S *p0 = x + offset[b] + c0, *p1 = x + offset[b + 1] + c0, *p2 = x + offset[b + 2] + c0,
+                *p3 = x + offset[b + 3] + c0;
+        int64_t c = 0;
+        for (; c + 4 <= classes; c += 4) {
+          narrow<T> m[4] = {load4(p0 + c), load4(p1 + c), load4(p2 + c), load4(p3 + c)};
+          transpose4(m);
+          for (int i = 0; i < 4; ++i) __builtin_memcpy(tile + (c + i) * pitch + b, &m[i], sizeof m[i]);
+        }
+        for (; c < classes; ++c) {
+          narrow<T> m = {to_accum(p0[c]), to_accum(p1[c]), to_accum(p2[c]), to_accum(p3[c])};
+          __builtin_memcpy(tile + c * pitch + b, &m, sizeof m);
+        }
+      }
+  }
+  for (; b < n; ++b) {
     const S* p = x + offset[b] + c0 * stride;
     for (int64_t c = 0; c < classes; ++c) tile[c * pitch + b] = T(to_accum(p[c * stride]));
   }
   for (int64_t c = 0; c < classes; ++c)
-    for (int64_t b = r.count; b < padded; ++b) tile[c * pitch + b] = T(0);
+    for (b = n; b < padded; ++b) tile[c * pitch + b] = T(0);
 }
 template <class S, class T>
-inline void store_tile(S* x, const TileRows& r, const int64_t* offset, int64_t stride, int64_t c0, int64_t classes,
-                       const T* tile, int64_t pitch) {
-  if (r.consecutive) {
+inline void store_tile(S* x, const int64_t* offset, bool adjacent, int64_t n, int64_t stride, int64_t c0,
+                       int64_t classes, const T* tile, int64_t pitch) {
+  if (adjacent) {
     for (int64_t c = 0; c < classes; ++c) {
       S* p = x + offset[0] + (c0 + c) * stride;
-      const T* d = tile + c * pitch;
-      if constexpr (sizeof(accum_t<S>) == sizeof(T)) {
-        for_vectors<T>(0, r.count, [&](int64_t b, int64_t n) { store_n(p + b, n, load(d + b)); });
-      } else {
-        for (int64_t b = 0; b < r.count; ++b) p[b] = from_accum<S, T>(d[b]);
-      }
+      for_vectors<T>(0, n, [&](int64_t b, int64_t m) { store_n(p + b, m, load(tile + c * pitch + b)); });
     }
     return;
   }
-  for (int64_t b = 0; b < r.count; ++b) {
+  int64_t b = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (stride == 1)
+      for (; b + 4 <= n; b += 4) {
+        int64_t c = 0;
+        for (; c + 4 <= classes; c += 4) {
+          narrow<T> m[4];
+          for (int i = 0; i < 4; ++i) __builtin_memcpy(&m[i], tile + (c + i) * pitch + b, sizeof m[i]);
+          transpose4(m);
+          for (int i = 0; i < 4; ++i) store4(x + offset[b + i] + c0 + c, m[i]);
+        }
+        for (; c < classes; ++c)
+          for (int i = 0; i < 4; ++i) x[offset[b + i] + c0 + c] = from_accum<S, T>(tile[c * pitch + b + i]);
+      }
+  }
+  for (; b < n; ++b) {
     S* p = x + offset[b] + c0 * stride;
     for (int64_t c = 0; c < classes; ++c) p[c * stride] = from_accum<S, T>(tile[c * pitch + b]);
   }
@@ -451,31 +543,19 @@ inline TileShape tile_shape(const CrossEntropyArgs& a) {
   return {rows, pitch, clamp_to(kTileBytesMax / element / pitch, 1, a.classes > 0 ? a.classes : 1)};
 }
 
-template <class T>
-struct TileState {  // one value per row of the tile
-  explicit TileState(int64_t n)
-      : max(n), ref(n), others(n), dot(n), mass(n), sum(n), log_sum(n), picked(n), nll(n), a(n), q(n), t(n), lane_target(n),
-        target(n), offset(n) {}
-  Scratch<T> max, ref, others, dot, mass;  // see RowStats
-  Scratch<T> sum, log_sum, picked, nll;    // others + e_t, its logarithm, z_t, -log p_t
-  Scratch<T> a, q, t;                      // gradient: softmax scale / sum, q_scale, the target's own
-  Scratch<typename bits_of<T>::type> lane_target;
-  Scratch<int64_t> target, offset;
-};
-
 template <Mode kMode, class T>
-inline void tile_statistics(const Call<T>& call, TileState<T>& s, int64_t lanes, const T* tile, const T* prob,
+inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, const T* tile, const T* prob,
                             int64_t pitch, int64_t c0, int64_t classes) {
   const RowConstants<T>& k = call.k;
   const bool zero_inf = call.a.zero_times_inf;
   for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-    const vec<T> old_max = load(&s.max[v]), old_ref = load(&s.ref[v]);
+    const vec<T> old_max = load(s.max + v), old_ref = load(s.ref + v);
     vec<T> max = old_max;
     for (int64_t c = 0; c < classes; ++c) max = max_of(load(tile + c * pitch + v), max);
     const vec<T> ref = max > -kInf<T> ? max : vec<T>{};
-    vec<T> others = load(&s.others[v]), dot = load(&s.dot[v]), mass = load(&s.mass[v]);
+    vec<T> others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
     ivec<T> target;
-    __builtin_memcpy(&target, &s.lane_target[v], sizeof target);
+    __builtin_memcpy(&target, s.lane_target + v, sizeof target);
     target -= typename bits_of<T>::type(c0);
     if (c0 > 0) {
       vec<T> shift = old_ref - ref;
@@ -497,27 +577,26 @@ inline void tile_statistics(const Call<T>& call, TileState<T>& s, int64_t lanes,
         mass += q;
       }
       if constexpr (kMode == Mode::soft) {
-        vec<T> q =
-            soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
+        vec<T> q = soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
         dot += product<T>(q, d, zero_inf);
         mass += q;
       }
     }
-    store(&s.max[v], max);
-    store(&s.ref[v], ref);
-    store(&s.others[v], others);
-    store(&s.dot[v], dot);
-    store(&s.mass[v], mass);
+    store(s.max + v, max);
+    store(s.ref + v, ref);
+    store(s.others + v, others);
+    store(s.dot + v, dot);
+    store(s.mass + v, mass);
   }
 }
 
 // Turns z[c][b] into the gradient, in place.
 template <Mode kMode, bool kTransform, class T>
-inline void tile_gradient(const Call<T>& call, TileState<T>& s, int64_t lanes, T* tile, const T* prob, int64_t pitch,
-                          int64_t c0, int64_t classes) {
+inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, T* tile, const T* prob,
+                          int64_t pitch, int64_t c0, int64_t classes) {
   const RowConstants<T>& k = call.k;
   for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-    const vec<T> ref = load(&s.ref[v]), softmax_scale = load(&s.a[v]), q_scale = load(&s.q[v]);
+    const vec<T> ref = load(s.ref + v), softmax_scale = load(s.softmax_scale + v), q_scale = load(s.q_scale + v);
     for (int64_t c = 0; c < classes; ++c) {
       vec<T> z = load(tile + c * pitch + v);
       vec<T> g = exp_nonpositive(z - ref) * softmax_scale;
@@ -531,126 +610,73 @@ inline void tile_gradient(const Call<T>& call, TileState<T>& s, int64_t lanes, T
   }
 }
 
+template <class T>
+struct Tiles {  // z, then its gradient; probabilities
+  Tiles(const TileShape& shape, bool soft)
+      : shape(shape), tile(shape.classes * shape.pitch), prob(soft ? shape.classes * shape.pitch : 1) {}
+  const TileShape shape;
+  Scratch<T> tile, prob;
+};
+
 template <Mode kMode, bool kTransform, class S>
-inline void tile_path(const Call<accum_t<S>>& call, const TileShape& shape, int64_t begin, int64_t end, BlockSums* sums) {
+inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Tiles<accum_t<S>>& tiles, int64_t first,
+                      int64_t n, BlockSums* sums) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;
-  const bool stats_wanted = !call.backward && (a.argmax || a.accuracy);
-  const bool one_chunk = shape.classes >= a.classes;
-  Scratch<T> tile(shape.classes * shape.pitch), prob(kMode == Mode::soft ? shape.classes * shape.pitch : 1);
-  Scratch<int64_t> prob_offset(kMode == Mode::soft ? shape.rows : 1), grad_offset(a.grad ? shape.rows : 1);
-  TileState<T> s(shape.rows);
+  const int64_t step = tiles.shape.classes, pitch = tiles.shape.pitch, lanes = round_up(n, kLanes<T>);
   const S* x = static_cast<const S*>(a.logits);
+  T *const tile = tiles.tile.get(), *const prob = tiles.prob.get();
+  const bool adjacent = place_rows(first, n, a.inner, a.logits_strides, s.offset);
+  const bool prob_adjacent = a.soft && place_rows(first, n, a.inner, a.target_strides, s.prob_offset);
 
-  for (int64_t first = begin; first < end; first += shape.rows, ++sums) {
-    const int64_t n = min_of(shape.rows, end - first), lanes = round_up(n, kLanes<T>);
-    const TileRows rows = tile_rows(first, n, a.inner, a.logits_strides, s.offset.get());
-    TileRows prob_rows, grad_rows;
+  auto load_classes = [&](int64_t c0, int64_t classes) {
+    load_tile(x, s.offset, adjacent, n, a.logits_strides.cls, c0, classes, tile, pitch);
+    if constexpr (kTransform)
+      for (int64_t c = 0; c < classes; ++c)
+        for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+          T* p = tile + c * pitch + v;
+          store(p, transform<kTransform, T>(k, load(p)));
+        }
     if constexpr (kMode == Mode::soft)
-      prob_rows = tile_rows(first, n, a.inner, a.target_strides, prob_offset.get());
-    if (a.grad) grad_rows = tile_rows(first, n, a.inner, a.grad_strides, grad_offset.get());
+      with_storage(a.prob_type, [&](auto* tag) {
+        load_tile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob_offset, prob_adjacent, n,
+                  a.target_strides.cls, c0, classes, prob, pitch);
+      });
+  };
 
-    auto load_chunk = [&](int64_t c0, int64_t classes) {
-      load_tile(x, rows, s.offset.get(), a.logits_strides.cls, c0, classes, tile.get(), shape.pitch);
-      if constexpr (kTransform)
-        for (int64_t c = 0; c < classes; ++c)
-          for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-            T* p = tile.get() + c * shape.pitch + v;
-            store(p, transform<kTransform, T>(k, load(p)));
-          }
-      if constexpr (kMode == Mode::soft)
-        with_storage(a.prob_type, [&](auto* tag) {
-          load_tile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), prob_rows, prob_offset.get(),
-                    a.target_strides.cls, c0, classes, prob.get(), shape.pitch);
-        });
-    };
-
+  s.set_targets(a, first, n);
+  for (int64_t b = 0; b < lanes; ++b) {
+    const int64_t t = s.target[b];
+    s.picked[b] =
+        t >= 0 ? transform_scalar<kTransform, T>(k, T(to_accum(x[s.offset[b] + t * a.logits_strides.cls]))) : T(0);
+    s.max[b] = -kInf<T>;
+    s.ref[b] = s.others[b] = s.dot[b] = s.mass[b] = T(0);
+  }
+  if (call.backward) {
+    s.restore(call, first, n);
+    if (step >= a.classes) load_classes(0, a.classes);
+  } else {
+    for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
+      const int64_t classes = min_of(step, a.classes - c0);
+      load_classes(c0, classes);
+      tile_statistics<kMode, T>(call, s, lanes, tile, prob, pitch, c0, classes);
+    }
+    for (int64_t b = 0; b < n; ++b)
+      if (!(s.max[b] > -kInf<T>)) s.others[b] += kNan<T>;  // nothing but -inf (or nan): no softmax
+  }
+  finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
+  if (!a.grad) return;
+  const bool grad_adjacent = place_rows(first, n, a.inner, a.grad_strides, s.grad_offset);
+  for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
+    const int64_t classes = min_of(step, a.classes - c0);
+    if (step < a.classes) load_classes(c0, classes);
+    tile_gradient<kMode, kTransform, T>(call, s, lanes, tile, prob, pitch, c0, classes);
     for (int64_t b = 0; b < n; ++b) {
-      s.picked[b] = T(0);
-      if constexpr (kMode != Mode::soft) {
-        int64_t t = load_index(a.target, a.index_type, first + b);
-        s.target[b] = t == a.ignore_index ? -1 : t;
-      } else {
-        s.target[b] = -1;
-      }
+      const int64_t c = s.target[b] - c0;
+      if (s.target[b] >= 0 && c >= 0 && c < classes) tile[c * pitch + b] = s.target_grad[b];
     }
-    for (int64_t b = 0; b < lanes; ++b)
-      s.lane_target[b] = b < n ? typename bits_of<T>::type(s.target[b]) : -1;
-    if (call.backward) {
-      if (one_chunk) load_chunk(0, a.classes);
-      for (int64_t b = 0; b < lanes; ++b) {
-        const int64_t row = first + (b < n ? b : 0);
-        s.ref[b] = call.ref[row];
-        s.others[b] = call.others[row];
-        s.mass[b] = call.mass ? call.mass[row] : T(0);
-        s.dot[b] = T(0);
-      }
-      if constexpr (kMode != Mode::soft)
-        for (int64_t b = 0; b < n; ++b)
-          if (s.target[b] >= 0)
-            s.picked[b] = transform_scalar<kTransform, T>(
-                k, T(to_accum(x[s.offset[b] + s.target[b] * a.logits_strides.cls])));
-    } else {
-      for (int64_t b = 0; b < lanes; ++b) {
-        s.max[b] = -kInf<T>;
-        s.ref[b] = s.others[b] = s.dot[b] = s.mass[b] = T(0);
-      }
-      for (int64_t c0 = 0; c0 < a.classes; c0 += shape.classes) {
-        const int64_t classes = min_of(shape.classes, a.classes - c0);
-        load_chunk(c0, classes);
-        tile_statistics<kMode, T>(call, s, lanes, tile.get(), prob.get(), shape.pitch, c0, classes);
-        if constexpr (kMode != Mode::soft)
-          for (int64_t b = 0; b < n; ++b) {
-            const int64_t c = s.target[b] - c0;
-            if (c >= 0 && c < classes) s.picked[b] = tile[c * shape.pitch + b];
-          }
-      }
-      for (int64_t b = 0; b < n; ++b)
-        if (!(s.max[b] > -kInf<T>)) s.others[b] += kNan<T>;  // nothing but -inf (or nan): no softmax
-    }
-    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-      ivec<T> target;
-      __builtin_memcpy(&target, &s.lane_target[v], sizeof target);
-      const vec<T> others = load(&s.others[v]), d = load(&s.picked[v]) - load(&s.ref[v]);
-      const vec<T> e = target >= 0 ? exp_nonpositive(d) : vec<T>{}, sum = others + e, log_sum = log_of(sum);
-      store(&s.sum[v], sum);
-      store(&s.log_sum[v], log_sum);
-      if (!call.backward) store(&s.nll[v], target_nll(others, e, log_sum, d, log1p_of(others / e)));
-    }
-    for (int64_t b = 0; b < n; ++b) {
-      const RowStats<T> st{s.ref[b], s.others[b], s.dot[b], s.mass[b]};
-      RowGrad<T> g = finish_row<kMode, T>(call, first + b, st, s.log_sum[b], s.target[b], s.nll[b], sums);
-      if (stats_wanted) {
-        int64_t top = row_argmax<kTransform, S, T>(k, x + s.offset[b], a.logits_strides.cls, a.classes, s.max[b],
-                                                   s.sum[b] != s.sum[b], 0);
-        count_correct(call, first + b, top, kMode == Mode::soft ? prob_argmax(a, prob_offset[b]) : s.target[b], sums);
-      }
-      if (a.grad) {
-        s.a[b] = (g.target_scale + g.rest_scale) / s.sum[b];
-        s.q[b] = g.q_scale;
-        if (s.target[b] >= 0) {
-          T r = ((s.sum[b] - s.others[b]) * g.rest_scale - g.target_scale * s.others[b]) / s.sum[b];
-          if constexpr (kMode == Mode::smooth) r -= g.q_scale;
-          if constexpr (kMode == Mode::smooth_weighted) r -= g.q_scale * call.weight[s.target[b]];
-          if constexpr (kTransform) r *= transform_slope(k, s.picked[b]);
-          s.t[b] = r;
-        }
-      }
-    }
-    if (!a.grad) continue;
-    for (int64_t c0 = 0; c0 < a.classes; c0 += shape.classes) {
-      const int64_t classes = min_of(shape.classes, a.classes - c0);
-      if (!one_chunk) load_chunk(c0, classes);
-      tile_gradient<kMode, kTransform, T>(call, s, lanes, tile.get(), prob.get(), shape.pitch, c0, classes);
-      if constexpr (kMode != Mode::soft)
-        for (int64_t b = 0; b < n; ++b) {
-          const int64_t c = s.target[b] - c0;
-          if (s.target[b] >= 0 && c >= 0 && c < classes) tile[c * shape.pitch + b] = s.t[b];
-        }
-      store_tile(static_cast<S*>(a.grad), grad_rows, grad_offset.get(), a.grad_strides.cls, c0, classes, tile.get(),
-                 shape.pitch);
-    }
+    store_tile(static_cast<S*>(a.grad), s.grad_offset, grad_adjacent, n, a.grad_strides.cls, c0, classes, tile, pitch);
   }
 }
 
@@ -696,8 +722,7 @@ inline Status denominators(const CrossEntropyArgs& a, ParallelFor parallel_for, 
     }
   });
   for (int64_t i = 0; i < blocks; ++i)
-    if (parts[i].bad >= 0)
-      return {Status::bad_target, parts[i].bad, load_index(a.target, a.index_type, parts[i].bad)};
+    if (parts[i].bad >= 0) return {Status::bad_target, parts[i].bad, load_index(a.target, a.index_type, parts[i].bad)};
   constexpr int64_t stride = sizeof(Part) / sizeof(double);
   *d = {pairwise_sum(&parts[0].weight, blocks, stride), pairwise_sum(&parts[0].count, blocks, stride),
         int64_t(pairwise_sum(&parts[0].counted, blocks, stride))};
@@ -713,9 +738,9 @@ inline void target_gradient(const Call<accum_t<S>>& call, int64_t begin, int64_t
     const int64_t o = row / a.inner, i = row % a.inner;
     const S* x = static_cast<const S*>(a.logits) + o * a.logits_strides.outer + i * a.logits_strides.inner;
     const int64_t out = o * a.grad_target_strides.outer + i * a.grad_target_strides.inner;
-    T u, uz;
-    call.row_scale(row, &u, &uz);
-    const T scale = u * (T(1) - call.k.smoothing), log_sum = log_scalar(call.others[row]);
+    const T sample = call.sample_weight ? call.sample_weight[row] : T(1);
+    const T scale = call.grad_output(row) * sample * call.per_d() * (T(1) - call.k.smoothing),
+            log_sum = log_scalar(call.others[row]);
     with_storage(a.prob_type, [&](auto* tag) {
       auto* grad = static_cast<decltype(tag)>(a.grad_target) + out;
       for (int64_t c0 = 0; c0 < a.classes; c0 += kLanes<T>) {
@@ -735,28 +760,31 @@ inline void target_gradient(const Call<accum_t<S>>& call, int64_t begin, int64_t
 }
 
 template <Mode kMode, bool kTransform, class S>
-inline void run_blocks(const Call<accum_t<S>>& call, ParallelFor parallel_for, BlockSums* total) {
+inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, BlockSums* total) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
-  const bool contiguous = a.logits_strides.cls == 1 && (!a.grad || a.grad_strides.cls == 1) &&
-                          (!a.soft || a.target_strides.cls == 1);
+  const bool contiguous =
+      a.logits_strides.cls == 1 && (!a.grad || a.grad_strides.cls == 1) && (!a.soft || a.target_strides.cls == 1);
   const bool by_rows = contiguous && a.classes >= kRowPathClasses;
-  const TileShape shape = tile_shape<T>(a);
-  const int64_t block = by_rows ? clamp_to(8192 / a.classes, 1, 64) : shape.rows;
-  const int64_t blocks = (a.rows() + block - 1) / block;
-  Scratch<BlockSums> parts(blocks > 0 ? blocks : 1);
-  parallel(parallel_for, blocks, grain_for(block * a.classes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) parts[i] = BlockSums{};
-    if (by_rows) {
-      for (int64_t i = begin; i < end; ++i)
-        row_path<kMode, kTransform, S>(call, i * block, min_of(a.rows(), (i + 1) * block), &parts[i]);
-    } else {
-      tile_path<kMode, kTransform, S>(call, shape, begin * block, min_of(a.rows(), end * block), &parts[begin]);
+  const TileShape shape = by_rows ? TileShape{clamp_to(8192 / a.classes, 1, 64), 0, 0} : tile_shape<T>(a);
+  const int64_t batches = (a.rows() + shape.rows - 1) / shape.rows;
+  Scratch<BlockSums> parts(batches > 0 ? batches : 1);
+  parallel(parallel_for, batches, grain_for(shape.rows * a.classes), [&](int64_t begin, int64_t end) {
+    RowBatch<T> s(shape.rows);
+    Tiles<T> tiles(shape, a.soft);
+    for (int64_t i = begin; i < end; ++i) {
+      parts[i] = BlockSums{};
+      const int64_t first = i * shape.rows, n = min_of(shape.rows, a.rows() - first);
+      if (by_rows)
+        row_path<kMode, kTransform, S>(call, s, first, n, &parts[i]);
+      else
+        tile_path<kMode, kTransform, S>(call, s, tiles, first, n, &parts[i]);
     }
+    if (call.streamed) stream_fence();
   });
   constexpr int64_t stride = sizeof(BlockSums) / sizeof(double);
-  *total = {pairwise_sum(&parts[0].nll, blocks, stride), pairwise_sum(&parts[0].z, blocks, stride),
-            pairwise_sum(&parts[0].correct, blocks, stride)};
+  *total = {pairwise_sum(&parts[0].nll, batches, stride), pairwise_sum(&parts[0].z, batches, stride),
+            pairwise_sum(&parts[0].correct, batches, stride)};
 }
 
 template <class S>
@@ -769,10 +797,10 @@ inline void run(const Call<accum_t<S>>& call, ParallelFor parallel_for, BlockSum
   auto with_transform = [&](auto t) {
     constexpr bool kTransform = decltype(t)::value;
     switch (mode) {
-      case Mode::index: run_blocks<Mode::index, kTransform, S>(call, parallel_for, total); break;
-      case Mode::smooth: run_blocks<Mode::smooth, kTransform, S>(call, parallel_for, total); break;
-      case Mode::smooth_weighted: run_blocks<Mode::smooth_weighted, kTransform, S>(call, parallel_for, total); break;
-      case Mode::soft: run_blocks<Mode::soft, kTransform, S>(call, parallel_for, total); break;
+      case Mode::index: run_batches<Mode::index, kTransform, S>(call, parallel_for, total); break;
+      case Mode::smooth: run_batches<Mode::smooth, kTransform, S>(call, parallel_for, total); break;
+      case Mode::smooth_weighted: run_batches<Mode::smooth_weighted, kTransform, S>(call, parallel_for, total); break;
+      case Mode::soft: run_batches<Mode::soft, kTransform, S>(call, parallel_for, total); break;
     }
   };
   transform ? with_transform(constant<true>{}) : with_transform(constant<false>{});
@@ -825,14 +853,12 @@ inline Status backward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
 }
 
 inline Status cross_entropy_forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
-  return with_storage(a.logits_type, [&](auto* tag) {
-    return forward<typename strip_pointer<decltype(tag)>::type>(a, parallel_for);
-  });
+  return with_storage(a.logits_type,
+                      [&](auto* tag) { return forward<typename strip_pointer<decltype(tag)>::type>(a, parallel_for); });
 }
 inline Status cross_entropy_backward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
-  return with_storage(a.logits_type, [&](auto* tag) {
-    return backward<typename strip_pointer<decltype(tag)>::type>(a, parallel_for);
-  });
+  return with_storage(
+      a.logits_type, [&](auto* tag) { return backward<typename strip_pointer<decltype(tag)>::type>(a, parallel_for); });
 }
 
 }  // namespace FASTLOSS_ISA

@@ -1,5 +1,6 @@
-#include "cross_entropy_cuda.h"
+#include <mutex>
 
+#include "cross_entropy_cuda.h"
 #include "cross_entropy_kernels.cuh"
 
 namespace fastloss {
@@ -11,7 +12,23 @@ extern template Status launch_cross_entropy<double>(const RowwiseConfig&, CrossE
 extern template Status launch_cross_entropy<half_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
 extern template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
 
+// At most `wanted` blocks, as many as a cluster of the largest row kernel can have on the current device.
+int largest_row_cluster(int wanted);
+
 namespace {
+
+// What the policy sees: the device's own word, and the largest cluster that can be launched.
+const DeviceProperties& policy_device(int device) {
+  constexpr int kDevices = 64;
+  static std::once_flag once[kDevices];
+  static DeviceProperties known[kDevices];
+  if (device < 0 || device >= kDevices) return device_properties(device);
+  std::call_once(once[device], [device] {
+    known[device] = device_properties(device);
+    if (known[device].max_cluster > 1) known[device].max_cluster = largest_row_cluster(known[device].max_cluster);
+  });
+  return known[device];
+}
 
 constexpr int64_t kTotalsBytes = kMaxTotals * 4 * sizeof(double), kCounterBytes = 128;
 
@@ -46,8 +63,8 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
   problem.has_grad = pass != Pass::forward && a.grad;
   problem.logits_offset = grid_offset(a.logits);
   problem.grad_offset = grid_offset(a.grad);
-  problem.general = a.logits_type == DType::f64 || a.soft || a.label_smoothing > 0 || a.softcap > 0 || a.logit_scale != 1 ||
-                    (pass != Pass::backward && (a.argmax || a.accuracy)) || a.classes > INT32_MAX;
+  problem.general = a.logits_type == DType::f64 || a.soft || a.label_smoothing > 0 || a.softcap > 0 ||
+                    a.logit_scale != 1 || (pass != Pass::backward && (a.argmax || a.accuracy)) || a.classes > INT32_MAX;
   problem.in_place = problem.has_grad && a.grad == a.logits;
   problem.pass = pass;
   plan.config = rowwise_config(problem, device);
@@ -155,7 +172,7 @@ Status run(const Plan& plan, const CudaContext& context) {
 }
 
 Status run(const CrossEntropyArgs& a, const CudaContext& context, Pass pass) {
-  const Plan plan = plan_of(a, pass, device_properties(context.device));
+  const Plan plan = plan_of(a, pass, policy_device(context.device));
   if (plan.totals && context.workspace_bytes < cross_entropy_workspace_bytes_cuda(a, context))
     return {Status::unsupported};
   return accum_of(a.logits_type) == DType::f64 ? run<double>(plan, context) : run<float>(plan, context);
@@ -164,7 +181,7 @@ Status run(const CrossEntropyArgs& a, const CudaContext& context, Pass pass) {
 }  // namespace
 
 int64_t cross_entropy_workspace_bytes_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
-  const DeviceProperties& device = device_properties(context.device);
+  const DeviceProperties& device = policy_device(context.device);
   const Plan plan = plan_of(a, a.grad ? Pass::forward_grad : Pass::forward, device);
   return kTotalsBytes + kCounterBytes + 3 * plan.config.grid * static_cast<int64_t>(sizeof(double));
 }
@@ -175,6 +192,21 @@ Status cross_entropy_forward_cuda(const CrossEntropyArgs& a, const CudaContext& 
 
 Status cross_entropy_backward_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
   return run(a, context, Pass::backward);
+}
+
+const char* cross_entropy_regime_cuda(const CrossEntropyArgs& a, const CudaContext& context, bool backward) {
+  const Pass pass = backward ? Pass::backward : a.grad ? Pass::forward_grad : Pass::forward;
+  const RowwiseConfig c = plan_of(a, pass, policy_device(context.device)).config;
+  switch (c.regime) {
+    case Regime::warp_rows: return c.general ? "warp rows, general" : "warp rows";
+    case Regime::block_rows:
+      return c.cluster ? (c.general ? "cluster rows, general" : "cluster rows")
+                       : (c.general ? "block rows, general" : "block rows");
+    case Regime::streaming_rows: return c.general ? "streaming rows, general" : "streaming rows";
+    case Regime::plane: break;
+  }
+  return c.wide ? (c.general ? "planes, 16 bytes, general" : "planes, 16 bytes")
+                : (c.general ? "planes, any strides, general" : "planes, any strides");
 }
 
 }  // namespace fastloss

@@ -10,7 +10,8 @@
 //       streaming   blocks (or clusters) walk along the row online and walk back for the gradient, so that the L2
 //                   serves what was read last                          any length
 //   cross_entropy_plane_kernel    everything else ((N, C, d1, ...), any strides): 32 lanes along the inner axis, the
-//                                 warps of a block share the classes; in registers up to 160 classes (general: 80), else re-read
+//                                 warps of a block share the classes; in registers up to 160 classes (general: 80),
+//                                 else re-read
 //
 // Bytes moved: forward 1 read; value and gradient 1 read + 1 write (streaming: 2 reads); backward 1 read + 1 write.
 //
@@ -60,10 +61,10 @@ struct CrossEntropyParams {
   double* partials;   // [3][grid]: sums of s nll, s z_loss lse^2, correct rows; null: no scalar result
   unsigned* counter;  // blocks that have written their partials
   BadTargetRecord* record;
-  int lanes;      // warp rows: threads per row
-  int parts;      // block rows: blocks per row
-  int64_t slice;  // vectors per part
-  int groups;     // plane: warps per block
+  int lanes;                       // warp rows: threads per row
+  int parts;                       // block rows: blocks per row
+  int64_t slice;                   // vectors per part
+  int groups;                      // plane: warps per block
   int64_t outer_step, inner_step;  // plane: the grid, in units of outer steps and inner tiles
   int64_t last_base;               // plane: first class of the last chunk that a block holds at once, or negative
   // 0, which the compiler cannot know: what is combined with it is computed again for the gradient rather than kept in
@@ -77,7 +78,7 @@ constexpr int kMaxTotals = 32;
 
 __device__ __forceinline__ float exp_of(float x) { return exp2_fast(x * 1.44269504088896341f); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
-// 1 / x for x >= 1 or nan
+// 1 / x to 1 ulp; inf for 0 and float subnormals
 __device__ __forceinline__ float reciprocal_of(float x) { return reciprocal_fast(x); }
 __device__ __forceinline__ double reciprocal_of(double x) { return 1 / x; }
 __device__ __forceinline__ float log_of(float x) { return logf(x); }
@@ -238,7 +239,7 @@ __device__ __forceinline__ Totals load_totals(const CrossEntropyParams<A>& p) {
 template <class A>
 struct Call {
   A per_d, per_dn;  // 1 / D, 1 / Dn for mean, else 1
-  A weight_sum;  // W
+  A weight_sum;     // W
 };
 template <bool kGeneral, class A>
 __device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pass pass) {
@@ -246,13 +247,13 @@ __device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pas
   if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_totals(p).class_weights);
   if (p.reduction == Reduction::mean && pass == Pass::forward_grad) {
     const Totals t = load_totals(p);
-    c.per_d = A(1 / t.weight);
-    c.per_dn = A(1 / t.count);
+    c.per_d = reciprocal_of(A(t.weight));
+    c.per_dn = reciprocal_of(A(t.count));
   }
   if (p.reduction == Reduction::mean && pass == Pass::backward) {
     const A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
-    c.per_d = A(1) / d[0];
-    c.per_dn = A(1) / d[1];
+    c.per_d = reciprocal_of(d[0]);
+    c.per_dn = reciprocal_of(d[1]);
   }
   return c;
 }
@@ -263,8 +264,8 @@ struct LossSums {
 
 template <class A>
 struct RowResult {
-  A ref, log_sum;   // lse = ref + log_sum
-  A u;              // weight of nll in what is differentiated
+  A ref, log_sum;  // lse = ref + log_sum
+  A u;             // weight of nll in what is differentiated
   // d loss / d z_c = softmax_scale exp(z_c - ref) - q_scale q_c; at the target at_target - q_scale q_t
   A softmax_scale, q_scale, at_target;
 };
@@ -367,10 +368,11 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
     p.partials[2 * blocks + block] = sums.correct;
     memory_fence();  // the partials before the ticket
     *ticket = atomicAdd(p.counter, 1u);
+    if (*ticket == blocks - 1)
+      memory_fence();  // the ticket before the partials of the others; the barrier passes it on
   }
   block_barrier();
   if (*ticket != blocks - 1) return;
-  memory_fence();  // the ticket before the partials of the others
   sums = {0, 0, 0};
   for (unsigned i = threadIdx.x; i < blocks; i += blockDim.x) {
     sums.nll += p.partials[i];
@@ -410,7 +412,7 @@ __device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t row, int
 // One partial sum of D, Dn, counted rows and class weights per block, over a fixed share of the rows and classes.
 // Also empties the counter of the kernel that follows.
 template <class A>
-__global__ void __launch_bounds__(256) cross_entropy_totals_kernel(const CrossEntropyParams<A> p) {
+__global__ void __launch_bounds__(256, 1) cross_entropy_totals_kernel(const CrossEntropyParams<A> p) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   Totals t{0, 0, 0, 0};
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
@@ -442,6 +444,21 @@ __global__ void __launch_bounds__(256) cross_entropy_totals_kernel(const CrossEn
 
 // ------------------------------------------------------------------------------------------- rows, class stride 1
 
+// See CrossEntropyParams::zero.
+__device__ __forceinline__ Vec16 recompute(const Vec16& v, unsigned zero) {
+  return {{v.word[0] ^ zero, v.word[1] ^ zero, v.word[2] ^ zero, v.word[3] ^ zero}};
+}
+// The second unpacking of a vector whose maximum was taken before: without an instruction for packed maxima that took
+// an unpacking of its own, not to be kept either (added, so that the compiler tells it from the one above).
+template <class T>
+__device__ __forceinline__ void unpack_again(Vec16 v, unsigned zero, accum_t<T> (&out)[kLanes16<T>]) {
+  if constexpr (sizeof(T) == 2 && !kPairwiseMax) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.word[i] += zero;
+  }
+  unpack<T>(v, out);
+}
+
 // How a row lies on the 16-byte grid.
 struct RowSpan {
   int head, tail;  // elements before and after the body
@@ -456,10 +473,6 @@ __device__ __forceinline__ RowSpan row_span(const T* x, int64_t classes) {
   return {int(head), int(classes - head - body * kL), body};
 }
 
-__device__ __forceinline__ Vec16 recompute(const Vec16& v, unsigned zero) {
-  return {{v.word[0] ^ zero, v.word[1] ^ zero, v.word[2] ^ zero, v.word[3] ^ zero}};
-}
-
 template <class A>
 struct RowShared {
   PartStats<A> warp[2][kWarp];
@@ -470,8 +483,8 @@ struct RowShared {
   LossSums sums[kWarpRowThreads];  // of every thread that leads a row
 };
 
-// Statistics of `kN` vectors of a row: tile[j] is vector first + j * step, those from `count` on hold -inf. The target's
-// exponential stays out of the sum. kKeep: exp(x - maximum of this thread) replaces x, 0 at the target.
+// Statistics of `kN` vectors of a row: tile[j] is vector first + j * step, those from `count` on hold -inf. The
+// target's exponential stays out of the sum. kKeep: exp(x - maximum of this thread) replaces x, 0 at the target.
 template <class T, bool kGeneral, bool kKeep, int kN, class A, class index_t>
 __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartStats<A>& s, Vec16 (&tile)[kN],
                                          index_t first, int step, index_t count, index_t column, int64_t prob_at,
@@ -505,7 +518,7 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     A z[kL], e[kL];
-    unpack<T>(tile[j], z);
+    unpack_again<T>(tile[j], p.zero, z);
     if constexpr (kGeneral) {
       if (first + j * step >= count) continue;
       if (p.transform) {
@@ -526,8 +539,7 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
     if (dots && first + j * step < count) {
       const int64_t c = column + (first + j * step) * kL;
       A q[kL];
-      load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q,
-                       p.want_best, best_prob);
+      load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q, p.want_best, best_prob);
 #pragma unroll
       for (int i = 0; i < kL; ++i) {
         s.dot += product(q[i], z[i], p.zero_times_inf);
@@ -552,14 +564,14 @@ __device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, Part
   if (!is_target) s.others += exp_of(d);
   if (dots) {
     A q[1];
-    load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q,
-                     p.want_best, best_prob);
+    load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q, p.want_best, best_prob);
     s.dot += product(q[0], d, p.zero_times_inf);
     s.mass += q[0];
   }
 }
 
-// d loss / d x of N elements; arguments as in load_q. is_target[i]: row i's target is this class. Also writes the gradient of a probability target, at out_at, out_at + out_stride, ...
+// d loss / d x of N elements; arguments as in load_q. is_target[i]: row i's target is this class. Also writes the
+// gradient of a probability target, at out_at, out_at + out_stride, ...
 template <bool kGeneral, int N, class A>
 __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const RowResult<A>* r, int row_step,
                                          const A (&x)[N], int64_t c, int class_step, int64_t prob_at,
@@ -603,14 +615,16 @@ __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const R
 }
 
 // Bounds the registers so that a row's vectors stay in them and enough rows are in flight.
-constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, int vectors, size_t accum_bytes) {
+constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, bool resident, int vectors,
+                                            size_t accum_bytes) {
   if (accum_bytes == 8) return 1;
-  const int blocks = general || vectors == 16 ? 2 : vectors == 8 ? 3 : 4;  // of 256 threads
+  const int blocks = general || vectors > 8 ? 2 : vectors == 8 || !resident ? 3 : 4;  // of 256 threads
   return warp_rows ? (general ? 3 : vectors == 8 ? 5 : 7) : blocks;
 }
 
 template <class T, bool kGeneral, Pass kPass, bool kWarpRows, bool kResident, int kN>
-__global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, row_blocks_per_multiprocessor(kGeneral, kWarpRows, kN, sizeof(accum_t<T>)))
+__global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
+                                  row_blocks_per_multiprocessor(kGeneral, kWarpRows, kResident, kN, sizeof(accum_t<T>)))
     cross_entropy_row_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kL = kLanes16<T>;
@@ -677,7 +691,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
       const index_t t = index_t(target.index);
       if (edge) add_element<kGeneral>(p, s, edge_x, edge_column, prob_at, edge_column == t, dots, best, best_prob);
       if constexpr (kResident) {
-        add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, t, dots, best, best_prob);
+        add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, t, dots, best,
+                                     best_prob);
       } else {
         for (index_t base = thread; base < count; base += kN * width) {
           load_tile(base);
@@ -754,8 +769,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
     // The picked class is owned by the thread that writes its vector: that thread writes the element once more.
     const index_t target_vector = (index_t(target.index) - column) / kL;
     const bool in_body = target.index >= column && target_vector < count;
-    const bool owner = target.index >= 0 && ((edge && edge_column == target.index) ||
-                                             (in_body && int(target_vector % width) == thread));
+    const bool owner = target.index >= 0 &&
+                       ((edge && edge_column == target.index) || (in_body && int(target_vector % width) == thread));
     // exp(x - own_max) of this thread, restated for the row; 0 when this thread saw nothing but -inf.
     const A kept_scale = kKeep ? r.softmax_scale * exp_of(own_max - r.ref) : A(0);
 
@@ -773,7 +788,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
           for (int i = 0; i < kL; ++i) g[i] = values[i] * kept_scale;
         } else {
           gradient<kGeneral>(p, &r, 0, values, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls,
-                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.cls, kGeneral && p.want_q, none, g);
+                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.cls, kGeneral && p.want_q,
+                             none, g);
         }
         if (kGeneral && !p.grad) continue;
         if (whole_vectors) {
@@ -811,7 +827,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
   }
   if (pass == Pass::backward) return;
   if (part == 0)
-    finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, blockIdx.x / unsigned(parts), gridDim.x / unsigned(parts), shared.scratch);
+    finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, blockIdx.x / unsigned(parts),
+                gridDim.x / unsigned(parts), shared.scratch);
 }
 
 // -------------------------------------------------------------------------------- planes, classes at any stride
@@ -819,7 +836,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads, 
 // Shared memory of a plane block: positions = rows that it works on at a time.
 template <class A>
 struct PlaneShared {
-  double* scratch;  // [3 * 32 + 1]
+  double* scratch;   // [3 * 32 + 1]
   int64_t* best_at;  // [2][groups][positions], where wanted
   A* best;           // the same
   A* result;         // [6][positions], the fields of RowResult
@@ -842,7 +859,7 @@ struct PlaneShared {
 };
 
 template <class T, bool kGeneral, Pass kPass, bool kWide>
-__global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlaneGroups) * kWarp)
+__global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlaneGroups) * kWarp, 1)
     cross_entropy_plane_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kV = kWide ? kLanes16<T> : 1;  // rows per lane
@@ -948,7 +965,10 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
           const bool in = valid && c < classes;
           if (kGeneral && !in) continue;
           A z[kV];
-          values_of(tile[j], z);
+          if constexpr (kWide)
+            unpack_again<T>(tile[j], p.zero, z);
+          else
+            values_of(tile[j], z);
           transform_all(z);
 #pragma unroll
           for (int v = 0; v < kV; ++v) {
@@ -958,8 +978,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
           }
           if (dots && in) {
             A q[kV];
-            load_q(p, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner, q,
-                             want_best, best_prob);
+            load_q(p, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner, q, want_best, best_prob);
 #pragma unroll
             for (int v = 0; v < kV; ++v) {
               s[v].dot += product(q[v], z[v], p.zero_times_inf);
@@ -995,9 +1014,9 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
       Best<A> best = no_best<A>(), best_prob = no_best<A>();
       A z_target = A(0);
       if (target.index >= 0)
-        z_target = to_accum(static_cast<const T*>(p.logits)[o * p.logits_strides.outer +
-                                                            (i0 + position) * p.logits_strides.inner +
-                                                            target.index * p.logits_strides.cls]);
+        z_target = to_accum(
+            static_cast<const T*>(p.logits)[o * p.logits_strides.outer + (i0 + position) * p.logits_strides.inner +
+                                            target.index * p.logits_strides.cls]);
       if (kGeneral && p.transform) z_target = transform(p.k, z_target);
       if (pass != Pass::backward) {
         const int each = groups * kPositions;
@@ -1054,7 +1073,8 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
           for (int v = 0; v < kV; ++v) is_target[v] = c == target[v];
           values_of(tile[j], values);
           gradient<kGeneral>(p, r, 1, values, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner,
-                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.inner, kGeneral && p.want_q, is_target, g);
+                             out_at + c * p.grad_target_strides.cls, p.grad_target_strides.inner, kGeneral && p.want_q,
+                             is_target, g);
           if (kGeneral && !p.grad) continue;
           if constexpr (kWide)
             store16_stream(grad + c * p.grad_strides.cls, pack<T>(g));

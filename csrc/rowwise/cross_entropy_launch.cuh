@@ -20,7 +20,7 @@ Kernel<T> row_kernel_of_pass(Pass pass) {
     default: break;
   }
   // Backward does not need the row as a whole: its parts are smaller.
-  return cross_entropy_row_kernel<T, false, Pass::backward, kWarpRows, true, kN < 8 ? kN : 8>;
+  return cross_entropy_row_kernel < T, false, Pass::backward, kWarpRows, true, kN < 8 ? kN : 8 > ;
 }
 
 template <class T>
@@ -43,7 +43,7 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
         case Regime::block_rows:
           return c.vectors == 4   ? row_kernel_of_pass<T, false, 4>(pass)
                  : c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
-                                  : row_kernel_of_pass<T, false, 16>(pass);
+                                  : row_kernel_of_pass<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
         case Regime::streaming_rows: return cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
         case Regime::plane:
           return c.wide ? plane_kernel_of_pass<T>(pass) : cross_entropy_plane_kernel<T, false, Pass::any, false>;
@@ -73,8 +73,8 @@ Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accu
   if (config.regime == Regime::plane) {
     const bool statistics = params.pass != Pass::backward;
     const int positions = kWarp * (config.wide ? kLanes16<T> : 1);
-    shape.shared = PlaneShared<A>::bytes(config.groups, positions, statistics && params.want_q,
-                                         statistics && params.want_best);
+    shape.shared =
+        PlaneShared<A>::bytes(config.groups, positions, statistics && params.want_q, statistics && params.want_best);
     const int64_t inner_tiles = div_up(params.inner, positions);
     params.outer_step = inner_tiles > 0 ? config.grid / inner_tiles : 0;
     const int64_t chunk = kPlaneClasses * config.groups;

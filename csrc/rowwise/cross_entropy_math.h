@@ -8,12 +8,12 @@ namespace fastloss {
 // Constants of a call, in the accumulation type.
 template <class T>
 struct RowConstants {
-  T smoothing;       // e
-  T smooth_share;    // e / C
-  T weight_sum;      // W = sum_c w_c (C without class weights); only used when e > 0
+  T smoothing;     // e
+  T smooth_share;  // e / C
+  T weight_sum;    // W = sum_c w_c (C without class weights); only used when e > 0
   T z_loss;
   T logit_scale;
-  T softcap;         // 0: none
+  T softcap;  // 0: none
   T inv_softcap;
 };
 
@@ -21,8 +21,8 @@ struct RowConstants {
 // so that nothing cancels at logits of +-1e4.
 //
 // The target's own exponential is kept out of the sum: with others = sum_{c != t} exp(z_c - ref) and
-// e_t = exp(z_t - ref), 1 - p_t = others / (others + e_t) and -log p_t = log1p(others / e_t) keep all their digits for a
-// row that is nearly certain, where p_t - 1 and log(sum) have none left. Without a target (probabilities, ignored
+// e_t = exp(z_t - ref), 1 - p_t = others / (others + e_t) and -log p_t = log1p(others / e_t) keep all their digits for
+// a row that is nearly certain, where p_t - 1 and log(sum) have none left. Without a target (probabilities, ignored
 // rows) others is the whole sum and e_t is 0.
 template <class V>
 struct RowStats {
@@ -46,24 +46,24 @@ FASTLOSS_HD V target_nll(V others, V e_t, V log_sum, V target_minus_ref, V log1p
 }
 
 // u: weight of nll in the result (grad_output * s / D), uz: weight of lse^2 (grad_output * s / Dn).
-template <class T>
-FASTLOSS_HD T index_row_nll(const RowConstants<T>& k, T nll_t, T log_sum, T dot, T w_t) {
-  const T nll = (T(1) - k.smoothing) * w_t * nll_t;
+template <class T, class V>
+FASTLOSS_HD V index_row_nll(const RowConstants<T>& k, V nll_t, V log_sum, V dot, V w_t) {
+  const V nll = (T(1) - k.smoothing) * w_t * nll_t;
   return k.smoothing > T(0) ? nll + k.smooth_share * (k.weight_sum * log_sum - dot) : nll;
 }
-template <class T>
-FASTLOSS_HD RowGrad<T> index_row_grad(const RowConstants<T>& k, T lse, T w_t, T u, T uz) {
-  const T q_scale = u * k.smooth_share;
+template <class T, class V>
+FASTLOSS_HD RowGrad<V> index_row_grad(const RowConstants<T>& k, V lse, V w_t, V u, V uz) {
+  const V q_scale = u * k.smooth_share;
   return {u * ((T(1) - k.smoothing) * w_t), q_scale * k.weight_sum + uz * (T(2) * k.z_loss * lse), q_scale};
 }
 
-template <class T>
-FASTLOSS_HD T soft_row_nll(T log_sum, T dot, T mass) {
+template <class V>
+FASTLOSS_HD V soft_row_nll(V log_sum, V dot, V mass) {
   return mass * log_sum - dot;
 }
-template <class T>
-FASTLOSS_HD RowGrad<T> soft_row_grad(const RowConstants<T>& k, T lse, T mass, T u, T uz) {
-  return {T(0), u * mass + uz * (T(2) * k.z_loss * lse), u};
+template <class T, class V>
+FASTLOSS_HD RowGrad<V> soft_row_grad(const RowConstants<T>& k, V lse, V mass, V u, V uz) {
+  return {V{}, u * mass + uz * (T(2) * k.z_loss * lse), u};
 }
 
 }  // namespace fastloss

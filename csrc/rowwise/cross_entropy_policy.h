@@ -3,15 +3,17 @@
 //
 //   logits' class stride 1, per row (V = 16-byte vectors of the row):
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
-//     V <= 4096           a block per row: up to 256 threads, 4, 8 or 16 vectors each (general: 4, V <= 1024)
-//     V <= 65536, sm_90+  a cluster of 2, 4, 8 or 16 such blocks per row (general: V <= 16384)
+//     V <= 4096           a block per row: up to 256 threads, 4, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
+//                         general: 4, V <= 1024)
+//     V <= 65536, sm_90+  a cluster of 2, 4, 8 or 16 such blocks per row (16-bit: V <= 49152; general: V <= 16384)
 //     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
 //   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
 //                         element), warps along the classes
 //
 // General instantiations serve what is rare: float64, probability targets, label smoothing, softcap and
-// logit_scale, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid out differently from the logits.
+// logit_scale, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid out differently from
+// the logits.
 #pragma once
 #include <cstdint>
 
@@ -26,7 +28,7 @@ constexpr int kWarpRowThreads = 128;  // threads of a block of warp rows
 constexpr int kMaxRowThreads = 256;   // at most, of a block that has a row or a part of one
 constexpr int kMaxPlaneGroups = 16;   // warps of a plane block
 constexpr int kMaxGeneralPlaneGroups = 8;
-constexpr int kPlaneClasses = 10;     // classes that one thread of a plane block holds
+constexpr int kPlaneClasses = 10;  // classes that one thread of a plane block holds
 
 struct RowwiseProblem {
   int64_t outer = 0, classes = 0, inner = 1;
@@ -46,13 +48,13 @@ enum class Regime : int32_t { warp_rows, block_rows, streaming_rows, plane };
 struct RowwiseConfig {
   Regime regime = Regime::warp_rows;
   bool general = false;
-  bool wide = false;    // plane: 16 bytes per lane
-  int vectors = 4;      // rows: 16-byte vectors per thread
-  int lanes = 32;       // warp rows: threads per row
-  int parts = 1;        // block and streaming rows: blocks per row
-  bool cluster = false; // the parts form a cluster
-  int64_t slice = 0;    // rows: vectors per part
-  int groups = 1;       // plane: warps per block
+  bool wide = false;     // plane: 16 bytes per lane
+  int vectors = 4;       // rows: 16-byte vectors per thread
+  int lanes = 32;        // warp rows: threads per row
+  int parts = 1;         // block and streaming rows: blocks per row
+  bool cluster = false;  // the parts form a cluster
+  int64_t slice = 0;     // rows: vectors per part
+  int groups = 1;        // plane: warps per block
   int threads = 32;
   int64_t grid = 0;
 };
@@ -134,9 +136,9 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   }
 
   c.regime = Regime::block_rows;
-  c.vectors = c.general || vectors <= 4 * kMaxRowThreads                            ? 4
-              : p.pass == Pass::backward || vectors <= 8 * kMaxRowThreads ? 8
-                                                                          : 16;
+  // 16-bit vectors take more registers to work on, so a thread holds fewer of them.
+  const int most_vectors = p.pass == Pass::backward ? 8 : p.element_bytes == 2 ? 12 : 16;
+  c.vectors = c.general || vectors <= 4 * kMaxRowThreads ? 4 : vectors <= 8 * kMaxRowThreads ? 8 : most_vectors;
   const int64_t capacity = int64_t(kMaxRowThreads) * c.vectors;
   if (vectors > capacity) {
     if (!together) {

@@ -1,5 +1,4 @@
 #include "nll_loss_cuda.h"
-
 #include "nll_loss_kernels.cuh"
 
 namespace fastloss {

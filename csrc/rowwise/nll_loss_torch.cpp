@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& target, co
   a.total_weight = total_weight.data_ptr();
   Status status;
 #if defined(FASTLOSS_HAVE_CUDA)
-  if (input.is_cuda()) status = on_cuda(nll_loss_forward_cuda, a, input);
+  if (input.is_cuda())
+    status = on_cuda(nll_loss_forward_cuda, a, input);
   else
 #endif
     status = nll_loss_forward_cpu(a, torch_parallel);
@@ -76,7 +77,8 @@ Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& ta
   a.grad = grad.data_ptr();
   Status status;
 #if defined(FASTLOSS_HAVE_CUDA)
-  if (input.is_cuda()) status = on_cuda(nll_loss_backward_cuda, a, input);
+  if (input.is_cuda())
+    status = on_cuda(nll_loss_backward_cuda, a, input);
   else
 #endif
     status = nll_loss_backward_cpu(a, torch_parallel);

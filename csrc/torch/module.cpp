@@ -33,8 +33,15 @@ PyMethodDef methods[] = {{"current_isa", current_isa, METH_NOARGS, "Instruction 
                          {"best_isa", best_isa, METH_NOARGS, "The best one of this machine and build."},
                          {"set_isa", set_isa, METH_O, "Use 'portable', 'avx2' or 'avx512' from now on."},
                          {nullptr, nullptr, 0, nullptr}};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastloss._C", "Operators and CPU dispatch of fastloss.", -1, methods,
-                      nullptr,               nullptr,       nullptr,                                  nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "fastloss._C",
+                      "Operators and CPU dispatch of fastloss.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 

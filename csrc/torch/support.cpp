@@ -1,11 +1,9 @@
 #include "support.h"
 
+#include "large_buffers.h"
+
 #if defined(FASTLOSS_HAVE_CUDA)
 #include "../common/errors_cuda.h"
-#endif
-
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace fastloss {
@@ -13,18 +11,6 @@ namespace fastloss {
 namespace {
 void check(AOTITorchError e, const char* what) {
   if (e != AOTI_TORCH_SUCCESS) throw std::runtime_error(std::string("fastloss: ") + what + " failed");
-}
-
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kHugePage = int64_t(1) << 21;
-  if (bytes < 2 * kHugePage) return;
-  const uintptr_t begin = (uintptr_t(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
-  const uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) & ~uintptr_t(kHugePage - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may be refused
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 std::string row_name(const Tensor& target, int64_t row) {
@@ -61,9 +47,21 @@ Tensor allocate_scalar(const Tensor& like, ScalarType type) {
   return allocate(like, &none, &none, 0, type);
 }
 Tensor allocate_like(const Tensor& t) {
-  Tensor r = t.is_contiguous() ? allocate(t, t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type())
-                               : torch::stable::empty_like(t);
-  if (t.is_cpu()) advise_huge_pages(r.data_ptr(), r.numel() * int64_t(r.element_size()));
+  const bool contiguous = t.is_contiguous(), cpu = t.is_cpu();
+  const int64_t bytes = cpu ? t.numel() * int64_t(t.element_size()) : 0;
+  if (contiguous && bytes >= kLargeBytes)
+    if (std::optional<Tensor> r = allocate_large(t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type(), bytes))
+      return *r;
+  Tensor r = contiguous ? allocate(t, t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type())
+                        : torch::stable::empty_like(t);
+  if (cpu) {
+    // A dense tensor that is not contiguous (channels last) takes its strides from torch and its memory from here.
+    if (bytes >= kLargeBytes)
+      if (std::optional<Tensor> large =
+              allocate_large(r.sizes().data(), r.strides().data(), r.dim(), r.scalar_type(), bytes))
+        return *large;
+    advise_huge_pages(r.data_ptr(), bytes);
+  }
   return r;
 }
 
@@ -133,10 +131,9 @@ void raise_if_failed(const Status& status, const Tensor& target, int64_t classes
     case Status::ok: return;
     case Status::bad_target:
       throw std::out_of_range("Target " + std::to_string(status.value) + " is out of bounds. " +
-                              row_name(target, status.row) + " = " + std::to_string(status.value) +
-                              ", but there are " + std::to_string(classes) + " classes: expected 0 <= target < " +
-                              std::to_string(classes) + ", or ignore_index (" + std::to_string(ignore_index) +
-                              ") for targets to leave out.");
+                              row_name(target, status.row) + " = " + std::to_string(status.value) + ", but there are " +
+                              std::to_string(classes) + " classes: expected 0 <= target < " + std::to_string(classes) +
+                              ", or ignore_index (" + std::to_string(ignore_index) + ") for targets to leave out.");
     case Status::cuda_error:
       throw std::runtime_error("fastloss: CUDA error " + std::to_string(status.value) + " at a kernel launch");
     case Status::unsupported: throw std::runtime_error("fastloss: no kernel for this input");
@@ -169,7 +166,8 @@ void raise_deferred_error() {
   const Status s = bad_target_take_cuda();
   if (s.code == Status::bad_target)
     throw std::out_of_range("Target " + std::to_string(s.value) + " is out of bounds. It was found on the GPU by an " +
-                            "earlier call, at row " + std::to_string(s.row) + " of its flattened target; that row had " +
+                            "earlier call, at row " + std::to_string(s.row) +
+                            " of its flattened target; that row had " +
                             "loss nan and gradient 0. fastloss.set_error_mode('immediate') raises in the call itself.");
 }
 #endif

@@ -16,18 +16,23 @@ from .losses._common import DTYPE_CODES, unsupported
 _originals: dict[str, Callable[..., Any]] = {}
 
 
-def _takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """None if fastloss takes a call with these arguments, else why not."""
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    if not tensors or has_torch_function(tensors):
-        return False
-    floating = all(t.dtype in DTYPE_CODES for t in tensors if t.is_floating_point() or t.is_complex())
-    return floating and tensors[0].dtype in DTYPE_CODES and unsupported(*tensors) is None
+    if not tensors:
+        return "no tensor among the arguments"
+    if has_torch_function(tensors):
+        return "a tensor subclass or mode with its own __torch_function__"
+    for t in tensors:
+        if (t is tensors[0] or t.is_floating_point() or t.is_complex()) and t.dtype not in DTYPE_CODES:
+            return f"dtype {t.dtype}: fastloss takes float32, float64, float16 and bfloat16"
+    return unsupported(*tensors)
 
 
 def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return ours(*args, **kwargs) if _takes(args, kwargs) else original(*args, **kwargs)
+        return ours(*args, **kwargs) if takes(args, kwargs) is None else original(*args, **kwargs)
 
     return call
 

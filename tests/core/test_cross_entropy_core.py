@@ -5,15 +5,13 @@ Also what runs under AddressSanitizer and UndefinedBehaviorSanitizer (`make asan
 
 import numpy as np
 import pytest
+from numpy_reference import DTYPES, FEATURES, close, exact, problem, reference, stored
 
 core = pytest.importorskip(
     "fastloss_core_numpy", reason="the numpy binding of the core is not on PYTHONPATH: run `make test`"
 )
 
 ISAS = ("portable", "avx2", "avx512")
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-# Relative error of a result kept in the dtype; the arithmetic is float32, or float64 for float64.
-EPS = {"float32": 2e-6, "float64": 1e-13, "float16": 1e-3, "bfloat16": 8e-3}
 # One class, below / at / past a vector, the row path's chunk of 1024 classes and its tail; spatial, odd sizes.
 SHAPES = (
     (1, 1),
@@ -28,21 +26,6 @@ SHAPES = (
     (0, 5),
     (2, 4, 0),
 )
-FEATURES = {
-    "plain": {},
-    "weight": {"weight": True},
-    "smoothing": {"label_smoothing": 0.1},
-    "weight, smoothing, sum": {"weight": True, "label_smoothing": 0.2, "reduction": "sum"},
-    "rows": {"reduction": "none", "weight": True},
-    "everything": {
-        "weight": True,
-        "sample_weight": True,
-        "label_smoothing": 0.1,
-        "z_loss": 0.01,
-        "softcap": 3.0,
-        "logit_scale": 0.7,
-    },
-}
 
 
 @pytest.fixture(params=ISAS)
@@ -52,99 +35,6 @@ def isa(request):
         pytest.skip(f"this machine has no {request.param}")
     yield request.param
     core.set_isa(before)
-
-
-def to_bits(x):
-    """bfloat16 bits of x, rounded to nearest even."""
-    bits = np.asarray(x, np.float32).view(np.uint32)
-    return np.asarray((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, np.uint16)
-
-
-def stored(x, dtype):
-    return to_bits(x) if dtype == "bfloat16" else np.asarray(x).astype(dtype)
-
-
-def exact(x):
-    """float64 of an array as the core stores it."""
-    return (x.astype(np.uint32) << 16).view(np.float32).astype(float) if x.dtype == np.uint16 else x.astype(float)
-
-
-def reference(x, target, *, weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-              softcap=0.0, logit_scale=1.0, reduction="mean", grad_output=1.0):  # fmt: skip
-    """Loss and its derivatives by x and by a probability target, in float64. x: [outer, classes, inner]."""
-    outer, classes, inner = x.shape
-    rows = x.transpose(0, 2, 1).reshape(-1, classes)
-    w = np.ones(classes) if weight is None else weight.astype(float)
-    s = np.ones(len(rows)) if sample_weight is None else sample_weight.astype(float)
-    soft = target.dtype.kind == "f"
-    z = rows * logit_scale
-    dz = np.full_like(z, logit_scale)
-    if softcap:
-        dz *= 1 - np.tanh(z / softcap) ** 2
-        z = softcap * np.tanh(z / softcap)
-    lse = z.max(1) + np.log(np.exp(z - z.max(1, keepdims=True)).sum(1)) if z.size else np.zeros(len(z))
-    softmax = np.exp(z - lse[:, None])
-    if soft:
-        counted = np.ones(len(rows))
-        q = target.transpose(0, 2, 1).reshape(-1, classes)
-        d = s.sum()
-    else:
-        t = target.reshape(-1).astype(int)
-        counted = (t != ignore_index).astype(float)
-        q = np.eye(classes)[np.where(counted, t, 0)]
-        d = (s * counted * w[np.where(counted, t, 0)]).sum()
-    # Index targets weigh their own share by w_t and the smoothed rest by w_c: the same as w on every share.
-    q = (1 - label_smoothing) * q + label_smoothing / classes
-    nll = (w * q * (lse[:, None] - z)).sum(1)
-    if reduction == "mean":
-        u, uz = s * counted / d, s * counted / (s * counted).sum()
-        loss = (s * counted * nll).sum() / d + z_loss * (s * counted * lse**2).sum() / (s * counted).sum()
-    else:
-        u = uz = s * counted
-        loss = u * (nll + z_loss * lse**2)
-        loss = loss.sum() if reduction == "sum" else loss
-    g = np.broadcast_to(np.asarray(grad_output, float), len(rows))
-    by_z = u[:, None] * ((w * q).sum(1, keepdims=True) * softmax - w * q) + (uz * z_loss * 2 * lse)[:, None] * softmax
-    by_p = (g * u)[:, None] * (1 - label_smoothing) * w * (lse[:, None] - z)
-    back = lambda y: y.reshape(outer, inner, classes).transpose(0, 2, 1)  # noqa: E731
-    return loss, back(g[:, None] * by_z * dz), back(by_p)
-
-
-def problem(shape, dtype, features, layout="contiguous", soft=False, seed=0):
-    """Arrays of one problem, and the same in float64 for the reference."""
-    rng = np.random.default_rng([seed, *shape])
-    x = rng.normal(0, 3, shape)
-    if layout == "classes last" and len(shape) == 3:
-        logits = stored(x.transpose(0, 2, 1), dtype).transpose(0, 2, 1)
-    elif layout == "sliced":
-        logits = stored(np.repeat(np.repeat(x, 2, 0), 3, 1), dtype)[::2, ::3]
-    else:
-        logits = stored(x, dtype)
-    classes, rows = shape[1], int(np.prod(shape)) // shape[1]
-    if soft:
-        p = rng.random(shape)
-        target = stored(p / p.sum(1, keepdims=True), dtype)
-    else:
-        target = rng.integers(0, classes, rows)
-        target[rng.random(rows) < 0.2] = -100
-        if rows:
-            target[0] = classes - 1
-    accum = "float64" if dtype == "float64" else "float32"
-    options = dict(features)
-    if options.get("weight"):
-        options["weight"] = rng.uniform(0.5, 2, classes).astype(accum)
-    if options.get("sample_weight"):
-        options["sample_weight"] = rng.uniform(0.5, 2, rows).astype(accum)
-    cube = (*shape, 1)[:3]
-    exact_target = exact(target).reshape(cube) if soft else target
-    return logits, target, options, exact(logits).reshape(cube), exact_target
-
-
-def close(got, want, dtype):
-    got = exact(np.asarray(got)).reshape(np.shape(want))
-    # Where terms cancel, the error is that of the terms, which are about as large as the largest result, or 1.
-    scale = max(np.abs(want).max(initial=0), 1) if np.size(want) == 1 else np.abs(want).max(initial=0)
-    np.testing.assert_allclose(got, want, rtol=4 * EPS[dtype], atol=4 * EPS[dtype] * scale)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a mean over no row is nan, as in torch

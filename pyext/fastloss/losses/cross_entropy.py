@@ -476,7 +476,8 @@ def _check_logits_dtype(logits: Tensor, function: str, name: str = "input") -> N
 
 def _check_index_dtype(target: Tensor, function: str) -> None:
     if target.dtype not in INDEX_DTYPES:
-        raise RuntimeError(
+        # torch's own types: a CUDA kernel that does not exist, a check on the CPU
+        raise (NotImplementedError if target.is_cuda else RuntimeError)(
             f"{function}(): expected target dtype to be Long or Byte, but got {target.dtype} (any integer dtype will "
             "do); floating-point targets are class probabilities and need the shape of the input"
         )
@@ -704,6 +705,8 @@ def cross_entropy(
                 "it; pass input.contiguous()"
             )
 
+    if single and not soft and input.is_cuda:
+        all_ignored = "zero"  # torch's CUDA kernel gives 0 for a single ignored target, its CPU kernel nan
     flags = ALL_IGNORED_ZERO * (all_ignored == "zero") + ZERO_TIMES_INF * (zero_times_inf == "zero")
     options = _Options(
         red,

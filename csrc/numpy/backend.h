@@ -1,0 +1,17 @@
+// What a module runs: the CPU kernels (module.cpp), or the CUDA kernels on the emulator (module_emulated.cpp).
+#pragma once
+#include <string>
+
+#include "../rowwise/cross_entropy.h"
+#include "../rowwise/nll_loss.h"
+
+namespace fastloss {
+
+Status run_cross_entropy_forward(const CrossEntropyArgs& a);
+Status run_cross_entropy_backward(const CrossEntropyArgs& a);
+Status run_nll_loss_forward(const NllLossArgs& a);
+Status run_nll_loss_backward(const NllLossArgs& a);
+Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type);
+std::string failure_message(const Status& status);  // neither ok nor bad_target
+
+}  // namespace fastloss

@@ -1,0 +1,104 @@
+// The CUDA kernels on numpy arrays: fastloss_core_numpy's functions, carried out by the emulator (tests/emulate).
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+
+#include "../common/errors_cuda.h"
+#include "../common/scale_grad_cuda.h"
+#include "../rowwise/cross_entropy_cuda.h"
+#include "../rowwise/nll_loss_cuda.h"
+#include "arrays.h"
+#include "emulator.h"
+
+namespace fastloss {
+
+void bind_cross_entropy(py::module_& m);
+void bind_nll_loss(py::module_& m);
+void bind_scale_grad(py::module_& m);
+void bind_policy(py::module_& m);
+
+namespace {
+
+int device = 0;
+const char* regime = "";
+
+CudaContext context_of_device() {
+  CudaContext context;
+  context.device = device;
+  return context;
+}
+
+// A call with a workspace of exactly the size it asks for, filled with nan.
+template <class Args>
+Status with_workspace(const Args& a, int64_t (*bytes)(const Args&, const CudaContext&),
+                      Status (*call)(const Args&, const CudaContext&)) {
+  CudaContext context = context_of_device();
+  context.workspace_bytes = bytes(a, context);
+  const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(context.workspace_bytes)]);
+  std::memset(workspace.get(), 0xff, size_t(context.workspace_bytes));
+  context.workspace = workspace.get();
+  return call(a, context);
+}
+
+}  // namespace
+
+Status run_cross_entropy_forward(const CrossEntropyArgs& a) {
+  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/false);
+  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_forward_cuda);
+}
+Status run_cross_entropy_backward(const CrossEntropyArgs& a) {
+  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/true);
+  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_backward_cuda);
+}
+Status run_nll_loss_forward(const NllLossArgs& a) {
+  return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_forward_cuda);
+}
+Status run_nll_loss_backward(const NllLossArgs& a) {
+  return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_backward_cuda);
+}
+Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
+  return scale_grad_cuda(grad, out, type, count, scale, scale_type, context_of_device());
+}
+std::string failure_message(const Status& status) {
+  return status.code == Status::cuda_error ? emulator::last_error() : "core status " + std::to_string(status.code);
+}
+
+}  // namespace fastloss
+
+PYBIND11_MODULE(fastloss_emulated_numpy, m) {
+  namespace py = pybind11;
+  using namespace fastloss;
+  m.doc() =
+      "fastloss's CUDA kernels on numpy arrays, each thread a fiber. What the emulator finds wrong is a RuntimeError.";
+  m.def("set_seed", &emulator::set_seed, py::arg("seed"), "The schedule of the following calls.");
+  m.def(
+      "set_device",
+      [](int sm) {
+        for (int i = 0; i < emulator::kDevices; ++i)
+          if (emulator::device(i).sm == sm) return void(device = i);
+        throw py::value_error("no such emulated device");
+      },
+      py::arg("sm"), "Run on a device of this compute capability: 80, 90 or 120; one multiprocessor.");
+  m.def(
+      "launches",
+      [] {
+        std::vector<std::tuple<int64_t, int, int>> all;
+        for (const LaunchShape& shape : emulator::launches()) all.emplace_back(shape.grid, shape.block, shape.cluster);
+        return all;
+      },
+      "(grid, block, cluster) of every launch since set_seed.");
+  m.def("regime", [] { return regime; }, "The kernel of the last call of cross entropy, as explain() says it.");
+  m.def(
+      "take_bad_target",
+      []() -> std::optional<std::pair<int64_t, int64_t>> {
+        const Status status = bad_target_take_cuda();
+        if (status.code != Status::bad_target) return std::nullopt;
+        return std::pair(status.row, status.value);
+      },
+      "(row, value) of a bad target since the last call, or None.");
+  bind_cross_entropy(m);
+  bind_nll_loss(m);
+  bind_scale_grad(m);
+  bind_policy(m);
+}

@@ -1,0 +1,63 @@
+"""``python -m fastloss info`` and ``python -m fastloss demo``."""
+
+import sys
+
+
+def info() -> int:
+    """Print what this build contains, what this machine can use of it, and why not the rest."""
+    import torch
+
+    from . import _library
+    from ._version import MIN_PYTHON, MIN_TORCH, __version__
+
+    try:
+        from ._build_info import BUILD_INFO as build
+    except ImportError:
+        build = {}
+    isa = _library._C.current_isa()
+    print(f"fastloss {__version__}, commit {build.get('commit') or 'unknown'}")
+    print(
+        f"  supports   Python >= {MIN_PYTHON}, torch >= {MIN_TORCH}; this is Python {sys.version.split()[0]}, torch "
+        f"{torch.__version__}"
+    )
+    print(f"  built with torch {build.get('torch')}, {build.get('compiler')}, nvcc {build.get('nvcc') or '-'}")
+    print(
+        f"  CPU        {isa} in use (best here: {_library._C.best_isa()}; in this build: "
+        f"{', '.join(build.get('instruction_sets', []))}), {torch.get_num_threads()} threads"
+    )
+    if not _library.cuda_built():
+        print(
+            "  CUDA       not in this build: it was built without nvcc or with FASTLOSS_CUDA=0. Install the CUDA toolkit "
+            "and reinstall with FASTLOSS_CUDA=1."
+        )
+    else:
+        archs = build.get("cuda_archs", [])
+        print(f"  CUDA       kernels for {', '.join(archs)} and PTX of the last")
+        if torch.version.cuda is None:
+            print(f"             not usable: torch {torch.__version__} is a CPU build; install a CUDA build of torch")
+        elif not torch.cuda.is_available():
+            print("             not usable: no GPU or no driver is found (torch.cuda.is_available() is False)")
+        else:
+            for i in range(torch.cuda.device_count()):
+                p = torch.cuda.get_device_properties(i)
+                name = f"sm_{p.major}{p.minor}"
+                how = "own code" if name in archs else "nearest code or PTX, compiled at first use"
+                old = p.major * 10 + p.minor < 75
+                print(f"             cuda:{i} {p.name}, {name}: " + ("not usable, sm_75 is the oldest" if old else how))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    command, *rest = argv or ["help"]
+    if command == "info":
+        return info()
+    if command == "demo":
+        from .demo import main as demo
+
+        return demo(rest)
+    print(__doc__)
+    return 0 if command in ("help", "-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

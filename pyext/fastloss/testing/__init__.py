@@ -1,0 +1,14 @@
+"""What the losses are, apart from how they are computed: one :class:`LossSpec` per loss, read by the tests.
+
+:data:`SPECS` maps a loss's name to its spec: a float64 reference composed of torch operations, sample inputs, dtypes
+and the fewest bytes that an implementation must move. :func:`check_gradients` and :func:`assert_close` are for users'
+tests too. Nothing here needs pytest.
+"""
+
+from . import cross_entropy, nll_loss
+from ._checks import assert_close, check_gradients
+from ._spec import LossSpec, Sample
+
+SPECS: dict[str, LossSpec] = {spec.name: spec for spec in (cross_entropy.SPEC, nll_loss.SPEC)}
+
+__all__ = ["SPECS", "LossSpec", "Sample", "assert_close", "check_gradients"]

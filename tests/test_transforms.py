@@ -1,0 +1,411 @@
+"""torch.func, torch.compile, the operators' registrations, autocast."""
+
+import functools
+
+import fastloss
+import pytest
+import torch
+import torch.nn.functional as F
+from fastloss._library import ops
+from fastloss.losses.cross_entropy import ALL_IGNORED_ZERO, GRAD, MEAN, NONE, SAVE, STATS, SUM, ZERO_TIMES_INF
+from fastloss.testing import SPECS
+
+LOSSES = {"cross_entropy": (fastloss.cross_entropy, F.cross_entropy), "nll_loss": (fastloss.nll_loss, F.nll_loss)}
+losses = pytest.mark.parametrize(("ours", "theirs"), LOSSES.values(), ids=LOSSES)
+reductions = pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+
+
+def problem(*shape, device, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).log_softmax(1)
+    t = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    t.view(-1)[1::4] = -100
+    return x.to(device, dtype), t.to(device)
+
+
+# ------------------------------------------------------------------------------------------------- torch.func
+
+
+@losses
+@reductions
+@pytest.mark.parametrize("weighted", (False, True))
+def test_func(ours, theirs, reduction, weighted, device):
+    """grad, jvp, vjp, jacobian, Hessian, linearize."""
+    x, t = problem(4, 5, device=device)
+    w = torch.linspace(0.5, 2, 5, device=device, dtype=x.dtype) if weighted else None
+    direction = torch.linspace(-1, 1, 20, device=device, dtype=x.dtype).view(4, 5)
+
+    def results(function):
+        def loss(y):
+            return function(y, t, weight=w, reduction=reduction)
+
+        def scalar(y):
+            return loss(y).sum()
+
+        yield torch.func.grad(scalar)(x)
+        yield torch.func.grad_and_value(scalar)(x)
+        yield torch.func.jvp(loss, (x,), (direction,))
+        value, pull_back = torch.func.vjp(loss, x)
+        yield value, pull_back(torch.full_like(value, 2.0))
+        yield torch.func.jacrev(loss)(x)
+        yield torch.func.jacfwd(loss)(x)
+        yield torch.func.hessian(scalar)(x)
+        yield torch.func.jacrev(torch.func.grad(scalar))(x)
+        yield torch.func.grad(lambda y: torch.func.grad(scalar)(y).square().sum())(x)
+
+    for got, want in zip(results(ours), results(theirs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@reductions
+def test_func_with_probabilities(reduction, device):
+    x, _ = problem(4, 5, device=device)
+    p, w = x.flip(0).softmax(1), torch.linspace(0.5, 2, 5, device=device, dtype=x.dtype)
+    tangents = tuple(torch.linspace(-1, 1, a.numel(), device=device, dtype=a.dtype).view_as(a) for a in (x, p, w))
+
+    def results(function):
+        def loss(*arguments):
+            return function(*arguments, reduction=reduction, label_smoothing=0.1)
+
+        def scalar(*arguments):
+            return loss(*arguments).sum()
+
+        yield torch.func.grad(scalar, argnums=(0, 1, 2))(x, p, w)
+        yield torch.func.jvp(loss, (x, p, w), tangents)
+        yield torch.func.jvp(lambda q: loss(x, q, w), (p,), (tangents[1],))
+        yield torch.func.hessian(scalar, argnums=(0, 1, 2))(x, p, w)
+
+    for got, want in zip(results(fastloss.cross_entropy), results(F.cross_entropy), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"z_loss": 0.1},
+        {"softcap": 2.0, "logit_scale": 0.5},
+        {"label_smoothing": 0.1},
+        {"class_dim": 0},
+        {"all_ignored": "zero"},
+    ),
+    ids=str,
+)
+def test_func_with_options(options, device):
+    from fastloss.testing.cross_entropy import reference
+
+    x, t = problem(5, 5, device=device)
+    for got, want in (
+        (
+            f(functools.partial(fastloss.cross_entropy, target=t, **options))(x),
+            f(functools.partial(reference, target=t, **options))(x),
+        )
+        for f in (torch.func.grad, torch.func.hessian, torch.func.jacfwd)
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@losses
+@reductions
+def test_vmap(ours, theirs, reduction, device):
+    """Over the input, the target, the weight, several; along any dimension."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64).log_softmax(2).to(device)
+    t = torch.randint(5, (3, 4), generator=generator).to(device)
+    w = (torch.rand(3, 5, generator=generator, dtype=torch.float64) + 0.5).to(device)
+
+    def both(function):
+        yield torch.vmap(lambda a: function(a, t[0], reduction=reduction))(x)
+        yield torch.vmap(lambda a, b: function(a, b, reduction=reduction))(x, t)
+        yield torch.vmap(lambda b: function(x[0], b, reduction=reduction))(t)
+        yield torch.vmap(lambda a, b: function(a, b, reduction=reduction), in_dims=(2, 1))(x.movedim(0, 2), t.t())
+        yield torch.vmap(lambda a, b: function(a, b, reduction=reduction), in_dims=(-1, -1))(x.movedim(0, 2), t.t())
+        yield torch.vmap(lambda v: function(x[0], t[0], v, reduction=reduction))(w)
+        yield torch.vmap(lambda a, b, v: function(a, b, v, reduction=reduction))(x, t, w)
+        yield torch.vmap(torch.vmap(lambda a, b: function(a, b, reduction=reduction)))(x, t)  # one sample each
+        yield torch.vmap(torch.func.grad(lambda a, b: function(a, b, reduction=reduction).sum()))(x, t)
+        yield torch.func.grad(lambda a: torch.vmap(lambda y, b: function(y, b, reduction=reduction))(a, t).sum())(x)
+        yield torch.func.jacrev(lambda a: torch.vmap(lambda y: function(y, t[0], reduction=reduction))(a))(x)
+        yield torch.vmap(torch.func.hessian(lambda a, b: function(a, b, reduction=reduction).sum()))(x, t)
+
+    for i, (got, want) in enumerate(zip(both(ours), both(theirs), strict=True)):
+        torch.testing.assert_close(got, want, msg=lambda m, i=i: f"case {i}: {m}")
+
+
+def test_vmap_of_per_sample_gradients(device):
+    """The usual use: gradients of every sample's loss by the parameters."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 4).to(device).double()
+    parameters = dict(model.named_parameters())
+    x, t = torch.randn(7, 6, device=device, dtype=torch.float64), torch.randint(4, (7,), device=device)
+
+    def per_sample(function):
+        def loss(parameters, row, label):
+            return function(torch.func.functional_call(model, parameters, (row[None],)), label[None])
+
+        return torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, t)
+
+    torch.testing.assert_close(per_sample(fastloss.cross_entropy), per_sample(F.cross_entropy))
+
+
+def test_vmap_with_statistics(device):
+    x, t = problem(3, 5, device=device)
+    x = torch.stack([x, x * 2])
+    loss, stats = torch.vmap(lambda a: fastloss.cross_entropy(a, t, return_stats=True))(x)
+    for i in range(2):
+        one, one_stats = fastloss.cross_entropy(x[i], t, return_stats=True)
+        torch.testing.assert_close(loss[i], one)
+        for a, b in zip(stats, one_stats, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_batched_gradients(device):
+    """is_grads_batched: a vmap over backward, in every path."""
+    x, t = problem(4, 5, device=device)
+    x.requires_grad_()
+    for options in ({}, {"grad_in_forward": False}, {"reduction": "none"}):
+        loss = fastloss.cross_entropy(x, t, **options)
+        want = F.cross_entropy(x, t, reduction=options.get("reduction", "mean"))
+        g = torch.linspace(-1, 1, 3 * loss.numel(), device=device, dtype=x.dtype).view(3, *loss.shape)
+        (got,) = torch.autograd.grad(loss, x, g, is_grads_batched=True)
+        torch.testing.assert_close(got, torch.autograd.grad(want, x, g, is_grads_batched=True)[0])
+
+
+def test_forward_mode_without_func(device):
+    """Dual numbers, also of leaves that require grad, under no_grad, and with statistics."""
+    import torch.autograd.forward_ad as fw
+
+    x, t = problem(4, 5, device=device)
+    v = torch.linspace(-1, 1, 20, device=device, dtype=x.dtype).view(4, 5)
+    with fw.dual_level():
+        want = fw.unpack_dual(F.cross_entropy(fw.make_dual(x, v), t)).tangent
+        got = fw.unpack_dual(fastloss.cross_entropy(fw.make_dual(x, v), t)).tangent
+        torch.testing.assert_close(got, want)
+        loss, _ = fastloss.cross_entropy(fw.make_dual(x, v), t, return_stats=True)
+        torch.testing.assert_close(fw.unpack_dual(loss).tangent, want)
+        with torch.no_grad():
+            torch.testing.assert_close(fw.unpack_dual(fastloss.cross_entropy(fw.make_dual(x, v), t)).tangent, want)
+        loss = fastloss.cross_entropy(x, t)  # no tangent: none comes out
+        assert fw.unpack_dual(loss).tangent is None
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(fastloss.cross_entropy(fw.make_dual(leaf, v), t), leaf)
+        torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(leaf, t), leaf)[0])
+
+
+# ---------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.fixture
+def compiled(device):
+    """torch.compile of a function, with a fresh cache; without a C++ toolchain in between."""
+    torch._dynamo.reset()
+    yield functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+COMPILED = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "weight, smoothing": {"label_smoothing": 0.1, "weight": True},
+    "everything": {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5, "sample_weight": True, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+def test_compile(options, compiled, device):
+    x, t = problem(6, 5, device=device, dtype=torch.float32)
+    options = dict(options)
+    if options.get("weight"):
+        options["weight"] = torch.linspace(0.5, 2, 5, device=device)
+    if options.get("sample_weight"):
+        options["sample_weight"] = torch.linspace(0.5, 2, 6, device=device)
+    function = compiled(lambda y, t: fastloss.cross_entropy(y * 2, t, **options).sum())
+    for _ in range(2):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        got, want = function(a, t), fastloss.cross_entropy(b * 2, t, **options).sum()
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, a), torch.autograd.grad(want, b))
+    with torch.no_grad():
+        torch.testing.assert_close(function(x, t), want.detach())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile_with_dynamic_shapes(compiled, device):
+    """One graph for every batch size."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    function = torch.compile(lambda y, t: fastloss.cross_entropy(y, t), fullgraph=True, dynamic=True, backend=count)
+    trained = compiled(lambda y, t: fastloss.cross_entropy(y, t, label_smoothing=0.1), dynamic=True)
+    for rows, classes in ((4, 5), (7, 5), (9, 11)):
+        x, t = problem(rows, classes, device=device, dtype=torch.float32)
+        torch.testing.assert_close(function(x, t), F.cross_entropy(x, t))
+        a = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(trained(a, t), a)
+        torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(a, t, label_smoothing=0.1), a)[0])
+    assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile_of_the_rest(compiled, device):
+    """Spatial, probabilities with gradients, statistics, one sample, NLL, modules, patched torch, inplace_grad."""
+    x, t = problem(2, 3, 4, 5, device=device, dtype=torch.float32)
+    p = x.softmax(1).flip(0)
+    module = fastloss.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 3], device=device))
+    with fastloss.patch():
+        for function, arguments in (
+            (fastloss.cross_entropy, (x, t)),
+            (fastloss.cross_entropy, (x.contiguous(memory_format=torch.channels_last), t)),
+            (fastloss.cross_entropy, (x, p)),
+            (fastloss.cross_entropy, (x[0, :, 0, 0], t[0, 1, 0].clamp(min=0))),
+            (lambda x, t: fastloss.cross_entropy(x, t, return_stats=True)[0], (x, t)),
+            (lambda x, t: fastloss.cross_entropy(x * 2, t, inplace_grad=True), (x, t)),
+            (fastloss.nll_loss, (x, t)),
+            (module, (x, t)),
+            (F.cross_entropy, (x, t)),
+        ):
+            leaves = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in arguments]
+            wanted = [a for a in leaves if a.requires_grad]
+            got = compiled(function)(*leaves)
+            want = function(*leaves)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(torch.autograd.grad(got, wanted), torch.autograd.grad(want, wanted))
+
+
+def test_export(device):
+    """A whole graph with our operator in it."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x, t):
+            return fastloss.cross_entropy(x, t, label_smoothing=0.1)
+
+    x, t = problem(4, 5, device=device, dtype=torch.float32)
+    with torch.no_grad():
+        program = torch.export.export(Model(), (x, t))
+        assert any("fastloss" in str(node.target) for node in program.graph.nodes)
+        torch.testing.assert_close(program.module()(x, t), F.cross_entropy(x, t, label_smoothing=0.1))
+
+
+# ------------------------------------------------------------------------------------ the operators themselves
+
+
+def operator_calls(device):
+    """(operator, arguments) of every operator, in several forms."""
+    for shape in ((4, 5), (2, 3, 4), (2, 3, 4, 2)):
+        x, t = problem(*shape, device=device, dtype=torch.float32)
+        rows = torch.linspace(0.5, 2, t.numel(), device=device).view_as(t)
+        w = torch.linspace(0.5, 2, shape[1], device=device)
+        p = x.softmax(1)
+        for reduction, smoothing, weight, sample_weight, target in (
+            (MEAN, 0.0, None, None, t),
+            (NONE, 0.1, w, rows, t),
+            (SUM, 0.1, w, None, p),
+        ):
+            options = (reduction, 0, -100, smoothing, 0.01, 3.0, 0.5)
+            arguments = (x, target, weight, sample_weight, *options)
+            for flags in (0, SAVE, ZERO_TIMES_INF | ALL_IGNORED_ZERO, *((GRAD,) if reduction != NONE else ())):
+                yield ops.cross_entropy_forward, (*arguments, flags)
+            yield ops.cross_entropy_forward_stats, (*arguments, SAVE | STATS)
+            _, saved, _ = ops.cross_entropy_forward(*arguments, SAVE)
+            g = rows if reduction == NONE else torch.tensor(2.0, device=device)
+            yield ops.cross_entropy_backward, (g, x, target, weight, sample_weight, saved, *options, 0)
+            if target is p:
+                yield ops.cross_entropy_target_backward, (g, x, target, weight, sample_weight, saved, *options, 0)
+            if reduction != NONE:
+                yield ops.cross_entropy_forward_inplace, (*arguments, 0)
+                yield ops.cross_entropy_forward_inplace, (*arguments, STATS)
+        for reduction in (NONE, MEAN, SUM):
+            yield ops.nll_loss_forward, (x, t, w, reduction, -100)
+            total = ops.nll_loss_forward(x, t, w, reduction, -100)[1]
+            g = rows if reduction == NONE else torch.tensor(2.0, device=device)
+            yield ops.nll_loss_backward, (g, x, t, w, total, reduction, -100)
+        yield ops.scale_grad, (x, torch.tensor(2.0, device=device))
+        yield ops.scale_grad_, (x, torch.tensor(2.0, device=device))
+
+
+def test_opcheck(device):
+    """Schemas (what is changed, what aliases), fake kernels and dynamic shapes of every operator."""
+    pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
+    for operator, arguments in operator_calls(device):
+        copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+        try:
+            torch.library.opcheck(operator.default, copies)
+        except Exception as error:
+            raise AssertionError(f"{operator}, {arguments}: {error}") from error
+
+
+def test_every_operator_is_checked():
+    """No operator without a test above."""
+    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastloss::")}
+    tested = {operator._qualified_op_name for operator, _ in operator_calls("cpu")}
+    assert registered - {"fastloss::check_errors"} == tested
+
+
+# --------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast(dtype, device):
+    """torch's result dtypes, without a float32 copy of the logits; each gradient in its argument's dtype."""
+    for logits_dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for target_dtype in (None, torch.bfloat16, torch.float32, torch.float64):
+            for weighted in (False, True):
+                x, t = problem(6, 5, device=device, dtype=logits_dtype)
+                x.requires_grad_()
+                t = t if target_dtype is None else x.detach().flip(0).softmax(1).to(target_dtype)
+                w = torch.linspace(0.5, 2, 5, device=device, dtype=logits_dtype) if weighted else None
+                for reduction in ("mean", "none"):
+                    with torch.autocast(device, dtype):
+                        got = fastloss.cross_entropy(x, t, w, reduction=reduction)
+                        want = F.cross_entropy(x, t, w, reduction=reduction)
+                    assert got.dtype == want.dtype, (logits_dtype, target_dtype, weighted)
+                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+                    (grad,), (want_grad,) = torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x)
+                    assert grad.dtype == logits_dtype
+                    torch.testing.assert_close(grad, want_grad)
+
+
+def test_autocast_nll_loss(device):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        x, t = problem(6, 5, device=device, dtype=dtype)
+        x.requires_grad_()
+        with torch.autocast(device, torch.bfloat16):
+            got, want = fastloss.nll_loss(x, t), F.nll_loss(x, t)
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+
+
+def test_autocast_of_a_training_step(device):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 5).to(device)
+    x, t = torch.randn(16, 8, device=device), torch.randint(5, (16,), device=device)
+    grads = []
+    for function in (fastloss.cross_entropy, F.cross_entropy):
+        model.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(x)
+            assert logits.dtype == torch.bfloat16
+            loss = function(logits, t)
+        assert loss.dtype == torch.float32
+        (loss * 65536).backward()
+        grads.append(model.weight.grad / 65536)
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-3)
+
+
+def test_autocast_of_another_device_changes_nothing(device):
+    other = "cuda" if device == "cpu" else "cpu"
+    x, t = problem(6, 5, device=device, dtype=torch.bfloat16)
+    with torch.autocast(other, torch.bfloat16, enabled=other == "cpu" or torch.cuda.is_available()):
+        assert fastloss.cross_entropy(x, t).dtype == torch.bfloat16
+
+
+def test_specs_are_the_losses_that_fastloss_has():
+    """A loss without a spec would miss every contract test."""
+    from fastloss import functional
+
+    assert set(SPECS) == set(functional.__all__)
