@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -138,10 +137,6 @@ class BuildCoreThenBinding(build_ext):
         except ImportError as error:
             fail(f"torch >= {VERSION['MIN_TORCH']} is needed to build, but: {error}.")
         VERSION["require_supported"](torch.__version__)
-        headers = sysconfig.get_path("include")
-        if not Path(headers, "Python.h").exists():
-            fail(f"Python's own headers are not in {headers}. Install them (Debian, Ubuntu: apt install python3-dev).")
-
         core = build_core()
         extension = self.extensions[0]
         extension.include_dirs += [str(ROOT / "csrc"), *cpp_extension.include_paths()]

@@ -340,9 +340,14 @@ def test_opcheck(device):
 
 def test_every_operator_is_checked():
     """No operator without a test above."""
-    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastloss::")}
+    registered = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("fastloss::")
+        and any("Tensor" in str(value.type) for value in (*schema.returns, *schema.arguments))
+    }
     tested = {operator._qualified_op_name for operator, _ in operator_calls("cpu")}
-    assert registered - {"fastloss::check_errors"} == tested
+    assert registered - {"fastloss::cross_entropy_regime"} == tested  # that one only answers questions
 
 
 # --------------------------------------------------------------------------------------------------- autocast

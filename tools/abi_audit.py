@@ -21,8 +21,6 @@ from pathlib import Path
 NEEDED = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
 NEEDED |= {"libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 # All of the limited API that csrc/torch/module.cpp uses: in it since Python 3.10 or before.
-PYTHON = {"PyModule_Create2", "PyUnicode_FromString", "PyUnicode_AsUTF8String", "PyBytes_AsString", "PyErr_Format"}
-PYTHON |= {"PyExc_ValueError", "_Py_NoneStruct", "_Py_Dealloc"}
 WEAK_ANYWHERE = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize"}
 # Mangled names of functions in fastloss::avx2 and fastloss::avx512, lambdas included.
 OWN_NAMESPACE = re.compile(r"_ZZ*N[KVRO]*8fastloss(4avx2|6avx512)")
@@ -68,17 +66,16 @@ def audit_library(path: Path) -> list[str]:
     torch_library = libtorch_cpu()
     in_libtorch_cpu = {name for _, name in symbols(torch_library, "-D", "--defined-only")} if torch_library else None
     for kind, name in symbols(path, "-D", "--undefined-only"):
-        if "@" in name or name in WEAK_ANYWHERE or name in PYTHON:
+        if "@" in name or name in WEAK_ANYWHERE:
             continue
         if name.startswith("Py") or name.startswith("_Py"):
-            problems.append(f"uses {name} of Python, which is not on the list in this file")
+            problems.append(f"uses {name} of Python, but the library is no Python module")
         elif not re.fullmatch(r"(aoti_torch|torch)_\w+", name):
             problems.append(f"uses {name}, which is no part of torch's stable C shim")
         elif kind not in "wv" and in_libtorch_cpu is not None and name not in in_libtorch_cpu:
             problems.append(f"uses {name} strongly, but CPU builds of torch lack it: declare it weak")
     for _, name in symbols(path, "-D", "--defined-only"):
-        if name != "PyInit__C":
-            problems.append(f"exports {name}")
+        problems.append(f"exports {name}")
     return problems
 
 

@@ -83,21 +83,19 @@ __device__ __forceinline__ void system_fence() { __threadfence_system(); }
 // happen before those after wait, across the cluster. All threads of a block call both.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  __cluster_barrier_arrive();
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  __cluster_barrier_wait();
 #endif
 }
 // The same shared-memory object in another block of the cluster.
 template <class T>
 __device__ __forceinline__ const T* cluster_map(const T* p, int rank) {
 #if __CUDA_ARCH__ >= 900
-  uint64_t q;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(rank));
-  return reinterpret_cast<const T*>(q);
+  return static_cast<const T*>(__cluster_map_shared_rank(p, static_cast<unsigned>(rank)));
 #else
   (void)rank;
   return p;

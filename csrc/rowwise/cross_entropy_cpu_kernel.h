@@ -10,7 +10,7 @@
 // result does not depend on the number of threads. What is O(1) per row is done for a batch at a time, in vectors.
 #pragma once
 #include "../common/cpu_support.h"
-#include "cross_entropy.h"
+#include "cross_entropy_cpu_policy.h"
 #include "cross_entropy_math.h"
 
 namespace fastloss {
@@ -19,7 +19,6 @@ namespace FASTLOSS_ISA {
 enum class Mode { index, smooth, smooth_weighted, soft };  // what q_c is: nothing, 1, w_c, w_c p'_c
 
 constexpr int64_t kChunk = 1024;                     // classes per chunk of the row path
-constexpr int64_t kRowPathClasses = 32;              // fewer go through tiles
 constexpr int64_t kStreamBytes = int64_t(32) << 20;  // gradients from here on are stored past the caches
 constexpr int64_t kTileBytes = 32768;
 constexpr int64_t kTileBytesMax = 262144;  // past this a tile holds only part of the classes
@@ -763,9 +762,7 @@ template <Mode kMode, bool kTransform, class S>
 inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, BlockSums* total) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
-  const bool contiguous =
-      a.logits_strides.cls == 1 && (!a.grad || a.grad_strides.cls == 1) && (!a.soft || a.target_strides.cls == 1);
-  const bool by_rows = contiguous && a.classes >= kRowPathClasses;
+  const bool by_rows = takes_row_path(a);
   const TileShape shape = by_rows ? TileShape{clamp_to(8192 / a.classes, 1, 64), 0, 0} : tile_shape<T>(a);
   const int64_t batches = (a.rows() + shape.rows - 1) / shape.rows;
   Scratch<BlockSums> parts(batches > 0 ? batches : 1);

@@ -197,10 +197,14 @@ struct RowTarget {
   bool counts;                                       // takes part in the loss
   bool bad;                                          // neither a class nor ignore_index
 };
+// In two steps, so that the loads of the row itself can go out before anything waits for the target.
 template <bool kGeneral, class A>
-__device__ __forceinline__ RowTarget<kGeneral> load_target(const CrossEntropyParams<A>& p, int64_t row) {
+__device__ __forceinline__ int64_t load_target_value(const CrossEntropyParams<A>& p, int64_t row) {
+  return kGeneral && p.soft ? 0 : load_index(p.target, p.index_type, row);
+}
+template <bool kGeneral, class A>
+__device__ __forceinline__ RowTarget<kGeneral> classify_target(const CrossEntropyParams<A>& p, int64_t t) {
   if (kGeneral && p.soft) return {-1, true, false};
-  const int64_t t = load_index(p.target, p.index_type, row);
   const bool ignored = t == p.ignore_index, is_class = t >= 0 && t < p.classes;
   RowTarget<kGeneral> target{-1, !ignored && is_class, !ignored && !is_class};
   if (target.counts) target.index = decltype(target.index)(t);
@@ -418,7 +422,7 @@ __global__ void __launch_bounds__(256, 1) cross_entropy_totals_kernel(const Cros
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
   if (p.pass != Pass::backward) {
     for (int64_t row = first; row < p.rows; row += step) {
-      const RowTarget<true> target = load_target<true>(p, row);
+      const RowTarget<true> target = classify_target<true>(p, load_target_value<true>(p, row));
       if (!target.counts) continue;
       const double s = p.sample_weight ? double(p.sample_weight[row]) : 1.0;
       t.count += s;
@@ -655,7 +659,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   for (int64_t base_row = first_row; base_row < p.rows; base_row += row_step, flip ^= 1) {
     const bool active = base_row + in_warp < p.rows;
     const int64_t row = active ? base_row + in_warp : p.rows - 1;
-    const RowTarget<kGeneral> target = load_target<kGeneral>(p, row);
+    const int64_t target_value = load_target_value<kGeneral>(p, row);
     const T* x = static_cast<const T*>(p.logits) + row_offset<kGeneral>(p.logits_strides, row, p.inner);
     const int64_t prob_at = kGeneral ? row_offset<kGeneral>(p.target_strides, row, p.inner) : 0;
     const RowSpan span = row_span(x, p.classes);
@@ -680,6 +684,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     if constexpr (kResident) load_tile(thread);
     A edge_x = A(0);
     if (edge) edge_x = to_accum(x[edge_column]);
+    const RowTarget<kGeneral> target = classify_target<kGeneral>(p, target_value);
 
     // ---- statistics
     PartStats<A> s = empty_stats<A>();
@@ -1009,7 +1014,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
     for (int position = threadIdx.x; position < kPositions; position += blockDim.x) {
       if (i0 + position >= p.inner) break;
       const int64_t row = o * p.inner + i0 + position;
-      const RowTarget<kGeneral> target = load_target<kGeneral>(p, row);
+      const RowTarget<kGeneral> target = classify_target<kGeneral>(p, load_target_value<kGeneral>(p, row));
       PartStats<A> s = empty_stats<A>();
       Best<A> best = no_best<A>(), best_prob = no_best<A>();
       A z_target = A(0);

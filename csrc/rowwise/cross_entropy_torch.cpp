@@ -6,8 +6,9 @@
 //   weight         [C], sample_weight [N, d1, ...]: accumulation dtype (float64 for float64 logits, else float32)
 //   loss           [] or [N, d1, ...], of loss_dtype (the value of DType)
 //   saved          what backward needs, opaque; empty unless asked for
+#include "../common/cpu_isa.h"
 #include "../torch/support.h"
-#include "cross_entropy.h"
+#include "cross_entropy_cpu_policy.h"
 #if defined(FASTLOSS_HAVE_CUDA)
 #include "cross_entropy_cuda.h"
 #endif
@@ -238,6 +239,23 @@ Tensor target_backward(const Tensor& grad_output, const Tensor& logits, const Te
                      ignore_index, label_smoothing, z_loss, softcap, logit_scale, flags);
 }
 
+// Which kernel a call takes, in words, for fastloss.explain().
+std::string regime(const Tensor& logits, const Tensor& target, bool backward) {
+  Call call(logits, target, std::nullopt, std::nullopt, int64_t(Reduction::mean), int64_t(dtype_of(logits, "logits")),
+            -100, 0, 0, 0, 1, 0);
+  call.set_layout(nullptr, nullptr);
+#if defined(FASTLOSS_HAVE_CUDA)
+  if (logits.is_cuda()) {
+    CudaCall on_device(logits);
+    return cross_entropy_regime_cuda(call.args, on_device.context(), backward);
+  }
+#endif
+  (void)backward;
+  const std::string isa = isa_name(current_isa());
+  return isa + (takes_row_path(call.args) ? ", row path (vectors along the classes)"
+                                          : ", tile path (vectors along the rows)");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
@@ -256,6 +274,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   m.def(("cross_entropy_forward_inplace(Tensor(a!) logits, Tensor target, " + tail +
          " -> (Tensor, Tensor, Tensor, Tensor)")
             .c_str());
+  m.def("cross_entropy_regime(Tensor logits, Tensor target, bool backward) -> str");
   m.def(("cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, " + saved_tail).c_str());
   m.def(("cross_entropy_target_backward(Tensor grad_output, Tensor logits, Tensor target, " + saved_tail).c_str());
 }
@@ -263,6 +282,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
 #define FASTLOSS_REGISTER(device)                                         \
   STABLE_TORCH_LIBRARY_IMPL(fastloss, device, m) {                        \
     m.impl("cross_entropy_forward", TORCH_BOX(&forward));                 \
+    m.impl("cross_entropy_regime", TORCH_BOX(&regime));                   \
     m.impl("cross_entropy_forward_stats", TORCH_BOX(&forward_stats));     \
     m.impl("cross_entropy_forward_inplace", TORCH_BOX(&forward_inplace)); \
     m.impl("cross_entropy_backward", TORCH_BOX(&backward));               \

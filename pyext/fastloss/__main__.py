@@ -14,7 +14,7 @@ def info() -> int:
         from ._build_info import BUILD_INFO as build
     except ImportError:
         build = {}
-    isa = _library._C.current_isa()
+    isa = _library.ops.current_isa()
     print(f"fastloss {__version__}, commit {build.get('commit') or 'unknown'}")
     print(
         f"  supports   Python >= {MIN_PYTHON}, torch >= {MIN_TORCH}; this is Python {sys.version.split()[0]}, torch "
@@ -22,7 +22,7 @@ def info() -> int:
     )
     print(f"  built with torch {build.get('torch')}, {build.get('compiler')}, nvcc {build.get('nvcc') or '-'}")
     print(
-        f"  CPU        {isa} in use (best here: {_library._C.best_isa()}; in this build: "
+        f"  CPU        {isa} in use (best here: {_library.ops.best_isa()}; in this build: "
         f"{', '.join(build.get('instruction_sets', []))}), {torch.get_num_threads()} threads"
     )
     if not _library.cuda_built():

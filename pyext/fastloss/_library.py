@@ -1,20 +1,30 @@
 """Loads the compiled operators. Everything that touches ``torch.ops.fastloss`` imports ``ops`` from here."""
 
+from pathlib import Path
+
 import torch
 
 from ._version import require_supported
 
 require_supported(torch.__version__)
 
+_PATH = Path(__file__).with_name("_C.abi3.so")
+
 try:
-    from . import _C
-except ImportError as error:
+    torch.ops.load_library(str(_PATH))
+except OSError as error:
     raise ImportError(
-        f"fastloss: its compiled part (fastloss._C) could not be loaded: {error}. In a source tree build it with "
+        f"fastloss: its compiled part {_PATH.name} could not be loaded: {error}. In a source tree build it with "
         "`make build`, or `pip install --no-build-isolation .`; from a wheel, reinstall it."
     ) from error
 
 ops = torch.ops.fastloss
+
+
+def set_isa(name: str) -> None:
+    """Use the CPU kernels for ``'portable'``, ``'avx2'`` or ``'avx512'`` from now on. ValueError if it is not to be had."""
+    if not ops.set_isa(name):
+        raise ValueError(f"instruction set {name!r} is unknown, not in this build or not on this machine")
 
 
 def cuda_built() -> bool:
@@ -37,4 +47,4 @@ def loop_vmap(op, outputs: int):
     return rule
 
 
-__all__ = ["_C", "cuda_built", "loop_vmap", "ops"]
+__all__ = ["cuda_built", "loop_vmap", "ops", "set_isa"]

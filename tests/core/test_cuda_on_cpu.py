@@ -1,0 +1,510 @@
+"""The CUDA kernels' own source, run on the CPU by the emulator of tests/emulate, against float64 numpy.
+
+Each case runs under several schedules and has to give the same bits under each. Arrays lie between guards of nan, so
+that what is read outside them shows in the results and what is written outside them is seen; with FASTLOSS_EXACT they
+are memory blocks of their own instead, for AddressSanitizer. FASTLOSS_SHORT is the part that sanitizers and mutants run.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from numpy_reference import DTYPES, close, exact, problem, reference, stored
+
+emulated = pytest.importorskip(
+    "fastloss_emulated_numpy", reason="the emulated CUDA kernels are not on PYTHONPATH: run `make test`"
+)
+
+SHORT = bool(os.environ.get("FASTLOSS_SHORT"))
+GUARD = 0 if os.environ.get("FASTLOSS_EXACT") else 64  # elements
+SEEDS = (0,) if SHORT else (0, 1, 2)
+ITEM_SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+EVERYTHING = {
+    "weight": True,
+    "sample_weight": True,
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "softcap": 3.0,
+    "logit_scale": 0.7,
+}
+# What the kernels that are not general take.
+COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01}
+
+
+class Memory:
+    """An array of `shape` in memory of its own, `offset` elements past a 16-byte boundary; all of it reads as nan."""
+
+    def __init__(self, shape, dtype, offset=0):
+        dtype = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+        count = int(np.prod(shape))
+        self.buffer = np.full((GUARD + offset + count + GUARD) * dtype.itemsize, 0xFF, np.uint8).view(dtype)
+        self.array = self.buffer[GUARD + offset : GUARD + offset + count].reshape(shape)
+
+    def written(self):
+        """What has been written to the array; nothing may have been written around it."""
+        values = self.array.copy()
+        self.array.view(np.uint8 if self.array.flags.c_contiguous else self.array.dtype)[...] = 0xFF
+        if not self.array.flags.c_contiguous:
+            self.array[...] = np.full(1, 0xFF, np.uint8).repeat(values.itemsize).view(values.dtype)
+        assert (self.buffer.view(np.uint8) == 0xFF).all(), "written outside of the array"
+        return values
+
+
+def lay_out(shape, dtype, layout):
+    """Memory for [outer, classes(, inner)] in one of several layouts."""
+    outer, classes, *inner = shape
+    if layout == "contiguous":
+        return Memory(shape, dtype)
+    if layout == "off by one":
+        return Memory(shape, dtype, offset=1)
+    if layout == "rows apart":
+        memory = Memory((outer, classes + 3), dtype)
+        memory.array = memory.array[:, :classes]
+    elif layout == "transposed":
+        memory = Memory((classes, outer), dtype)
+        memory.array = memory.array.T
+    elif layout == "classes apart":
+        memory = Memory((outer, 2 * classes, *inner), dtype, offset=1)
+        memory.array = memory.array[:, ::2]
+    elif layout == "classes last":
+        memory = Memory((outer, *inner, classes), dtype)
+        memory.array = memory.array.transpose(0, 2, 1)
+    elif layout == "classes last, apart":
+        memory = Memory((outer, inner[0] + 1, classes), dtype)
+        memory.array = memory.array[:, :-1].transpose(0, 2, 1)
+    return memory
+
+
+def guarded(values, dtype=None):
+    """The same values between guards."""
+    values = np.asarray(values)
+    memory = Memory(values.shape, dtype or values.dtype)
+    memory.array[...] = values
+    return memory.array
+
+
+def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None, stats=False):
+    """Forward, forward with gradient, backward, each also in place where that can be; all against the reference.
+
+    Returns the results as bytes and the kernel that took the forward with gradient. soft: dtype of the probabilities.
+    """
+    logits, target, options, x, t = problem(shape, dtype, features, soft=soft is not None)
+    if soft is not None:
+        target = stored(t.reshape(shape), soft)
+        t = exact(target).reshape(t.shape)
+        p = lay_out(shape, soft, layout)
+        p.array[...] = target
+        target = p.array
+    else:
+        target = guarded(target)
+    for name in ("weight", "sample_weight"):
+        if name in options:
+            options[name] = guarded(options[name])
+    memory = lay_out(shape, dtype, layout)
+    memory.array[...] = logits
+    logits = memory.array
+    rows = x.shape[0] * x.shape[2]
+    per_row = options.get("reduction") == "none"
+    loss_dtype = "float64" if dtype == "float64" else "float32"
+    accum = loss_dtype
+    common = {"soft": soft is not None, "loss_dtype": loss_dtype, **options}
+    results = []
+
+    def outputs(grad):
+        out = {
+            "loss": Memory((rows,) if per_row else (), loss_dtype),
+            "lse": Memory((rows,), accum),
+            "saved": Memory(((3 if soft else 2) * rows + 2,), accum),
+        }
+        if stats:
+            out |= {"argmax": Memory((rows,), "int64"), "accuracy": Memory((), "float32")}
+        if grad:
+            out["grad"] = lay_out(shape, dtype, grad_layout or layout)
+        return out
+
+    def forward(out):
+        emulated.cross_entropy_forward(logits, target, **common, **{name: m.array for name, m in out.items()})
+        got = {name: m.written() for name, m in out.items()}
+        results.extend(v.tobytes() for v in got.values())
+        return got
+
+    want_loss, want_grad, _ = reference(x, t, **options)
+    got = forward(outputs(grad=False))
+    close(got["loss"], want_loss, loss_dtype)
+    if not per_row:
+        with_grad = forward(outputs(grad=True))
+        close(with_grad["loss"], want_loss, loss_dtype)
+        close(with_grad["grad"], want_grad, dtype)
+    kernel = emulated.regime()
+    z = x * options.get("logit_scale", 1)
+    if cap := options.get("softcap"):
+        z = cap * np.tanh(z / cap)
+    z = z.transpose(0, 2, 1).reshape(rows, -1)
+    close(got["lse"], np.logaddexp.reduce(z, 1), accum)
+    if stats:
+        best = exact(logits).reshape(x.shape).argmax(1).reshape(-1)
+        assert (got["argmax"] == best).all()
+        labels = t.argmax(1).reshape(-1) if soft else t
+        counted = labels != -100
+        assert got["accuracy"] == np.float32((best == labels)[counted].mean())
+
+    saved = guarded(got["saved"])
+    grad_output = guarded((np.linspace(-1, 3, rows) if per_row else np.array(1.5)).astype(loss_dtype))
+    _, want_grad, want_by_target = reference(x, t, **options, grad_output=grad_output)
+
+    def backward(grad):
+        grad_target = lay_out(shape, soft, layout) if soft else None
+        emulated.cross_entropy_backward(
+            logits, target, saved, grad_output, **common, grad=grad, grad_target=grad_target and grad_target.array
+        )
+        if soft:
+            by_target = grad_target.written()
+            close(by_target, want_by_target, soft)
+            results.append(by_target.tobytes())
+
+    grad = lay_out(shape, dtype, grad_layout or layout)
+    backward(grad.array)
+    grad = grad.written()
+    close(grad, want_grad, dtype)
+    results.append(grad.tobytes())
+
+    if grad_layout is None:  # the gradient takes the logits' memory
+        before = logits.copy()
+        backward(logits)
+        assert logits.tobytes() == grad.tobytes()
+        if not per_row:
+            logits[...] = before
+            emulated.cross_entropy_forward(logits, target, **common, grad=logits, loss=True)
+            assert logits.tobytes() == with_grad["grad"].tobytes()
+        logits[...] = before
+        memory.written()
+    return results, kernel
+
+
+def run_schedules(sm, *args, **kwargs):
+    """The same bits whatever the schedule; returns the kernel."""
+    emulated.set_device(sm)
+    runs = []
+    for seed in SEEDS:
+        emulated.set_seed(seed)
+        results, kernel = run(*args, **kwargs)
+        runs.append(results)
+    assert all(r == runs[0] for r in runs)
+    return kernel
+
+
+# ---- rows: sizes in 16-byte vectors, where the policy changes from one kernel to another. Extra elements make the
+# number of classes odd. Few rows, but in places more than there are blocks, so that blocks take several.
+ROWS = [
+    # kernel, sm, rows, vectors, extra elements, layout, features, in the short form
+    ("warp rows", 80, 70, 0, 1, "contiguous", COMMON, True),
+    ("warp rows", 80, 4200, 1, 0, "contiguous", {}, False),
+    ("warp rows", 80, 33, 3, 1, "off by one", COMMON, True),
+    ("warp rows", 80, 9, 30, 0, "contiguous", {"reduction": "sum"}, True),
+    ("warp rows", 80, 150, 32, 1, "rows apart", COMMON, False),
+    ("warp rows", 80, 5, 129, 0, "contiguous", {"reduction": "none", "weight": True}, False),
+    ("warp rows", 80, 5, 250, 1, "contiguous", COMMON, True),
+    ("block rows", 80, 3, 256, 1, "off by one", COMMON, True),
+    ("block rows", 80, 40, 260, 0, "contiguous", {}, False),
+    ("block rows", 80, 3, 1100, 3, "rows apart", COMMON, False),
+    ("block rows", 80, 2, 2100, 1, "contiguous", {"reduction": "none"}, False),
+    ("streaming rows", 80, 2, 4097, 1, "off by one", COMMON, True),
+    ("streaming rows", 80, 34, 4100, 0, "contiguous", {}, False),
+    ("cluster rows", 90, 3, 4097, 1, "off by one", COMMON, True),
+    ("cluster rows", 90, 2, 9000, 0, "contiguous", {}, False),
+    ("cluster rows", 120, 1, 20000, 1, "rows apart", {"reduction": "sum"}, False),
+    ("cluster rows", 90, 2, 40000, 3, "contiguous", COMMON, False),
+    ("streaming rows", 120, 1, 33000, 1, "contiguous", COMMON, False),
+    ("warp rows, general", 80, 70, 0, 1, "contiguous", EVERYTHING, True),
+    ("warp rows, general", 80, 33, 3, 1, "off by one", EVERYTHING, False),
+    ("warp rows, general", 80, 6, 100, 1, "rows apart", {"label_smoothing": 0.1, "weight": True}, False),
+    ("block rows, general", 80, 3, 129, 1, "off by one", EVERYTHING, True),
+    ("block rows, general", 80, 40, 130, 0, "contiguous", {"softcap": 3.0}, False),
+    ("streaming rows, general", 80, 2, 1030, 1, "off by one", EVERYTHING, True),
+    ("cluster rows, general", 90, 3, 1025, 1, "off by one", EVERYTHING, True),
+    ("cluster rows, general", 90, 2, 9000, 1, "contiguous", {"label_smoothing": 0.2, "reduction": "sum"}, False),
+    ("streaming rows, general", 120, 2, 8200, 1, "contiguous", EVERYTHING, False),
+]
+
+
+def row_cases():
+    for case in ROWS:
+        kernel, sm, rows, vectors, extra, layout, _, short = case
+        for dtype in DTYPES:
+            general = "general" in kernel
+            if (SHORT and not short) or (dtype == "float64" and not general):
+                continue  # float64 has the general kernels only
+            if SHORT and dtype in ("float16", "float64"):
+                continue
+            yield pytest.param(*case[:-1], dtype, id=f"{kernel}, sm_{sm}, {rows}x{vectors}+{extra}, {layout}, {dtype}")
+
+
+@pytest.mark.parametrize("kernel, sm, rows, vectors, extra, layout, features, dtype", row_cases())
+def test_rows(kernel, sm, rows, vectors, extra, layout, features, dtype):
+    classes = vectors * 16 // ITEM_SIZE[dtype] + extra
+    assert run_schedules(sm, (rows, classes), dtype, features, layout) == kernel
+
+
+# ---- planes: classes not adjacent
+PLANES = [
+    # kernel, shape, layout, features, in the short form
+    ("planes, 16 bytes", (2, 21, 64), "contiguous", COMMON, True),
+    ("planes, 16 bytes", (1, 5, 520), "contiguous", {"reduction": "sum"}, False),
+    ("planes, 16 bytes", (70, 3, 32), "contiguous", {}, False),
+    ("planes, 16 bytes", (2, 175, 32), "contiguous", COMMON, True),
+    ("planes, any strides", (2, 21, 33), "contiguous", COMMON, True),
+    ("planes, any strides", (50, 7), "transposed", {"reduction": "none"}, False),
+    ("planes, any strides", (3, 12, 64), "classes apart", {}, False),
+    ("planes, any strides", (1, 301, 9), "off by one", COMMON, True),
+    ("planes, 16 bytes, general", (2, 21, 64), "contiguous", EVERYTHING, True),
+    ("planes, 16 bytes, general", (1, 90, 32), "contiguous", {"label_smoothing": 0.1}, False),
+    ("planes, any strides, general", (2, 21, 33), "contiguous", EVERYTHING, True),
+    ("planes, any strides, general", (70, 95, 3), "contiguous", EVERYTHING, False),
+    ("warp rows", (3, 19, 10), "classes last", COMMON, False),
+    ("warp rows, general", (3, 19, 10), "classes last, apart", {}, True),
+    ("block rows, general", (2, 2100, 3), "classes last, apart", {"weight": True}, False),
+]
+
+
+def plane_cases():
+    for case in PLANES:
+        kernel, shape, layout, _, short = case
+        for dtype in DTYPES:
+            if (SHORT and (not short or dtype in ("float16", "float64"))) or (
+                dtype == "float64" and "general" not in kernel
+            ):
+                continue
+            yield pytest.param(*case[:-1], dtype, id=f"{kernel}, {shape}, {layout}, {dtype}")
+
+
+@pytest.mark.parametrize("kernel, shape, layout, features, dtype", plane_cases())
+def test_planes(kernel, shape, layout, features, dtype):
+    assert run_schedules(80, shape, dtype, features, layout) == kernel
+
+
+# ---- what the general kernels do besides
+GENERAL_SHAPES = [(9, 40), (3, 2050), (2, 21, 33), (2, 13, 64)]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16") if SHORT else DTYPES)
+@pytest.mark.parametrize("shape", GENERAL_SHAPES[1:3] if SHORT else GENERAL_SHAPES, ids=str)
+def test_probability_targets(shape, dtype):
+    for soft in DTYPES[:1] if SHORT else DTYPES:
+        run_schedules(90, shape, dtype, EVERYTHING, soft=soft, stats=True)
+    run_schedules(90, shape, dtype, {"reduction": "none"}, soft=dtype)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16") if SHORT else DTYPES)
+@pytest.mark.parametrize("sm, shape", [(80, s) for s in GENERAL_SHAPES] + [(80, (2, 9001)), (90, (3, 9001))], ids=str)
+def test_statistics(sm, shape, dtype):
+    run_schedules(sm, shape, dtype, {}, stats=True)
+
+
+@pytest.mark.parametrize("dtype", ("float32",) if SHORT else ("float32", "bfloat16"))
+def test_gradient_laid_out_differently(dtype):
+    for shape, layout, grad_layout in (
+        ((5, 40), "contiguous", "off by one"),
+        ((3, 2051), "off by one", "contiguous"),
+        ((2, 9, 32), "contiguous", "classes last"),
+        ((2, 9, 32), "classes last", "contiguous"),
+    ):
+        run_schedules(80, shape, dtype, COMMON, layout, grad_layout=grad_layout)
+
+
+@pytest.mark.parametrize("index_dtype", ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"))
+def test_target_dtypes(index_dtype):
+    logits, target, _, x, _ = problem((40, 33), "float32", {})
+    target = np.abs(target % 33).astype(index_dtype)
+    got = emulated.cross_entropy_forward(logits, guarded(target), grad=True)
+    want_loss, want_grad, _ = reference(x, target.astype("int64"))
+    close(got["loss"], want_loss, "float32")
+    close(got["grad"], want_grad, "float32")
+
+
+BAD_SHAPES = [(80, (40, 33)), (80, (9, 5000)), (90, (3, 17001)), (80, (4, 21, 10)), (80, (2, 21, 32))]
+
+
+@pytest.mark.parametrize("value", (33333, -1, -(2**63), 2**63 - 1))
+@pytest.mark.parametrize("sm, shape", BAD_SHAPES, ids=str)
+def test_bad_target(sm, shape, value):
+    """The row has loss nan and gradient 0, the others are as ever; the record names it; nothing is out of bounds."""
+    emulated.set_device(sm)
+    logits, target, *_ = problem(shape, "float32", {})
+    bad = len(target) // 2
+    target[bad] = 0
+    good = emulated.cross_entropy_forward(guarded(logits), guarded(target), loss=True, reduction="none", saved=True)
+    grad = emulated.cross_entropy_forward(guarded(logits), guarded(target), grad=True, reduction="sum")["grad"]
+    assert emulated.take_bad_target() is None
+    target[bad] = value
+    weight = guarded(np.ones(shape[1], "float32"))
+    got = emulated.cross_entropy_forward(guarded(logits), guarded(target), reduction="none", saved=True, weight=weight)
+    assert emulated.take_bad_target() == (bad, value)
+    assert emulated.take_bad_target() is None
+    assert np.isnan(got["loss"][bad])
+    others = np.arange(len(target)) != bad
+    np.testing.assert_allclose(got["loss"][others], good["loss"][others], rtol=1e-6)
+
+    def zero_at_bad_row(got_grad):
+        rows = np.moveaxis(got_grad, 1, -1).reshape(-1, shape[1])
+        assert (rows[bad] == 0).all()
+        want = np.moveaxis(grad, 1, -1).reshape(-1, shape[1])
+        np.testing.assert_allclose(rows[others], want[others], rtol=1e-5, atol=1e-7)
+
+    summed = emulated.cross_entropy_forward(guarded(logits), guarded(target), grad=True, reduction="sum")
+    assert np.isnan(summed["loss"])
+    zero_at_bad_row(summed["grad"])
+    one = np.ones((), "float32")
+    back = emulated.cross_entropy_backward(guarded(logits), guarded(target), got["saved"], one, reduction="sum")
+    zero_at_bad_row(back["grad"])
+    emulated.take_bad_target()
+
+
+@pytest.mark.parametrize("shape", ((6, 50), (3, 4, 7)), ids=str)
+def test_all_ignored(shape):
+    logits, target, *_ = problem(shape, "float32", {})
+    target[:] = -100
+    for zero in (False, True):
+        got = emulated.cross_entropy_forward(logits, target, grad=True, all_ignored_zero=zero)
+        assert got["loss"] == 0 if zero else np.isnan(got["loss"])
+        assert (got["grad"] == 0).all()
+
+
+@pytest.mark.parametrize("shape", ((0, 5), (2, 4, 0)), ids=str)
+def test_no_rows(shape):
+    logits, target = np.zeros(shape, "float32"), np.zeros(0, "int64")
+    got = emulated.cross_entropy_forward(logits, target, grad=True, saved=True)
+    assert np.isnan(got["loss"]) and got["grad"].shape == shape
+    assert emulated.cross_entropy_forward(logits, target, reduction="sum")["loss"] == 0
+
+
+# ---- the other operations
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+def test_nll_loss(dtype, reduction):
+    for shape, layout in (((700, 5), "contiguous"), ((6, 5), "rows apart"), ((3, 4, 7), "classes apart")):
+        x, target, options, exact_x, _ = problem(shape, dtype, {"weight": True})
+        memory = lay_out(shape, dtype, layout)
+        memory.array[...] = x
+        rows = exact_x.transpose(0, 2, 1).reshape(-1, shape[1])
+        counted = target != -100
+        w = np.where(counted, options["weight"].astype(float)[target % shape[1]], 0)
+        picked = np.take_along_axis(rows, target[:, None] % shape[1], 1)[:, 0]
+        want = {"none": -w * picked, "sum": -(w * picked).sum(), "mean": -(w * picked).sum() / w.sum()}[reduction]
+        grad_output = stored(np.linspace(1, 2, len(rows)) if reduction == "none" else np.array(3.0), dtype)
+        by_row = -w * exact(grad_output) / (w.sum() if reduction == "mean" else 1)
+        want_grad = np.where(counted[:, None], np.eye(shape[1])[target % shape[1]], 0) * by_row[:, None]
+        outer, classes, inner = exact_x.shape
+        want_grad = want_grad.reshape(outer, inner, classes).transpose(0, 2, 1)
+        bits = []
+        for seed in SEEDS:
+            emulated.set_seed(seed)
+            got = emulated.nll_loss_forward(memory.array, guarded(target), reduction=reduction, **options)
+            close(got["loss"], want, dtype)
+            grad = lay_out(shape, dtype, layout)
+            emulated.nll_loss_backward(
+                memory.array, guarded(target), got["total_weight"], grad_output, reduction=reduction, grad=grad.array,
+                **options,
+            )  # fmt: skip
+            grad = grad.written()
+            close(grad, want_grad, dtype)
+            bits.append(got["loss"].tobytes() + grad.tobytes())
+        assert len(set(bits)) == 1
+
+
+def test_nll_loss_bad_target():
+    x, target, *_ = problem((6, 5), "float32", {})
+    target[3] = 5
+    assert np.isnan(emulated.nll_loss_forward(guarded(x), guarded(target))["loss"])
+    assert emulated.take_bad_target() == (3, 5)
+    one = np.ones(1, "float32")
+    back = emulated.nll_loss_backward(guarded(x), guarded(target), one, one[0], reduction="sum")
+    assert (back["grad"][3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_grad(dtype):
+    scale = guarded(np.array(12.0))
+    for count, offset in ((1003, 0), (1003, 1), (20000, 0), (300000, 0)) if not SHORT else ((1003, 0), (1003, 1)):
+        memory = Memory(count, dtype, offset)
+        memory.array[...] = stored(np.random.default_rng(0).normal(size=count), dtype)
+        out = Memory(count, dtype, offset)
+        emulated.scale_grad(memory.array, scale, out=out.array)
+        close(out.written(), exact(memory.array) * 12, dtype)
+        before = memory.array.copy()
+        emulated.scale_grad(memory.array, guarded(np.array(1.0)), out=memory.array)
+        assert memory.written().tobytes() == before.tobytes()
+
+
+# ---- the launch policy, a pure function
+def covered_once(c, rows, classes, inner, element_bytes, row_offset):
+    """A row's elements by who handles them: edges by one thread each, vectors by (part, thread, place)."""
+    lanes16 = 16 // element_bytes
+    head = min(-row_offset % 16 // element_bytes, classes)
+    body = (classes - head) // lanes16
+    edges = classes - body * lanes16
+    width = c["lanes"] if c["regime"] == "warp_rows" else c["threads"]
+    # Parts split the body into slices without a gap, threads with their vectors hold a slice.
+    return edges <= width and c["parts"] * c["slice"] >= body and (
+        c["regime"] == "streaming_rows" or width * c["vectors"] >= min(c["slice"], body)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("max_cluster, multiprocessors", ((1, 1), (1, 80), (8, 170), (16, 132)))
+@pytest.mark.parametrize("element_bytes", (2, 4, 8))
+def test_launch_policy(element_bytes, max_cluster, multiprocessors):
+    sizes = sorted({max(1, n + d) for n in (1, 8, 31, 128, 1000, 4096, 16384, 32768, 131072, 2**19, 2**20, 2**24, 2**31)
+                    for d in (-1, 0, 1, 3)})  # fmt: skip
+    seen = set()
+    for classes in sizes:
+        for rows in (1, 7, 4096, 2**31 + 5):
+            for general in (False, True):
+                for pass_ in ("forward", "forward_grad", "backward"):
+                    for in_place in (False, True):
+                        for offset in (0, element_bytes):
+                            strides = (classes, 1, 0)
+                            c = emulated.rowwise_config(
+                                rows, classes, element_bytes=element_bytes, logits=strides,
+                                grad=None if pass_ == "forward" else strides, logits_offset=offset, grad_offset=offset,
+                                in_place=in_place, general=general, pass_=pass_, multiprocessors=multiprocessors,
+                                max_cluster=max_cluster,
+                            )  # fmt: skip
+                            seen.add(c["regime"])
+                            assert 32 <= c["threads"] <= 256 and c["threads"] % 32 == 0
+                            assert 0 < c["grid"] < 2**31 and c["grid"] % c["parts"] == 0
+                            assert c["parts"] <= max_cluster or not c["cluster"]
+                            assert c["parts"] & (c["parts"] - 1) == 0 or not c["cluster"]
+                            # Blocks of a row that wait for each other are a cluster.
+                            together = pass_ != "backward" or in_place
+                            assert c["cluster"] or c["parts"] == 1 or not together
+                            assert c["general"] >= general
+                            if c["regime"] == "warp_rows":
+                                assert c["lanes"] in (1, 2, 4, 8, 16, 32)
+                            for row in (0, 1, 2, 3):
+                                start = offset + row * classes * element_bytes
+                                assert covered_once(c, rows, classes, 1, element_bytes, start), (classes, c)
+    assert seen == {"warp_rows", "block_rows", "streaming_rows"}
+
+
+@pytest.mark.parametrize("element_bytes", (2, 4, 8))
+def test_launch_policy_of_planes(element_bytes):
+    lanes16 = 16 // element_bytes
+    wide_seen = set()
+    for outer in (1, 3, 100000):
+        for classes in (2, 10, 11, 80, 150, 160, 161, 1000, 2**24):
+            for inner in (2, 31, 32, 64, 512 * 512, 2**31):
+                for offset in (0, element_bytes):
+                    for general in (False, True):
+                        strides = (classes * inner, inner, 1)
+                        c = emulated.rowwise_config(
+                            outer, classes, inner, element_bytes=element_bytes, logits=strides, logits_offset=offset,
+                            general=general, pass_="forward", multiprocessors=132, max_cluster=16,
+                        )  # fmt: skip
+                        assert c["regime"] == "plane" and c["threads"] == 32 * c["groups"]
+                        assert 1 <= c["groups"] <= (8 if general else 16)
+                        wide_seen.add(c["wide"])
+                        # 16 bytes per lane: every row of the plane starts on the grid and ends on it.
+                        assert not c["wide"] or (offset == 0 and inner % lanes16 == 0)
+                        tiles = outer * -(-inner // (32 * (lanes16 if c["wide"] else 1)))
+                        assert 0 < c["grid"] <= min(tiles, 2**31 - 1)
+                        assert c["groups"] * 10 >= classes or c["groups"] == 8  # resident, or read again
+    assert wide_seen == {False, True}

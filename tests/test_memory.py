@@ -1,0 +1,227 @@
+"""Bytes that a call allocates: no copy of the logits, and one gradient."""
+
+import contextlib
+import gc
+import weakref
+
+import fastloss
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = ((512, 1000), (2, 21, 128, 96), (20_000, 10))
+PER_ROW = 64  # bytes: statistics and losses, generously
+SMALL = 1 << 16
+
+
+class Memory:
+    """Bytes of tensors: the highest sum of what was alive at once, and what stayed."""
+
+    peak = 0
+    left = 0
+
+
+@contextlib.contextmanager
+def measured(device):
+    """The memory that tensors took inside, relative to before."""
+    memory = Memory()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield memory
+        memory.peak = torch.cuda.max_memory_allocated() - before
+        memory.left = torch.cuda.memory_allocated() - before
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        yield memory
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            memory.left += event.nbytes()
+            memory.peak = max(memory.peak, memory.left)
+
+
+def problem(shape, device, dtype=torch.float32, requires_grad=True):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_(requires_grad)
+    t = torch.randint(shape[1], (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1)).to(device)
+    return x, t
+
+
+OPTIONS = {
+    "plain": {},
+    "per row": {"reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1, "reduction": "sum"},
+    "statistics": {"return_stats": True},
+    "beyond torch": {"z_loss": 0.1, "softcap": 30.0, "logit_scale": 0.5},
+}
+
+
+def call(x, t, **options):
+    result = fastloss.cross_entropy(x, t, **options)
+    return result[0] if options.get("return_stats") else result
+
+
+@pytest.fixture(autouse=True)
+def warm(device):
+    """What the first call allocates once and for all is not counted."""
+    x, t = problem((4, 5), device)
+    call(x, t).backward()
+    with measured(device):
+        torch.ones(3, device=device).sum()
+
+
+def test_the_measurement_sees_tensors(device):
+    with measured(device) as memory:
+        kept = torch.empty(1 << 20, device=device)
+        torch.empty(1 << 21, device=device)
+    assert memory.peak == 3 << 22 and memory.left == kept.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_without_gradient(shape, options, dtype, device):
+    for requires_grad in (False, True):
+        x, t = problem(shape, device, dtype, requires_grad)
+        with measured(device) as memory, torch.no_grad():
+            result = fastloss.cross_entropy(x, t, **options)
+        assert memory.peak <= PER_ROW * t.numel() + SMALL < x.nbytes + SMALL
+        del result
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_of_probabilities_and_channels_last(shape, device):
+    x, t = problem(shape, device, requires_grad=False)
+    p = x.softmax(1)
+    calls = [lambda: fastloss.cross_entropy(x, p), lambda: fastloss.cross_entropy(x.transpose(0, 1), t.new_zeros(0))]
+    if len(shape) == 4:
+        y = x.contiguous(memory_format=torch.channels_last)
+        calls[1] = lambda: fastloss.cross_entropy(y, t, label_smoothing=0.1)
+    else:
+        z = x.t().contiguous().t()
+        calls[1] = lambda: fastloss.cross_entropy(z, t, label_smoothing=0.1)
+    for function in calls:
+        with measured(device) as memory:
+            function()
+        assert memory.peak <= PER_ROW * t.numel() + SMALL
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward_allocate_one_gradient(shape, options, dtype, device):
+    for extra in ({}, {"grad_in_forward": False}, {"grad_in_forward": True}):
+        x, t = problem(shape, device, dtype)
+        with measured(device) as memory:
+            loss = call(x, t, **options, **extra)
+            loss.sum().backward()
+            del loss
+        assert x.nbytes <= memory.left <= x.nbytes + SMALL
+        assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL
+
+
+def test_a_scaled_loss_needs_no_second_gradient(device):
+    x, t = problem((512, 1000), device)
+    with measured(device) as memory:
+        (fastloss.cross_entropy(x, t) * 65536).backward()
+    assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL
+
+
+def test_autocast_makes_no_float32_copy(device):
+    x, t = problem((512, 1000), device, torch.bfloat16)
+    with measured(device) as memory, torch.autocast(device, torch.bfloat16):
+        fastloss.cross_entropy(x, t).backward()
+    assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL
+
+
+def test_narrow_targets_are_not_widened(device):
+    x, t = problem((40, 5, 64, 64), device, requires_grad=False)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        narrow = t.to(dtype)
+        with measured(device) as memory:
+            fastloss.cross_entropy(x, narrow)
+        assert memory.peak <= SMALL
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_inplace_grad_allocates_no_gradient(shape, device):
+    x, t = problem(shape, device)
+    for scale in (1.0, 3.0):
+        y = x * 1.0
+        with measured(device) as memory:
+            loss = fastloss.cross_entropy(y, t, inplace_grad=True)
+            (grad,) = torch.autograd.grad(loss * scale, y)
+        assert memory.peak <= PER_ROW * t.numel() + SMALL
+        assert grad.data_ptr() == y.data_ptr()
+        del loss, grad
+
+
+def test_inplace_grad_in_a_model(device):
+    """Through the layer before: no buffer of the logits' size beside the logits."""
+    features = torch.randn(512, 8, device=device, requires_grad=True)
+    classifier = torch.randn(8, 4000, device=device)
+    t = torch.randint(4000, (512,), device=device)
+
+    def step(**options):
+        with measured(device) as memory:
+            fastloss.cross_entropy(features @ classifier, t, **options).backward()
+        return memory.peak
+
+    size = 512 * 4000 * 4
+    assert size <= step(inplace_grad=True) <= 1.2 * size
+    assert 2 * size <= step() <= 2.2 * size
+
+
+def test_nothing_outlives_the_graph(device):
+    """No reference cycle: the gradient and the logits go when the loss goes, without a garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        for options in OPTIONS.values():
+            x, t = problem((512, 1000), device)
+            with measured(device) as memory:
+                y = x * 1.0
+                reference = weakref.ref(y)
+                loss = call(y, t, **options)
+                del y, loss
+            assert reference() is None and memory.left <= SMALL
+    finally:
+        gc.enable()
+
+
+def test_backward_frees_what_forward_saved(device):
+    """After backward the loss, kept for a log, holds neither logits nor gradient."""
+    for options in ({}, {"grad_in_forward": False}, {"reduction": "none"}, {"return_stats": True}):
+        x, t = problem((512, 1000), device)
+        with measured(device) as memory:
+            y = x * 1.0
+            loss = call(y, t, **options)
+            torch.autograd.grad(loss.sum(), x)
+            del y
+        assert memory.left <= PER_ROW * t.numel() + SMALL
+        assert loss.numel()
+
+
+def test_checkpointing_frees_the_logits(device):
+    """Inside a checkpoint nothing of the logits' size may stay between forward and backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    features = torch.randn(512, 8, device=device, requires_grad=True)
+    classifier = torch.randn(8, 4000, device=device)
+    t = torch.randint(4000, (512,), device=device)
+    with measured(device) as memory:
+        loss = checkpoint(lambda f: fastloss.cross_entropy(f @ classifier, t), features, use_reentrant=False)
+    assert memory.left <= PER_ROW * 512 + SMALL
+    loss.backward()
+
+
+def test_nll_loss(device):
+    x, t = problem((512, 1000), device)
+    with measured(device) as memory, torch.no_grad():
+        fastloss.nll_loss(x, t)
+    assert memory.peak <= SMALL
+    with measured(device) as memory:
+        fastloss.nll_loss(x, t).backward()
+    assert x.nbytes <= memory.peak <= x.nbytes + SMALL
