@@ -121,8 +121,8 @@ def torch_command() -> type:
 
         def write_build_info(self, package: Path):
             lines = [f"    {name!r}: {value!r},\n" for name, value in self.build_info.items()]
-            text = '"""What this build of fastloss contains. Written by setup.py."""\n\n'
-            text += "BUILD_INFO: dict = {\n" + "".join(lines) + "}\n"
+            text = '"""What this build of fastloss contains. Written by setup.py."""\n\nfrom typing import Any\n\n'
+            text += "BUILD_INFO: dict[str, Any] = {\n" + "".join(lines) + "}\n"
             package.mkdir(parents=True, exist_ok=True)
             (package / "_build_info.py").write_text(text)
 

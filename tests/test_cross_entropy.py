@@ -353,6 +353,17 @@ def test_stats(shape, dtype, device):
             assert not any(s.requires_grad for s in stats)
 
 
+def test_lse_of_infinite_logits_is_torchs(device):
+    inf = torch.inf
+    x = torch.tensor(
+        [[0.0, inf, 1.0], [inf, inf, 0.0], [-inf, -inf, -inf], [-inf, 1.0, -inf], [inf, -inf, 0.0]], device=device
+    )
+    t = torch.zeros(5, dtype=torch.long, device=device)
+    for view in (x, x.t().contiguous().t(), x.repeat(1, 400)):
+        _, stats = fastloss.cross_entropy(view, t, return_stats=True)
+        torch.testing.assert_close(stats.lse, torch.logsumexp(view, 1))
+
+
 def test_stats_of_probabilities_and_class_dim(device):
     x, p = normal(6, 4, 9, device=device), normal(6, 4, 9, device=device, seed=5).softmax(1)
     for class_dim in (1, -1):

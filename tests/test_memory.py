@@ -1,7 +1,11 @@
 """Bytes that a call allocates: no copy of the logits, and one gradient."""
 
 import contextlib
+import copy
 import gc
+import pickle
+import subprocess
+import sys
 import weakref
 
 import fastloss
@@ -10,9 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHAPES = ((512, 1000), (2, 21, 128, 96), (20_000, 10))
-PER_ROW = 64  # bytes: statistics and losses, generously
-SMALL = 1 << 16
+# Below 8 MB, from where on the CPU's buffers do not come from torch's allocator.
+SHAPES = ((512, 1000), (2, 150, 48, 48), (8000, 128))
+PER_ROW = 64  # bytes: a loss, lse, arg-max, what backward needs; a copy of the logits would take 256 and more
+SMALL = 1 << 12
 
 
 class Memory:
@@ -58,6 +63,12 @@ OPTIONS = {
 }
 
 
+CASES = [
+    *(pytest.param(shape, torch.float32, id=str(shape)) for shape in SHAPES),
+    *(pytest.param(SHAPES[0], dtype, id=name) for name, dtype in DTYPES.items() if name != "float32"),
+]
+
+
 def call(x, t, **options):
     result = fastloss.cross_entropy(x, t, **options)
     return result[0] if options.get("return_stats") else result
@@ -79,15 +90,14 @@ def test_the_measurement_sees_tensors(device):
     assert memory.peak == 3 << 22 and memory.left == kept.nbytes
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_without_gradient(shape, options, dtype, device):
+def test_forward_without_gradient(shape, dtype, options, device):
     for requires_grad in (False, True):
         x, t = problem(shape, device, dtype, requires_grad)
         with measured(device) as memory, torch.no_grad():
             result = fastloss.cross_entropy(x, t, **options)
-        assert memory.peak <= PER_ROW * t.numel() + SMALL < x.nbytes + SMALL
+        assert memory.peak <= PER_ROW * t.numel() + SMALL
         del result
 
 
@@ -95,23 +105,16 @@ def test_forward_without_gradient(shape, options, dtype, device):
 def test_forward_of_probabilities_and_channels_last(shape, device):
     x, t = problem(shape, device, requires_grad=False)
     p = x.softmax(1)
-    calls = [lambda: fastloss.cross_entropy(x, p), lambda: fastloss.cross_entropy(x.transpose(0, 1), t.new_zeros(0))]
-    if len(shape) == 4:
-        y = x.contiguous(memory_format=torch.channels_last)
-        calls[1] = lambda: fastloss.cross_entropy(y, t, label_smoothing=0.1)
-    else:
-        z = x.t().contiguous().t()
-        calls[1] = lambda: fastloss.cross_entropy(z, t, label_smoothing=0.1)
-    for function in calls:
+    y = x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x.t().contiguous().t()
+    for function in (lambda: fastloss.cross_entropy(x, p), lambda: fastloss.cross_entropy(y, t, label_smoothing=0.1)):
         with measured(device) as memory:
             function()
         assert memory.peak <= PER_ROW * t.numel() + SMALL
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_backward_allocate_one_gradient(shape, options, dtype, device):
+def test_forward_and_backward_allocate_one_gradient(shape, dtype, options, device):
     for extra in ({}, {"grad_in_forward": False}, {"grad_in_forward": True}):
         x, t = problem(shape, device, dtype)
         with measured(device) as memory:
@@ -202,6 +205,60 @@ def test_backward_frees_what_forward_saved(device):
             del y
         assert memory.left <= PER_ROW * t.numel() + SMALL
         assert loss.numel()
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import resource, sys, torch, fastloss
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.set_num_threads(2)
+small = torch.randn(64, 1000, requires_grad=True)
+fastloss.cross_entropy(small, torch.zeros(64, dtype=torch.long)).backward()
+x, t = torch.rand(1024, 32000, requires_grad=True), torch.randint(32000, (1024,))
+before = peak()
+with torch.no_grad():
+    fastloss.cross_entropy(x, t)
+forward = peak()
+for _ in range(3):
+    x.grad = None
+    fastloss.cross_entropy(x, t).backward()
+print((forward - before) / x.nbytes, (peak() - before) / x.nbytes)
+"""
+
+
+def test_memory_of_the_whole_process(device):
+    """What no allocator of torch's sees, too: with a gradient of 131 MB, made three times, the process grows by one."""
+    if device != "cpu":
+        pytest.skip("measures the CPU's memory")
+    resource = pytest.importorskip("resource", reason="the operating system does not say")
+    assert resource
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True, check=True)
+    forward, both = map(float, done.stdout.split())
+    assert forward < 0.1
+    assert 0.9 < both < 1.15
+
+
+def test_large_gradients_are_ordinary_tensors():
+    """Memory that torch did not allocate must serve for all that torch does with it."""
+    x, t = problem((1100, 2000), "cpu")
+    assert x.nbytes > 1 << 23
+    fastloss.cross_entropy(x, t).backward()
+    want = x.grad.clone()
+    assert torch.equal(pickle.loads(pickle.dumps(x.grad)), want)
+    assert torch.equal(torch.from_numpy(x.grad.numpy()), want)
+    assert torch.equal(copy.deepcopy(x.grad), want)
+    grad = x.grad
+    x.grad = None
+    fastloss.cross_entropy(x, t).backward()  # new memory, not that which grad still has
+    assert grad.data_ptr() != x.grad.data_ptr() and torch.equal(grad, want) and torch.equal(x.grad, want)
+    view = x.grad[3:5].detach()  # a view keeps the memory
+    x.grad = None
+    fastloss.cross_entropy(x * 2, t).backward()
+    assert torch.equal(view, want[3:5])
+    x.grad.share_memory_()
+    assert x.grad.is_shared()
+    grad.resize_(2 * 1100, 2000)  # as torch's own gradients allow
+    assert torch.equal(grad[:1100], want)
 
 
 def test_checkpointing_frees_the_logits(device):

@@ -27,8 +27,8 @@ def info() -> int:
     )
     if not _library.cuda_built():
         print(
-            "  CUDA       not in this build: it was built without nvcc or with FASTLOSS_CUDA=0. Install the CUDA toolkit "
-            "and reinstall with FASTLOSS_CUDA=1."
+            "  CUDA       not in this build: it was built without nvcc or with FASTLOSS_CUDA=0. Install the CUDA "
+            "toolkit and reinstall with FASTLOSS_CUDA=1."
         )
     else:
         archs = build.get("cuda_archs", [])

@@ -1,6 +1,8 @@
 """Loads the compiled operators. Everything that touches ``torch.ops.fastloss`` imports ``ops`` from here."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ ops = torch.ops.fastloss
 
 
 def set_isa(name: str) -> None:
-    """Use the CPU kernels for ``'portable'``, ``'avx2'`` or ``'avx512'`` from now on. ValueError if it is not to be had."""
+    """Use the CPU kernels for ``'portable'``, ``'avx2'`` or ``'avx512'``. ValueError if that is not to be had here."""
     if not ops.set_isa(name):
         raise ValueError(f"instruction set {name!r} is unknown, not in this build or not on this machine")
 
@@ -32,10 +34,10 @@ def cuda_built() -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("fastloss::scale_grad", "CUDA"))
 
 
-def loop_vmap(op, outputs: int):
+def loop_vmap(op: Callable[..., Any], outputs: int) -> Callable[..., Any]:
     """A batching rule that calls ``op`` once per sample and stacks: torch.func.vmap over one of our operators."""
 
-    def rule(info, in_dims, *args):
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         samples = []
         for i in range(info.batch_size):
             sample = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]

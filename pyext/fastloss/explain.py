@@ -34,7 +34,7 @@ class Explanation:
 
 
 def explain(input: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any) -> Explanation:
-    """Say which device, kernel and instruction set ``fastloss.cross_entropy(input, target, ...)`` takes, running nothing.
+    """Say which device, kernel and instruction set a call of :func:`fastloss.cross_entropy` takes, without running it.
 
     Args:
         input, target, reduction, options: as for :func:`fastloss.cross_entropy`. Whether a gradient is made depends on

@@ -2,7 +2,7 @@
 
 Each case runs under several schedules and has to give the same bits under each. Arrays lie between guards of nan, so
 that what is read outside them shows in the results and what is written outside them is seen; with FASTLOSS_EXACT they
-are memory blocks of their own instead, for AddressSanitizer. FASTLOSS_SHORT is the part that sanitizers and mutants run.
+are memory blocks of their own, for AddressSanitizer. FASTLOSS_SHORT is the part that sanitizers and mutants run.
 """
 
 import os
@@ -43,9 +43,7 @@ class Memory:
     def written(self):
         """What has been written to the array; nothing may have been written around it."""
         values = self.array.copy()
-        self.array.view(np.uint8 if self.array.flags.c_contiguous else self.array.dtype)[...] = 0xFF
-        if not self.array.flags.c_contiguous:
-            self.array[...] = np.full(1, 0xFF, np.uint8).repeat(values.itemsize).view(values.dtype)
+        self.array[...] = np.full(values.itemsize, 0xFF, np.uint8).view(values.dtype)
         assert (self.buffer.view(np.uint8) == 0xFF).all(), "written outside of the array"
         return values
 
@@ -239,7 +237,7 @@ def row_cases():
             yield pytest.param(*case[:-1], dtype, id=f"{kernel}, sm_{sm}, {rows}x{vectors}+{extra}, {layout}, {dtype}")
 
 
-@pytest.mark.parametrize("kernel, sm, rows, vectors, extra, layout, features, dtype", row_cases())
+@pytest.mark.parametrize("kernel, sm, rows, vectors, extra, layout, features, dtype", list(row_cases()))
 def test_rows(kernel, sm, rows, vectors, extra, layout, features, dtype):
     classes = vectors * 16 // ITEM_SIZE[dtype] + extra
     assert run_schedules(sm, (rows, classes), dtype, features, layout) == kernel
@@ -277,7 +275,7 @@ def plane_cases():
             yield pytest.param(*case[:-1], dtype, id=f"{kernel}, {shape}, {layout}, {dtype}")
 
 
-@pytest.mark.parametrize("kernel, shape, layout, features, dtype", plane_cases())
+@pytest.mark.parametrize("kernel, shape, layout, features, dtype", list(plane_cases()))
 def test_planes(kernel, shape, layout, features, dtype):
     assert run_schedules(80, shape, dtype, features, layout) == kernel
 

@@ -111,7 +111,7 @@ def differentiated_again(*tensors: Tensor | None) -> bool:
 
 
 def attach(value: Tensor, formula: Tensor) -> Tensor:
-    """``value``, computed by a kernel, with the derivative of ``formula``, the same thing composed of torch operations."""
+    """``value``, made by a kernel, with the derivative of ``formula``, the same thing composed of torch operations."""
     return value + torch.nan_to_num(formula - formula.detach(), nan=0.0, posinf=0.0, neginf=0.0).to(value.dtype)
 
 

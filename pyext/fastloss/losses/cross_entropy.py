@@ -98,18 +98,18 @@ def _fake_stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward")
-def _(logits, target, weight, sample_weight, *options):
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
     return (_fake_loss(logits, _Options(*options)), *_fake_saved_grad(logits, target, _Options(*options)))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_stats")
-def _(logits, target, weight, sample_weight, *options):
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
     o = _Options(*options)
     return (_fake_loss(logits, o), *_fake_saved_grad(logits, target, o), *_fake_stats(logits))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_inplace")
-def _(logits, target, weight, sample_weight, *options):
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
     o = _Options(*options)
     if o.flags & STATS:
         return (_fake_loss(logits, o), *_fake_stats(logits))
@@ -117,12 +117,12 @@ def _(logits, target, weight, sample_weight, *options):
 
 
 @torch.library.register_fake("fastloss::cross_entropy_backward")
-def _(grad_output, logits, target, weight, sample_weight, saved, *options):
+def _(grad_output: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, saved: Any, *options: Any) -> Any:
     return torch.empty_like(logits)
 
 
 @torch.library.register_fake("fastloss::cross_entropy_target_backward")
-def _(grad_output, logits, target, weight, sample_weight, saved, *options):
+def _(grad_output: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, saved: Any, *options: Any) -> Any:
     return torch.empty_like(target)
 
 
@@ -245,10 +245,10 @@ def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: T
 
 
 class _Fused(Function):
-    """Gradient in forward. Holds it outside the saved tensors: the logits may then change after forward, as torch allows."""
+    """Gradient in forward, held outside the saved tensors: the logits may then change after forward, as in torch."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         o = options._replace(flags=options.flags | GRAD)
         loss, _, ctx.grad = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
         ctx.options = options
@@ -256,13 +256,13 @@ class _Fused(Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Any) -> Any:
         return _fused_backward(ctx, grad_output)
 
 
 class _FusedStats(Function):
     @staticmethod
-    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         o = options._replace(flags=options.flags | GRAD)
         loss, _, ctx.grad, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
         ctx.options = options
@@ -271,7 +271,7 @@ class _FusedStats(Function):
         return (loss, *stats)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
         return _fused_backward(ctx, grad_output)
 
 
@@ -296,7 +296,7 @@ class _InPlace(Function):
     """The gradient takes the logits' own memory; their version counter is moved on."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         loss, *stats = ops.cross_entropy_forward_inplace(logits, target, weight, sample_weight, *options)
         torch.autograd.graph.increment_version(logits)
         ctx.grad = logits.detach()
@@ -304,7 +304,7 @@ class _InPlace(Function):
         return (loss, *stats)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "cross_entropy(inplace_grad=True) cannot be differentiated twice: its logits are gone. Leave "
@@ -315,7 +315,7 @@ class _InPlace(Function):
 
 class _Recompute(Function):
     @staticmethod
-    def forward(ctx, logits, target, weight, sample_weight, options):  # type: ignore[override]
+    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         o = options._replace(flags=options.flags | SAVE)
         if options.flags & STATS:
             loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
@@ -329,7 +329,7 @@ class _Recompute(Function):
         return (loss, saved, *stats)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
         return _recompute_backward(ctx, grad_output)
 
 
@@ -337,7 +337,7 @@ class _ForwardMode(_Recompute):
     """A class of its own because torch.compile refuses functions with a jvp."""
 
     @staticmethod
-    def jvp(ctx, logits_t, target_t, weight_t, *_):  # type: ignore[override]
+    def jvp(ctx: Any, logits_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
         return (_jvp(ctx, logits_t, target_t, weight_t), *[None] * (1 + 3 * bool(ctx.options.flags & STATS)))
 
 
@@ -357,7 +357,7 @@ class _Transformed(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, target, weight, sample_weight, options):  # type: ignore[override]
+    def forward(logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         o = options._replace(flags=options.flags | SAVE)
         if options.flags & STATS:
             loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
@@ -366,7 +366,7 @@ class _Transformed(Function):
         return loss, saved
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         logits, target, weight, sample_weight, ctx.options = inputs
         _, saved, *stats = output
         ctx.mark_non_differentiable(saved, *stats)
@@ -374,7 +374,7 @@ class _Transformed(Function):
         ctx.save_for_forward(logits, target, weight, sample_weight)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
         return _recompute_backward(ctx, grad_output)
 
     jvp = _ForwardMode.jvp
@@ -430,8 +430,8 @@ def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
     if len(x) == 2:
         if len(t) > 1:
             raise RuntimeError(
-                f"0D or 1D target tensor expected, multi-target not supported: target has shape {t} for input {x}; give "
-                "one class index per row, or floating-point probabilities of the input's shape"
+                f"0D or 1D target tensor expected, multi-target not supported: target has shape {t} for input {x}; "
+                "give one class index per row, or floating-point probabilities of the input's shape"
             )
         if not t or t[0] != x[0]:
             raise ValueError(
@@ -469,8 +469,8 @@ def _check_weight(weight: Tensor, classes: int, function: str, prefix: str = "")
 def _check_logits_dtype(logits: Tensor, function: str, name: str = "input") -> None:
     if logits.dtype not in DTYPE_CODES:
         raise NotImplementedError(
-            f'{function}(): "{function}" not implemented for {name} of dtype {logits.dtype}: expected float32, float64, '
-            "float16 or bfloat16"
+            f'{function}(): "{function}" not implemented for {name} of dtype {logits.dtype}: expected float32, '
+            "float64, float16 or bfloat16"
         )
 
 
@@ -541,9 +541,9 @@ def cross_entropy(
         all_ignored: mean over no counted target: ``'nan'`` as torch, or ``'zero'``.
         zero_times_inf: what weight or probability 0 times a logit of -inf gives: ``'nan'`` as torch, or ``'zero'``.
         return_stats: also return :class:`CrossEntropyStats` (log-sum-exp, arg-max, accuracy) from the same read.
-        inplace_grad: let the gradient take the memory of ``input`` (scalar reductions): half the peak memory. The logits
-            are overwritten in forward; any other use of them in backward then raises. Has no effect when no gradient is
-            wanted or under torch.compile and torch.func.
+        inplace_grad: let the gradient take the memory of ``input`` (scalar reductions): half the peak memory. The
+            logits are overwritten in forward; any other use of them in backward then raises. Has no effect when
+            no gradient is wanted or under torch.compile and torch.func.
         grad_in_forward: compute the gradient in forward (one read and one write of the logits in all) or recompute in
             backward (two reads and one write, nothing kept of the logits' size in between). None, the default, chooses
             forward for scalar reductions except for float16, where an unscaled gradient could underflow before the loss
@@ -617,7 +617,7 @@ def cross_entropy(
         if not target.is_floating_point():
             raise RuntimeError(
                 f"Expected floating point type for target with class probabilities, got {target.dtype}: target has the "
-                f"shape of the input, {list(input.shape)}; class indices need shape {[*input.shape[:1], *input.shape[2:]]}"
+                f"shape of the input, {list(input.shape)}; class indices need {[*input.shape[:1], *input.shape[2:]]}"
             )
         if ignore_index >= 0:
             raise RuntimeError(
@@ -626,7 +626,7 @@ def cross_entropy(
             )
     if input.dim() == 0:
         raise IndexError("Dimension specified as 1 but tensor has no dimensions: input needs shape (C), (N, C) or more")
-    if not label_smoothing == label_smoothing:  # torch takes nan for none
+    if label_smoothing != label_smoothing:  # torch takes nan for none
         label_smoothing = 0.0
     if label_smoothing < 0.0 or label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
@@ -687,8 +687,8 @@ def cross_entropy(
             )
         if sample_weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "cross_entropy(): not differentiable with respect to argument 'sample_weight'; pass it detached, or use "
-                "reduction='none' and multiply"
+                "cross_entropy(): not differentiable with respect to argument 'sample_weight'; pass it detached, or "
+                "use reduction='none' and multiply"
             )
         sample_weight = sample_weight.to(accum).contiguous()
     if loss_dtype in _common.HALVES and _common.under_autocast(input.device):
@@ -696,8 +696,8 @@ def cross_entropy(
     if inplace_grad and input.requires_grad and torch.is_grad_enabled():
         if input.is_leaf:
             raise RuntimeError(
-                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, and its memory cannot become its "
-                "own gradient. inplace_grad is for logits that a model computed."
+                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, and its memory cannot become "
+                "its own gradient. inplace_grad is for logits that a model computed."
             )
         if not _common.is_dense(input):
             raise RuntimeError(
@@ -731,8 +731,8 @@ def cross_entropy(
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:func:`cross_entropy` as a module; a drop-in for :class:`torch.nn.CrossEntropyLoss`.
 
-    Takes torch's constructor arguments and, keyword-only, those that :func:`cross_entropy` adds. ``weight`` is a buffer,
-    so state dicts are interchangeable with torch's. ``sample_weight`` is an argument of the call.
+    Takes torch's constructor arguments and, keyword-only, those that :func:`cross_entropy` adds. ``weight`` is a
+    buffer, so state dicts are interchangeable with torch's. ``sample_weight`` is an argument of the call.
     """
 
     def __init__(

@@ -15,18 +15,19 @@ from .._library import loop_vmap, ops
 from . import _common, cross_entropy
 from .cross_entropy import MEAN, NONE
 
-
 _SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
 @torch.library.register_fake("fastloss::nll_loss_forward")
-def _(input, target, weight, reduction, ignore_index):
+def _(input: Any, target: Any, weight: Any, reduction: Any, ignore_index: Any) -> Any:
     loss = input.new_empty(target.shape if reduction == NONE else [])
     return loss, input.new_empty([], dtype=_common.accum_dtype(input.dtype))
 
 
 @torch.library.register_fake("fastloss::nll_loss_backward")
-def _(grad_output, input, target, weight, total_weight, reduction, ignore_index):
+def _(
+    grad_output: Any, input: Any, target: Any, weight: Any, total_weight: Any, reduction: Any, ignore_index: Any
+) -> Any:
     return torch.empty_like(input)
 
 
@@ -37,7 +38,7 @@ torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_los
 def _row_factors(
     input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Class index (ignored ones replaced) and -w_t / D of every row, shape [N, 1, d1, ...]: the loss is linear in input."""
+    """Class index (ignored ones replaced) and -w_t / D of every row, [N, 1, d1, ...]: the loss is linear in input."""
     reduction, ignore_index = options
     counted = (target != ignore_index).unsqueeze(1)
     index = torch.where(target != ignore_index, target, 0).to(torch.int64).unsqueeze(1)
@@ -70,7 +71,7 @@ def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
 
 class _NllLoss(Function):
     @staticmethod
-    def forward(ctx, input, target, weight, options):  # type: ignore[override]
+    def forward(ctx: Any, input: Any, target: Any, weight: Any, options: Any) -> Any:
         loss, total_weight = ops.nll_loss_forward(input, target, weight, *options)
         ctx.options = options
         ctx.save_for_backward(input, target, weight, total_weight)
@@ -93,11 +94,11 @@ class _NllLossTransformed(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, target, weight, options):  # type: ignore[override]
+    def forward(input: Any, target: Any, weight: Any, options: Any) -> Any:
         return ops.nll_loss_forward(input, target, weight, *options)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         input, target, weight, ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, target, weight, output[1])
@@ -182,14 +183,15 @@ def nll_loss(
         cross_entropy._check_weight(weight, input.shape[1], "nll_loss")
         if weight.dtype is not weight_dtype:
             raise RuntimeError(
-                f"expected scalar type {_SCALAR_TYPES[weight_dtype]} but found {_SCALAR_TYPES.get(weight.dtype, weight.dtype)}: "
+                f"expected scalar type {_SCALAR_TYPES[weight_dtype]} but found "
+                f"{_SCALAR_TYPES.get(weight.dtype, weight.dtype)}: "
                 "nll_loss(): weight needs the dtype of the "
                 "input; call weight.to(input.dtype)"
             )
         if weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "nll_loss(): not differentiable with respect to argument 'weight'. This input cannot have requires_grad "
-                "True; pass weight.detach()"
+                "nll_loss(): not differentiable with respect to argument 'weight'. This input cannot have "
+                "requires_grad True; pass weight.detach()"
             )
         weight = weight.to(_common.accum_dtype(input.dtype)).contiguous()
 
