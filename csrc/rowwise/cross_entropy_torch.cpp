@@ -139,23 +139,7 @@ struct Call {
 
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                           const OptionalTensor& sample_weight, int64_t reduction, int64_t loss_dtype,
-                                           int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                                           double logit_scale, int64_t flags) {
-  Call call(logits, target, weight, sample_weight, reduction, loss_dtype, ignore_index, label_smoothing, z_loss,
-            softcap, logit_scale, flags);
-  Tensor grad = flags & kGrad ? allocate_like(logits) : call.nothing();
-  call.set_layout(flags & kGrad ? &grad : nullptr, nullptr);
-  Tensor loss = call.allocate_loss();
-  call.args.loss = loss.data_ptr();
-  Tensor saved = flags & kSave ? allocate(logits, call.args.saved_count(), call.accum()) : call.nothing();
-  if (flags & kSave) call.args.saved = saved.data_ptr();
-  call.forward();
-  return {loss, saved, grad};
-}
-
-// With log-sum-exp, arg-max and accuracy from the same read.
+// Log-sum-exp, arg-max and accuracy, from the same read.
 struct Stats {
   Tensor lse, argmax, accuracy;
 };
@@ -167,18 +151,35 @@ Stats want_stats(Call& call) {
   return s;
 }
 
+// Loss, and what the flags ask for; the caller runs the kernel.
+std::tuple<Tensor, Tensor, Tensor> want_results(Call& call, int64_t flags) {
+  Tensor grad = flags & kGrad ? allocate_like(call.logits) : call.nothing();
+  call.set_layout(flags & kGrad ? &grad : nullptr, nullptr);
+  Tensor loss = call.allocate_loss();
+  call.args.loss = loss.data_ptr();
+  Tensor saved = flags & kSave ? allocate(call.logits, call.args.saved_count(), call.accum()) : call.nothing();
+  if (flags & kSave) call.args.saved = saved.data_ptr();
+  return {loss, saved, grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                           const OptionalTensor& sample_weight, int64_t reduction, int64_t loss_dtype,
+                                           int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                                           double logit_scale, int64_t flags) {
+  Call call(logits, target, weight, sample_weight, reduction, loss_dtype, ignore_index, label_smoothing, z_loss,
+            softcap, logit_scale, flags);
+  auto results = want_results(call, flags);
+  call.forward();
+  return results;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& sample_weight,
     int64_t reduction, int64_t loss_dtype, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
     double logit_scale, int64_t flags) {
   Call call(logits, target, weight, sample_weight, reduction, loss_dtype, ignore_index, label_smoothing, z_loss,
             softcap, logit_scale, flags);
-  Tensor grad = flags & kGrad ? allocate_like(logits) : call.nothing();
-  call.set_layout(flags & kGrad ? &grad : nullptr, nullptr);
-  Tensor loss = call.allocate_loss();
-  call.args.loss = loss.data_ptr();
-  Tensor saved = flags & kSave ? allocate(logits, call.args.saved_count(), call.accum()) : call.nothing();
-  if (flags & kSave) call.args.saved = saved.data_ptr();
+  auto [loss, saved, grad] = want_results(call, flags);
   Stats s = want_stats(call);
   call.forward();
   return {loss, saved, grad, s.lse, s.argmax, s.accuracy};
@@ -279,18 +280,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   m.def(("cross_entropy_target_backward(Tensor grad_output, Tensor logits, Tensor target, " + saved_tail).c_str());
 }
 
-#define FASTLOSS_REGISTER(device)                                         \
-  STABLE_TORCH_LIBRARY_IMPL(fastloss, device, m) {                        \
-    m.impl("cross_entropy_forward", TORCH_BOX(&forward));                 \
-    m.impl("cross_entropy_regime", TORCH_BOX(&regime));                   \
-    m.impl("cross_entropy_forward_stats", TORCH_BOX(&forward_stats));     \
-    m.impl("cross_entropy_forward_inplace", TORCH_BOX(&forward_inplace)); \
-    m.impl("cross_entropy_backward", TORCH_BOX(&backward));               \
-    m.impl("cross_entropy_target_backward", TORCH_BOX(&target_backward)); \
-  }
-FASTLOSS_REGISTER(CPU)
+namespace {
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("cross_entropy_forward", TORCH_BOX(&forward));
+  m.impl("cross_entropy_forward_stats", TORCH_BOX(&forward_stats));
+  m.impl("cross_entropy_forward_inplace", TORCH_BOX(&forward_inplace));
+  m.impl("cross_entropy_backward", TORCH_BOX(&backward));
+  m.impl("cross_entropy_target_backward", TORCH_BOX(&target_backward));
+  m.impl("cross_entropy_regime", TORCH_BOX(&regime));
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { register_kernels(m); }
 #if defined(FASTLOSS_HAVE_CUDA)
-FASTLOSS_REGISTER(CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CUDA, m) { register_kernels(m); }
 #endif
 
 }  // namespace fastloss

@@ -1,0 +1,51 @@
+"""Errors in units in the last place stay within those recorded, on every instruction set (see docs/numerics.md)."""
+
+import json
+import sys
+from pathlib import Path
+
+import fastloss
+import pytest
+import torch
+from fastloss._library import ops, set_isa
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import numerics_table
+
+LIMITS = json.loads(numerics_table.LIMITS.read_text())
+truths = {}
+
+
+@pytest.fixture(params=("portable", "avx2", "avx512"))
+def isa(request):
+    before = ops.current_isa()
+    if not ops.set_isa(request.param):
+        pytest.skip(f"{request.param} is not in this build or not on this machine")
+    yield request.param
+    set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", numerics_table.DTYPES)
+def test_errors_within_recorded_limits(dtype, isa):
+    found = numerics_table.errors(fastloss.cross_entropy, numerics_table.DTYPES[dtype], truths)
+    beyond = {
+        f"{dtype}, {problem}": (errors, LIMITS[f"{dtype}, {problem}"])
+        for problem, errors in found.items()
+        if any(error > limit for error, limit in zip(errors, LIMITS[f"{dtype}, {problem}"], strict=True))
+    }
+    assert not beyond, f"error and limit of value and gradient, in ulp: {beyond}"
+    assert len(found) == len(LIMITS) / len(numerics_table.DTYPES)
+
+
+def test_gradient_at_the_target_of_a_nearly_certain_row(isa):
+    """others / sum, not p - 1: 15 digits in float64, 6 in float32, where 1 - p is e^-30."""
+    x = torch.zeros(1, 300, dtype=torch.float64)
+    x[0, 7] = 30.0
+    exact = -299 / (torch.exp(torch.tensor(30.0, dtype=torch.float64)).item() + 299)
+    for dtype, relative in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
+        for path in (True, False):
+            leaf = x.to(dtype, copy=True).requires_grad_()
+            loss = fastloss.cross_entropy(leaf, torch.tensor([7]), grad_in_forward=path)
+            loss.backward()
+            assert leaf.grad[0, 7].item() == pytest.approx(exact, rel=relative)
+            assert loss.item() == pytest.approx(-exact, rel=relative * 10)  # log(1 + r) is about r
