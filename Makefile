@@ -31,7 +31,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 PY_FILES := setup.py pyext tests tools $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan bench wheel test-wheel format clean
+.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan emulated-asan emulated-tsan mutants bench wheel test-wheel format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -78,16 +78,31 @@ build/asan/.built: $(SOURCES) $(NUMPY_SOURCES) $(VENV)/test.stamp
 	touch $@
 
 # ---- tests
-test: lint test-python abi-audit $(if $(WITH_CUDA),cuda-report) asan judge
+test: lint test-python abi-audit $(if $(WITH_CUDA),cuda-report emulated-asan emulated-tsan) asan judge
 
-test-python: build/extension-full build/core-numpy
-	PYTHONPATH=$(CORE) $(PY) -m pytest
+test-python: build/extension-full build/core-numpy $(if $(WITH_CUDA),build/emulated/plain/.built)
+	PYTHONPATH=$(CORE):build/emulated/plain $(PY) -m pytest
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer, driven from Python without torch.
 asan: build/asan/.built
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/asan PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest --noconftest -p no:cacheprovider -q -s tests/core
+
+# The CUDA kernels run on the CPU (tests/emulate), under sanitizers, and with faults planted in them. test-python has
+# the plain build; all faults, with the sanitizers, take half an hour.
+build/emulated/%/.built: $(SOURCES) $(NUMPY_SOURCES) $(wildcard tests/emulate/*) $(VENV)/test.stamp
+	cmake -S tests/emulate -B build/emulated -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+	cmake --build build/emulated -j$(JOBS) --target $*
+	touch $@
+build/emulated/asan/.built: | build/emulated/plain/.built
+build/emulated/tsan/.built: | build/emulated/asan/.built
+
+emulated-asan emulated-tsan: emulated-%: build/emulated/%/.built
+	$(PY) tools/mutants.py --sanitize $*
+
+mutants: $(VENV)/test.stamp
+	$(PY) tools/mutants.py
 
 lint: $(VENV)/test.stamp
 	ruff check $(PY_FILES)

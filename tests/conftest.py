@@ -17,19 +17,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "big: needs about 20 GB of memory; runs with --big only")
 
 
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--big"):
-        for item in items:
-            if item.get_closest_marker("big"):
-                item.add_marker(pytest.mark.skip(reason="more than 2**31 elements need about 20 GB: run with --big"))
-    only = config.getoption("--device")
-    if only:
-        other = {"cpu": "cuda", "cuda": "cpu"}[only]
-        unwanted = [i for i in items if getattr(i, "callspec", None) and i.callspec.params.get("device") == other]
-        config.hook.pytest_deselected(items=unwanted)
-        items[:] = [i for i in items if i not in set(unwanted)]
-
-
 def missing_cuda():
     """Why tests cannot run on a GPU here, or None."""
     if not torch.cuda.is_available():
@@ -37,11 +24,35 @@ def missing_cuda():
     return None if cuda_built() else "this build of fastloss has no CUDA kernels"
 
 
+NOT_RUN = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config, items):
+    big, cuda, only = config.getoption("--big"), missing_cuda(), config.getoption("--device")
+    kept, dropped, without_gpu = [], [], 0
+    for item in items:
+        device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+        if (only and device not in (only, None)) or (device == "cuda" and cuda):
+            dropped.append(item)
+            without_gpu += device == "cuda" and only != "cpu"
+            continue
+        kept.append(item)
+        if not big and item.get_closest_marker("big"):
+            item.add_marker(pytest.mark.skip(reason="more than 2**31 elements need about 20 GB: run with --big"))
+    config.stash[NOT_RUN] = without_gpu
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """One line instead of hundreds of skipped tests."""
+    if config.stash.get(NOT_RUN, 0):
+        terminalreporter.write_line(f"SKIPPED [{config.stash[NOT_RUN]}] tests on a GPU: {missing_cuda()}", yellow=True)
+
+
 @pytest.fixture(params=("cpu", "cuda"))
 def device(request):
     """Each test that asks for it runs once per device."""
-    if request.param == "cuda" and (reason := missing_cuda()):
-        pytest.skip(reason)
     yield request.param
     if request.param == "cuda":
         fastloss.check_errors()  # a test that leaves one behind has made it by mistake

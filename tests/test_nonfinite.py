@@ -1,4 +1,7 @@
-"""Infinities, nans and empty sums: torch's results, element by element, and what is better than torch's on request."""
+"""Infinities, nans and empty sums: torch's results, element by element, and what is better than torch's on request.
+
+torch's results are those on the CPU, whatever the device.
+"""
 
 import math
 
@@ -29,20 +32,21 @@ dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=st
 
 def same(a, b, what):
     """Equal, nans and infinities included, up to rounding."""
+    a = a.cpu()
     if a.shape != b.shape or a.dtype != b.dtype or not torch.allclose(a, b, rtol=2e-5, atol=1e-6, equal_nan=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
-def compare(x, target, grad_output=None, **options):
+def compare(x, target, **options):
     """fastloss against torch: value and gradient, with the gradient computed in forward and in backward."""
-    theirs = x.detach().clone().requires_grad_()
-    want = F.cross_entropy(theirs, target, **options)
-    g = torch.ones_like(want) if grad_output is None else torch.full_like(want, grad_output)
-    (want_grad,) = torch.autograd.grad(want, theirs, g)
+    theirs = x.detach().cpu().clone().requires_grad_()
+    cpu_options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    want = F.cross_entropy(theirs, target.cpu(), **cpu_options)
+    (want_grad,) = torch.autograd.grad(want, theirs, torch.ones_like(want))
     for path in (True, False):
         ours = x.detach().requires_grad_()
         got = fastloss.cross_entropy(ours, target, **options, grad_in_forward=path)
-        (grad,) = torch.autograd.grad(got, ours, g)
+        (grad,) = torch.autograd.grad(got, ours, torch.ones_like(got))
         same(got, want, "loss")
         same(grad, want_grad, f"gradient, grad_in_forward={path}")
     with torch.no_grad():
@@ -84,7 +88,7 @@ def test_weight_of_a_class_that_no_target_has(weight, dtype, device):
         t = torch.tensor([2, 4, 3, 1], device=device)
         leaf = x.detach().requires_grad_()
         loss = fastloss.cross_entropy(leaf, t, w, reduction="none")
-        same(loss, F.cross_entropy(x, t, w, reduction="none"), "loss")
+        same(loss, F.cross_entropy(x.cpu(), t.cpu(), w.cpu(), reduction="none"), "loss")
         (grad,) = torch.autograd.grad(loss.sum(), leaf)
         assert not grad[1].isfinite().any() and grad[[0, 2, 3]].isfinite().all()
 
@@ -142,12 +146,12 @@ def test_sixteen_bits(row, dtype, device):
     """The same places are nan and infinite; torch's finite values there are less accurate."""
     x = batch(row, device, dtype)
     for t in (torch.tensor([2, 0, 3, 1], device=device), torch.tensor([2, -100, 3, 1], device=device)):
-        ours, theirs = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
+        ours, theirs = x.detach().requires_grad_(), x.detach().cpu().clone().requires_grad_()
         for smoothing in (0.0, 0.1):
             got = fastloss.cross_entropy(ours, t, reduction="none", label_smoothing=smoothing)
-            want = F.cross_entropy(theirs, t, reduction="none", label_smoothing=smoothing)
+            want = F.cross_entropy(theirs, t.cpu(), reduction="none", label_smoothing=smoothing)
             (grad,), (want_grad,) = torch.autograd.grad(got.sum(), ours), torch.autograd.grad(want.sum(), theirs)
-            for a, b in ((got, want), (grad, want_grad)):
+            for a, b in ((got.cpu(), want), (grad.cpu(), want_grad)):
                 assert torch.equal(a.isnan(), b.isnan())
                 assert torch.equal(a == INF, b == INF) and torch.equal(a == -INF, b == -INF)
 
@@ -181,9 +185,10 @@ def test_nothing_counts(shape, reduction, dtype, device):
         )
     for options in ({"ignore_index": 0}, {"weight": zero}):
         log_p = x.log_softmax(1)
-        ours, theirs = log_p.clone().requires_grad_(), log_p.clone().requires_grad_()
+        ours, theirs = log_p.clone().requires_grad_(), log_p.cpu().clone().requires_grad_()
         got = fastloss.nll_loss(ours, t, reduction=reduction, **options)
-        want = F.nll_loss(theirs, t, reduction=reduction, **options)
+        cpu_options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        want = F.nll_loss(theirs, t.cpu(), reduction=reduction, **cpu_options)
         same(got, want, "nll_loss")
         same(torch.autograd.grad(got.sum(), ours)[0], torch.autograd.grad(want.sum(), theirs)[0], "nll_loss gradient")
 
@@ -281,8 +286,10 @@ def test_second_derivatives_where_torch_has_them(device):
     for t in (torch.tensor([0, -100, 2], device=device), torch.tensor([-100, -100, -100], device=device)):
         for reduction in ("mean", "sum", "none"):
             results = []
-            for function in (fastloss.cross_entropy, F.cross_entropy):
-                leaf = x.clone().requires_grad_()
-                (grad,) = torch.autograd.grad(function(leaf, t, reduction=reduction).sum(), leaf, create_graph=True)
-                results.append(torch.autograd.grad((grad * torch.arange(9.0, device=device).view(3, 3)).sum(), leaf)[0])
+            for function, there in ((fastloss.cross_entropy, device), (F.cross_entropy, "cpu")):
+                leaf = x.to(there, copy=True).requires_grad_()
+                loss = function(leaf, t.to(there), reduction=reduction).sum()
+                (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+                direction = torch.arange(9.0, device=there).view(3, 3)
+                results.append(torch.autograd.grad((grad * direction).sum(), leaf)[0])
             same(*results, f"{t.tolist()}, {reduction}")

@@ -137,9 +137,8 @@ def errors(loss: Callable[..., Tensor], dtype: torch.dtype, truths: dict[Any, Ex
                 options = {"weight": weight, "label_smoothing": smoothing}
                 value = loss(x, target, reduction="none", **options)
                 worst[0] = max(worst[0], in_ulps(value, truth.loss, truth.loss, np.ones(len(x), bool)))
-                for path in ({}, {"grad_in_forward": True}, {"grad_in_forward": False}):
-                    if path and loss is not fastloss.cross_entropy:
-                        continue
+                paths: list[dict[str, Any]] = [{"grad_in_forward": True}, {"grad_in_forward": False}]
+                for path in paths if loss is fastloss.cross_entropy else [{}]:
                     leaf = x.clone().requires_grad_()
                     (grad,) = torch.autograd.grad(loss(leaf, target, reduction="sum", **options, **path), leaf)
                     worst[1] = max(worst[1], in_ulps(grad, truth.grad, truth.scale, normal))
@@ -194,15 +193,16 @@ def certain() -> None:
     t = torch.randint(300, (100,), generator=torch.Generator().manual_seed(1))
     x[rows, t] += 12
     for dtype in (torch.float64, torch.float32):
-        want = exact(x.to(dtype).double(), t, None, 0.0).grad[rows, t]
-        for name, loss in (("fastloss", fastloss.cross_entropy), ("torch", F.cross_entropy)):
-            leaf = x.to(dtype, copy=True).requires_grad_()
-            (grad,) = torch.autograd.grad(loss(leaf, t, reduction="sum"), leaf)
-            error = _magnitude((_mpf(grad[rows, t].double().numpy()) - want) / want).astype(float)
-            print(
-                f"{str(dtype).removeprefix('torch.'):8} {name:9} relative error: median {np.median(error):.1e}, "
-                f"largest {error.max():.1e}"
-            )
+        for smoothing in (0.0, SMOOTHING):
+            want = exact(x.to(dtype).double(), t, None, smoothing).grad[rows, t]
+            for name, loss in (("fastloss", fastloss.cross_entropy), ("torch", F.cross_entropy)):
+                leaf = x.to(dtype, copy=True).requires_grad_()
+                (grad,) = torch.autograd.grad(loss(leaf, t, reduction="sum", label_smoothing=smoothing), leaf)
+                error = _magnitude((_mpf(grad[rows, t].double().numpy()) - want) / want).astype(float)
+                print(
+                    f"{str(dtype).removeprefix('torch.'):8} smoothing {smoothing:<6} {name:9} relative error: "
+                    f"median {np.median(error):.1e}, largest {error.max():.1e}"
+                )
 
 
 def limit(error: float) -> float:

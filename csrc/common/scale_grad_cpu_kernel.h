@@ -14,6 +14,11 @@ inline void scale_grad(const void* grad, void* out, DType type, int64_t count, d
       const S* in = static_cast<const S*>(grad);
       S* to = static_cast<S*>(out);
       const T factor = T(scale);
+      if (!(scale - scale == 0)) {  // an infinite or nan scale leaves the zeros of ignored rows alone, as torch does
+        for (int64_t i = begin; i < end; ++i)
+          to[i] = to_accum(in[i]) == T(0) ? in[i] : from_accum<S, T>(to_accum(in[i]) * factor);
+        return;
+      }
       int64_t i = begin;
       for (; i + kLanes<T> <= end; i += kLanes<T>) store(to + i, load(in + i) * factor);
       for (; i < end; ++i) to[i] = from_accum<S, T>(to_accum(in[i]) * factor);

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_grad_kernel(const ScaleGr
   constexpr int kL = kLanes16<T>;
   const A scale = load_as<A>(p.scale, p.scale_type, 0);
   if (scale == A(1) && p.out == p.grad) return;
+  const bool finite = scale - scale == A(0);  // an infinite or nan scale leaves the zeros of ignored rows alone
   const T* grad = static_cast<const T*>(p.grad);
   T* out = static_cast<T*>(p.out);
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
@@ -35,11 +36,14 @@ __global__ void __launch_bounds__(kScaleThreads) scale_grad_kernel(const ScaleGr
       A v[kL];
       unpack<T>(tile[j], v);
 #pragma unroll
-      for (int i = 0; i < kL; ++i) v[i] *= scale;
+      for (int i = 0; i < kL; ++i) v[i] = finite || v[i] != A(0) ? v[i] * scale : v[i];
       store16_stream(out + (base + j * threads) * kL, pack<T>(v));
     }
   }
-  for (int64_t i = vectors * kL + thread; i < p.count; i += threads) out[i] = from_accum<T>(to_accum(grad[i]) * scale);
+  for (int64_t i = vectors * kL + thread; i < p.count; i += threads) {
+    const A v = to_accum(grad[i]);
+    out[i] = from_accum<T>(finite || v != A(0) ? v * scale : v);
+  }
 }
 
 }  // namespace fastloss

@@ -14,8 +14,8 @@ py::array scale_grad(const py::array& grad, const py::array& scale, const py::ob
   if (float_type(result, "out") != type || result.size() != grad.size() || !(result.flags() & py::array::c_style))
     throw py::value_error("out: expected a contiguous array like grad");
   void* to = result.mutable_data();
-  run_core(
-      [&] { return run_scale_grad(grad.data(), to, type, grad.size(), scale.data(), float_type(scale, "scale")); });
+  const DType scale_type = float_type(scale, "scale");
+  run_core([&] { return run_scale_grad(grad.data(), to, type, grad.size(), scale.data(), scale_type); });
   return result;
 }
 

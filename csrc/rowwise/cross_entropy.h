@@ -30,14 +30,14 @@ struct CrossEntropyArgs {
   const void* target = nullptr;  // soft ? [outer, classes, inner] of prob_type : [rows] contiguous of index_type
   IndexType index_type = IndexType::i64;
   DType prob_type = DType::f32;
-  Strides target_strides;        // soft only
+  Strides target_strides;  // soft only
 
   const void* weight = nullptr;         // [classes] contiguous, accum_of(logits_type); null: all ones
   const void* sample_weight = nullptr;  // [rows] contiguous, accum_of(logits_type); null: all ones
 
   int64_t ignore_index = -100;  // index targets only
   double label_smoothing = 0, z_loss = 0;
-  double softcap = 0;      // 0: none
+  double softcap = 0;  // 0: none
   double logit_scale = 1;
   Reduction reduction = Reduction::mean;
   bool all_ignored_zero = false;  // mean over no counted row is 0 instead of nan
@@ -46,12 +46,12 @@ struct CrossEntropyArgs {
   // ---- results of forward; null: not wanted
   void* loss = nullptr;  // [] or, for reduction none, [rows]; loss_type
   DType loss_type = DType::f32;
-  void* saved = nullptr;     // accum_of(logits_type), [saved_count()]: what backward needs to recompute the softmax:
-                             //   ref[rows], others[rows] (see RowStats), soft: mass[rows]; then D, Dn. (A rounded lse
-                             //   alone would cost half the digits at logits of 1e4.)
-  void* lse = nullptr;       // [rows] accum_of(logits_type)
-  void* grad = nullptr;      // dL/dx for grad_output 1 (scalar reductions only); logits_type. May be the
-  Strides grad_strides;      //   logits themselves (then grad_strides == logits_strides).
+  void* saved = nullptr;      // accum_of(logits_type), [saved_count()]: what backward needs to recompute the softmax:
+                              //   ref[rows], others[rows] (see RowStats), soft: mass[rows]; then D, Dn. (A rounded lse
+                              //   alone would cost half the digits at logits of 1e4.)
+  void* lse = nullptr;        // [rows] accum_of(logits_type)
+  void* grad = nullptr;       // dL/dx for grad_output 1 (scalar reductions only); logits_type. May be the
+  Strides grad_strides;       //   logits themselves (then grad_strides == logits_strides).
   int64_t* argmax = nullptr;  // [rows], first maximum, or first nan as torch.argmax
   float* accuracy = nullptr;  // []: share of counted rows with argmax == target (soft: == argmax of target)
 

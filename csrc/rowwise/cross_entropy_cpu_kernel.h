@@ -67,8 +67,8 @@ struct Call {
          T(args.softcap > 0 ? 1 / args.softcap : 0)};
   }
   // 1 / D and 1 / Dn for mean, else 1.
-  T per_d() const { return T(a.reduction == Reduction::mean ? 1 / d.weight : 1); }
-  T per_dn() const { return T(a.reduction == Reduction::mean ? 1 / d.count : 1); }
+  T per_d() const { return a.reduction == Reduction::mean ? T(1) / T(d.weight) : T(1); }
+  T per_dn() const { return a.reduction == Reduction::mean ? T(1) / T(d.count) : T(1); }
   T grad_output(int64_t row) const {
     return T(load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0));
   }
@@ -249,18 +249,35 @@ inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref
   }
 }
 
-// First index whose transformed logit equals the row's maximum; the first nan if there is one (torch.argmax).
+template <class S>
+inline bool row_has_nan(const S* x, int64_t stride, int64_t classes) {
+  for (int64_t c = 0; c < classes; ++c) {
+    const auto v = to_accum(x[c * stride]);
+    if (v != v) return true;
+  }
+  return false;
+}
+// First index of the row's maximum; the first nan if there is one (torch.argmax). The transform keeps or, with a
+// negative scale, reverses the order, so the logits themselves tell: two that a cap makes equal are still told apart.
 template <bool kTransform, class S, class T>
 inline int64_t row_argmax(const RowConstants<T>& k, const S* x, int64_t stride, int64_t classes, T max, bool has_nan,
                           int64_t from) {
   if (has_nan)
     for (int64_t c = 0; c < classes; ++c) {
-      T v = T(to_accum(x[c * stride]));
+      const T v = T(to_accum(x[c * stride]));
       if (v != v) return c;
     }
-  for (int64_t c = from; c < classes; ++c)
-    if (transform_scalar<kTransform, T>(k, T(to_accum(x[c * stride]))) == max) return c;
-  return 0;
+  if constexpr (kTransform) {
+    const T sign = k.logit_scale > T(0) ? T(1) : k.logit_scale < T(0) ? T(-1) : T(0);
+    int64_t best = 0;
+    for (int64_t c = 1; c < classes && sign != T(0); ++c)
+      if (sign * T(to_accum(x[c * stride])) > sign * T(to_accum(x[best * stride]))) best = c;
+    return best;
+  } else {
+    for (int64_t c = from; c < classes; ++c)
+      if (T(to_accum(x[c * stride])) == max) return c;
+    return 0;
+  }
 }
 // The same for a probability target.
 inline int64_t prob_argmax(const CrossEntropyArgs& a, int64_t offset) {
@@ -367,8 +384,11 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
       vec<T> nll;
       if constexpr (kMode == Mode::soft)
         nll = soft_row_nll(log_sum, dot, mass);
-      else
-        nll = index_row_nll(k, target_nll(others, e, log_sum, d, log1p_of(others / e)), log_sum, dot, w_t);
+      else {
+        vec<T> nll_t = target_nll(others, e, log_sum, d, log1p_of(others / e));
+        if (a.zero_times_inf) nll_t = w_t == T(0) ? vec<T>{} : nll_t;
+        nll = index_row_nll(k, nll_t, log_sum, dot, w_t);
+      }
       nll = counts ? nll * sample : vec<T>{};
       vec<T> z{};
       if (k.z_loss != T(0)) z = counts ? sample * (k.z_loss * lse * lse) : vec<T>{};
@@ -385,6 +405,9 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
       if (a.argmax || a.accuracy)
         for (int64_t b = 0; b < m; ++b) {
           const S* x = static_cast<const S*>(a.logits) + s.offset[v + b];
+          // No nan in it: the sum was not to be had because all is -inf, or something +inf.
+          if (a.lse && sum[b] != sum[b] && !row_has_nan(x, a.logits_strides.cls, a.classes))
+            static_cast<T*>(a.lse)[row + b] = ref[b] > T(0) ? kInf<T> : -kInf<T>;
           const int64_t top = row_argmax<kTransform, S, T>(k, x, a.logits_strides.cls, a.classes, s.max[v + b],
                                                            sum[b] != sum[b], s.best[v + b]);
           if (a.argmax) a.argmax[row + b] = top;
@@ -820,7 +843,8 @@ inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   if (a.loss && a.reduction != Reduction::none) {
     double loss = total.nll, z = total.z;
     if (a.reduction == Reduction::mean) {
-      loss = nothing ? 0 : loss / call.d.weight;
+      // Weights of 0 alone: nan as in torch, also where smoothing leaves a loss to divide.
+      loss = nothing ? 0 : call.d.weight == 0 ? kNan<double> : loss / call.d.weight;
       z = nothing ? 0 : z / call.d.count;
     }
     store_scalar(a.loss, a.loss_type, 0, a.z_loss != 0 ? loss + z : loss);

@@ -9,8 +9,8 @@ constexpr int64_t kRowPathClasses = 32;
 
 // Row path (vectors along the classes) or tile path (vectors along the rows), see cross_entropy_cpu_kernel.h.
 inline bool takes_row_path(const CrossEntropyArgs& a) {
-  const bool contiguous = a.logits_strides.cls == 1 && (!a.grad || a.grad_strides.cls == 1) &&
-                          (!a.soft || a.target_strides.cls == 1);
+  const bool contiguous =
+      a.logits_strides.cls == 1 && (!a.grad || a.grad_strides.cls == 1) && (!a.soft || a.target_strides.cls == 1);
   return contiguous && a.classes >= kRowPathClasses;
 }
 

@@ -51,8 +51,8 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
   if (a.grad) tensors[count++] = &a.grad_strides;
   if (a.soft) tensors[count++] = &a.target_strides;
   if (a.grad_target && pass == Pass::backward) tensors[count++] = &a.grad_target_strides;
-  if (a.rows() == 0) a.outer = 0, a.inner = 1;  // the kernels divide by the size of the inner axis
   merge_axes(&a.outer, a.classes, &a.inner, tensors, count);
+  if (a.rows() == 0) a.outer = 0, a.inner = 1;  // the kernels divide by the size of the inner axis
 
   RowwiseProblem problem;
   problem.outer = a.outer;

@@ -323,7 +323,9 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
       n = soft_row_nll(r.log_sum, s.dot, s.mass);
     } else {
       const A ratio = s.others < e_target ? log1p_of(s.others * reciprocal_of(e_target)) : A(0);
-      n = index_row_nll(k, target_nll(s.others, e_target, r.log_sum, d_target, ratio), r.log_sum, s.dot, w_t);
+      A nll_t = target_nll(s.others, e_target, r.log_sum, d_target, ratio);
+      if (p.zero_times_inf && w_t == A(0)) nll_t = A(0);
+      n = index_row_nll(k, nll_t, r.log_sum, s.dot, w_t);
     }
     nll = double(sample * n);
     if (k.z_loss != A(0)) z = double(sample * (k.z_loss * lse * lse));
@@ -339,7 +341,10 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
     p.saved[p.rows + row] = s.others;
     if (soft) p.saved[2 * p.rows + row] = s.mass;
   }
-  if (p.lse) p.lse[row] = lse;
+  if (p.lse) {  // comes with the statistics, so `best` knows of a nan; rows of -inf and with +inf have no finite sum
+    const bool infinite = s.max - s.max != A(0) && best.value == best.value;
+    p.lse[row] = infinite ? s.max : lse;
+  }
   if (kGeneral && p.want_best) {
     if (p.argmax) p.argmax[row] = p.classes > 0 ? best.at : 0;
     if (target.counts && best.at == (soft ? best_prob.at : target.index)) sums->correct += 1;
@@ -394,7 +399,7 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
     double loss = sums.nll;
     if (p.reduction == Reduction::mean) {
       // No counted row but a bad one among them: nan, not 0.
-      loss = nothing ? loss * 0 : loss / totals.weight;
+      loss = nothing ? loss * 0 : totals.weight == 0 ? double(NAN) : loss / totals.weight;
       if (p.k.z_loss != A(0)) loss += nothing ? 0 : sums.z / totals.count;
     } else {
       loss += sums.z;
@@ -621,9 +626,10 @@ __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const R
 // Bounds the registers so that a row's vectors stay in them and enough rows are in flight.
 constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, bool resident, int vectors,
                                             size_t accum_bytes) {
-  if (accum_bytes == 8) return 1;
+  if (accum_bytes == 8 || (general && !resident)) return 1;
   const int blocks = general || vectors > 8 ? 2 : vectors == 8 || !resident ? 3 : 4;  // of 256 threads
-  return warp_rows ? (general ? 3 : vectors == 8 ? 5 : 7) : blocks;
+  if (warp_rows) return general ? 3 : vectors == 8 ? 5 : 7;
+  return kPairwiseMax ? blocks : blocks - 1;
 }
 
 template <class T, bool kGeneral, Pass kPass, bool kWarpRows, bool kResident, int kN>
@@ -659,7 +665,10 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   for (int64_t base_row = first_row; base_row < p.rows; base_row += row_step, flip ^= 1) {
     const bool active = base_row + in_warp < p.rows;
     const int64_t row = active ? base_row + in_warp : p.rows - 1;
+    // Most rows are asked for before anything waits for their target; the longest leave no register to hold it.
+    RowTarget<kGeneral> target{};
     const int64_t target_value = load_target_value<kGeneral>(p, row);
+    if constexpr (kN > 8) target = classify_target<kGeneral>(p, target_value);
     const T* x = static_cast<const T*>(p.logits) + row_offset<kGeneral>(p.logits_strides, row, p.inner);
     const int64_t prob_at = kGeneral ? row_offset<kGeneral>(p.target_strides, row, p.inner) : 0;
     const RowSpan span = row_span(x, p.classes);
@@ -670,6 +679,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     const bool edge = active && part == 0 && thread < span.head + span.tail;
     const index_t edge_column = thread < span.head ? thread : index_t(p.classes) - span.tail + (thread - span.head);
 
+    // 0, but neither the same in every turn of the loop nor the same for the gradient: see CrossEntropyParams::zero.
+    const unsigned zero = p.zero & unsigned(base_row), gradient_zero = zero << 1;
     Vec16 tile[kN];
     auto load_tile = [&](index_t base) {
 #pragma unroll
@@ -681,10 +692,10 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
           tile[j] = v < count ? load16(x + column + v * kL) : minus_infinity<T>();
       }
     };
-    if constexpr (kResident) load_tile(thread);
+    if constexpr (kResident) load_tile(thread ^ zero);
     A edge_x = A(0);
     if (edge) edge_x = to_accum(x[edge_column]);
-    const RowTarget<kGeneral> target = classify_target<kGeneral>(p, target_value);
+    if constexpr (kN <= 8) target = classify_target<kGeneral>(p, target_value);
 
     // ---- statistics
     PartStats<A> s = empty_stats<A>();
@@ -699,6 +710,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
         add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, t, dots, best,
                                      best_prob);
       } else {
+#pragma unroll 1
         for (index_t base = thread; base < count; base += kN * width) {
           load_tile(base);
           add_tile<T, kGeneral, false>(p, s, tile, base, width, count, column, prob_at, t, dots, best, best_prob);
@@ -766,7 +778,6 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     }
 
     // ---- gradient
-    const unsigned zero = p.zero;
     T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, row, p.inner);
     const int64_t grad_stride = kGeneral ? p.grad_strides.cls : 1;
     const bool whole_vectors = !kGeneral || (grad_stride == 1 && aligned16(grad + span.head));
@@ -787,7 +798,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
         const index_t c = column + v * kL;
         A values[kL], g[kL];
         const bool none[kL] = {};
-        unpack<T>(kKeep ? tile[j] : recompute(tile[j], zero), values);
+        unpack<T>(kKeep ? tile[j] : recompute(tile[j], gradient_zero), values);
         if constexpr (kKeep) {
 #pragma unroll
           for (int i = 0; i < kL; ++i) g[i] = values[i] * kept_scale;
@@ -806,9 +817,10 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
       }
     };
     if constexpr (kResident) {
-      store_tile(thread ^ zero);
+      store_tile(thread ^ gradient_zero);
     } else if (count > thread) {  // backwards: what was read last is still in the L2
       const index_t chunk = index_t(kN) * width;
+#pragma unroll 1
       for (index_t base = thread + (count - 1 - thread) / chunk * chunk; base >= 0; base -= chunk) {
         load_tile(base);
         store_tile(base);
@@ -831,9 +843,11 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     if (!kWarpRows && parts > 1 && pass != Pass::backward) cluster_wait();
   }
   if (pass == Pass::backward) return;
-  if (part == 0)
-    finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, blockIdx.x / unsigned(parts),
-                gridDim.x / unsigned(parts), shared.scratch);
+  if (part == 0) {
+    const unsigned block = (blockIdx.x ^ p.zero) / unsigned(parts);
+    finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, block, gridDim.x / unsigned(parts),
+                shared.scratch);
+  }
 }
 
 // -------------------------------------------------------------------------------- planes, classes at any stride

@@ -54,7 +54,9 @@ FASTLOSS_HD V index_row_nll(const RowConstants<T>& k, V nll_t, V log_sum, V dot,
 template <class T, class V>
 FASTLOSS_HD RowGrad<V> index_row_grad(const RowConstants<T>& k, V lse, V w_t, V u, V uz) {
   const V q_scale = u * k.smooth_share;
-  return {u * ((T(1) - k.smoothing) * w_t), q_scale * k.weight_sum + uz * (T(2) * k.z_loss * lse), q_scale};
+  // Without smoothing the weights of other classes, which may be infinite, have no part in it.
+  const V smooth_scale = k.smoothing > T(0) ? q_scale * k.weight_sum : V{};
+  return {u * ((T(1) - k.smoothing) * w_t), smooth_scale + uz * (T(2) * k.z_loss * lse), q_scale};
 }
 
 template <class V>

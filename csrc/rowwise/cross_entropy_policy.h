@@ -148,8 +148,7 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
       c.cluster = c.parts > 1;
       if (vectors > capacity * c.parts) {
         c.regime = Regime::streaming_rows;
-        c.vectors = 4;
-        // Enough blocks to fill the device; a cluster only when the rows are too few for that.
+        c.vectors = c.general ? 2 : 4;
         if (device.max_cluster > 1) {
           c.parts = device.max_cluster < 8 ? device.max_cluster : 8;
           c.cluster = true;

@@ -99,14 +99,14 @@ __global__ void __launch_bounds__(kNllThreads) nll_loss_zero_kernel(const NllLos
 template <class T>
 __global__ void __launch_bounds__(kNllThreads) nll_loss_scatter_kernel(const NllLossParams<accum_t<T>> p) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
-  const double total = p.reduction == Reduction::mean ? double(*p.total_weight) : 1.0;
+  const double per_total = p.reduction == Reduction::mean ? 1 / double(*p.total_weight) : 1.0;
   for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < p.rows; row += step) {
     const int64_t t = load_index(p.target, p.index_type, row);
     if (t < 0 || t >= p.classes || t == p.ignore_index) continue;
     const double w = p.weight ? double(p.weight[t]) : 1.0;
     const double g = double(to_accum(static_cast<const T*>(p.grad_output)[p.grad_output_per_row ? row : 0]));
     static_cast<T*>(p.grad)[element_offset(p.grad_strides, row, p.inner, t)] =
-        from_accum<T>(accum_t<T>(-w * g / total));
+        from_accum<T>(accum_t<T>(-w * g * per_total));
   }
 }
 

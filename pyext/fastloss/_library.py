@@ -29,9 +29,22 @@ def set_isa(name: str) -> None:
         raise ValueError(f"instruction set {name!r} is unknown, not in this build or not on this machine")
 
 
+_CUDA_BUILT = bool(torch._C._dispatch_has_kernel_for_dispatch_key("fastloss::scale_grad", "CUDA"))
+
+
 def cuda_built() -> bool:
     """Whether this build of fastloss contains its CUDA kernels."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("fastloss::scale_grad", "CUDA"))
+    return _CUDA_BUILT
+
+
+@torch.library.register_fake("fastloss::scale_grad")
+def _(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(grad)
+
+
+@torch.library.register_fake("fastloss::scale_grad_")
+def _(grad: torch.Tensor, scale: torch.Tensor) -> None:
+    return None
 
 
 def loop_vmap(op: Callable[..., Any], outputs: int) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 import pytest
-from numpy_reference import DTYPES, close, exact, problem, reference, stored
+from numpy_reference import DTYPES, EPS, close, exact, problem, reference, stored
 
 emulated = pytest.importorskip(
     "fastloss_emulated_numpy", reason="the emulated CUDA kernels are not on PYTHONPATH: run `make test`"
@@ -79,6 +79,11 @@ def guarded(values, dtype=None):
     memory = Memory(values.shape, dtype or values.dtype)
     memory.array[...] = values
     return memory.array
+
+
+def same(got, want):
+    equal = got.tobytes() == want.tobytes()  # by itself: pytest would take minutes to show the difference
+    assert equal, f"{(exact(got) != exact(want)).sum()} elements differ"
 
 
 def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None, stats=False):
@@ -157,7 +162,7 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
         )
         if soft:
             by_target = grad_target.written()
-            close(by_target, want_by_target, soft)
+            close(by_target, want_by_target, max(soft, accum, key=EPS.get))  # computed in accum, stored in soft
             results.append(by_target.tobytes())
 
     grad = lay_out(shape, dtype, grad_layout or layout)
@@ -169,11 +174,14 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
     if grad_layout is None:  # the gradient takes the logits' memory
         before = logits.copy()
         backward(logits)
-        assert logits.tobytes() == grad.tobytes()
+        same(logits, grad)
         if not per_row:
             logits[...] = before
-            emulated.cross_entropy_forward(logits, target, **common, grad=logits, loss=True)
-            assert logits.tobytes() == with_grad["grad"].tobytes()
+            out = outputs(grad=False)
+            emulated.cross_entropy_forward(
+                logits, target, **common, **{name: m.array for name, m in out.items()}, grad=logits
+            )
+            same(logits, with_grad["grad"])
         logits[...] = before
         memory.written()
     return results, kernel
@@ -187,7 +195,8 @@ def run_schedules(sm, *args, **kwargs):
         emulated.set_seed(seed)
         results, kernel = run(*args, **kwargs)
         runs.append(results)
-    assert all(r == runs[0] for r in runs)
+    agree = all(r == runs[0] for r in runs)
+    assert agree, "the results depend on the schedule"
     return kernel
 
 
@@ -260,7 +269,7 @@ PLANES = [
     ("planes, any strides, general", (70, 95, 3), "contiguous", EVERYTHING, False),
     ("warp rows", (3, 19, 10), "classes last", COMMON, False),
     ("warp rows, general", (3, 19, 10), "classes last, apart", {}, True),
-    ("block rows, general", (2, 2100, 3), "classes last, apart", {"weight": True}, False),
+    ("block rows, general", (2, 2000, 3), "classes last, apart", {"weight": True}, False),
 ]
 
 
@@ -414,8 +423,8 @@ def test_nll_loss_bad_target():
     target[3] = 5
     assert np.isnan(emulated.nll_loss_forward(guarded(x), guarded(target))["loss"])
     assert emulated.take_bad_target() == (3, 5)
-    one = np.ones(1, "float32")
-    back = emulated.nll_loss_backward(guarded(x), guarded(target), one, one[0], reduction="sum")
+    one = np.ones((), "float32")
+    back = emulated.nll_loss_backward(guarded(x), guarded(target), one.reshape(1), one, reduction="sum")
     assert (back["grad"][3] == 0).all()
 
 
@@ -430,7 +439,7 @@ def test_scale_grad(dtype):
         close(out.written(), exact(memory.array) * 12, dtype)
         before = memory.array.copy()
         emulated.scale_grad(memory.array, guarded(np.array(1.0)), out=memory.array)
-        assert memory.written().tobytes() == before.tobytes()
+        same(memory.written(), before)
 
 
 # ---- the launch policy, a pure function

@@ -1,9 +1,9 @@
 #include "emulator.h"
 
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include "fiber.h"
 
@@ -172,6 +172,7 @@ class Launch {
   Random random_;
   std::vector<std::unique_ptr<Cluster>> clusters_;  // in flight
   bool failed_ = false;
+  char begin_;  // an address for happens-before
 };
 
 Launch* current = nullptr;
@@ -211,6 +212,7 @@ void Launch::start_cluster(int64_t first_block) {
 }
 
 void Launch::thread_main(void* thread) {
+  __tsan_acquire(&current->begin_);
   current->body_(current->argument_);
   current->leave(*static_cast<Thread*>(thread));
 }
@@ -276,22 +278,23 @@ Status Launch::run() {
 #else
   const size_t in_flight = 1 + random_.below(4);
 #endif
-  while (!failed_ && (!to_start.empty() || !clusters_.empty())) {
+  while (!failed_) {
+    for (size_t i = clusters_.size(); i-- > 0;) {
+      if (clusters_[i]->alive > 0) continue;
+      retire(*clusters_[i]);
+      clusters_.erase(clusters_.begin() + int64_t(i));
+    }
     while (!to_start.empty() && clusters_.size() < in_flight) {
       start_cluster(to_start.back());
       to_start.pop_back();
+      __tsan_release(&begin_);
     }
+    if (clusters_.empty()) break;
     if (Warp* warp = choose_warp()) {
       run_lanes(*warp);
     } else {
-      bool retired = false;
-      for (size_t i = clusters_.size(); i-- > 0;) {
-        if (clusters_[i]->alive > 0) continue;
-        retire(*clusters_[i]);
-        clusters_.erase(clusters_.begin() + int64_t(i));
-        retired = true;
-      }
-      if (!retired) error = describe_deadlock(), failed_ = true;
+      error = describe_deadlock();
+      failed_ = true;
     }
   }
   for (auto& cluster : clusters_) retire(*cluster);

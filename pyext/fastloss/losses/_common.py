@@ -1,5 +1,7 @@
 """What the Python faces of the losses share: reductions, dtypes, checks of what an argument is."""
 
+import numbers
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +27,7 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """The reduction that torch's deprecated arguments stand for; they win over ``reduction``, even a wrong one."""
     reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
     warnings.warn(
-        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.", stacklevel=4
+        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.", stacklevel=3
     )
     return reduction
 
@@ -36,7 +38,7 @@ def reduction_code(reduction: str) -> int:
     if code is not None:
         return code
     if reduction == "elementwise_mean":
-        warnings.warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=4)
+        warnings.warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3)
         return REDUCTIONS["mean"]
     raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
 
@@ -50,6 +52,25 @@ def under_autocast(device: torch.device) -> bool:
     """Whether autocast is on for this device; torch's losses then return float32 for float16 and bfloat16."""
     kind = device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def as_int(function: str, name: str, value: Any) -> int:
+    """An int argument, as anything that can be an index (numpy's integers too)."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
+
+
+def as_float(function: str, name: str, value: Any) -> float:
+    """A float argument, as any real number (numpy's too)."""
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
+        return float(value)
+    raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
 
 
 def require_tensor(name: str, value: Any, function: str) -> None:
@@ -100,6 +121,16 @@ def forward_mode_active() -> bool:
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+def saved_tensor_hooks_active() -> bool:
+    """Whether saved tensors are packed by somebody: checkpointing, offloading. Then nothing may be held beside them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for a batch (vmap, is_grads_batched), which operators that mutate cannot take."""
+    return bool(torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t))
+
+
 def keeps_graph() -> bool:
     """In a backward pass: whether this graph may be run again (retain_graph, create_graph)."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
@@ -107,6 +138,8 @@ def keeps_graph() -> bool:
 
 def differentiated_again(*tensors: Tensor | None) -> bool:
     """In a backward pass: whether its result must itself be differentiable (create_graph, nested torch.func)."""
+    if functorch_active():  # an outer transform, forward mode maybe, which requires_grad does not tell
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

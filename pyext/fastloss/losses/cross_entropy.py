@@ -184,8 +184,9 @@ def _formula(
     u = per_row * s * counted
     uz = u
     if o.reduction == MEAN:
-        u = u / (s * row_weight).sum()
-        uz = uz / (s * counted).sum()
+        nothing = ~counted.any()  # nothing counts: the loss is nan, but its derivatives are 0
+        u = u / torch.where(nothing, 1.0, (s * row_weight).sum())
+        uz = uz / torch.where(nothing, 1.0, (s * counted).sum())
     grad = u * (mass * softmax - q)
     if o.z_loss:
         grad = grad + uz * (2 * o.z_loss) * lse * softmax
@@ -205,16 +206,21 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
     o: _Options = ctx.options
     need_logits, need_target, need_weight = ctx.needs_input_grad[:3]
     grad_output = grad_output.contiguous()
-    grad = kernel_grad(grad_output) if need_logits else None
-    grad_target = grad_weight = None
-    args = (grad_output, logits, target)
+    grad = grad_target = grad_weight = None
+    if need_logits:
+        with torch.no_grad():
+            grad = kernel_grad(grad_output)
     if need_target:
-        grad_target = ops.cross_entropy_target_backward(*args, weight, sample_weight, saved, *o)
+        with torch.no_grad():
+            grad_target = ops.cross_entropy_target_backward(
+                grad_output, logits, target, weight, sample_weight, saved, *o
+            )
     if need_weight:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z)
-        plain = o._replace(label_smoothing=0.0)
-        per_class = ops.cross_entropy_target_backward(*args, None, sample_weight, saved, *plain)
-        p = target * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
-        grad_weight = _sum_rows(per_class.to(weight.dtype) * p, weight)
+        with torch.no_grad():
+            plain, wide = o._replace(label_smoothing=0.0), target.detach().to(weight.dtype)  # detach: no tangent
+            per_class = ops.cross_entropy_target_backward(grad_output, logits, wide, None, sample_weight, saved, *plain)
+            p = wide * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
+            grad_weight = _sum_rows(per_class * p, weight)
     if _common.differentiated_again(grad_output, logits, target, weight):
         f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, grad_output, o)
         grad = None if grad is None else _common.attach(grad, f_logits)
@@ -226,7 +232,7 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
 
 
 def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
-    logits, target, weight, sample_weight = ctx.saved_for_forward
+    logits, target, weight, sample_weight, _ = ctx.saved_for_forward
     o: _Options = ctx.options
     ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=_LOSS_DTYPES[o.loss_dtype])
     f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
@@ -282,14 +288,16 @@ def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
             "Trying to backward through the graph a second time: the gradient of this cross entropy was given away the "
             "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
         )
-    if not _common.keeps_graph():
+    keep = _common.keeps_graph()
+    if not keep:
         ctx.grad = None
-        ops.scale_grad_(grad, grad_output)
-        return grad, None, None, None, None
-    if not torch.is_grad_enabled():
+    if torch.is_grad_enabled():
+        saved = (*ctx.saved_tensors, None)
+        return _backward(ctx, grad_output, saved, lambda g: ops.scale_grad(grad, g))
+    if keep or _common.is_batched(grad_output):
         return ops.scale_grad(grad, grad_output), None, None, None, None
-    saved = (*ctx.saved_tensors, None)
-    return _backward(ctx, grad_output, saved, lambda g: ops.scale_grad(grad, g))
+    ops.scale_grad_(grad, grad_output)
+    return grad, None, None, None, None
 
 
 class _InPlace(Function):
@@ -299,7 +307,8 @@ class _InPlace(Function):
     def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         loss, *stats = ops.cross_entropy_forward_inplace(logits, target, weight, sample_weight, *options)
         torch.autograd.graph.increment_version(logits)
-        ctx.grad = logits.detach()
+        ctx.grad = logits.detach()  # shares the version counter
+        ctx.version = logits._version
         ctx.mark_non_differentiable(*stats)
         return (loss, *stats)
 
@@ -309,6 +318,11 @@ class _InPlace(Function):
             raise RuntimeError(
                 "cross_entropy(inplace_grad=True) cannot be differentiated twice: its logits are gone. Leave "
                 "inplace_grad out where create_graph=True is used."
+            )
+        if ctx.grad is not None and ctx.grad._version != ctx.version:
+            raise RuntimeError(
+                "cross_entropy(inplace_grad=True): one of the variables needed for gradient computation has been "
+                "modified by an inplace operation: the logits, whose memory holds the gradient since forward."
             )
         return _fused_backward(ctx, grad_output)
 
@@ -324,7 +338,7 @@ class _Recompute(Function):
             stats = []
         ctx.options = options
         ctx.save_for_backward(logits, target, weight, sample_weight, saved)
-        ctx.save_for_forward(logits, target, weight, sample_weight)
+        ctx.save_for_forward(logits, target, weight, sample_weight, saved)  # vmap wants the same as for backward
         ctx.mark_non_differentiable(saved, *stats)
         return (loss, saved, *stats)
 
@@ -371,7 +385,7 @@ class _Transformed(Function):
         _, saved, *stats = output
         ctx.mark_non_differentiable(saved, *stats)
         ctx.save_for_backward(logits, target, weight, sample_weight, saved)
-        ctx.save_for_forward(logits, target, weight, sample_weight)
+        ctx.save_for_forward(logits, target, weight, sample_weight, saved)  # vmap wants the same as for backward
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
@@ -407,7 +421,7 @@ def _run(
         return (ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)[0],)
     fused = o.reduction != NONE and logits.requires_grad
     fused = fused and not (target.requires_grad or (weight is not None and weight.requires_grad))
-    fused = fused and not torch.compiler.is_compiling()
+    fused = fused and not torch.compiler.is_compiling() and not _common.saved_tensor_hooks_active()
     if inplace_grad and fused:
         loss, *rest = _InPlace.apply(logits, target, weight, sample_weight, o)
         return (loss, *rest) if stats else (loss,)
@@ -594,11 +608,11 @@ def cross_entropy(
         _common.require_tensor("weight", weight, "cross_entropy")
     if sample_weight is not None:
         _common.require_tensor("sample_weight", sample_weight, "cross_entropy")
-    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
-        raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}")
-    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
-        if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+    ignore_index = _common.as_int("cross_entropy", "ignore_index", ignore_index)
+    label_smoothing = _common.as_float("cross_entropy", "label_smoothing", label_smoothing)
+    z_loss = _common.as_float("cross_entropy", "z_loss", z_loss)
+    logit_scale = _common.as_float("cross_entropy", "logit_scale", logit_scale)
+    softcap = None if softcap is None else _common.as_float("cross_entropy", "softcap", softcap)
     _common.require_supported_tensors("cross_entropy", input, target, weight, sample_weight)
     _common.require_same_device(
         "cross_entropy", ("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight)
@@ -677,6 +691,13 @@ def cross_entropy(
         if weight.dtype is not accum:
             weight = weight.to(accum)
         weight = weight.contiguous()
+    if classes == 0 and soft:  # nothing to sum over: 0, and 0 / 0 for the mean
+        empty = (input.sum(1) + target.sum(1)).to(loss_dtype)
+        if red != NONE:
+            empty = empty.sum() * (float("nan") if red == MEAN else 1.0)
+        if not return_stats:
+            return empty.reshape(()) if single else empty
+        raise ValueError("cross_entropy(return_stats=True): there is no arg-max over no classes; input has 0 classes")
     if sample_weight is not None:
         if not sample_weight.is_floating_point():
             raise RuntimeError(f"cross_entropy(): sample_weight must be floating point, got {sample_weight.dtype}")

@@ -45,15 +45,16 @@ def _row_factors(
     factor = counted.to(_common.accum_dtype(input.dtype))
     if weight is not None:
         factor = factor * weight[index]
-    if reduction == MEAN:
-        factor = factor / factor.sum()
+    if reduction == MEAN:  # nothing counts: the loss is nan, but its derivatives are 0
+        factor = factor / torch.where(~counted.any(), 1.0, factor.sum())
     return index, -factor
 
 
 def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
     input, target, weight, total_weight = ctx.saved_tensors
     grad_output = grad_output.contiguous()
-    grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
+    with torch.no_grad():
+        grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
     if _common.differentiated_again(grad_output):
         index, factor = _row_factors(input, target, weight, ctx.options)
         upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output
@@ -63,7 +64,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
-    input, target, weight = ctx.saved_for_forward
+    input, target, weight, _ = ctx.saved_for_forward
     index, factor = _row_factors(input, target, weight, ctx.options)
     rows = (factor * input_t.gather(1, index)).squeeze(1).to(input.dtype)
     return (rows if ctx.options[0] == NONE else rows.sum()), None
@@ -75,7 +76,7 @@ class _NllLoss(Function):
         loss, total_weight = ops.nll_loss_forward(input, target, weight, *options)
         ctx.options = options
         ctx.save_for_backward(input, target, weight, total_weight)
-        ctx.save_for_forward(input, target, weight)
+        ctx.save_for_forward(input, target, weight, total_weight)  # vmap wants the same as for backward
         ctx.mark_non_differentiable(total_weight)
         return loss, total_weight
 
@@ -102,7 +103,7 @@ class _NllLossTransformed(Function):
         input, target, weight, ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, target, weight, output[1])
-        ctx.save_for_forward(input, target, weight)
+        ctx.save_for_forward(input, target, weight, output[1])  # vmap wants the same as for backward
 
     backward = staticmethod(_backward)
     jvp = staticmethod(_jvp)
@@ -157,8 +158,7 @@ def nll_loss(
     _common.require_tensor("target", target, "nll_loss_nd")
     if weight is not None:
         _common.require_tensor("weight", weight, "nll_loss_nd")
-    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
-        raise TypeError(f"nll_loss_nd(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}")
+    ignore_index = _common.as_int("nll_loss_nd", "ignore_index", ignore_index)
     _common.require_supported_tensors("nll_loss", input, target, weight)
     _common.require_same_device("nll_loss", ("input", input), ("target", target), ("weight", weight))
     if input.dim() == 0:

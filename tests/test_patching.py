@@ -1,0 +1,388 @@
+"""fastloss behind torch.nn.functional; the modules; explain."""
+
+import copy
+import functools
+import io
+import pickle
+import threading
+from typing import ClassVar
+
+import fastloss
+import fastloss.functional
+import fastloss.nn
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TORCHS = {name: getattr(F, name) for name in ("cross_entropy", "nll_loss")}
+
+
+class Operators(TorchDispatchMode):
+    """The operators that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function).rsplit(".", 1)[0])
+        return function(*args, **(kwargs or {}))
+
+
+def ours(function, *args, **kwargs):
+    """Whether a call ends in fastloss's operators."""
+    with Operators() as called:
+        function(*args, **kwargs)
+    torchs = {name for name in called.names if name.startswith("aten.") and ("loss" in name or "softmax" in name)}
+    fast = {name for name in called.names if name.startswith("fastloss.")}
+    assert bool(fast) != bool(torchs), called.names
+    return bool(fast)
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    yield
+    fastloss.unpatch()
+    assert all(getattr(F, name) is original for name, original in TORCHS.items())
+
+
+@pytest.fixture
+def problem(device):
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    return x, torch.tensor([0, 4, -100, 2], device=device)
+
+
+# ------------------------------------------------------------------------------------------------------ patch()
+
+
+def test_patch_and_unpatch(problem):
+    x, t = problem
+    assert not ours(F.cross_entropy, x, t)
+    fastloss.patch()
+    assert ours(F.cross_entropy, x, t) and ours(F.nll_loss, x, t)
+    assert ours(torch.nn.CrossEntropyLoss(), x, t) and ours(torch.nn.NLLLoss(), x, t)
+    assert ours(torch.nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.ones(5, device=x.device)), x, t)
+    fastloss.patch()  # a second time changes nothing
+    fastloss.unpatch()
+    assert F.cross_entropy is TORCHS["cross_entropy"] and F.nll_loss is TORCHS["nll_loss"]
+    fastloss.unpatch()
+    assert not ours(F.cross_entropy, x, t)
+
+
+def test_results_and_gradients_are_the_same(problem):
+    x, t = problem
+    want = F.cross_entropy(x, t, label_smoothing=0.1)
+    with fastloss.patch():
+        got = F.cross_entropy(x, t, label_smoothing=0.1)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+
+
+def test_context_manager(problem):
+    x, t = problem
+    with fastloss.patch():
+        assert ours(F.cross_entropy, x, t)
+        with fastloss.patch():
+            assert ours(F.cross_entropy, x, t)
+        assert ours(F.cross_entropy, x, t)  # the inner one was not the one that patched
+    assert F.cross_entropy is TORCHS["cross_entropy"]
+    with pytest.raises(KeyError), fastloss.patch():
+        raise KeyError
+    assert F.cross_entropy is TORCHS["cross_entropy"]
+    fastloss.patch()
+    with fastloss.patch():
+        pass
+    assert ours(F.cross_entropy, x, t)
+
+
+def test_errors_inside_a_patched_call_are_ours_and_leave_the_patch(problem):
+    x, t = problem
+    with fastloss.patch():
+        with pytest.raises(ValueError, match="batch_size"):
+            F.cross_entropy(x, t[:2])
+        assert ours(F.cross_entropy, x, t)
+
+
+def test_keyword_arguments_in_any_order(problem):
+    x, t = problem
+    w = torch.ones(5, device=x.device)
+    with fastloss.patch():
+        assert ours(F.cross_entropy, input=x, target=t)
+        assert ours(F.cross_entropy, target=t, input=x)
+        assert ours(F.cross_entropy, x, weight=w, target=t)
+        assert ours(F.cross_entropy, weight=w, target=t, input=x)
+        assert ours(F.nll_loss, target=t, input=x)
+
+
+def test_the_functions_keep_their_names_and_signatures():
+    import inspect
+
+    signatures = {name: inspect.signature(f) for name, f in TORCHS.items()}
+    with fastloss.patch():
+        for name, signature in signatures.items():
+            assert inspect.signature(getattr(F, name)) == signature
+            assert getattr(F, name).__name__ == name
+
+
+def test_other_threads_see_the_patch(problem):
+    x, t = problem
+    seen = []
+    with fastloss.patch():
+        thread = threading.Thread(target=lambda: seen.append(ours(F.cross_entropy, x, t)))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_under_a_default_device(problem):
+    """`with torch.device(...)` is a torch function mode, not a kind of tensor."""
+    x, t = problem
+    with fastloss.patch(), torch.device(x.device):
+        assert ours(F.cross_entropy, x, t)
+
+
+class Labelled(torch.Tensor):
+    """An ordinary subclass: data and a name."""
+
+
+class Counting(torch.Tensor):
+    """A subclass that wants to see the calls of torch's functions."""
+
+    calls: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Wrapper(torch.Tensor):
+    """A subclass like DTensor: it holds a tensor and sees operators."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrap(a):
+            return a.inner if isinstance(a, cls) else a
+
+        return func(*map(unwrap, args), **{k: unwrap(v) for k, v in (kwargs or {}).items()})
+
+
+def test_what_fastloss_does_not_take_goes_to_torch(problem):
+    """With torch's result, or torch's error."""
+    x, t = problem
+    x = x.detach()
+    for args in (
+        (x.to(torch.complex64), t),
+        (x.long(), t),
+        (x.to(torch.float8_e4m3fn), t),
+        (x.to_sparse(), t),
+        ([1.0, 2.0], t),
+        (None, t),
+        (x, t, x.new_ones(5).to(torch.complex64)),
+    ):
+        with pytest.raises(Exception) as want:
+            F.cross_entropy(*args)
+        with fastloss.patch(), pytest.raises(type(want.value)) as got:
+            F.cross_entropy(*args)
+        assert str(got.value) == str(want.value)
+    if x.device.type == "cpu":
+        wrapped = Wrapper(x)
+        with fastloss.patch():
+            assert not ours(F.cross_entropy, wrapped, t)
+            torch.testing.assert_close(F.cross_entropy(wrapped, t), TORCHS["cross_entropy"](x, t))
+
+
+def test_meta_tensors(problem):
+    x, t = problem
+    with fastloss.patch():
+        assert F.cross_entropy(x.to("meta"), t.to("meta")).device.type == "meta"
+
+
+def test_subclasses(problem):
+    """A direct call and a patched one: the subclass sees the call, and the value is right."""
+    x, t = problem
+    want = F.cross_entropy(x, t).detach()
+    labelled = x.detach().as_subclass(Labelled)
+    assert ours(fastloss.cross_entropy, labelled, t)
+    torch.testing.assert_close(fastloss.cross_entropy(labelled, t).as_subclass(torch.Tensor), want)
+    assert type(fastloss.cross_entropy(labelled, t)) is Labelled  # as with torch's functions
+    counting = x.detach().as_subclass(Counting)
+    Counting.calls = []
+    fastloss.cross_entropy(counting, t)
+    assert fastloss.cross_entropy in Counting.calls
+    with fastloss.patch():
+        Counting.calls = []
+        torch.testing.assert_close(F.cross_entropy(counting, t).as_subclass(torch.Tensor), want)
+        assert Counting.calls
+    if x.device.type == "cpu":
+        with pytest.raises(NotImplementedError, match="subclass Wrapper"):
+            fastloss.cross_entropy(Wrapper(x.detach()), t)
+
+
+def test_parameters_and_buffers_are_ordinary(problem):
+    x, t = problem
+    weight = torch.nn.Buffer(torch.ones(5, device=x.device))
+    assert ours(fastloss.cross_entropy, torch.nn.Parameter(x.detach()), t, weight)
+
+
+def test_torch_function_modes_see_the_call(problem):
+    from torch.overrides import TorchFunctionMode
+
+    x, t = problem
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        loss = fastloss.cross_entropy(x, t, reduction="sum", z_loss=0.1)
+        fastloss.nll_loss(x, t)
+    assert fastloss.cross_entropy in seen and fastloss.nll_loss in seen
+    assert torch.equal(loss, fastloss.cross_entropy(x, t, reduction="sum", z_loss=0.1))
+
+
+def test_a_training_loop_that_knows_nothing_of_us(device):
+    """torch.nn modules built before the patch, an optimiser, a few steps: the same curve."""
+    curves = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)).to(device)
+        criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+        x, t = torch.randn(64, 8, device=device), torch.randint(5, (64,), device=device)
+        curve = []
+        with fastloss.patch() if patched else torch.enable_grad():
+            for _ in range(20):
+                optimiser.zero_grad()
+                loss = criterion(model(x), t)
+                loss.backward()
+                optimiser.step()
+                curve.append(loss.detach())
+        curves.append(torch.stack(curve))
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-5)
+    assert curves[0][-1] < curves[0][0]
+
+
+# ------------------------------------------------------------------------------------------------------ modules
+
+MODULES = {
+    "CrossEntropyLoss": (fastloss.CrossEntropyLoss, torch.nn.CrossEntropyLoss, {"label_smoothing": 0.1}),
+    "NLLLoss": (fastloss.NLLLoss, torch.nn.NLLLoss, {}),
+}
+modules = pytest.mark.parametrize(("mine", "theirs", "extra"), MODULES.values(), ids=MODULES)
+
+
+@modules
+def test_modules_are_torchs(mine, theirs, extra, problem):
+    x, t = problem
+    x = x.detach().log_softmax(1)
+    w = torch.linspace(0.5, 2, 5, device=x.device)
+    for options in ({}, {"weight": w}, {"reduction": "sum"}, {"ignore_index": 2}, extra):
+        a, b = mine(**options).to(x.device), theirs(**options).to(x.device)
+        assert isinstance(a, theirs)
+        target = t.clamp(min=0)
+        torch.testing.assert_close(a(x, target), b(x, target))
+        assert ours(a, x, target)
+        assert list(a.state_dict()) == list(b.state_dict())
+        b.load_state_dict(a.state_dict())
+        a.load_state_dict(b.state_dict())
+        assert repr(a).startswith(type(b).__name__ + "(")
+        for copied in (copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
+            assert type(copied) is mine and torch.equal(copied(x, target), a(x, target))
+        buffer = io.BytesIO()
+        torch.save(a.state_dict(), buffer)
+        buffer.seek(0)
+        b.load_state_dict(torch.load(buffer, weights_only=True))
+    positional = mine(w, None, 2, None, "sum")
+    torch.testing.assert_close(positional(x, t.clamp(min=0)), theirs(w, None, 2, None, "sum")(x, t.clamp(min=0)))
+
+
+@modules
+def test_modules_move_and_convert(mine, theirs, extra, problem):
+    x, t = problem
+    module = mine(weight=torch.ones(5)).to(x.device).double()
+    assert module.weight.dtype == torch.float64 and module.weight.device == x.device
+    module(x.detach().double(), t)
+    assert not list(module.parameters())
+    half = mine(weight=torch.ones(5)).to(x.device).half()
+    assert half(x.detach().half(), t).dtype == torch.float16
+
+
+def test_module_options_beyond_torch(problem):
+    x, t = problem
+    s = torch.linspace(0.5, 1, 4, device=x.device)
+    options = {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5, "all_ignored": "zero", "zero_times_inf": "zero"}
+    module = fastloss.CrossEntropyLoss(**options, reduction="sum")
+    assert torch.equal(module(x, t, s), fastloss.cross_entropy(x, t, sample_weight=s, reduction="sum", **options))
+    loss, stats = fastloss.CrossEntropyLoss(return_stats=True)(x, t)
+    assert stats.argmax.shape == t.shape
+    moved = fastloss.CrossEntropyLoss(class_dim=-1)(x.view(2, 2, 5), t.view(2, 2))
+    torch.testing.assert_close(moved, loss)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(copied(x, t, s), module(x, t, s))
+    assert "z_loss=0.1" in repr(module) and "softcap=3.0" in repr(module)  # a module says how it differs
+
+
+def test_modules_under_patch_do_not_recurse(problem):
+    x, t = problem
+    with fastloss.patch():
+        assert ours(fastloss.CrossEntropyLoss(), x, t)
+        assert ours(fastloss.cross_entropy, x, t)
+
+
+def test_names():
+    assert fastloss.functional.cross_entropy is fastloss.cross_entropy
+    assert fastloss.functional.nll_loss is fastloss.nll_loss
+    assert fastloss.nn.CrossEntropyLoss is fastloss.CrossEntropyLoss
+    assert fastloss.nn.NLLLoss is fastloss.NLLLoss
+    for name in fastloss.__all__:
+        assert getattr(fastloss, name) is not None
+        assert name == "__version__" or getattr(fastloss, name).__doc__
+
+
+def test_functools_partial_and_threads_need_no_state(problem):
+    x, t = problem
+    loss = functools.partial(fastloss.cross_entropy, reduction="sum")
+    assert torch.equal(loss(x, t), fastloss.cross_entropy(x, t, reduction="sum"))
+
+
+# ------------------------------------------------------------------------------------------------------ explain
+
+
+def test_explain(problem):
+    x, t = problem
+    with Operators() as called:
+        explanation = fastloss.explain(x, t)
+    assert not any(name.startswith("fastloss.cross_entropy_forward") for name in called.names)
+    assert explanation.handled_by == "fastloss"
+    assert explanation.device.startswith(x.device.type)
+    assert explanation.bytes_written == x.nbytes and explanation.bytes_read >= x.nbytes
+    assert "forward" in explanation.gradient
+    assert explanation.kernel in str(explanation)
+    for options, word in (
+        ({"reduction": "none"}, "backward"),
+        ({"grad_in_forward": False}, "backward"),
+        ({"grad_in_forward": None}, "forward"),
+        ({"inplace_grad": True}, "memory of the input"),
+    ):
+        assert word in fastloss.explain(x, t, **options).gradient, options
+    with torch.no_grad():
+        assert fastloss.explain(x, t).bytes_written == 0
+    assert fastloss.explain(x.detach(), t).bytes_written == 0
+    assert "complex" in fastloss.explain(x.detach().to(torch.complex64), t).handled_by
+
+
+def test_explain_names_the_instruction_set():
+    from fastloss._library import ops
+
+    x, t = torch.randn(300, 50), torch.zeros(300, dtype=torch.long)
+    assert ops.current_isa() in fastloss.explain(x, t).kernel

@@ -1,0 +1,202 @@
+"""Mutation test of the CUDA kernels: are the emulated tests strong enough to notice a fault?
+
+    python tools/mutants.py [--quick] [--list] [--jobs N] [PATTERN]
+
+Every barrier and fence is removed in turn, and every bound of a loop or guard over rows, classes, vectors and the like
+is shifted by one either way. All faults are compiled in at once (FASTLOSS_MUTANT chooses one at run time), as plain C++
+and under the sanitizers; a fault is caught when the short form of tests/core/test_cuda_on_cpu.py fails, in the plain
+build or under the sanitizer that is made for it. Exits 1 when one survives that EQUIVALENT does not explain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ("*/*_kernels.cuh", "common/errors_cuda.cuh", "common/primitives.cuh")
+# The text of primitives.cuh before this belongs to the GPU alone.
+COMMON_FROM = "reductions, common to the GPU and the emulator"
+
+SYNC = re.compile(r"\b(block_barrier|warp_barrier|memory_fence|system_fence|cluster_arrive|cluster_wait)\(\);")
+LIMITS = (
+    r"p\.(?:rows|classes|outer|inner|count|blocks|totals_count|slice)|classes|count|blocks|warps|parts|groups|vectors"
+    r"|inner_tiles|kPositions|span\.head(?: \+ span\.tail)?"
+)
+BOUND = re.compile(rf"(?<= < )(?:{LIMITS})\b(?! \+)|(?<= >= )(?:{LIMITS})\b")
+NOT_CODE = re.compile(r"^\s*(//|#|template|static_assert)")
+
+# What --quick takes.
+QUICK = ("group_sum(lane < warps", "the results are there", "load16_stream(x +", "row = first; row < p.rows")
+# Faults that change nothing, by what the line says; `shift` 0: the removal.
+EQUIVALENT: list[tuple[str, int, str]] = []
+
+
+@dataclass(frozen=True)
+class Mutant:
+    number: int
+    where: str  # file:line
+    shift: int  # of a bound; 0: synchronisation removed
+    text: str
+
+    def __str__(self) -> str:
+        what = f"bound {self.shift:+d}" if self.shift else "removed"
+        return f"{self.number:3d}  {self.where}  {what}: {self.text}"
+
+    def reason(self) -> str | None:
+        return next((why for text, shift, why in EQUIVALENT if text in self.text and shift == self.shift), None)
+
+
+def plant(source: Path, target: Path) -> list[Mutant]:
+    """Copies the sources with every fault in them, each behind its number."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    mutants: list[Mutant] = []
+    late: list[int] = []  # cluster_arrive and cluster_wait that stand apart: one without the other is no use
+    for path in sorted(p for pattern in KERNELS for p in target.glob(pattern)):
+        lines = path.read_text().splitlines()
+        begin = next((i for i, line in enumerate(lines) if COMMON_FROM in line), 0)
+        for i in range(begin, len(lines)):
+            if NOT_CODE.match(lines[i]):
+                continue
+            code, _, comment = lines[i].partition("//")
+            text = lines[i].strip()
+
+            def new(shift: int, what: str) -> int:
+                where = f"{path.relative_to(target)}:{i + 1}"  # noqa: B023
+                mutants.append(Mutant(len(mutants) + 1, where, shift, what))
+                return len(mutants)
+
+            def bound(match: re.Match[str]) -> str:
+                up, down = new(1, f"{match[0]} in {text}"), new(-1, f"{match[0]} in {text}")  # noqa: B023
+                return f"{match[0]} + fastloss::bound_shift({up}, {down})"
+
+            def removable(match: re.Match[str]) -> str:
+                numbers = []
+                pair = "cluster_wait();" if match[1] == "cluster_arrive" else "cluster_arrive();"
+                beside = lines[i + 1 if match[1] == "cluster_arrive" else i - 1]  # noqa: B023
+                if match[1] in ("cluster_arrive", "cluster_wait"):
+                    if pair not in beside:
+                        if not late:
+                            late.append(new(0, "every cluster_arrive and cluster_wait that stand apart"))
+                        numbers.append(late[0])
+                    elif match[1] == "cluster_arrive":
+                        numbers.append(new(0, text + " " + pair))  # noqa: B023
+                    else:
+                        numbers.append(len(mutants))  # the pair, just made
+                else:
+                    numbers.append(new(0, text))  # noqa: B023
+                return f"if (!fastloss::removed({numbers[0]})) {match[0]}"
+
+            code = SYNC.sub(removable, code)
+            code = BOUND.sub(bound, code)
+            lines[i] = code + ("//" + comment if comment else "")
+        path.write_text("\n".join(lines) + "\n")
+    types = target / "common" / "types.h"
+    types.write_text(
+        types.read_text()
+        + """
+#include <cstdlib>
+namespace fastloss {
+inline const int mutant = std::getenv("FASTLOSS_MUTANT") ? std::atoi(std::getenv("FASTLOSS_MUTANT")) : 0;
+inline bool removed(int number) { return mutant == number; }
+inline int bound_shift(int up, int down) { return (mutant == up) - (mutant == down); }
+}  // namespace fastloss
+"""
+    )
+    return mutants
+
+
+def build(directory: Path, variants: tuple[str, ...], faulty: Path) -> None:
+    def quietly(*command: str) -> None:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    source, python = str(ROOT / "tests" / "emulate"), f"-DPython_EXECUTABLE={sys.executable}"
+    quietly("cmake", "-S", source, "-B", str(directory), "-G", "Ninja", python, f"-DFASTLOSS_MUTANTS={faulty}")
+    for variant in variants:
+        quietly("cmake", "--build", str(directory), "-j2", "--target", variant)
+
+
+def library(name: str) -> str:
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def environment(module: Path, mutant: int) -> dict[str, str]:
+    """For Python to load a variant of the module."""
+    env = os.environ | {"PYTHONPATH": str(module), "FASTLOSS_MUTANT": str(mutant), "FASTLOSS_SHORT": "1",
+                        "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
+    if module.name.endswith("asan"):
+        env["LD_PRELOAD"] = " ".join(map(library, ("libasan.so", "libubsan.so", "libstdc++.so")))
+        env["ASAN_OPTIONS"] = "detect_leaks=0:detect_odr_violation=0"
+        env["UBSAN_OPTIONS"] = "halt_on_error=1:print_stacktrace=1"
+        env["FASTLOSS_EXACT"] = "1"
+    if module.name.endswith("tsan"):
+        env["LD_PRELOAD"] = library("libtsan.so")
+        env["TSAN_OPTIONS"] = "halt_on_error=1"
+    return env
+
+
+def passes(module: Path, mutant: int = 0, quiet: bool = True) -> bool:
+    """Does the short form of the emulated tests pass? A fault may also make it run forever."""
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x", "--tb=line",
+               "-k", "not policy", "tests/core/test_cuda_on_cpu.py"]  # fmt: skip
+    output = subprocess.DEVNULL if quiet else None
+    try:
+        return subprocess.run(command, cwd=ROOT, env=environment(module, mutant), stdout=output, stderr=output,
+                              timeout=600).returncode == 0  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def caught_by(mutant: Mutant, modules: list[Path]) -> str | None:
+    made_for = "tsan" if mutant.shift == 0 else "asan"
+    order = [m for m in modules if m.name.endswith(("plain", made_for))]
+    return next((m.name.removeprefix("mutants_") for m in order if not passes(m, mutant.number)), None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pattern", nargs="?", default="", help="only mutants whose description contains this")
+    parser.add_argument("--quick", action="store_true", help="a few, the plain build only")
+    parser.add_argument("--list", action="store_true", help="list the mutants and stop")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "emulated", help="a build directory")
+    parser.add_argument("--sanitize", choices=("asan", "tsan"), help="no mutants: the emulated tests under a sanitizer")
+    options = parser.parse_args()
+    if options.sanitize:
+        return 0 if passes(options.build / options.sanitize, quiet=False) else 1
+
+    faulty = options.build / "mutants"
+    mutants = [m for m in plant(ROOT / "csrc", faulty) if options.pattern in str(m)]
+    if options.quick:
+        mutants = [m for m in mutants if any(text in m.text for text in QUICK)]
+    if options.list:
+        print(*mutants, sep="\n")
+        return 0
+    variants = ("mutants_plain",) if options.quick else ("mutants_plain", "mutants_asan", "mutants_tsan")
+    build(options.build, variants, faulty)
+    modules = [options.build / variant for variant in variants]
+    for module in modules:
+        if not passes(module, quiet=False):
+            raise SystemExit(f"without any fault the tests already fail: {module.name}")
+
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, caught in zip(mutants, pool.map(lambda m: caught_by(m, modules), mutants), strict=True):
+            why = mutant.reason()
+            survivors += not (caught or why)
+            print(f"{caught or ('equivalent' if why else 'SURVIVED'):10s} {mutant}", flush=True)
+    print(f"{len(mutants)} mutants, {survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
