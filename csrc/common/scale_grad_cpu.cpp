@@ -1,8 +1,7 @@
 #define FASTLOSS_ISA portable
-#include "scale_grad.h"
-
 #include "cpu_isa.h"
 #include "cpu_support.h"
+#include "scale_grad.h"
 
 namespace fastloss {
 

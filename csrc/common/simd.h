@@ -377,8 +377,8 @@ struct int_vector {
 };
 
 // exp for x <= 0 (and nan): e^x = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; minimax polynomial for 2^f, 2^n by
-// exponent bits. Relative error at most (1 + |x| / 9) ulp; results under the smallest normal number are 0, and
-// exp(-inf) is 0.
+// exponent bits. Relative error about (1 + |x| / 9) ulp with fused multiply-add; results under the smallest normal
+// number are 0, and exp(-inf) is 0.
 template <class T>
 struct exp_constants;
 template <>

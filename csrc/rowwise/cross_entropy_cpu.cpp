@@ -18,8 +18,8 @@ constexpr Kernel *cross_entropy_forward_avx512 = nullptr, *cross_entropy_backwar
 #endif
 
 Status cross_entropy_forward_cpu(const CrossEntropyArgs& a, ParallelFor parallel_for) {
-  return choose_isa<Kernel>(cross_entropy_forward_portable, cross_entropy_forward_avx2,
-                            cross_entropy_forward_avx512)(a, parallel_for);
+  return choose_isa<Kernel>(cross_entropy_forward_portable, cross_entropy_forward_avx2, cross_entropy_forward_avx512)(
+      a, parallel_for);
 }
 Status cross_entropy_backward_cpu(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   return choose_isa<Kernel>(cross_entropy_backward_portable, cross_entropy_backward_avx2,

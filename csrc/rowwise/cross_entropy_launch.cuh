@@ -20,7 +20,7 @@ Kernel<T> row_kernel_of_pass(Pass pass) {
     default: break;
   }
   // Backward does not need the row as a whole: its parts are smaller.
-  return cross_entropy_row_kernel < T, false, Pass::backward, kWarpRows, true, kN < 8 ? kN : 8 > ;
+  return cross_entropy_row_kernel<T, false, Pass::backward, kWarpRows, true, (kN < 8 ? kN : 8)>;
 }
 
 template <class T>

@@ -1,5 +1,6 @@
 """``python -m fastloss info`` and ``python -m fastloss demo``."""
 
+import importlib
 import sys
 
 
@@ -11,7 +12,7 @@ def info() -> int:
     from ._version import MIN_PYTHON, MIN_TORCH, __version__
 
     try:
-        from ._build_info import BUILD_INFO as build
+        build = importlib.import_module("fastloss._build_info").BUILD_INFO  # written by the build
     except ImportError:
         build = {}
     isa = _library.ops.current_isa()

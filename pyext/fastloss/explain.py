@@ -63,17 +63,14 @@ def explain(input: Tensor, target: Tensor, *, reduction: str = "mean", **options
         kernel = ops.cross_entropy_regime(x.detach(), t.detach().contiguous() if not soft else t.detach(), False)
     one = input.numel() * input.element_size()
     extra = target.numel() * target.element_size()
+    in_forward = options.get("grad_in_forward")
+    in_forward = input.dtype is not torch.float16 if in_forward is None else in_forward
     wanted = torch.is_grad_enabled() and input.requires_grad
     if not wanted:
         gradient, read, written = "none wanted", one + extra, 0
     elif options.get("inplace_grad") and reduction != "none":
         gradient, read, written = "in forward, in the memory of the input", one + extra, one
-    elif (
-        reduction == "none"
-        or (soft and target.requires_grad)
-        or _common.functorch_active()
-        or not options.get("grad_in_forward", input.dtype is not torch.float16)
-    ):
+    elif reduction == "none" or (soft and target.requires_grad) or _common.functorch_active() or not in_forward:
         gradient, read, written = "in backward, from the logits (read twice)", 2 * (one + extra), one
     else:
         gradient, read, written = "in forward, while the row is at hand; scaled in backward", one + extra, one

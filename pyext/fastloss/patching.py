@@ -18,7 +18,8 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """None if fastloss takes a call with these arguments, else why not."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    first = kwargs.get("input")
+    tensors = [a for a in (first, *args, *kwargs.values()) if isinstance(a, Tensor)]
     if not tensors:
         return "no tensor among the arguments"
     if has_torch_function(tensors):

@@ -56,9 +56,11 @@ def under_autocast(device: torch.device) -> bool:
 
 def as_int(function: str, name: str, value: Any) -> int:
     """An int argument, as anything that can be an index (numpy's integers too)."""
-    if isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
@@ -71,6 +73,14 @@ def as_float(function: str, name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)
     raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+
+
+def index_target(target: Tensor) -> Tensor:
+    """Class indices as the kernels take them: contiguous, and no uint64 past 2**63 that would wrap to ignore_index."""
+    if target.dtype is torch.uint64:
+        signed = target.view(torch.int64)
+        target = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
+    return target if target.is_contiguous() else target.contiguous()
 
 
 def require_tensor(name: str, value: Any, function: str) -> None:

@@ -620,13 +620,15 @@ def cross_entropy(
 
     # Bring the classes to dimension 1 of [N, C, ...].
     soft = input.shape == target.shape
-    if class_dim is not None and class_dim != 1 and input.dim() > 1:
+    class_dim = None if class_dim is None else _common.as_int("cross_entropy", "class_dim", class_dim)
+    if class_dim is not None and (class_dim != 1 or input.dim() == 1):
         if not -input.dim() <= class_dim < input.dim():
             raise IndexError(
                 f"Dimension out of range: class_dim is {class_dim}, but input has {input.dim()} dimensions"
             )
-        input = input.movedim(class_dim, 1)
-        target = target.movedim(class_dim, 1) if soft else target
+        if input.dim() > 1:
+            input = input.movedim(class_dim, 1)
+            target = target.movedim(class_dim, 1) if soft else target
     if soft:
         if not target.is_floating_point():
             raise RuntimeError(
@@ -674,8 +676,7 @@ def cross_entropy(
         _check_index_dtype(target, "cross_entropy")
         _check_index_shapes(input, target, "cross_entropy")
         loss_dtype = input.dtype
-        if not target.is_contiguous():
-            target = target.contiguous()
+        target = _common.index_target(target)
         if not _mergeable(input):
             input = input.contiguous()
     accum = _common.accum_dtype(input.dtype)
@@ -787,6 +788,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             "inplace_grad": inplace_grad,
             "grad_in_forward": grad_in_forward,
         }
+
+    def extra_repr(self) -> str:
+        """What goes beyond torch's module, where it differs from the default."""
+        default = {"logit_scale": 1.0, "z_loss": 0.0, "all_ignored": "nan", "zero_times_inf": "nan"}
+        shown = ((k, v) for k, v in self.options.items() if v != default.get(k) and v is not False)
+        return ", ".join(f"{k}={v!r}" for k, v in shown)
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Any:
         """The loss of logits (N, C, ...) against targets; shapes, dtypes and errors as :func:`cross_entropy`."""

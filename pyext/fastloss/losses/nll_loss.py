@@ -172,8 +172,7 @@ def nll_loss(
         input, target = input.unsqueeze(0), target.reshape(1)
     cross_entropy._check_index_dtype(target, "nll_loss")
     cross_entropy._check_index_shapes(input, target, "nll_loss")
-    if not target.is_contiguous():
-        target = target.contiguous()
+    target = _common.index_target(target)
     if not cross_entropy._mergeable(input):
         input = input.contiguous()
     weight_dtype = input.dtype
