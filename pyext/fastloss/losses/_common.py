@@ -79,6 +79,10 @@ def index_target(target: Tensor) -> Tensor:
     """Class indices as the kernels take them: contiguous, and no uint64 past 2**63 that would wrap to ignore_index."""
     if target.dtype is torch.uint64:
         signed = target.view(torch.int64)
+        if target.device.type == "cpu" and type(target) is Tensor and (signed < 0).any():
+            row = (signed < 0).nonzero()[0].tolist()
+            value = int(signed[tuple(row)]) + 2**64
+            raise IndexError(f"Target {value} is out of bounds. target{row or ''} = {value} is no class index")
         target = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
     return target if target.is_contiguous() else target.contiguous()
 
