@@ -369,8 +369,20 @@ template <class T>
 struct strip_reference<T&> {
   using type = T;
 };
+template <size_t kSize>
+struct uint_of_size {
+  using type = uint32_t;
+};
+template <>
+struct uint_of_size<8> {
+  using type = uint64_t;
+};
 template <class V>
 using lane_t = typename strip_reference<decltype(static_cast<V*>(nullptr)[0][0])>::type;
+template <class V>
+struct uint_vector {  // for bit patterns: its arithmetic wraps
+  using type = typename vector_type<typename uint_of_size<sizeof(lane_t<V>)>::type, int(sizeof(V))>::type;
+};
 template <class V>
 struct int_vector {
   using type = typename vector_type<typename bits_of<lane_t<V>>::type, int(sizeof(V))>::type;
@@ -407,13 +419,13 @@ template <class V>
 inline V exp_nonpositive(V x) {
   using T = lane_t<V>;
   using K = exp_constants<T>;
-  using I = typename int_vector<V>::type;
+  using U = typename uint_vector<V>::type;
   x = max_of(K::lowest - V{}, x);  // operand order keeps a nan
   const V shifted = x * K::log2e + K::magic;
   const V f = x * K::log2e - (shifted - K::magic);  // one rounding: contracted to a fused multiply-add
   V p = K::c[0] - V{};
   for (size_t i = 1; i < sizeof(K::c) / sizeof(T); ++i) p = p * f + K::c[i];
-  return p * bit_cast<V>(bit_cast<I>(shifted) << K::mantissa);  // n + bias = 0 gives the float 0
+  return p * bit_cast<V>(bit_cast<U>(shifted) << K::mantissa);  // n + bias = 0 gives the float 0
 }
 
 // log for x >= 1, inf and nan.
@@ -424,7 +436,7 @@ inline V log_of(V x) {
     return x;
   } else {
     using I = typename int_vector<V>::type;
-    const I bits = bit_cast<I>(x) - 0x3f3504f3;  // relative to sqrt(1/2)
+    const I bits = bit_cast<I>(bit_cast<typename uint_vector<V>::type>(x) - 0x3f3504f3u);  // relative to sqrt(1/2)
     const V e = __builtin_convertvector(bits >> 23, V);
     const V f = bit_cast<V>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
     constexpr float c[] = {0.0697161147f,  -0.1147973385f, 0.1168541992f,  -0.1242568733f, 0.1424905765f,

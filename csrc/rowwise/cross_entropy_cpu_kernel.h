@@ -343,6 +343,7 @@ class RowBatch {
       if (b < n && !a.soft) t = load_index(a.target, a.index_type, first + b);
       target[b] = !a.soft && t == a.ignore_index ? -1 : t;
       lane_target[b] = lane_int(target[b]);
+      if (b >= n) ref[b] = others[b] = dot[b] = mass[b] = picked[b] = T(0);  // lanes that are computed and not used
       best[b] = 0;
     }
   }
