@@ -102,15 +102,16 @@ inline V transform_slope(const RowConstants<T>& k, V z) {
   return k.logit_scale * (T(1) - u * u);
 }
 
-// q of a probability target; 0 * (-inf) becomes 0 on request (by dropping the term where q is 0).
+// q of a probability target.
 template <class T>
 inline vec<T> soft_q(const RowConstants<T>& k, vec<T> p, vec<T> w) {
   return w * (p * (T(1) - k.smoothing) + k.smooth_share);
 }
+// What q is multiplied with in sum_c q_c d_c. The product itself stays in the sum, where it is always contracted to a
+// fused multiply-add, so that every variant of a kernel gives the same bits.
 template <class T>
-inline vec<T> product(vec<T> q, vec<T> d, bool zero_times_inf) {
-  vec<T> r = q * d;
-  return zero_times_inf ? (q == T(0) ? vec<T>{} : r) : r;
+inline vec<T> factor_of(vec<T> q, vec<T> d, bool zero_times_inf) {
+  return zero_times_inf ? (q == T(0) ? vec<T>{} : d) : d;
 }
 
 // ---------------------------------------------------------------------------------------------------- row path
@@ -211,14 +212,14 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
       if constexpr (kMode == Mode::smooth) chunk_dot += d;
       if constexpr (kMode == Mode::smooth_weighted) {
         const vec<T> q = load_n(call.weight + i, n, T(0));
-        chunk_dot += product<T>(q, d, zero_inf);
+        chunk_dot += q * factor_of<T>(q, d, zero_inf);
         chunk_mass += q;
       }
       if constexpr (kMode == Mode::soft) {
         const vec<T> w = call.weight ? load_n(call.weight + i, n, T(0)) : splat(T(1));
         vec<T> q = soft_q<T>(k, load_n(prob + (i - c0), n, T(0)), w);
         if (n < kLanes<T>) q = iota<T>() < T(n) ? q : vec<T>{};
-        chunk_dot += product<T>(q, d, zero_inf);
+        chunk_dot += q * factor_of<T>(q, d, zero_inf);
         chunk_mass += q;
       }
     };
@@ -678,12 +679,12 @@ inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, 
       }
       if constexpr (kMode == Mode::smooth_weighted) {
         vec<T> q = splat(call.weight[c0 + c]);
-        dot += product<T>(q, d, zero_inf);
+        dot += q * factor_of<T>(q, d, zero_inf);
         mass += q;
       }
       if constexpr (kMode == Mode::soft) {
         vec<T> q = soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
-        dot += product<T>(q, d, zero_inf);
+        dot += q * factor_of<T>(q, d, zero_inf);
         mass += q;
       }
     }
