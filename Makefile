@@ -2,7 +2,13 @@
 # make test    build with everything that can be compiled here; all tests, formatters, linters, audits
 # make bench   benchmarks against torch and torch.compile
 # make wheel   one wheel for Python >= 3.10 and torch >= 2.10, CPU or CUDA
-# make help    all targets
+# make test-wheel   the wheel installed beside other torch versions; TORCH_VERSIONS="2.10.0 2.14.1" chooses
+# make format  clang-format and ruff over everything
+# make clean   removes what was built, but for .venv
+#
+# Parts of make test, by themselves: make build, lint, test-python, abi-audit, cuda-report (registers and spills of the
+# CUDA kernels), emulated-asan and emulated-tsan (CUDA kernels on the CPU), asan (the CPU core), judge (torch's own tests).
+# make mutants plants faults in the CUDA kernels and counts which the tests find; it takes half an hour.
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv; FASTLOSS_CUDA and FASTLOSS_CUDA_ARCHS are read by setup.py.
 PYTHON ?= python3
