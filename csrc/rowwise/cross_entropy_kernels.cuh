@@ -66,7 +66,8 @@ struct CrossEntropyParams {
   int64_t slice;                   // vectors per part
   int groups;                      // plane: warps per block
   int64_t outer_step, inner_step;  // plane: the grid, in units of outer steps and inner tiles
-  int64_t last_base;               // plane: first class of the last chunk that a block holds at once, or negative
+  // plane: first class of the last chunk that a block holds at once, or negative; streaming: the same of its vectors
+  int64_t last_base;
   // 0, which the compiler cannot know: what is combined with it is computed again for the gradient rather than kept in
   // registers beside the row.
   unsigned zero;
@@ -366,15 +367,16 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
     }
   }
   if (!p.partials) return;
+  const bool with_z = p.k.z_loss != A(0);
   block_barrier();  // the scratch may still be in use
   sums.nll = block_sum(sums.nll, scratch);
-  sums.z = block_sum(sums.z, scratch + kWarp);
-  sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
+  if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
+  if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
   unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 3 * kWarp);
   if (threadIdx.x == 0) {
     p.partials[block] = sums.nll;
-    p.partials[blocks + block] = sums.z;
-    p.partials[2 * blocks + block] = sums.correct;
+    if (with_z) p.partials[blocks + block] = sums.z;
+    if (p.accuracy) p.partials[2 * blocks + block] = sums.correct;
     memory_fence();  // the partials before the ticket
     *ticket = atomicAdd(p.counter, 1u);
     if (*ticket == blocks - 1)
@@ -385,13 +387,13 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   sums = {0, 0, 0};
   for (unsigned i = threadIdx.x; i < blocks; i += blockDim.x) {
     sums.nll += p.partials[i];
-    if (p.k.z_loss != A(0)) sums.z += p.partials[blocks + i];
+    if (with_z) sums.z += p.partials[blocks + i];
     if (p.accuracy) sums.correct += p.partials[2 * blocks + i];
   }
   block_barrier();
   sums.nll = block_sum(sums.nll, scratch);
-  sums.z = block_sum(sums.z, scratch + kWarp);
-  sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
+  if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
+  if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
   const Totals totals = load_totals(p);
   if (threadIdx.x != 0) return;
   const bool nothing = p.all_ignored_zero && totals.counted == 0;
@@ -400,7 +402,7 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
     if (p.reduction == Reduction::mean) {
       // No counted row but a bad one among them: nan, not 0.
       loss = nothing ? loss * 0 : totals.weight == 0 ? double(NAN) : loss / totals.weight;
-      if (p.k.z_loss != A(0)) loss += nothing ? 0 : sums.z / totals.count;
+      if (with_z) loss += nothing ? 0 : sums.z / totals.count;
     } else {
       loss += sums.z;
     }
@@ -409,11 +411,10 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   if (p.accuracy) *p.accuracy = nothing ? 0.f : float(sums.correct / totals.counted);
 }
 
-// The policy gives rows on two axes to the general kernels, because of the division.
+// Where row (o, i) of a tensor starts. Only the general kernels know rows on two axes.
 template <bool kGeneral>
-__device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t row, int64_t inner) {
-  if (!kGeneral || inner == 1) return row * s.outer;
-  return row / inner * s.outer + row % inner * s.inner;
+__device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t o, int64_t i) {
+  return kGeneral ? o * s.outer + i * s.inner : o * s.outer;
 }
 
 // --------------------------------------------------------------------------------------------------- the totals
@@ -662,15 +663,36 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   if (kWarpRows || threadIdx.x == 0) sums = {0, 0, 0};
   int flip = 0;  // two sets of partials, so that one barrier per row is enough
 
-  for (int64_t base_row = first_row; base_row < p.rows; base_row += row_step, flip ^= 1) {
+  // Rows on two axes are stepped along without a 64-bit division: the grid, unlike the rows, counts in 32 bits.
+  int64_t inner_at = 0, outer_at = 0, inner_step = 0, outer_step = 0;
+  if (kGeneral && p.inner > 1) {
+    inner_at = first_row + in_warp;
+    inner_step = row_step;
+    if (p.inner <= UINT32_MAX) {
+      const unsigned inner = unsigned(p.inner);
+      outer_at = unsigned(inner_at) / inner;
+      inner_at = unsigned(inner_at) % inner;
+      outer_step = unsigned(inner_step) / inner;
+      inner_step = unsigned(inner_step) % inner;
+    }
+  }
+  auto step_axes = [&] {
+    if (!kGeneral || p.inner == 1) return;
+    outer_at += outer_step;
+    inner_at += inner_step;
+    if (inner_at >= p.inner) inner_at -= p.inner, ++outer_at;
+  };
+
+  for (int64_t base_row = first_row; base_row < p.rows; base_row += row_step, flip ^= 1, step_axes()) {
     const bool active = base_row + in_warp < p.rows;
-    const int64_t row = active ? base_row + in_warp : p.rows - 1;
+    const int64_t row = active ? base_row + in_warp : 0;
+    const int64_t o = !kGeneral || p.inner == 1 ? row : active ? outer_at : 0, i = active ? inner_at : 0;
     // Most rows are asked for before anything waits for their target; the longest leave no register to hold it.
     RowTarget<kGeneral> target{};
     const int64_t target_value = load_target_value<kGeneral>(p, row);
     if constexpr (kN > 8) target = classify_target<kGeneral>(p, target_value);
-    const T* x = static_cast<const T*>(p.logits) + row_offset<kGeneral>(p.logits_strides, row, p.inner);
-    const int64_t prob_at = kGeneral ? row_offset<kGeneral>(p.target_strides, row, p.inner) : 0;
+    const T* x = static_cast<const T*>(p.logits) + row_offset<kGeneral>(p.logits_strides, o, i);
+    const int64_t prob_at = kGeneral ? row_offset<kGeneral>(p.target_strides, o, i) : 0;
     const RowSpan span = row_span(x, p.classes);
     const int64_t first = part * p.slice;  // of this part's vectors
     const int64_t left = span.body - first;
@@ -778,15 +800,16 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     }
 
     // ---- gradient
-    T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, row, p.inner);
+    T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, o, i);
     const int64_t grad_stride = kGeneral ? p.grad_strides.cls : 1;
     const bool whole_vectors = !kGeneral || (grad_stride == 1 && aligned16(grad + span.head));
-    const int64_t out_at = kGeneral ? row_offset<kGeneral>(p.grad_target_strides, row, p.inner) : 0;
+    const int64_t out_at = kGeneral ? row_offset<kGeneral>(p.grad_target_strides, o, i) : 0;
     // The picked class is owned by the thread that writes its vector: that thread writes the element once more.
     const index_t target_vector = (index_t(target.index) - column) / kL;
     const bool in_body = target.index >= column && target_vector < count;
-    const bool owner = target.index >= 0 &&
-                       ((edge && edge_column == target.index) || (in_body && int(target_vector % width) == thread));
+    const bool owner =
+        target.index >= 0 && ((edge && edge_column == target.index) ||
+                              (in_body && unsigned(target_vector) % unsigned(width) == unsigned(thread)));
     // exp(x - own_max) of this thread, restated for the row; 0 when this thread saw nothing but -inf.
     const A kept_scale = kKeep ? r.softmax_scale * exp_of(own_max - r.ref) : A(0);
 
@@ -821,7 +844,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     } else if (count > thread) {  // backwards: what was read last is still in the L2
       const index_t chunk = index_t(kN) * width;
 #pragma unroll 1
-      for (index_t base = thread + (count - 1 - thread) / chunk * chunk; base >= 0; base -= chunk) {
+      for (index_t base = p.last_base + thread; base >= 0; base -= chunk) {
         load_tile(base);
         store_tile(base);
       }

@@ -41,9 +41,8 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
         case Regime::warp_rows:
           return c.vectors == 4 ? row_kernel_of_pass<T, true, 4>(pass) : row_kernel_of_pass<T, true, 8>(pass);
         case Regime::block_rows:
-          return c.vectors == 4   ? row_kernel_of_pass<T, false, 4>(pass)
-                 : c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
-                                  : row_kernel_of_pass<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
+          return c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
+                                : row_kernel_of_pass<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
         case Regime::streaming_rows: return cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
         case Regime::plane:
           return c.wide ? plane_kernel_of_pass<T>(pass) : cross_entropy_plane_kernel<T, false, Pass::any, false>;
@@ -70,6 +69,10 @@ Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accu
   shape.block = config.threads;
   shape.cluster = config.cluster ? config.parts : 1;
   shape.shared = static_cast<int>(sizeof(RowShared<A>));
+  if (config.regime == Regime::streaming_rows) {
+    const int64_t chunk = int64_t(config.vectors) * config.threads;
+    params.last_base = (config.slice - 1) / chunk * chunk;
+  }
   if (config.regime == Regime::plane) {
     const bool statistics = params.pass != Pass::backward;
     const int positions = kWarp * (config.wide ? kLanes16<T> : 1);

@@ -3,9 +3,10 @@
 //
 //   logits' class stride 1, per row (V = 16-byte vectors of the row):
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
-//     V <= 4096           a block per row: up to 256 threads, 4, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
+//     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)
-//     V <= 65536, sm_90+  a cluster of 2, 4, 8 or 16 such blocks per row (16-bit: V <= 49152; general: V <= 16384)
+//     V <= 65536, sm_90+  a cluster per row: 2 to 8 blocks of 8 vectors per thread, then up to 16 of 16 (16-bit types:
+//                         12, V <= 49152; general: 4, V <= 16384)
 //     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
 //   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
@@ -136,32 +137,35 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   }
 
   c.regime = Regime::block_rows;
-  // 16-bit vectors take more registers to work on, so a thread holds fewer of them.
-  const int most_vectors = p.pass == Pass::backward ? 8 : p.element_bytes == 2 ? 12 : 16;
-  c.vectors = c.general || vectors <= 4 * kMaxRowThreads ? 4 : vectors <= 8 * kMaxRowThreads ? 8 : most_vectors;
-  const int64_t capacity = int64_t(kMaxRowThreads) * c.vectors;
-  if (vectors > capacity) {
-    if (!together) {
-      c.parts = static_cast<int>(div_up(vectors, capacity / 2));
+  const int few = c.general ? 4 : 8;  // vectors per thread that leave room for three blocks on a multiprocessor
+  // 16-bit vectors take more registers to work on, so a thread holds fewer of them. Backward is not built for more.
+  const int many = c.general || p.pass == Pass::backward ? few : p.element_bytes == 2 ? 12 : 16;
+  auto fits = [&](int per_thread, int parts) { return vectors <= int64_t(kMaxRowThreads) * per_thread * parts; };
+  c.vectors = few;
+  if (!together) {
+    c.parts = static_cast<int>(div_up(vectors, int64_t(kMaxRowThreads / 2) * few));
+  } else if (!fits(few, 1)) {
+    const int middle = device.max_cluster < 8 ? device.max_cluster : 8;
+    if (fits(many, 1)) {
+      c.vectors = many;
+    } else if (fits(few, middle)) {
+      while (!fits(few, c.parts)) c.parts *= 2;
+    } else if (fits(many, device.max_cluster)) {
+      c.vectors = many;
+      while (!fits(many, c.parts)) c.parts *= 2;
     } else {
-      while (c.parts < device.max_cluster && vectors > capacity * c.parts) c.parts *= 2;
-      c.cluster = c.parts > 1;
-      if (vectors > capacity * c.parts) {
-        c.regime = Regime::streaming_rows;
-        c.vectors = c.general ? 2 : 4;
-        if (device.max_cluster > 1) {
-          c.parts = device.max_cluster < 8 ? device.max_cluster : 8;
-          c.cluster = true;
-        }
-      }
+      c.regime = Regime::streaming_rows;
+      c.vectors = c.general ? 2 : 4;
+      c.parts = middle;
     }
+    c.cluster = c.parts > 1;
   }
   c.slice = div_up(div_up(vectors, c.parts), 8) * 8;  // parts start on 128-byte lines of an aligned row
   const int64_t needed = div_up(div_up(c.slice, c.vectors), 32) * 32;
   c.threads = static_cast<int>(needed < kMaxRowThreads ? needed : kMaxRowThreads);
-  // A block takes several rows so that few partial sums are left; a cluster takes one, since its barrier would wait for
-  // the previous row's stores.
-  const int64_t most = together && !c.cluster ? int64_t(device.multiprocessors) * 32 : INT32_MAX / c.parts;
+  // A block takes several rows, so that what it does once (the totals, its partial sums) weighs little.
+  const int64_t blocks = int64_t(device.multiprocessors) * (c.cluster ? 12 : 32);
+  const int64_t most = together ? div_up(blocks, c.parts) : INT32_MAX / c.parts;
   c.grid = (rows < most ? rows : most) * c.parts;
   return c;
 }
