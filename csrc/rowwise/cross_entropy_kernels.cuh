@@ -56,8 +56,8 @@ struct CrossEntropyParams {
   bool want_q;     // every class has a weight in the loss: soft or smooth
   bool want_best;  // argmax or accuracy
   // of the launch
-  double* totals;     // [totals_count][4]: D, Dn, counted rows, sum of weights; null: not needed
-  int totals_count;   // at most 32
+  double* totals;     // [4][kMaxTotals]: partial sums of D, Dn, counted rows, class weights; null: not needed
+  int totals_count;   // of them
   double* partials;   // [3][grid]: sums of s nll, s z_loss lse^2, correct rows; null: no scalar result
   unsigned* counter;  // blocks that have written their partials
   BadTargetRecord* record;
@@ -72,8 +72,6 @@ struct CrossEntropyParams {
   // registers beside the row.
   unsigned zero;
 };
-
-constexpr int kMaxTotals = 32;
 
 // ------------------------------------------------------------------------------------------------ row mathematics
 
@@ -224,20 +222,19 @@ __device__ __forceinline__ void load_targets(const CrossEntropyParams<A>& p, int
   for (int i = 0; i < N; ++i) target[i] = t[i] != p.ignore_index && t[i] >= 0 && t[i] < p.classes ? index_t(t[i]) : -1;
 }
 
-// D, Dn, counted rows and the weights' sum, by one warp: every lane gets them.
-struct Totals {
-  double weight, count, counted, class_weights;
-};
+// D, Dn, the number of counted rows, the sum of the class weights.
+enum class Total { weight, count, counted, class_weights };
+// One of them, by a warp: every lane gets it.
 template <class A>
-__device__ __forceinline__ Totals load_totals(const CrossEntropyParams<A>& p) {
-  const int lane = threadIdx.x % kWarp;
-  Totals t{0, 0, 0, 0};
-  if (lane < p.totals_count) {
-    const double* d = p.totals + 4 * lane;
-    t = {d[0], d[1], d[2], d[3]};
+__device__ __forceinline__ double load_total(const CrossEntropyParams<A>& p, Total which) {
+  const double* partial = p.totals + int(which) * kMaxTotals;
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxTotals / kWarp; ++i) {
+    const int at = threadIdx.x % kWarp + i * kWarp;
+    if (at < p.totals_count) sum += partial[at];
   }
-  return {group_sum(t.weight, kWarp), group_sum(t.count, kWarp), group_sum(t.counted, kWarp),
-          group_sum(t.class_weights, kWarp)};
+  return group_sum(sum, kWarp);
 }
 
 // What the totals make of a call; by whole warps.
@@ -249,11 +246,10 @@ struct Call {
 template <bool kGeneral, class A>
 __device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pass pass) {
   Call<A> c{A(1), A(1), p.k.weight_sum};
-  if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_totals(p).class_weights);
+  if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_total(p, Total::class_weights));
   if (p.reduction == Reduction::mean && pass == Pass::forward_grad) {
-    const Totals t = load_totals(p);
-    c.per_d = reciprocal_of(A(t.weight));
-    c.per_dn = reciprocal_of(A(t.count));
+    c.per_d = reciprocal_of(A(load_total(p, Total::weight)));
+    if (p.k.z_loss != A(0)) c.per_dn = reciprocal_of(A(load_total(p, Total::count)));
   }
   if (p.reduction == Reduction::mean && pass == Pass::backward) {
     const A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
@@ -315,6 +311,11 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   r.softmax_scale = (grad.target_scale + grad.rest_scale) * per_sum;  // nan in a nan row, whatever the scale
   r.q_scale = grad.q_scale;
   r.at_target = (grad.rest_scale * e_target - grad.target_scale * s.others) * per_sum;
+  if (kGeneral && p.classes == 1 && k.z_loss == A(0)) {  // 0, without what rounding leaves of a difference; or nan
+    r.softmax_scale *= A(0);
+    r.q_scale *= A(0);
+    r.at_target *= A(0);
+  }
   if (pass == Pass::backward || !leader) return r;
 
   double nll = 0, z = 0;
@@ -353,17 +354,31 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   return r;
 }
 
+// Sum of the blocks' partials in a fixed order, by the threads of a block: several loads in flight.
+__device__ __forceinline__ double sum_partials(const double* partials, unsigned count) {
+  constexpr int kN = 8;
+  double sum = 0;
+  for (unsigned i = threadIdx.x; i < count; i += kN * blockDim.x) {
+    double v[kN];
+#pragma unroll
+    for (int j = 0; j < kN; ++j) v[j] = i + j * blockDim.x < count ? partials[i + j * blockDim.x] : 0;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) sum += v[j];
+  }
+  return sum;
+}
+
 // The end of a forward kernel: partial sums of this block, one of `blocks` that come here; the last one to come adds
 // them up in order and writes the scalars.
 template <class A>
 __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, LossSums sums, unsigned block,
                                             unsigned blocks, double* scratch) {
   if (p.saved && block == 0) {
-    const Totals t = load_totals(p);
+    const double weight = load_total(p, Total::weight), count = load_total(p, Total::count);
     if (threadIdx.x == 0) {
       A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
-      d[0] = A(t.weight);
-      d[1] = A(t.count);
+      d[0] = A(weight);
+      d[1] = A(count);
     }
   }
   if (!p.partials) return;
@@ -384,31 +399,30 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   }
   block_barrier();
   if (*ticket != blocks - 1) return;
-  sums = {0, 0, 0};
-  for (unsigned i = threadIdx.x; i < blocks; i += blockDim.x) {
-    sums.nll += p.partials[i];
-    if (with_z) sums.z += p.partials[blocks + i];
-    if (p.accuracy) sums.correct += p.partials[2 * blocks + i];
-  }
+  sums = {sum_partials(p.partials, blocks), 0, 0};
+  if (with_z) sums.z = sum_partials(p.partials + blocks, blocks);
+  if (p.accuracy) sums.correct = sum_partials(p.partials + 2 * blocks, blocks);
   block_barrier();
   sums.nll = block_sum(sums.nll, scratch);
   if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
   if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
-  const Totals totals = load_totals(p);
+  if (threadIdx.x >= kWarp) return;
+  const double weight = load_total(p, Total::weight), counted = load_total(p, Total::counted);
+  const double count = with_z ? load_total(p, Total::count) : 0;
   if (threadIdx.x != 0) return;
-  const bool nothing = p.all_ignored_zero && totals.counted == 0;
+  const bool nothing = p.all_ignored_zero && counted == 0;
   if (p.loss && p.reduction != Reduction::none) {
     double loss = sums.nll;
     if (p.reduction == Reduction::mean) {
       // No counted row but a bad one among them: nan, not 0.
-      loss = nothing ? loss * 0 : totals.weight == 0 ? double(NAN) : loss / totals.weight;
-      if (with_z) loss += nothing ? 0 : sums.z / totals.count;
+      loss = nothing ? loss * 0 : weight == 0 ? double(NAN) : loss / weight;
+      if (with_z) loss += nothing ? 0 : sums.z / count;
     } else {
       loss += sums.z;
     }
     store_as(p.loss, p.loss_type, 0, loss);
   }
-  if (p.accuracy) *p.accuracy = nothing ? 0.f : float(sums.correct / totals.counted);
+  if (p.accuracy) *p.accuracy = nothing ? 0.f : float(sums.correct / counted);
 }
 
 // Where row (o, i) of a tensor starts. Only the general kernels know rows on two axes.
@@ -423,31 +437,51 @@ __device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t o, int64
 // Also empties the counter of the kernel that follows.
 template <class A>
 __global__ void __launch_bounds__(256, 1) cross_entropy_totals_kernel(const CrossEntropyParams<A> p) {
+  constexpr int kN = 8;  // rows per thread in flight
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  Totals t{0, 0, 0, 0};
+  const bool weighted = p.weight && !p.soft, sampled = p.sample_weight, classes = p.weight && p.smooth;
+  double weight = 0, count = 0, counted = 0, class_weights = 0;
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
   if (p.pass != Pass::backward) {
-    for (int64_t row = first; row < p.rows; row += step) {
-      const RowTarget<true> target = classify_target<true>(p, load_target_value<true>(p, row));
-      if (!target.counts) continue;
-      const double s = p.sample_weight ? double(p.sample_weight[row]) : 1.0;
-      t.count += s;
-      t.weight += p.weight && !p.soft ? s * double(p.weight[target.index]) : s;
-      t.counted += 1;
+    for (int64_t base = first; base < p.rows; base += kN * step) {
+      int64_t t[kN];
+      if (!p.soft && p.index_type == IndexType::i64) {  // the usual one by itself, so that the loads go out together
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          const int64_t row = base + j * step;
+          t[j] = row < p.rows ? static_cast<const int64_t*>(p.target)[row] : p.ignore_index;
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          const int64_t row = base + j * step;
+          t[j] = row < p.rows ? load_target_value<true>(p, row) : p.ignore_index;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const int64_t row = base + j * step;
+        const RowTarget<true> target = classify_target<true>(p, t[j]);
+        if (row >= p.rows || !target.counts) continue;
+        const double s = sampled ? double(p.sample_weight[row]) : 1.0;
+        if (sampled) count += s;
+        if (weighted) weight += s * double(p.weight[target.index]);
+        counted += 1;
+      }
     }
   }
-  if (p.weight && p.smooth)
-    for (int64_t c = first; c < p.classes; c += step) t.class_weights += double(p.weight[c]);
-  t.weight = block_sum(t.weight, scratch);
-  t.count = block_sum(t.count, scratch + kWarp);
-  t.counted = block_sum(t.counted, scratch + 2 * kWarp);
-  t.class_weights = block_sum(t.class_weights, scratch + 3 * kWarp);
+  if (classes)
+    for (int64_t c = first; c < p.classes; c += step) class_weights += double(p.weight[c]);
+  counted = block_sum(counted, scratch);
+  count = sampled ? block_sum(count, scratch + kWarp) : counted;
+  weight = weighted ? block_sum(weight, scratch + 2 * kWarp) : count;
+  if (classes) class_weights = block_sum(class_weights, scratch + 3 * kWarp);
   if (threadIdx.x == 0) {
-    double* d = p.totals + 4 * blockIdx.x;
-    d[0] = t.weight;
-    d[1] = t.count;
-    d[2] = t.counted;
-    d[3] = t.class_weights;
+    double* d = p.totals + blockIdx.x;
+    d[int(Total::weight) * kMaxTotals] = weight;
+    d[int(Total::count) * kMaxTotals] = count;
+    d[int(Total::counted) * kMaxTotals] = counted;
+    d[int(Total::class_weights) * kMaxTotals] = class_weights;
     if (blockIdx.x == 0 && p.counter) *p.counter = 0;
   }
 }
@@ -629,7 +663,7 @@ constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, bool r
                                             size_t accum_bytes) {
   if (accum_bytes == 8 || (general && !resident)) return 1;
   const int blocks = general || vectors > 8 ? 2 : vectors == 8 || !resident ? 3 : 4;  // of 256 threads
-  if (warp_rows) return general ? 3 : vectors == 8 ? 5 : 7;
+  if (warp_rows) return warp_row_blocks(general, vectors);
   return kPairwiseMax ? blocks : blocks - 1;
 }
 

@@ -49,10 +49,11 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
       }
     }
   }
+  constexpr int kStreamed = std::is_same_v<T, float> ? 1 : 2;
   switch (c.regime) {
     case Regime::warp_rows: return cross_entropy_row_kernel<T, true, Pass::any, true, true, 4>;
     case Regime::block_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, true, 4>;
-    case Regime::streaming_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, false, 2>;
+    case Regime::streaming_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, false, kStreamed>;
     case Regime::plane: break;
   }
   return c.wide ? cross_entropy_plane_kernel<T, true, Pass::any, true>

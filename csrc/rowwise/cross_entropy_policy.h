@@ -5,8 +5,8 @@
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
 //     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)
-//     V <= 65536, sm_90+  a cluster per row: 2 to 8 blocks of 8 vectors per thread, then up to 16 of 16 (16-bit types:
-//                         12, V <= 49152; general: 4, V <= 16384)
+//     V <= 65536, sm_90+  a cluster per row: 2 to 8 blocks of 8 vectors per thread, then up to 16 of 16 (16-bit types,
+//                         from V = 2049 on: 2 to 16 of 8, then 12, V <= 49152; general: 4, V <= 16384)
 //     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
 //   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
@@ -26,8 +26,11 @@ namespace fastloss {
 enum class Pass : int32_t { forward = 0, forward_grad = 1, backward = 2, any = 3 /* known at run time only */ };
 
 constexpr int kWarpRowThreads = 128;  // threads of a block of warp rows
-constexpr int kMaxRowThreads = 256;   // at most, of a block that has a row or a part of one
-constexpr int kMaxPlaneGroups = 16;   // warps of a plane block
+// How many of these blocks a multiprocessor is to hold; a launch has no more, each takes several rows.
+constexpr int warp_row_blocks(bool general, int vectors) { return general ? 3 : vectors == 8 ? 5 : 7; }
+constexpr int kMaxTotals = 128;      // partial sums that the totals kernel leaves at most, a multiple of 32
+constexpr int kMaxRowThreads = 256;  // at most, of a block that has a row or a part of one
+constexpr int kMaxPlaneGroups = 16;  // warps of a plane block
 constexpr int kMaxGeneralPlaneGroups = 8;
 constexpr int kPlaneClasses = 10;  // classes that one thread of a plane block holds
 
@@ -131,7 +134,7 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
     c.slice = vectors;
     c.threads = kWarpRowThreads;
     const int64_t blocks = div_up(rows, c.threads / c.lanes);
-    const int64_t most = int64_t(device.multiprocessors) * 32;
+    const int64_t most = int64_t(device.multiprocessors) * warp_row_blocks(c.general, c.vectors);
     c.grid = blocks < most ? blocks : most;
     return c;
   }
@@ -146,16 +149,19 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
     c.parts = static_cast<int>(div_up(vectors, int64_t(kMaxRowThreads / 2) * few));
   } else if (!fits(few, 1)) {
     const int middle = device.max_cluster < 8 ? device.max_cluster : 8;
-    if (fits(many, 1)) {
+    // A block of 12 vectors of a 16-bit type per thread has a multiprocessor to itself: only where nothing else holds
+    // the row.
+    const int preferred = p.element_bytes == 2 ? device.max_cluster : middle;
+    if (fits(many, 1) && (p.element_bytes != 2 || preferred == 1)) {
       c.vectors = many;
-    } else if (fits(few, middle)) {
+    } else if (fits(few, preferred)) {
       while (!fits(few, c.parts)) c.parts *= 2;
     } else if (fits(many, device.max_cluster)) {
       c.vectors = many;
       while (!fits(many, c.parts)) c.parts *= 2;
     } else {
       c.regime = Regime::streaming_rows;
-      c.vectors = c.general ? 2 : 4;
+      c.vectors = !c.general ? 4 : p.element_bytes == 4 ? 1 : 2;  // what stays in registers on every architecture
       c.parts = middle;
     }
     c.cluster = c.parts > 1;
@@ -170,11 +176,11 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   return c;
 }
 
-// Blocks of the kernel that sums up the targets; each leaves one partial sum, and a warp adds them up.
+// Blocks of the kernel that sums up the targets; each leaves one partial sum of each total, and a warp adds them up.
 inline int totals_blocks(int64_t rows, int64_t classes) {
   const int64_t items = rows > classes ? rows : classes;
-  const int64_t blocks = div_up(items, 2048);
-  return static_cast<int>(blocks < 1 ? 1 : blocks < 32 ? blocks : 32);
+  const int64_t blocks = div_up(items, 512);
+  return static_cast<int>(blocks < 1 ? 1 : blocks < kMaxTotals ? blocks : kMaxTotals);
 }
 
 }  // namespace fastloss
