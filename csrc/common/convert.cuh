@@ -145,6 +145,24 @@ __device__ __forceinline__ accum_t<T> max_of_vector(const Vec16& v) {
   }
 }
 
+// The elements of 4 bytes, aligned as such.
+__device__ __forceinline__ void load_word(const float* p, float (&out)[1]) { out[0] = *p; }
+__device__ __forceinline__ void load_word(const half_t* p, float (&out)[2]) {
+  const __half2 v = *reinterpret_cast<const __half2*>(p);
+  out[0] = to_accum(v.x), out[1] = to_accum(v.y);
+}
+__device__ __forceinline__ void load_word(const bfloat16_t* p, float (&out)[2]) {
+  const __nv_bfloat162 v = *reinterpret_cast<const __nv_bfloat162*>(p);
+  out[0] = to_accum(v.x), out[1] = to_accum(v.y);
+}
+__device__ __forceinline__ void store_word(float* p, const float (&in)[1]) { *p = in[0]; }
+__device__ __forceinline__ void store_word(half_t* p, const float (&in)[2]) {
+  *reinterpret_cast<__half2*>(p) = __floats2half2_rn(in[0], in[1]);
+}
+__device__ __forceinline__ void store_word(bfloat16_t* p, const float (&in)[2]) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(in[0], in[1]);
+}
+
 __device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // f(T{}) with the C++ type of a dtype.

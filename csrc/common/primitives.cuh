@@ -4,7 +4,8 @@
 // The seam, device side:
 //   Vec16                                16 bytes as four words
 //   kPairwiseMax                         is there an instruction for two 16-bit maxima (sm_80 and later)?
-//   load16, load16_stream, store16_stream  one 128-bit access; stream = evict first, the data are used once
+//   load16, load16_stream, store16, store16_stream  one 128-bit access; stream = global memory, evict first: the data
+//                                        are used once
 //   exp2_fast(float)                     2^x, 2 ulp, results below 2^-126 flushed to 0
 //   reciprocal_fast(float)               1/x, 1 ulp
 //   shared_memory()                      the block's dynamic shared memory, 16-byte aligned; there is no static one
@@ -51,6 +52,9 @@ __device__ __forceinline__ Vec16 load16(const void* p) {
 __device__ __forceinline__ Vec16 load16_stream(const void* p) {
   uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ void store16(void* p, Vec16 v) {
+  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 __device__ __forceinline__ void store16_stream(void* p, Vec16 v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));

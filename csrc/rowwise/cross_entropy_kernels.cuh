@@ -9,6 +9,10 @@
 //                   distributed shared memory
 //       streaming   blocks (or clusters) walk along the row online and walk back for the gradient, so that the L2
 //                   serves what was read last                          any length
+//   cross_entropy_tile_kernel     class stride 1, no gaps between rows, up to 192 classes: 32, 16, 8 or 4 rows at a
+//   time
+//                                 through the shared memory of a warp
+//   cross_entropy_column_kernel   (N, C, d1, ...), up to 24 classes: a thread has 4 bytes of every class in registers
 //   cross_entropy_plane_kernel    everything else ((N, C, d1, ...), any strides): 32 lanes along the inner axis, the
 //                                 warps of a block share the classes; in registers up to 160 classes (general: 80),
 //                                 else re-read
@@ -61,7 +65,7 @@ struct CrossEntropyParams {
   double* partials;   // [3][grid]: sums of s nll, s z_loss lse^2, correct rows; null: no scalar result
   unsigned* counter;  // blocks that have written their partials
   BadTargetRecord* record;
-  int lanes;                       // warp rows: threads per row
+  int lanes;                       // warp rows, tiles: threads per row
   int parts;                       // block rows: blocks per row
   int64_t slice;                   // vectors per part
   int groups;                      // plane: warps per block
@@ -905,6 +909,184 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, block, gridDim.x / unsigned(parts),
                 shared.scratch);
   }
+}
+
+// ------------------------------------------------------------------------------ tiles of short rows without gaps
+
+constexpr int kTileScratchBytes = 8 * (3 * kWarp + 2);  // of shared memory, before the warps' tiles
+
+// A warp takes 32 / lanes rows at a time. Their memory is one piece: it comes into shared memory as 16-byte vectors,
+// whatever the number of classes, `lanes` threads take a row from there into registers, and the gradient leaves the
+// same way. One read, one write.
+template <class T, Pass kPass>
+__global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
+    cross_entropy_tile_kernel(const CrossEntropyParams<accum_t<T>> p) {
+  using A = accum_t<T>;
+  constexpr int kL = kLanes16<T>;
+  constexpr int kN = kTileClasses;
+  constexpr int kVectors = 4;  // loads of a thread in flight
+  constexpr int kStep = 4;     // classes between two looks at whether there are more
+  const Call<A> call = load_call<false>(p, kPass);
+  const int lanes = p.lanes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int thread = lane & (lanes - 1), place = lane / lanes, tile_rows = kWarp / lanes, classes = int(p.classes);
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  T* tile = reinterpret_cast<T*>(shared_memory() + kTileScratchBytes) + warp * tile_rows * classes;
+  T* own = tile + place * classes;
+  LossSums sums{0, 0, 0};
+
+  const int64_t step = int64_t(gridDim.x) * warps * tile_rows;
+  for (int64_t first = (int64_t(blockIdx.x) * warps + warp) * tile_rows; first < p.rows; first += step) {
+    const int rows = int(p.rows - first < tile_rows ? p.rows - first : tile_rows);
+    const int elements = rows * classes, vectors = elements / kL;
+    const bool active = place < rows;
+    const int64_t row = active ? first + place : first;
+    const int64_t target_value = load_target_value<false>(p, row);
+    const T* x = static_cast<const T*>(p.logits) + first * classes;
+    for (int v = lane; v < vectors; v += kVectors * kWarp) {
+      Vec16 held[kVectors];
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j)
+        if (v + j * kWarp < vectors) held[j] = load16_stream(x + (v + j * kWarp) * kL);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j)
+        if (v + j * kWarp < vectors) store16(tile + (v + j * kWarp) * kL, held[j]);
+    }
+    if (vectors * kL + lane < elements) tile[vectors * kL + lane] = x[vectors * kL + lane];  // the very last bytes
+    const RowTarget<false> target = classify_target<false>(p, target_value);
+    warp_barrier();  // the tile is there
+
+    const A z_target = active && target.index >= 0 ? to_accum(own[target.index]) : A(0);
+    const bool owner = active && target.index >= 0 && (target.index & (lanes - 1)) == thread;
+    PartStats<A> s = empty_stats<A>();
+    A z[kN];
+    if constexpr (kPass != Pass::backward) {
+      warp_barrier();  // the picked logit has been read by all before it leaves the sum
+      if (owner) own[target.index] = from_accum<T>(A(-INFINITY));
+    }
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      if (k % kStep == 0 && k * lanes >= classes) break;
+      const int c = thread + k * lanes;
+      z[k] = active && c < classes ? to_accum(own[c]) : A(-INFINITY);
+      s.max = max_of(s.max, z[k]);
+    }
+    if constexpr (kPass != Pass::backward) {
+      s.max = group_max(s.max, lanes);
+      if (target.index >= 0) s.max = max_of(s.max, z_target);
+      const A ref = reference(s.max);
+#pragma unroll
+      for (int k = 0; k < kN; ++k) {
+        if (k % kStep == 0 && k * lanes >= classes) break;
+        z[k] = exp_of(z[k] - ref);
+        s.others += z[k];
+      }
+      s.others = group_sum(s.others, lanes);
+    }
+    const RowResult<A> r = finish_row<false>(p, call, kPass, row, target, s, z_target, no_best<A>(), no_best<A>(),
+                                             active && thread == 0, &sums);
+    if constexpr (kPass != Pass::forward) {
+      if constexpr (kPass == Pass::backward) warp_barrier();  // the picked logit has been read by all
+#pragma unroll
+      for (int k = 0; k < kN; ++k) {
+        if (k % kStep == 0 && k * lanes >= classes) break;
+        const int c = thread + k * lanes;
+        const A e = kPass == Pass::backward ? exp_of(z[k] - r.ref) : z[k];
+        if (active && c < classes) own[c] = from_accum<T>(e * r.softmax_scale);
+      }
+      if (owner) own[target.index] = from_accum<T>(r.at_target);
+      warp_barrier();  // the gradient is there
+      T* grad = static_cast<T*>(p.grad) + first * classes;
+      for (int v = lane; v < vectors; v += kWarp) store16_stream(grad + v * kL, load16(tile + v * kL));
+      if (vectors * kL + lane < elements) grad[vectors * kL + lane] = tile[vectors * kL + lane];
+    }
+    warp_barrier();  // the tile may be overwritten
+  }
+  if (kPass == Pass::backward) return;
+  finish_loss(p, sums, blockIdx.x, gridDim.x, scratch);
+}
+
+// ---------------------------------------------------------------------- columns, few classes with the class axis far
+
+// A thread takes 4 bytes of every class: one row of the inner axis, or two adjacent ones of a 16-bit type. A warp reads
+// whole 128-byte lines, a row is in one thread's registers, nothing is shared and nothing waits. One read, one write.
+template <class T, Pass kPass, int kN>
+__global__ void __launch_bounds__(kColumnThreads, column_blocks(sizeof(T)))
+    cross_entropy_column_kernel(const CrossEntropyParams<accum_t<T>> p) {
+  using A = accum_t<T>;
+  constexpr int kV = 4 / int(sizeof(T));
+  const Call<A> call = load_call<false>(p, kPass);
+  const int classes = int(p.classes);
+  const unsigned across = unsigned(p.inner / kV), items = unsigned(p.rows / kV);  // the policy sees that they fit
+  LossSums sums{0, 0, 0};
+
+  for (unsigned item = blockIdx.x * blockDim.x + threadIdx.x; item < items; item += gridDim.x * blockDim.x) {
+    const unsigned o = item / across, i = (item - o * across) * kV;
+    const int64_t row = int64_t(item) * kV;
+    const T* x = static_cast<const T*>(p.logits) + o * p.logits_strides.outer + i;
+    A z[kN][kV];
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+      if (c < classes) {
+        load_word(x + c * p.logits_strides.cls, z[c]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) z[c][v] = A(-INFINITY);
+      }
+    }
+    int64_t target_value[kV];
+    load_indices(p.target, p.index_type, row, target_value);
+    RowTarget<false> target[kV];
+    PartStats<A> s[kV];
+    A z_target[kV];
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      target[v] = classify_target<false>(p, target_value[v]);
+      s[v] = empty_stats<A>();
+      z_target[v] = A(0);
+    }
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+#pragma unroll
+      for (int v = 0; v < kV; ++v) {
+        if (kPass == Pass::backward)
+          z_target[v] = c == target[v].index ? z[c][v] : z_target[v];
+        else
+          s[v].max = max_of(s[v].max, z[c][v]);
+      }
+    }
+    if constexpr (kPass != Pass::backward) {
+#pragma unroll
+      for (int c = 0; c < kN; ++c) {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) {
+          const bool picked = c == target[v].index;
+          z_target[v] = picked ? z[c][v] : z_target[v];
+          z[c][v] = exp_of(z[c][v] - reference(s[v].max));
+          s[v].others += picked ? A(0) : z[c][v];
+        }
+      }
+    }
+    RowResult<A> r[kV];
+#pragma unroll
+    for (int v = 0; v < kV; ++v)
+      r[v] = finish_row<false>(p, call, kPass, row + v, target[v], s[v], z_target[v], no_best<A>(), no_best<A>(),
+                               /*leader=*/true, &sums);
+    if constexpr (kPass != Pass::forward) {
+      T* grad = static_cast<T*>(p.grad) + o * p.grad_strides.outer + i;
+#pragma unroll
+      for (int c = 0; c < kN; ++c) {
+        A g[kV];
+#pragma unroll
+        for (int v = 0; v < kV; ++v) {
+          const A e = kPass == Pass::backward ? exp_of(z[c][v] - r[v].ref) : z[c][v];
+          g[v] = c == (target[v].index ^ int(p.zero)) ? r[v].at_target : e * r[v].softmax_scale;
+        }
+        if (c < classes) store_word(grad + c * p.grad_strides.cls, g);
+      }
+    }
+  }
+  if (kPass == Pass::backward) return;
+  finish_loss(p, sums, blockIdx.x, gridDim.x, reinterpret_cast<double*>(shared_memory()));
 }
 
 // -------------------------------------------------------------------------------- planes, classes at any stride

@@ -2,6 +2,8 @@
 // device. Host C++, no CUDA, so that it is tested without a GPU. The kernels never decide, this never computes.
 //
 //   logits' class stride 1, per row (V = 16-byte vectors of the row):
+//     C <= 32             tiles of 32 rows through shared memory, where rows have no gaps between them; where rows are
+//                         not whole vectors up to C = 192, with 1, 2, 4, 8 lanes per row
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
 //     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)
@@ -9,6 +11,8 @@
 //                         from V = 2049 on: 2 to 16 of 8, then 12, V <= 49152; general: 4, V <= 16384)
 //     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
+//   C <= 24, inner axis contiguous and 4-byte aligned
+//                         columns: a thread has 4 bytes of every class
 //   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
 //                         element), warps along the classes
 //
@@ -16,6 +20,7 @@
 // logit_scale, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid out differently from
 // the logits.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/device_properties.h"
@@ -28,6 +33,11 @@ enum class Pass : int32_t { forward = 0, forward_grad = 1, backward = 2, any = 3
 constexpr int kWarpRowThreads = 128;  // threads of a block of warp rows
 // How many of these blocks a multiprocessor is to hold; a launch has no more, each takes several rows.
 constexpr int warp_row_blocks(bool general, int vectors) { return general ? 3 : vectors == 8 ? 5 : 7; }
+constexpr int kTileBlocks = 5;    // the same of tiles, of kWarpRowThreads each
+constexpr int kTileClasses = 24;  // classes that one thread of a tile holds
+constexpr int kColumnThreads = 128;
+constexpr int column_blocks(size_t element_bytes) { return element_bytes == 2 ? 4 : 5; }
+constexpr int kFewColumnClasses = 8, kMaxColumnClasses = 24;  // two sizes
 constexpr int kMaxTotals = 128;      // partial sums that the totals kernel leaves at most, a multiple of 32
 constexpr int kMaxRowThreads = 256;  // at most, of a block that has a row or a part of one
 constexpr int kMaxPlaneGroups = 16;  // warps of a plane block
@@ -47,14 +57,14 @@ struct RowwiseProblem {
   int64_t rows() const { return outer * inner; }
 };
 
-enum class Regime : int32_t { warp_rows, block_rows, streaming_rows, plane };
+enum class Regime : int32_t { warp_rows, block_rows, streaming_rows, tile, column, plane };
 
 struct RowwiseConfig {
   Regime regime = Regime::warp_rows;
   bool general = false;
   bool wide = false;     // plane: 16 bytes per lane
-  int vectors = 4;       // rows: 16-byte vectors per thread
-  int lanes = 32;        // warp rows: threads per row
+  int vectors = 4;       // rows: 16-byte vectors per thread; columns: classes that a thread has room for
+  int lanes = 32;        // warp rows, tiles: threads per row
   int parts = 1;         // block and streaming rows: blocks per row
   bool cluster = false;  // the parts form a cluster
   int64_t slice = 0;     // rows: vectors per part
@@ -97,6 +107,19 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   const bool together = p.pass != Pass::backward || p.in_place;
   auto on_grid = [&](int64_t elements) { return elements * p.element_bytes % 16 == 0; };
 
+  auto of_words = [&](const Strides& s, int offset) {
+    return s.inner == 1 && offset % 4 == 0 && s.cls * p.element_bytes % 4 == 0 && s.outer * p.element_bytes % 4 == 0;
+  };
+  if (p.logits.cls != 1 && !p.general && p.classes <= kMaxColumnClasses && p.inner * p.element_bytes % 4 == 0 &&
+      rows <= INT32_MAX && of_words(p.logits, p.logits_offset) && (!p.has_grad || of_words(p.grad, p.grad_offset))) {
+    c.regime = Regime::column;
+    c.vectors = p.classes <= kFewColumnClasses ? kFewColumnClasses : kMaxColumnClasses;
+    c.threads = kColumnThreads;
+    const int64_t blocks = div_up(rows * p.element_bytes / 4, kColumnThreads);
+    const int64_t most = int64_t(device.multiprocessors) * column_blocks(p.element_bytes);
+    c.grid = blocks < most ? blocks : most;
+    return c;
+  }
   if (p.logits.cls != 1) {
     c.regime = Regime::plane;
     c.wide = p.inner % lanes16 == 0 && p.logits.inner == 1 && p.logits_offset == 0 && on_grid(p.logits.cls) &&
@@ -123,6 +146,22 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   // Every row on the 16-byte grid: no edges. Otherwise a row has up to 2 (lanes16 - 1) of them, one per thread.
   const bool whole = p.logits_offset == 0 && on_grid(p.classes) && (p.outer == 1 || on_grid(p.logits.outer)) &&
                      (p.inner == 1 || on_grid(p.logits.inner));
+  auto without_gaps = [&](const Strides& s, int offset) {
+    return offset == 0 && s.cls == 1 && (p.outer == 1 || s.outer == p.classes);
+  };
+  if (!c.general && p.classes <= (whole ? 32 : 8 * kTileClasses) && without_gaps(p.logits, p.logits_offset) &&
+      (!p.has_grad || without_gaps(p.grad, p.grad_offset))) {
+    c.lanes = 1;
+    while (c.lanes * kTileClasses < p.classes) c.lanes *= 2;
+    if (on_grid(32 / c.lanes * p.classes)) {  // every tile starts on the grid
+      c.regime = Regime::tile;
+      c.threads = kWarpRowThreads;
+      const int64_t blocks = div_up(rows, kWarpRowThreads / c.lanes);
+      const int64_t most = int64_t(device.multiprocessors) * kTileBlocks;
+      c.grid = blocks < most ? blocks : most;
+      return c;
+    }
+  }
   const int least_lanes = whole ? 1 : 2 * lanes16;
   const int64_t vectors = div_up(p.classes, lanes16);
 

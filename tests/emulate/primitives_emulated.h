@@ -68,10 +68,11 @@ inline Vec16 load16(const void* p, FASTLOSS_HERE) {
   return static_cast<const Memory16*>(p)->v;
 }
 inline Vec16 load16_stream(const void* p, FASTLOSS_HERE) { return load16(p, site); }
-inline void store16_stream(void* p, Vec16 v, FASTLOSS_HERE) {
+inline void store16(void* p, Vec16 v, FASTLOSS_HERE) {
   emulator::access16(p, site);
   static_cast<Memory16*>(p)->v = v;
 }
+inline void store16_stream(void* p, Vec16 v, FASTLOSS_HERE) { store16(p, v, site); }
 
 inline float exp2_fast(float x) {
   const float y = exp2f(x);
