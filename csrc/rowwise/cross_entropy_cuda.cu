@@ -208,7 +208,7 @@ const char* cross_entropy_regime_cuda(const CrossEntropyArgs& a, const CudaConte
     case Regime::column: return "columns";
     case Regime::plane: break;
   }
-  return c.wide ? (c.general ? "planes, 16 bytes, general" : "planes, 16 bytes")
+  return c.wide ? (c.general ? "planes, 8 bytes, general" : "planes, 8 bytes")
                 : (c.general ? "planes, any strides, general" : "planes, any strides");
 }
 

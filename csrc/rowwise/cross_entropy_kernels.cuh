@@ -14,7 +14,7 @@
 //                                 through the shared memory of a warp
 //   cross_entropy_column_kernel   (N, C, d1, ...), up to 24 classes: a thread has 4 bytes of every class in registers
 //   cross_entropy_plane_kernel    everything else ((N, C, d1, ...), any strides): 32 lanes along the inner axis, the
-//                                 warps of a block share the classes; in registers up to 160 classes (general: 80),
+//                                 warps of a block share the classes; in registers up to 160 classes,
 //                                 else re-read
 //
 // Bytes moved: forward 1 read; value and gradient 1 read + 1 write (streaming: 2 reads); backward 1 read + 1 write.
@@ -498,11 +498,11 @@ __device__ __forceinline__ Vec16 recompute(const Vec16& v, unsigned zero) {
 }
 // The second unpacking of a vector whose maximum was taken before: without an instruction for packed maxima that took
 // an unpacking of its own, not to be kept either (added, so that the compiler tells it from the one above).
-template <class T>
-__device__ __forceinline__ void unpack_again(Vec16 v, unsigned zero, accum_t<T> (&out)[kLanes16<T>]) {
+template <class T, class V>
+__device__ __forceinline__ void unpack_again(V v, unsigned zero, accum_t<T> (&out)[sizeof(V) / sizeof(T)]) {
   if constexpr (sizeof(T) == 2 && !kPairwiseMax) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] += zero;
+    for (int i = 0; i < int(sizeof(V) / 4); ++i) v.word[i] += zero;
   }
   unpack<T>(v, out);
 }
@@ -1117,13 +1117,13 @@ struct PlaneShared {
 };
 
 template <class T, bool kGeneral, Pass kPass, bool kWide>
-__global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlaneGroups) * kWarp, 1)
+__global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
     cross_entropy_plane_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
-  constexpr int kV = kWide ? kLanes16<T> : 1;  // rows per lane
+  constexpr int kV = kWide ? 8 / int(sizeof(T)) : 1;  // rows per lane
   constexpr int kN = kPlaneClasses;
   constexpr int kPositions = kWarp * kV;
-  using Slot = std::conditional_t<kWide, Vec16, T>;
+  using Slot = std::conditional_t<kWide, Vec8, T>;
   using index_t = std::conditional_t<kGeneral, int64_t, int>;
   const Pass pass = kPass == Pass::any ? p.pass : kPass;
   const bool dots = kGeneral && p.want_q && pass != Pass::backward;
@@ -1156,7 +1156,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
       for (int j = 0; j < kN; ++j) {
         const index_t c = base + group + j * groups;
         if constexpr (kWide)
-          tile[j] = valid && c < classes ? load16(x + c * p.logits_strides.cls) : minus_infinity<T>();
+          tile[j] = valid && c < classes ? load8_stream(x + c * p.logits_strides.cls) : minus_infinity<T, Vec8>();
         else
           tile[j] = valid && c < classes ? x[c * p.logits_strides.cls] : from_accum<T>(A(-INFINITY));
       }
@@ -1193,7 +1193,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
 #pragma unroll
         for (int v = 0; v < kV; ++v) max[v] = s[v].max;
         if constexpr (!kGeneral && kWide) {
-          Vec16 m = tile[0];
+          Vec8 m = tile[0];
 #pragma unroll
           for (int j = 1; j < kN; ++j) m = max_of_vectors<T>(m, tile[j]);
           A z[kV];
@@ -1335,7 +1335,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
                              is_target, g);
           if (kGeneral && !p.grad) continue;
           if constexpr (kWide)
-            store16_stream(grad + c * p.grad_strides.cls, pack<T>(g));
+            store8_stream(grad + c * p.grad_strides.cls, pack<T>(g));
           else
             grad[c * p.grad_strides.cls] = from_accum<T>(g[0]);
         }

@@ -78,8 +78,9 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
     case Regime::streaming_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, false, kStreamed>;
     default: break;
   }
-  return c.wide ? cross_entropy_plane_kernel<T, true, Pass::any, true>
-                : cross_entropy_plane_kernel<T, true, Pass::any, false>;
+  if constexpr (sizeof(T) < 8)
+    if (c.wide) return cross_entropy_plane_kernel<T, true, Pass::any, true>;
+  return cross_entropy_plane_kernel<T, true, Pass::any, false>;
 }
 
 }  // namespace launch_detail
@@ -100,7 +101,7 @@ Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accu
     shape.shared = kTileScratchBytes + config.threads / config.lanes * static_cast<int>(params.classes * sizeof(T));
   if (config.regime == Regime::plane) {
     const bool statistics = params.pass != Pass::backward;
-    const int positions = kWarp * (config.wide ? kLanes16<T> : 1);
+    const int positions = kWarp * (config.wide ? 8 / static_cast<int>(sizeof(T)) : 1);
     shape.shared =
         PlaneShared<A>::bytes(config.groups, positions, statistics && params.want_q, statistics && params.want_best);
     const int64_t inner_tiles = div_up(params.inner, positions);

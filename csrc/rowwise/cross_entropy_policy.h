@@ -13,7 +13,7 @@
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
 //   C <= 24, inner axis contiguous and 4-byte aligned
 //                         columns: a thread has 4 bytes of every class
-//   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
+//   otherwise             planes: 32 lanes along the inner axis (8 bytes each where everything is aligned, else one
 //                         element), warps along the classes
 //
 // General instantiations serve what is rare: float64, probability targets, label smoothing, softcap and
@@ -40,9 +40,8 @@ constexpr int column_blocks(size_t element_bytes) { return element_bytes == 2 ? 
 constexpr int kFewColumnClasses = 8, kMaxColumnClasses = 24;  // two sizes
 constexpr int kMaxTotals = 128;      // partial sums that the totals kernel leaves at most, a multiple of 32
 constexpr int kMaxRowThreads = 256;  // at most, of a block that has a row or a part of one
-constexpr int kMaxPlaneGroups = 16;  // warps of a plane block
-constexpr int kMaxGeneralPlaneGroups = 8;
-constexpr int kPlaneClasses = 10;  // classes that one thread of a plane block holds
+constexpr int kMaxPlaneGroups = 8;   // warps of a plane block
+constexpr int kPlaneClasses = 20;    // classes that one thread of a plane block holds
 
 struct RowwiseProblem {
   int64_t outer = 0, classes = 0, inner = 1;
@@ -62,7 +61,7 @@ enum class Regime : int32_t { warp_rows, block_rows, streaming_rows, tile, colum
 struct RowwiseConfig {
   Regime regime = Regime::warp_rows;
   bool general = false;
-  bool wide = false;     // plane: 16 bytes per lane
+  bool wide = false;     // plane: 8 bytes per lane
   int vectors = 4;       // rows: 16-byte vectors per thread; columns: classes that a thread has room for
   int lanes = 32;        // warp rows, tiles: threads per row
   int parts = 1;         // block and streaming rows: blocks per row
@@ -122,16 +121,17 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   }
   if (p.logits.cls != 1) {
     c.regime = Regime::plane;
-    c.wide = p.inner % lanes16 == 0 && p.logits.inner == 1 && p.logits_offset == 0 && on_grid(p.logits.cls) &&
-             on_grid(p.logits.outer);
-    if (p.has_grad)
-      c.wide = c.wide && p.grad.inner == 1 && p.grad_offset == 0 && on_grid(p.grad.cls) && on_grid(p.grad.outer);
+    auto on_grid8 = [&](const Strides& s, int offset) {
+      return s.inner == 1 && offset % 8 == 0 && s.cls * p.element_bytes % 8 == 0 && s.outer * p.element_bytes % 8 == 0;
+    };
+    const int lanes8 = 8 / p.element_bytes;
+    c.wide = lanes8 > 1 && p.inner % lanes8 == 0 && on_grid8(p.logits, p.logits_offset) &&
+             (!p.has_grad || on_grid8(p.grad, p.grad_offset));
     c.general = p.general;
     const int64_t groups = div_up(p.classes, kPlaneClasses);
-    const int most_groups = c.general ? kMaxGeneralPlaneGroups : kMaxPlaneGroups;
-    c.groups = static_cast<int>(groups < 1 ? 1 : groups <= most_groups ? groups : 8);
+    c.groups = static_cast<int>(groups < 1 ? 1 : groups <= kMaxPlaneGroups ? groups : kMaxPlaneGroups);
     c.threads = 32 * c.groups;
-    const int64_t tiles = p.outer * div_up(p.inner, 32 * (c.wide ? lanes16 : 1));
+    const int64_t tiles = p.outer * div_up(p.inner, 32 * (c.wide ? lanes8 : 1));
     const int64_t most = int64_t(device.multiprocessors) * 64;
     c.grid = tiles < most ? tiles : most;
     return c;
