@@ -1044,17 +1044,16 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(sizeof(T)))
       s[v] = empty_stats<A>();
       z_target[v] = A(0);
     }
+    if constexpr (kPass == Pass::backward) {
 #pragma unroll
-    for (int c = 0; c < kN; ++c) {
+      for (int v = 0; v < kV; ++v)  // read again: a choice among registers would become an array in memory
+        if (target[v].index >= 0) z_target[v] = to_accum(x[target[v].index * p.logits_strides.cls + v]);
+    } else {
 #pragma unroll
-      for (int v = 0; v < kV; ++v) {
-        if (kPass == Pass::backward)
-          z_target[v] = c == target[v].index ? z[c][v] : z_target[v];
-        else
-          s[v].max = max_of(s[v].max, z[c][v]);
+      for (int c = 0; c < kN; ++c) {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) s[v].max = max_of(s[v].max, z[c][v]);
       }
-    }
-    if constexpr (kPass != Pass::backward) {
 #pragma unroll
       for (int c = 0; c < kN; ++c) {
 #pragma unroll
