@@ -94,7 +94,9 @@ def main() -> int:
         most[k.name] = [max(registers, k.registers), max(shared, k.shared)]
     if options.record:
         lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(most.items())]
-        text = f'{{\n  "nvcc": "{nvcc}",\n  "registers, bytes of shared memory": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+        text = (
+            f'{{\n  "nvcc": "{nvcc}",\n  "registers, bytes of shared memory": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
+        )
         LIMITS.write_text(text)
     recorded = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
     limits = recorded.get("registers, bytes of shared memory", {})
