@@ -95,10 +95,10 @@ def lay_out(values: torch.Tensor, layout: str) -> torch.Tensor:
 
 def worst_of(got: torch.Tensor, exact: torch.Tensor, rtol: float, atol: float) -> float:
     """The largest error over what is allowed; inf for a nan on one side only."""
-    got, exact = got.double(), exact.double()
+    got, exact = got.detach().double(), exact.detach().double()
     if not torch.equal(got.isnan(), exact.isnan()):
         return float("inf")
-    size = float(exact.detach().abs().nan_to_num(0).max()) if exact.numel() else 0.0
+    size = float(exact.abs().nan_to_num(0).max()) if exact.numel() else 0.0
     error = (got - exact).abs() / (rtol * exact.abs() + atol * size + LEAST * (rtol > 1e-9))
     return float(error.nan_to_num(0).max()) if exact.numel() else 0.0
 
