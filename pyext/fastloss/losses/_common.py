@@ -92,6 +92,16 @@ def require_tensor(name: str, value: Any, function: str) -> None:
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+def require_float(function: str, name: str, value: Any) -> float:
+    """A parameter as torch's own argument parser takes it: a number or a tensor of one."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}") from None
+
+
 def unsupported(*tensors: Tensor | None) -> str | None:
     """Why fastloss cannot take these tensors, or None. The first one is the loss's input."""
     first: Tensor | None = None
