@@ -121,15 +121,17 @@ inline Chunk<T> fetch_chunk(const PointwiseArgs& a, int64_t begin, int64_t n, Bu
     T *x = buffers[kX], *t = buffers[kT], *m = buffers[kM];
     const unsigned char* mask = static_cast<const unsigned char*>(a.mask.data);
     const int64_t stride = last_stride(a, a.mask);
+    int64_t counted = 0;
     for_each_run(a, a.mask, begin, n, [&](int64_t offset, int64_t count, int64_t at) {
       for (int64_t i = 0; i < count; ++i) {
         const bool counts = mask[offset + i * stride];
         x[at + i] = counts ? c.x[at + i] : T(1);
         t[at + i] = counts ? c.t[at + i] : T(1);
         m[at + i] = !counts ? T(0) : c.m ? c.m[at + i] : T(1);
-        if (a.weight_denominator == 0) *denominator += counts;
+        counted += counts;
       }
     });
+    if (a.weight_denominator == 0) *denominator += double(counted);
     c = {x, t, m, n};
   }
   if (a.weight_denominator != 0 && c.m)

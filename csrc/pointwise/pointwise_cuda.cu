@@ -15,7 +15,7 @@ Status run(const PointwiseArgs& a, const CudaContext& context, PointwisePass pas
   const PointwiseConfig config = pointwise_config(a, pass);
   PointwiseParams p{a, pass, config.parts, nullptr, nullptr, 1 / double(config.parts), {}};
   for (int k = 0; k < a.dim; ++k) p.inverse_sizes[k] = 1 / double(a.sizes[k]);
-  if (a.count() == 0 && !sums(a, pass)) return {};
+  if (a.rows == 0 || (a.count() == 0 && !sums(a, pass))) return {};
   if (config.parts > 1 && sums(a, pass)) {
     if (context.workspace_bytes < pointwise_workspace_bytes_cuda(a, context)) return {Status::unsupported};
     auto* workspace = static_cast<unsigned char*>(context.workspace);

@@ -150,6 +150,11 @@ def saved_tensor_hooks_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def saved_for_jvp(ctx: Any) -> Any:
+    """What a jvp has saved; where it runs under vmap, functorch hands it over as ``saved_tensors``."""
+    return ctx.saved_tensors if hasattr(ctx, "_pt_new_saved_tensors") else ctx.saved_for_forward
+
+
 def is_batched(t: Tensor) -> bool:
     """Whether ``t`` stands for a batch (vmap, is_grads_batched), which operators that mutate cannot take."""
     return bool(torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t))

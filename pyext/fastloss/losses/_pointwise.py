@@ -7,8 +7,8 @@ calls :func:`pointwise_loss`. Two ways to a gradient:
 - *fused* (scalar reductions): the gradient is computed with the value, 2 reads and 1 write in all. Where its factor is
   known beforehand (a sum, a mean over all elements) backward scales it by grad_output, or returns it untouched when
   that is 1; where it is known at the end only (a mean over a mask or by weights, a root), it is scaled once, in place;
-- *recomputing* (reduction ``none``, float16, torch.compile, torch.func, forward mode): forward keeps nothing but the
-  factor; backward reads the operands again and writes the gradient.
+- *recomputing* (reduction ``none``, float16, saved tensor hooks, torch.compile, torch.func, forward mode): forward
+  keeps nothing but the factor; backward reads the operands again and writes the gradient.
 
 Operands are never copied to be broadcast or made contiguous: the kernels take strides.
 """
@@ -153,7 +153,7 @@ class _Gradient(Function):
 
     @staticmethod
     def jvp(ctx: Any, grad_output_t: Any, input_t: Any, target_t: Any, *_: Any) -> Any:
-        grad_output, input, target, weight, mask, factor = ctx.saved_for_forward
+        grad_output, input, target, weight, mask, factor = _common.saved_for_jvp(ctx)
         o = ctx.options
         sums: tuple[Any, ...] = ()
         if grad_output_t is not None:
@@ -204,7 +204,7 @@ def _backward(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
 
 
 def _jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: Any) -> tuple[Tensor, None]:
-    tensors = ctx.saved_for_forward
+    tensors = _common.saved_for_jvp(ctx)
     return ops.pointwise_second(None, *tensors, input_t, target_t, *ctx.options)[0], None
 
 
@@ -217,8 +217,7 @@ class Fused(Function):
         loss, factor, *ctx.grads = ops.pointwise_forward(input, target, weight, mask, *o._replace(flags=flags))
         ctx.options = o
         # The factor is in the gradient already where it is known beforehand.
-        by_weight = weight is not None and o.weight_denominator != 0
-        known = o.reduction == SUM or (mask is None and not by_weight)
+        known = o.reduction == SUM or (mask is None and o.weight_denominator == 0)
         ctx.factor = None if known and o.loss not in _ROOTS else factor
         ctx.save_for_backward(input, target, weight, mask, factor)
         return loss
@@ -236,13 +235,13 @@ def fused_backward(ctx: Any, grad_output: Tensor, again: Any) -> tuple[Any, ...]
             "Trying to backward through the graph a second time: the gradient of this loss was given away the first "
             "time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
         )
-    keeps_graph = _common.keeps_graph()
-    if keeps_graph and torch.is_grad_enabled():
+    keep = _common.keeps_graph()
+    if not keep:
+        ctx.grads = None
+    if torch.is_grad_enabled():
         return again(ctx, grad_output, ctx.saved_tensors)
     scale = grad_output if ctx.factor is None else grad_output * ctx.factor
-    if not keeps_graph:
-        ctx.grads = None
-    scaled = ops.scale_grad if keeps_graph else _scaled_in_place
+    scaled = ops.scale_grad if keep or _common.is_batched(grad_output) else _scaled_in_place
     needed = zip(grads, ctx.needs_input_grad, strict=False)
     return (*(scaled(g, scale) if need else None for g, need in needed), None, None, None)
 
@@ -313,7 +312,7 @@ def is_fused(input: Tensor, target: Tensor, o: Options) -> bool:
     if o.reduction == NONE or o.row_dims or not input.requires_grad or torch.compiler.is_compiling():
         return False
     # An unscaled float16 gradient could underflow before the loss scale arrives, or overflow before the factor.
-    return torch.float16 not in (input.dtype, target.dtype)
+    return torch.float16 not in (input.dtype, target.dtype) and not _common.saved_tensor_hooks_active()
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -506,6 +505,14 @@ def differentiates(weight: Tensor | None) -> bool:
     return weight.requires_grad and torch.is_grad_enabled()
 
 
+def run_weighted(loss: str, param: float, x: Operands) -> Tensor:
+    """The loss of checked operands, differentiable in the weight too."""
+    if differentiates(x.weight):
+        return _with_weight_grad(loss, param, x)
+    o = Options(NUMBERS[loss], param, x.reduction, 0, x.weight_denominator, DTYPE_CODES[x.dtype])
+    return run(x.input, x.target, x.weight, x.mask, o)
+
+
 def pointwise_loss(
     function: str,
     input: Tensor,
@@ -534,10 +541,7 @@ def pointwise_loss(
         if code is not None:
             return run(input, target, None, None, Options(NUMBERS[name], param, code, 0, 0.0, DTYPE_CODES[input.dtype]))
     x = check(function, input, target, reduction, weight, sample_weight, mask, **rules)
-    if differentiates(weight):
-        return _with_weight_grad(name, param, x)
-    o = Options(NUMBERS[name], param, x.reduction, 0, x.weight_denominator, DTYPE_CODES[x.dtype])
-    return run(x.input, x.target, x.weight, x.mask, o)
+    return run_weighted(name, param, x)
 
 
 def dims_last(t: Tensor | None, dims: Sequence[int]) -> Tensor | None:

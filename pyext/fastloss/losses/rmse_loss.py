@@ -25,9 +25,15 @@ def _composed(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor
     squares = o._replace(
         loss=NUMBERS["wide_mse_loss"], reduction=SUM, weight_denominator=0.0, loss_dtype=DTYPE_CODES[torch.float64]
     )
-    square = _pointwise.run(input, target, weight, mask, squares)
+    cols = list(range(o.row_dims, input.dim()))
+    if weight is not None and _pointwise.differentiates(weight):
+        squares = squares._replace(reduction=NONE, row_dims=0)
+        parts = _pointwise.run(input, target, None, mask, squares)
+        parts = parts * (weight if mask is None else torch.where(mask, weight, 0))
+        square = parts.sum(cols) if cols else parts
+    else:
+        square = _pointwise.run(input, target, weight, mask, squares)
     if o.reduction == MEAN:
-        cols = list(range(o.row_dims, input.dim()))
         counted = weight if o.weight_denominator else None
         if counted is not None and mask is not None:
             counted = torch.where(mask, counted, 0)
@@ -72,10 +78,11 @@ class _Recompute(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any) -> Any:
-        if _common.differentiated_again(grad_output, *ctx.saved_tensors[:2]):
-            return _again(ctx, grad_output, ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: checkpointing recomputes it
+        if _common.differentiated_again(grad_output, *saved[:2]):
+            return _again(ctx, grad_output, saved)
         o = ctx.options._replace(flags=_pointwise.flags_of(*ctx.needs_input_grad[:2]))
-        grads = ops.pointwise_backward(grad_output.contiguous(), *ctx.saved_tensors, *o)
+        grads = ops.pointwise_backward(grad_output.contiguous(), *saved, *o)
         return (*_pointwise.wanted(o.flags, *grads), None, None, None)
 
 
@@ -83,7 +90,7 @@ def _roots(x: Operands, row_dims: int, eps: float) -> Tensor:
     """sqrt(mean or sum of w d^2 over the trailing dimensions + eps)."""
     o = Options(NUMBERS["rmse_loss"], eps, x.reduction, row_dims, x.weight_denominator, DTYPE_CODES[x.dtype])
     args = (x.input, x.target, x.weight, x.mask, o)
-    if _common.functorch_active() or _common.forward_mode_active():
+    if _common.functorch_active() or _common.forward_mode_active() or _pointwise.differentiates(x.weight):
         return _composed(*args)
     if not (torch.is_grad_enabled() and (x.input.requires_grad or x.target.requires_grad)):
         return ops.pointwise_forward(*args[:4], *o)[0]
@@ -136,8 +143,8 @@ def rmse_loss(
         IndexError: a dim that is not there.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
-    Squares are summed in float64. Without ``dim`` the gradient of the squares is computed in the same pass and scaled
-    once, in backward, when the root is known.
+    Squares are summed in float64, in an order fixed by the shape: the same bits whatever the number of threads. Without
+    ``dim`` the gradient of the squares is computed in the same pass and scaled once, in backward, by what the root is.
     """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
@@ -163,11 +170,19 @@ def rmse_loss(
     if dim is None:
         if x.reduction != NONE:
             return _roots(x, 0, eps)
-        accum = _common.accum_dtype(x.dtype)
-        o = Options(NUMBERS["wide_mse_loss"], 0.0, NONE, 0, 0.0, DTYPE_CODES[accum])
-        roots = _safe_root(_pointwise.run(x.input, x.target, x.weight, x.mask, o) + eps)
-        return (roots if x.mask is None else torch.where(x.mask, roots, 0)).to(x.dtype)
+        return _of_elements(x, eps)
     return _per_group(x, dim, eps)
+
+
+def _of_elements(x: Operands, eps: float) -> Tensor:
+    """sqrt(w d^2 + eps) of each, by way of sqrt(w) |d|, which does not overflow."""
+    dtype, accum = x.dtype, _common.accum_dtype(x.dtype)
+    weight = None if x.weight is None else x.weight.to(accum).sqrt()
+    roots = _pointwise.run_weighted("l1_loss", 0.0, x._replace(weight=weight, dtype=accum if eps else dtype))
+    if eps:
+        roots = torch.hypot(roots, torch.full((), eps**0.5, dtype=accum, device=roots.device)).to(dtype)
+        roots = roots if x.mask is None else torch.where(x.mask, roots, 0)
+    return roots
 
 
 def _per_group(x: Operands, dim: int | Sequence[int], eps: float) -> Tensor:
