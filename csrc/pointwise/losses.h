@@ -124,7 +124,8 @@ struct RelativeL1 : PlainLoss {
 
 template <class... L>
 struct LossList {};
-using Losses = LossList<L1, Mse, WideMse, Rmse, SmoothL1, Huber, LogCosh, RelativeL1<false>, RelativeL1<true>>;
+using Losses = LossList<  // the registry; a loss's number is its place here
+    L1, Mse, WideMse, Rmse, SmoothL1, Huber, LogCosh, RelativeL1<false>, RelativeL1<true>>;
 
 template <class... L>
 const char* const* names_of(LossList<L...>) {

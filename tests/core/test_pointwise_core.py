@@ -134,6 +134,53 @@ def test_more_than_one_block(kernels):
         assert all((runs[0][name] == runs[1][name]).all() for name in ("loss", "grad_input"))
 
 
+@pytest.mark.parametrize("loss", ("l1_loss", ROOT))
+def test_many_blocks_in_any_schedule(kernels, loss):
+    """One row of 33 blocks, then rows of several blocks with mask and weights: the last block to come adds up in order.
+
+    The emulator runs blocks and threads in a random order that follows from the seed.
+    """
+    rng = np.random.default_rng(8)
+    x, t = operands((3, 30_011), "float32", seed=9)
+    x.flags.writeable = False
+    mask, w = rng.random(x.shape) < 0.5, rng.random(x.shape).astype(np.float32)
+    for options in (
+        {},
+        {"row_dims": 1},
+        {"mask": mask, "weight": w, "weight_denominator": 1.0},
+        {"row_dims": 1, "mask": mask, "grad_target": True},
+    ):
+        if loss != ROOT and "row_dims" in options:
+            options = {**options, "reduction": "sum"}
+        axes = 1 if "row_dims" in options else None
+        d = np.where(options.get("mask", True), exact(x) - exact(t), 0)
+        factor = np.where(options.get("mask", True), options.get("weight", np.ones_like(x)), 0).astype(np.float64)
+        f = factor * (d**2 if loss == ROOT else np.abs(d))
+        want = f.sum(axes) / (1 if options.get("reduction") == "sum" else factor.sum(axes))
+        want = np.sqrt(want) if loss == ROOT else want
+        runs = []
+        for seed in (1, 2, 3):
+            if hasattr(kernels, "set_seed"):
+                kernels.set_seed(seed)
+            runs.append(kernels.pointwise_forward(x, t, loss=loss, grad_input=True, **options))
+        np.testing.assert_allclose(runs[0]["loss"], want, rtol=3e-7)
+        for other in runs[1:]:
+            assert all(other[name].tobytes() == value.tobytes() for name, value in runs[0].items())
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+@pytest.mark.parametrize("count", (1, 7, 8, 1023, 4096, 4097, 16384, 65539))
+def test_streaming_takes_every_count(kernels, count, dtype):
+    """Tails of vectors, tiles and blocks; forward with gradient and backward alone."""
+    x, t = operands((count,), dtype, seed=10)
+    out = kernels.pointwise_forward(x, t, loss="mse_loss", grad_input=True)
+    d = exact(x) - exact(t)
+    np.testing.assert_allclose(out["loss"], (d**2).mean(), rtol=1e-6)
+    again = kernels.pointwise_backward(np.float32([1.0]), out["factor"].reshape(1), x, t, loss="mse_loss")
+    for grads in (out, again):
+        np.testing.assert_allclose(exact(grads["grad_input"]), 2 * d / count, rtol=EPS[dtype], atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", ((), (0,), (3, 0), (1, 1, 1)))
 def test_small_shapes(kernels, shape):
     x, t = np.full(shape, 2.0, np.float32), np.full(shape, 0.5, np.float32)
