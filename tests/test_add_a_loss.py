@@ -76,3 +76,12 @@ def test_a_new_loss(tmp_path):
     assert "| `cauchy_loss` | `CauchyLoss` | Cauchy's loss" in (tmp_path / "README.md").read_text()
     cases = "import sys; sys.path.insert(0, 'bench'); import cases; print([c.name for c in cases.CPU])"
     assert "cauchy_loss" in run(sys.executable, "-c", cases)
+
+
+def test_the_readme_has_every_loss():
+    """Its table is what tools/loss_table.py writes."""
+    if not (ROOT / "tools/loss_table.py").exists():
+        pytest.skip("needs the sources")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "pyext")}
+    done = subprocess.run([sys.executable, ROOT / "tools/loss_table.py", "--check"], env=environment)
+    assert done.returncode == 0
