@@ -207,7 +207,8 @@ def test_nothing_under_a_false_mask_comes_out(spec, reduction, garbage, device):
                     grads = torch.autograd.grad(loss.sum(), (a, b), create_graph=True)
                     second = torch.autograd.grad(sum((g.double() ** 2).sum() for g in grads), (a, b))
                     assert all((g[~mask] == 0).all() for g in (*grads, *second))
-                    tangent = torch.func.jvp(lambda y: spec.function(y, b.detach(), **extra), (a.detach(),), (a.detach(),))  # noqa: B023
+                    x_only = functools.partial(spec.function, target=b.detach(), **extra)
+                    tangent = torch.func.jvp(x_only, (a.detach(),), (a.detach(),))
                     results.append([r.detach() for r in (loss, *grads, *second, tangent[0])])
                     if not torch.isnan(a).any():
                         results[-1].append(tangent[1])

@@ -1,7 +1,4 @@
-"""Writes the table of losses in the README from the registry (fastloss.testing) and the docstrings.
-
-    python tools/loss_table.py [--check]
-"""
+"""Writes the table of losses in the README from the registry (fastloss.testing) and the docstrings."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ def row(spec: LossSpec) -> str:
     summary = " ".join((inspect.getdoc(spec.function) or "").partition("\n\n")[0].split())
     summary = re.sub(r"; a drop-in for :func:`[^`]*`", "", summary).rstrip(".")
     summary = re.sub(r":\w+:`([^`]*)`", r"`\1`", summary).replace("``", "`").replace("|", "\\|")
-    drop_in = f"`F.{spec.name}`" if spec.torch_function else "–"
+    drop_in = f"`F.{spec.name}`" if spec.torch_function else "no"
     return f"| `{spec.name}` | `{module}` | {summary} | {drop_in} |\n"
 
 
@@ -35,7 +32,7 @@ def table() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the table is what it should be")
     check = parser.parse_args().check
     text = README.read_text()

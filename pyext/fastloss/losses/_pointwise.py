@@ -183,7 +183,7 @@ class _GradientTransformed(Function):
         return _only(Options(*args[6:]).flags, ops.pointwise_backward(*args))
 
     setup_context = staticmethod(_save_gradient)
-    backward = staticmethod(_Gradient.backward)
+    backward = staticmethod(_Gradient.backward)  # type: ignore[assignment]
     jvp = staticmethod(_Gradient.jvp)
 
 
