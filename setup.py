@@ -1,7 +1,7 @@
 """Builds fastloss: the torch-free core with CMake, then the binding against LibTorch's stable ABI.
 
-One binary serves Python >= 3.10 (limited API) and torch >= 2.10, CPU or CUDA builds. torch is imported only when the
-extension is really built: reading the package's metadata needs nothing but setuptools.
+One binary, which uses no Python symbol, serves Python >= 3.10 and torch >= 2.10, CPU or CUDA builds. torch is
+imported only when the extension is really built: reading the package's metadata needs nothing but setuptools.
 
     FASTLOSS_CUDA=auto|1|0   auto (default): with CUDA kernels when nvcc is found, GPU or not; 1: required; 0: without
     FASTLOSS_CUDA_ARCHS=90   compile the CUDA kernels for these architectures only (comma separated)

@@ -40,7 +40,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
+def environment(device: str, threads: int, isa: str | None) -> dict[str, Any]:
     """What somebody needs to know to repeat the run."""
     root = str(Path(__file__).parent)
     compiler = _output(os.environ.get("CXX", "c++"), "--version").partition("\n")[0]
@@ -51,6 +51,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "cpu": f"{_cpu_name()}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}",
         "threads": threads,
+        "limited_to": isa,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiler": compiler,

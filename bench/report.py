@@ -384,7 +384,8 @@ def write(data: Data, folder: Path) -> Path:
     environment = data["environment"]
     date = re.sub(r"[-:]", "", environment["date"])[:13]
     partial = "" if data["complete"] else "-partial"
-    path = folder / f"{environment['device']}-{date}-{environment['commit']}{partial}.json"
+    device = "-".join(filter(None, (environment["device"], environment.get("limited_to"))))
+    path = folder / f"{device}-{date}-{environment['commit']}{partial}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=None, separators=(",", ":")).replace('{"case"', '\n{"case"') + "\n")
     render(data, path)
@@ -392,13 +393,15 @@ def write(data: Data, folder: Path) -> Path:
 
 
 def newest(folder: Path) -> dict[str, tuple[Path, Data]]:
-    """The newest complete results file of each device."""
+    """The newest complete results file of each device, with all of its instruction sets."""
     found: dict[str, tuple[Path, Data]] = {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
         device = data["environment"]["device"]
-        if data["complete"] and (
-            device not in found or data["environment"]["date"] > found[device][1]["environment"]["date"]
+        if (
+            data["complete"]
+            and not data["environment"].get("limited_to")
+            and (device not in found or data["environment"]["date"] > found[device][1]["environment"]["date"])
         ):
             found[device] = (path, data)
     return found

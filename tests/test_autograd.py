@@ -435,7 +435,8 @@ def test_inplace_grad_after_a_bad_target_has_changed_nothing(immediate_errors):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_both_paths_give_the_same_bits_on_the_cpu(features, dtype):
+def test_both_paths_agree_on_the_cpu(features, dtype):
+    # To the last bit, but for rows of several chunks, whose exponentials are kept relative to different references.
     for shape in ((2, 1), (7, 9), (5, 129), (3, 2600), (300, 10), (2, 3, 5), (2, 21, 33), (2, 5, 4, 3)):
         x, t = problem(*shape, device="cpu", dtype=dtype)
         p = x.detach().flip(0).softmax(1)
@@ -446,7 +447,13 @@ def test_both_paths_give_the_same_bits_on_the_cpu(features, dtype):
                 loss = fastloss.cross_entropy(x, target, weight, grad_in_forward=path, **features)
                 results.append((loss, torch.autograd.grad(loss, x)[0]))
             assert torch.equal(results[0][0], results[1][0])
-            assert torch.equal(results[0][1], results[1][1]), (shape, weight is not None, target is p)
+            fused, recomputed = (grad for _, grad in results)
+            if shape[1] <= 1024:
+                assert torch.equal(fused, recomputed), (shape, weight is not None, target is p)
+            else:
+                eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+                floor = 4 * eps * float(fused.abs().max()) + 2 * least
+                torch.testing.assert_close(fused, recomputed, rtol=8 * eps, atol=floor)
 
 
 def test_one_function_of_autograd_per_path(device):

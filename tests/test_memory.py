@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 # Below 8 MB, from where on the CPU's buffers do not come from torch's allocator.
 SHAPES = ((512, 1000), (2, 150, 48, 48), (8000, 128))
 PER_ROW = 64  # bytes: a loss, lse, arg-max, what backward needs; a copy of the logits would take 256 and more
-SMALL = 1 << 12
+# Beside that. On CUDA also the workspace: a few numbers for each block of the launch.
+SMALL = {"cpu": 1 << 12, "cuda": 1 << 15}
 
 
 class Memory:
@@ -100,7 +101,7 @@ def test_forward_without_gradient(shape, dtype, options, device):
     x, t = problem(shape, device, dtype)
     with measured(device) as memory, torch.no_grad():
         fastloss.cross_entropy(x, t, **options)
-    assert memory.peak <= PER_ROW * t.numel() + SMALL
+    assert memory.peak <= PER_ROW * t.numel() + SMALL[device]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -111,7 +112,7 @@ def test_forward_of_probabilities_and_channels_last(shape, device):
     for function in (lambda: fastloss.cross_entropy(x, p), lambda: fastloss.cross_entropy(y, t, label_smoothing=0.1)):
         with measured(device) as memory:
             function()
-        assert memory.peak <= PER_ROW * t.numel() + SMALL
+        assert memory.peak <= PER_ROW * t.numel() + SMALL[device]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "options"), CASES)
@@ -122,22 +123,22 @@ def test_forward_and_backward_allocate_one_gradient(shape, dtype, options, devic
             loss = call(x, t, **options, **extra)
             loss.sum().backward()
             del loss
-        assert x.nbytes <= memory.left <= x.nbytes + SMALL
-        assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL
+        assert x.nbytes <= memory.left <= x.nbytes + SMALL[device]
+        assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL[device]
 
 
 def test_a_scaled_loss_needs_no_second_gradient(device):
     x, t = problem((512, 1000), device)
     with measured(device) as memory:
         (fastloss.cross_entropy(x, t) * 65536).backward()
-    assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL
+    assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL[device]
 
 
 def test_autocast_makes_no_float32_copy(device):
     x, t = problem((512, 1000), device, torch.bfloat16)
     with measured(device) as memory, torch.autocast(device, torch.bfloat16):
         fastloss.cross_entropy(x, t).backward()
-    assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL
+    assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL[device]
 
 
 def test_narrow_targets_are_not_widened(device):
@@ -157,7 +158,7 @@ def test_inplace_grad_allocates_no_gradient(shape, device):
         with measured(device) as memory:
             loss = fastloss.cross_entropy(y, t, inplace_grad=True)
             (grad,) = torch.autograd.grad(loss * scale, y)
-        assert memory.peak <= PER_ROW * t.numel() + SMALL
+        assert memory.peak <= PER_ROW * t.numel() + SMALL[device]
         assert grad.data_ptr() == y.data_ptr()
         del loss, grad
 
@@ -173,6 +174,7 @@ def test_inplace_grad_in_a_model(device):
             fastloss.cross_entropy(features @ classifier, t, **options).backward()
         return memory.peak
 
+    step()  # the matrix products' own workspace, which a GPU keeps
     size = 512 * 4000 * 4
     assert size <= step(inplace_grad=True) <= 1.2 * size
     assert 2 * size <= step() <= 2.2 * size
@@ -190,7 +192,7 @@ def test_nothing_outlives_the_graph(device):
                 reference = weakref.ref(y)
                 loss = call(y, t, **options)
                 del y, loss
-            assert reference() is None and memory.left <= SMALL
+            assert reference() is None and memory.left <= SMALL[device]
     finally:
         gc.enable()
 
@@ -204,7 +206,7 @@ def test_backward_frees_what_forward_saved(device):
             loss = call(y, t, **options)
             torch.autograd.grad(loss.sum(), x)
             del y
-        assert memory.left <= PER_ROW * t.numel() + SMALL
+        assert memory.left <= PER_ROW * t.numel() + SMALL[device]
         assert loss.numel()
 
 
@@ -268,9 +270,10 @@ def test_checkpointing_frees_the_logits(device):
     features = torch.randn(512, 8, device=device, requires_grad=True)
     classifier = torch.randn(8, 4000, device=device)
     t = torch.randint(4000, (512,), device=device)
+    (features @ classifier).sum().backward()  # the matrix products' own workspace, which a GPU keeps
     with measured(device) as memory:
         loss = checkpoint(lambda f: fastloss.cross_entropy(f @ classifier, t), features, use_reentrant=False)
-    assert memory.left <= PER_ROW * 512 + SMALL
+    assert memory.left <= PER_ROW * 512 + SMALL[device]
     loss.backward()
 
 
@@ -278,10 +281,10 @@ def test_nll_loss(device):
     x, t = problem((512, 1000), device)
     with measured(device) as memory, torch.no_grad():
         fastloss.nll_loss(x, t)
-    assert memory.peak <= PER_ROW * t.numel() + SMALL
+    assert memory.peak <= PER_ROW * t.numel() + SMALL[device]
     with measured(device) as memory:
         fastloss.nll_loss(x, t).backward()
-    assert x.nbytes <= memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL
+    assert x.nbytes <= memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL[device]
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -289,7 +292,7 @@ def test_nll_loss(device):
 def test_pointwise(loss, device):
     """No copy of the operands, whatever is broadcast or strided; one gradient; with a target's, two."""
     full = torch.randn(512, 1000, device=device)
-    few = SMALL + 4096  # a partial sum for each block of 16384 elements
+    few = SMALL[device] + (1 << 16)  # partial sums, a few for each block of thousands of elements
     mask, per_sample = full > 0, torch.rand(512, device=device)
     for x, t, options in (
         (full, full.flip(0), {}),

@@ -367,6 +367,13 @@ def test_every_operator_is_checked():
 # --------------------------------------------------------------------------------------------------- autocast
 
 
+def assert_no_worse(got, want, exact):
+    """As near to float64 as torch comes, or to rounding: on a GPU torch's own way to some of these is less exact."""
+    allowed = (want.double() - exact).abs().max() + 1e-6
+    eps = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float32).eps)
+    assert ((got.double() - exact).abs() <= allowed + 4 * eps * exact.abs()).all(), (got, want, exact)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_autocast(dtype, device):
     """torch's result dtypes, without a float32 copy of the logits; each gradient in its argument's dtype."""
@@ -377,15 +384,18 @@ def test_autocast(dtype, device):
                 x.requires_grad_()
                 t = t if target_dtype is None else x.detach().flip(0).softmax(1).to(target_dtype)
                 w = torch.linspace(0.5, 2, 5, device=device, dtype=logits_dtype) if weighted else None
+                exact_x = x.detach().double().requires_grad_()
+                exact_t = t.double() if t.is_floating_point() else t
                 for reduction in ("mean", "none"):
                     with torch.autocast(device, dtype):
                         got = fastloss.cross_entropy(x, t, w, reduction=reduction)
                         want = F.cross_entropy(x, t, w, reduction=reduction)
                     assert got.dtype == want.dtype, (logits_dtype, target_dtype, weighted)
-                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+                    exact = F.cross_entropy(exact_x, exact_t, None if w is None else w.double(), reduction=reduction)
+                    assert_no_worse(got, want, exact)
                     (grad,), (want_grad,) = torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x)
                     assert grad.dtype == logits_dtype
-                    torch.testing.assert_close(grad, want_grad)
+                    assert_no_worse(grad, want_grad, *torch.autograd.grad(exact.sum(), exact_x))
 
 
 def test_autocast_nll_loss(device):

@@ -1,4 +1,4 @@
-"""Checks that a built extension keeps to what the wheel promises: Python's limited API, torch's stable C shim, no CUDA
+"""Checks that a built extension keeps to what the wheel promises: no Python symbol, torch's stable C shim, no CUDA
 library needed, nothing exported, and no function compiled for AVX that the linker could pick for everybody.
 
     python tools/abi_audit.py pyext/fastloss/_C.abi3.so --core build/core-cuda
@@ -20,7 +20,7 @@ from pathlib import Path
 # What a wheel may need: libtorch, which `import torch` has loaded, and what every Linux has (PEP 600).
 NEEDED = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
 NEEDED |= {"libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
-# All of the limited API that csrc/torch/module.cpp uses: in it since Python 3.10 or before.
+# Weak symbols of the C runtime, which nobody has to define.
 WEAK_ANYWHERE = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize"}
 # Mangled names of functions in fastloss::avx2 and fastloss::avx512, lambdas included.
 OWN_NAMESPACE = re.compile(r"_ZZ*N[KVRO]*8fastloss(4avx2|6avx512)")
@@ -116,7 +116,7 @@ def main() -> int:
     print(f"ABI audit of {options.file}: needs at least {newest}")
     for problem in problems:
         print(f"  FAILED: {problem}")
-    print("  limited API, stable C shim, libraries, exports and AVX symbols: " + ("FAILED" if problems else "ok"))
+    print("  no Python symbols, stable C shim, libraries, exports and AVX symbols: " + ("FAILED" if problems else "ok"))
     return 1 if problems else 0
 
 

@@ -35,9 +35,11 @@ BOUND = re.compile(rf"(?<= < )(?:{LIMITS})\b(?! \+)|(?<= >= )(?:{LIMITS})\b")
 NOT_CODE = re.compile(r"^\s*(//|#|template|static_assert)")
 
 # What --quick takes.
-QUICK = ("group_sum(lane < warps", "the results are there", "load16_stream(x +", "row = first; row < p.rows")
+QUICK = ("group_sum(lane < warps", "the results are there", "load16_stream(x + column", "base = first; base < p.rows")
 # Faults that change nothing, by what the line says; `shift` 0: the removal.
-EQUIVALENT: list[tuple[str, int, str]] = []
+EQUIVALENT: list[tuple[str, int, str]] = [
+    ("base = first; base < p.rows", 1, "each row of a turn is looked at by itself"),
+]
 
 
 @dataclass(frozen=True)

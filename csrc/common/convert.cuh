@@ -42,22 +42,25 @@ __device__ __forceinline__ To bits_as(const From& from) {
   return to;
 }
 
-template <class T>
-__device__ __forceinline__ void unpack(const Vec16& v, accum_t<T> (&out)[kLanes16<T>]) {
+// Of a Vec16 or a Vec8.
+template <class T, class V>
+__device__ __forceinline__ void unpack(const V& v, accum_t<T> (&out)[sizeof(V) / sizeof(T)]) {
+  constexpr int kWords = sizeof(V) / 4;
   if constexpr (std::is_same_v<T, double>) {
-    for (int i = 0; i < 2; ++i) out[i] = bits_as<double>(uint64_t(v.word[2 * i]) | uint64_t(v.word[2 * i + 1]) << 32);
+    for (int i = 0; i < kWords / 2; ++i)
+      out[i] = bits_as<double>(uint64_t(v.word[2 * i]) | uint64_t(v.word[2 * i + 1]) << 32);
   } else if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = bits_as<float>(v.word[i]);
+    for (int i = 0; i < kWords; ++i) out[i] = bits_as<float>(v.word[i]);
   } else if constexpr (std::is_same_v<T, bfloat16_t>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // a bfloat16 is the upper half of a float
+    for (int i = 0; i < kWords; ++i) {  // a bfloat16 is the upper half of a float
       out[2 * i] = bits_as<float>(v.word[i] << 16);
       out[2 * i + 1] = bits_as<float>(v.word[i] & 0xffff0000u);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       float2 f = __half22float2(bits_as<__half2>(v.word[i]));
       out[2 * i] = f.x;
       out[2 * i + 1] = f.y;
@@ -65,52 +68,55 @@ __device__ __forceinline__ void unpack(const Vec16& v, accum_t<T> (&out)[kLanes1
   }
 }
 
-template <class T>
-__device__ __forceinline__ Vec16 pack(const accum_t<T> (&in)[kLanes16<T>]) {
-  Vec16 v;
+template <class T, int kCount>
+__device__ __forceinline__ auto pack(const accum_t<T> (&in)[kCount]) {
+  constexpr int kWords = kCount * int(sizeof(T)) / 4;
+  std::conditional_t<kWords == 4, Vec16, Vec8> v;
+  static_assert(sizeof(v) == kCount * sizeof(T));
   if constexpr (std::is_same_v<T, double>) {
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kWords / 2; ++i) {
       uint64_t bits = bits_as<uint64_t>(in[i]);
       v.word[2 * i] = uint32_t(bits);
       v.word[2 * i + 1] = uint32_t(bits >> 32);
     }
   } else if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] = bits_as<uint32_t>(in[i]);
+    for (int i = 0; i < kWords; ++i) v.word[i] = bits_as<uint32_t>(in[i]);
   } else if constexpr (std::is_same_v<T, bfloat16_t>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] = bits_as<uint32_t>(__floats2bfloat162_rn(in[2 * i], in[2 * i + 1]));
+    for (int i = 0; i < kWords; ++i) v.word[i] = bits_as<uint32_t>(__floats2bfloat162_rn(in[2 * i], in[2 * i + 1]));
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] = bits_as<uint32_t>(__floats2half2_rn(in[2 * i], in[2 * i + 1]));
+    for (int i = 0; i < kWords; ++i) v.word[i] = bits_as<uint32_t>(__floats2half2_rn(in[2 * i], in[2 * i + 1]));
   }
   return v;
 }
 
 // One vector's worth of -inf: what lies outside a row adds nothing to its sum.
-template <class T>
-__device__ __forceinline__ Vec16 minus_infinity() {
-  accum_t<T> v[kLanes16<T>];
+template <class T, class V = Vec16>
+__device__ __forceinline__ V minus_infinity() {
+  accum_t<T> v[sizeof(V) / sizeof(T)];
 #pragma unroll
-  for (int i = 0; i < kLanes16<T>; ++i) v[i] = -INFINITY;
+  for (int i = 0; i < int(sizeof(V) / sizeof(T)); ++i) v[i] = -INFINITY;
   return pack<T>(v);
 }
 
 // Element by element, the larger one; a nan loses to a number. 16-bit types two at a time.
-template <class T>
-__device__ __forceinline__ Vec16 max_of_vectors(const Vec16& a, const Vec16& b) {
-  Vec16 m;
+template <class T, class V>
+__device__ __forceinline__ V max_of_vectors(const V& a, const V& b) {
+  constexpr int kCount = sizeof(V) / sizeof(T);
+  V m;
   if constexpr (sizeof(T) == 2) {
     using pair_t = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kCount / 2; ++i)
       m.word[i] = bits_as<uint32_t>(__hmax2(bits_as<pair_t>(a.word[i]), bits_as<pair_t>(b.word[i])));
   } else {
-    accum_t<T> x[kLanes16<T>], y[kLanes16<T>];
+    accum_t<T> x[kCount], y[kCount];
     unpack<T>(a, x);
     unpack<T>(b, y);
 #pragma unroll
-    for (int i = 0; i < kLanes16<T>; ++i) x[i] = max_of(x[i], y[i]);
+    for (int i = 0; i < kCount; ++i) x[i] = max_of(x[i], y[i]);
     m = pack<T>(x);
   }
   return m;
@@ -143,6 +149,24 @@ __device__ __forceinline__ accum_t<T> max_of_vector(const Vec16& v) {
     for (int i = 1; i < kLanes16<T>; ++i) m = max_of(m, x[i]);
     return m;
   }
+}
+
+// The elements of 4 bytes, aligned as such.
+__device__ __forceinline__ void load_word(const float* p, float (&out)[1]) { out[0] = *p; }
+__device__ __forceinline__ void load_word(const half_t* p, float (&out)[2]) {
+  const __half2 v = *reinterpret_cast<const __half2*>(p);
+  out[0] = to_accum(v.x), out[1] = to_accum(v.y);
+}
+__device__ __forceinline__ void load_word(const bfloat16_t* p, float (&out)[2]) {
+  const __nv_bfloat162 v = *reinterpret_cast<const __nv_bfloat162*>(p);
+  out[0] = to_accum(v.x), out[1] = to_accum(v.y);
+}
+__device__ __forceinline__ void store_word(float* p, const float (&in)[1]) { *p = in[0]; }
+__device__ __forceinline__ void store_word(half_t* p, const float (&in)[2]) {
+  *reinterpret_cast<__half2*>(p) = __floats2half2_rn(in[0], in[1]);
+}
+__device__ __forceinline__ void store_word(bfloat16_t* p, const float (&in)[2]) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(in[0], in[1]);
 }
 
 __device__ __forceinline__ bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }

@@ -98,5 +98,20 @@ inline auto with_storage(DType type, const F& f) {
   }
 }
 
+// The same for class indices: f(static_cast<const I*>(nullptr)).
+template <class F>
+inline auto with_index(IndexType type, const F& f) {
+  switch (type) {
+    case IndexType::i32: return f(static_cast<const int32_t*>(nullptr));
+    case IndexType::i16: return f(static_cast<const int16_t*>(nullptr));
+    case IndexType::i8: return f(static_cast<const int8_t*>(nullptr));
+    case IndexType::u8: return f(static_cast<const uint8_t*>(nullptr));
+    case IndexType::u16: return f(static_cast<const uint16_t*>(nullptr));
+    case IndexType::u32: return f(static_cast<const uint32_t*>(nullptr));
+    case IndexType::u64: return f(static_cast<const uint64_t*>(nullptr));
+    default: return f(static_cast<const int64_t*>(nullptr));
+  }
+}
+
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

@@ -2,9 +2,11 @@
 // in its place that defines the same names and runs every CUDA thread as a fiber.
 //
 // The seam, device side:
-//   Vec16                                16 bytes as four words
+//   Vec16, Vec8                          16 and 8 bytes as words
 //   kPairwiseMax                         is there an instruction for two 16-bit maxima (sm_80 and later)?
-//   load16, load16_stream, store16_stream  one 128-bit access; stream = evict first, the data are used once
+//   load16, load16_stream, store16, store16_stream  one 128-bit access; stream = global memory, evict first: the data
+//                                        are used once
+//   load8_stream, store8_stream          the same of 64 bits
 //   exp2_fast(float)                     2^x, 2 ulp, results below 2^-126 flushed to 0
 //   reciprocal_fast(float)               1/x, 1 ulp
 //   shared_memory()                      the block's dynamic shared memory, 16-byte aligned; there is no static one
@@ -37,6 +39,9 @@ namespace fastloss {
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
+struct alignas(8) Vec8 {
+  uint32_t word[2];
+};
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kPairwiseMax = false;
@@ -52,8 +57,19 @@ __device__ __forceinline__ Vec16 load16_stream(const void* p) {
   uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
+__device__ __forceinline__ void store16(void* p, Vec16 v) {
+  *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
 __device__ __forceinline__ void store16_stream(void* p, Vec16 v) {
   __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+
+__device__ __forceinline__ Vec8 load8_stream(const void* p) {
+  uint2 v = __ldcs(static_cast<const uint2*>(p));
+  return {{v.x, v.y}};
+}
+__device__ __forceinline__ void store8_stream(void* p, Vec8 v) {
+  __stcs(static_cast<uint2*>(p), make_uint2(v.word[0], v.word[1]));
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

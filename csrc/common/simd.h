@@ -237,11 +237,15 @@ inline vec<float> load(const float16* p) {
 }
 inline void store(float* p, vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
 inline void store(double* p, vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+// Rounded to the nearest, ties to even, in the low halves.
+template <class V>
+inline auto bfloat16_bits(V v) {
+  using U = typename vector_type<uint32_t, int(sizeof(V))>::type;
+  const U u = bit_cast<U>(v), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return v != v ? (u >> 16) | 0x40u : rounded;
+}
 inline void store(bfloat16* p, vec<float> v) {
-  word_bits u = bit_cast<word_bits>(v);
-  word_bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  rounded = v != v ? (u >> 16) | 0x40u : rounded;
-  half_bits h = __builtin_convertvector(rounded, half_bits);
+  const half_bits h = __builtin_convertvector(bfloat16_bits(v), half_bits);
   __builtin_memcpy(p, &h, sizeof h);
 }
 inline void store(float16* p, vec<float> v) {
@@ -276,9 +280,16 @@ inline narrow<float> load4(const float16* p) {
 #endif
 }
 inline void store4(float* p, narrow<float> v) { __builtin_memcpy(p, &v, sizeof v); }
-template <class S>
-inline void store4(S* p, narrow<float> v) {
-  for (int i = 0; i < 4; ++i) p[i] = from_accum<S, float>(v[i]);
+inline void store4(bfloat16* p, narrow<float> v) {
+  const auto h = __builtin_convertvector(bfloat16_bits(v), typename vector_type<uint16_t, 8>::type);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+inline void store4(float16* p, narrow<float> v) {
+#if defined(__F16C__)
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < 4; ++i) p[i] = from_accum<float16, float>(v[i]);
+#endif
 }
 template <class V>
 inline void transpose4(V (&m)[4]) {
@@ -351,6 +362,14 @@ inline vec<float> load_tail(const float16* p, int64_t n, float fill) {
 }
 inline void store_tail(float* p, int64_t n, vec<float> v) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
 inline void store_tail(double* p, int64_t n, vec<double> v) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v); }
+inline void store_tail(bfloat16* p, int64_t n, vec<float> v) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1),
+                           bit_cast<__m256i>(__builtin_convertvector(bfloat16_bits(v), half_bits)));
+}
+inline void store_tail(float16* p, int64_t n, vec<float> v) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1),
+                           _mm512_maskz_cvtps_ph(__mmask16(-1), v, _MM_FROUND_TO_NEAREST_INT));
+}
 #elif defined(__AVX2__)
 inline __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -388,7 +407,7 @@ struct int_vector {
   using type = typename vector_type<typename bits_of<lane_t<V>>::type, int(sizeof(V))>::type;
 };
 
-// exp for x <= 0 (and nan): e^x = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; minimax polynomial for 2^f, 2^n by
+// exp for x <= 80 (and nan): e^x = 2^n 2^f with x log2(e) = n + f, |f| <= 1/2; minimax polynomial for 2^f, 2^n by
 // exponent bits. Relative error about (1 + |x| / 9) ulp with fused multiply-add; results under the smallest normal
 // number are 0, and exp(-inf) is 0.
 template <class T>
@@ -416,7 +435,7 @@ struct exp_constants<double> {
                                  0.24022650695910099884,   0.69314718055994530942,   1.0};
 };
 template <class V>
-inline V exp_nonpositive(V x) {
+inline V exp_of(V x) {
   using T = lane_t<V>;
   using K = exp_constants<T>;
   using U = typename uint_vector<V>::type;
@@ -469,7 +488,7 @@ inline V tanh_of(V u) {
     return u;
   } else {
     const V a = u < 0.0f ? -u : u;
-    const V e = exp_nonpositive(-2.0f * a);
+    const V e = exp_of(-2.0f * a);
     const V large = (1.0f - e) / (1.0f + e);
     const V w = u * u;
     constexpr float c[] = {0.00226950168f, -0.00832318706f, 0.0217625029f, -0.0539584616f, 0.133333001f, -0.333333331f};
@@ -481,8 +500,8 @@ inline V tanh_of(V u) {
 
 // One value through the narrowest vector.
 template <class T>
-inline T exp_nonpositive_scalar(T x) {
-  return exp_nonpositive(x - narrow<T>{})[0];
+inline T exp_of_scalar(T x) {
+  return exp_of(x - narrow<T>{})[0];
 }
 template <class T>
 inline T log_scalar(T x) {

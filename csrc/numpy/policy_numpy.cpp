@@ -21,6 +21,8 @@ const char* name_of(Regime regime) {
     case Regime::warp_rows: return "warp_rows";
     case Regime::block_rows: return "block_rows";
     case Regime::streaming_rows: return "streaming_rows";
+    case Regime::tile: return "tile";
+    case Regime::column: return "column";
     case Regime::plane: return "plane";
   }
   return "";

@@ -1,11 +1,13 @@
 // Cross entropy on the CPU, generic over dtype, target and instruction set. Included by cross_entropy_<isa>.cpp.
 //
 // Two ways through memory, chosen by layout (see run_batches):
-//   row path   classes contiguous and not few: vectors along the classes. Chunks of 1024 are read once (maximum, then
-//              exp-sum from L1); the gradient reads the row again from L2. 1 read (+ 1 write).
+//   row path   classes contiguous and not few: vectors along the classes. Every element is read once from memory, in
+//              chunks; 1 read (+ 1 write).
 //   tile path  anything else (few classes, class axis strided, channels first): rows are laid out as [classes, rows] in
 //              L1/L2 and vectors run along the rows. 1 read (+ 1 write) while all classes of a tile fit, else one more
 //              read for the gradient.
+// Both are bound by the exponentials as much as by memory, so that those of the statistics are kept (L1/L2) for the
+// gradient, which then takes a multiplication per element.
 // Work is cut into batches of rows by shape alone; each adds its rows in order and batches are added pairwise, so the
 // result does not depend on the number of threads. What is O(1) per row is done for a batch at a time, in vectors.
 #pragma once
@@ -19,7 +21,10 @@ namespace FASTLOSS_ISA {
 enum class Mode { index, smooth, smooth_weighted, soft };  // what q_c is: nothing, 1, w_c, w_c p'_c
 
 constexpr int64_t kChunk = 1024;                     // classes per chunk of the row path
-constexpr int64_t kStreamBytes = int64_t(32) << 20;  // gradients from here on are stored past the caches
+constexpr int64_t kKeptBytes = 262144;               // exponentials of a row that are kept for its gradient
+constexpr int64_t kStreamBytes = int64_t(16) << 20;  // gradients from here on are stored past the caches,
+constexpr int64_t kStreamRowBytes = 2048;            // but for rows that are mostly parts of lines
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kTileBytes = 32768;
 constexpr int64_t kTileBytesMax = 262144;  // past this a tile holds only part of the classes
 
@@ -52,7 +57,8 @@ struct Call {
         mass(ref && args.soft ? others + args.rows() : nullptr),
         backward(is_backward),
         streamed(args.grad && args.grad != args.logits &&
-                 args.rows() * args.classes * size_of(args.logits_type) >= kStreamBytes) {
+                 args.rows() * args.classes * size_of(args.logits_type) >= kStreamBytes &&
+                 (!takes_row_path(args) || args.classes * size_of(args.logits_type) >= kStreamRowBytes)) {
     double weight_sum = double(args.classes);
     if (weight) {
       weight_sum = 0;
@@ -96,15 +102,16 @@ inline V transform_slope(const RowConstants<T>& k, V z) {
   return k.logit_scale * (T(1) - u * u);
 }
 
-// q of a probability target; 0 * (-inf) becomes 0 on request (by dropping the term where q is 0).
+// q of a probability target.
 template <class T>
 inline vec<T> soft_q(const RowConstants<T>& k, vec<T> p, vec<T> w) {
   return w * (p * (T(1) - k.smoothing) + k.smooth_share);
 }
+// What q is multiplied with in sum_c q_c d_c. The product itself stays in the sum, where it is always contracted to a
+// fused multiply-add, so that every variant of a kernel gives the same bits.
 template <class T>
-inline vec<T> product(vec<T> q, vec<T> d, bool zero_times_inf) {
-  vec<T> r = q * d;
-  return zero_times_inf ? (q == T(0) ? vec<T>{} : r) : r;
+inline vec<T> factor_of(vec<T> q, vec<T> d, bool zero_times_inf) {
+  return zero_times_inf ? (q == T(0) ? vec<T>{} : d) : d;
 }
 
 // ---------------------------------------------------------------------------------------------------- row path
@@ -136,9 +143,22 @@ inline void load_probabilities(const CrossEntropyArgs& a, int64_t offset, int64_
   });
 }
 
-// Statistics of the row x[classes] in one pass over chunks; *best is the chunk that holds the maximum.
-template <Mode kMode, bool kTransform, class S, class T>
-inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offset, int64_t target, int64_t* best) {
+// The exponentials of a row, as the statistics leave them for the gradient: e^(z_c - chunk_ref[c / kChunk]).
+template <class T>
+struct KeptRow {
+  T* exps;       // [classes], padded to a whole vector
+  T* chunk_ref;  // [chunks]
+};
+
+// Statistics of the row x[classes], each element read once from memory; *best is the chunk that holds the maximum.
+//
+// Exponentials are taken relative to a running reference: the maximum of the first chunk, which is read twice (the
+// second time from L1), until a chunk exceeds it by more than kHeadroom and is done again relative to its own maximum.
+// At the end all is brought to the maximum of the row.
+template <Mode kMode, bool kTransform, bool kKeep, class S, class T>
+inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offset, int64_t target, int64_t* best,
+                             const KeptRow<T>& kept) {
+  constexpr T kHeadroom = 8;  // small: the error of exp grows with its argument
   const int64_t classes = call.a.classes;
   const bool zero_inf = call.a.zero_times_inf;
   const RowConstants<T>& k = call.k;
@@ -146,40 +166,42 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
   T max = -kInf<T>, ref = 0;
   vec<T> sum{}, dot{}, mass{};
   T done = 0;  // smooth: mass of the chunks before this one
+  auto rebase = [&](T to) {
+    if (max > -kInf<T>) {
+      sum *= exp_of_scalar(ref - to);
+    }
+    if constexpr (kMode == Mode::smooth) dot[0] += done * (ref - to);
+    if constexpr (kMode == Mode::smooth_weighted || kMode == Mode::soft)
+      if (done > T(0)) dot += mass * (ref - to);
+    ref = to;
+  };
   const int64_t target_vector = target >= 0 ? target / kLanes<T> * kLanes<T> : -1;  // chunks hold whole vectors
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t c1 = min_of(classes, c0 + kChunk);
-    vec<T> m0 = splat(-kInf<T>), m1 = m0, m2 = m0, m3 = m0;
-    int64_t c = c0;
-    for (; c + 4 * kLanes<T> <= c1; c += 4 * kLanes<T>) {
-      m0 = max_of(transform<kTransform, T>(k, load(x + c)), m0);
-      m1 = max_of(transform<kTransform, T>(k, load(x + c + kLanes<T>)), m1);
-      m2 = max_of(transform<kTransform, T>(k, load(x + c + 2 * kLanes<T>)), m2);
-      m3 = max_of(transform<kTransform, T>(k, load(x + c + 3 * kLanes<T>)), m3);
-    }
-    m0 = max_of(max_of(m1, m0), max_of(m3, m2));
-    for_vectors<T>(c, c1, [&](int64_t i, int64_t n) {
-      vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, T(to_accum(x[c0]))));
-      m0 = max_of(z, m0);
-    });
-    const T chunk_max = max_lanes<T>(m0);
-    if (chunk_max > max) {
-      if (max > -kInf<T>) {
-        sum *= exp_nonpositive_scalar(ref - chunk_max);
-      }
-      if constexpr (kMode == Mode::smooth) dot[0] += done * (ref - chunk_max);
-      if constexpr (kMode == Mode::smooth_weighted || kMode == Mode::soft) {
-        if (c0 > 0) dot += mass * (ref - chunk_max);
-      }
-      max = ref = chunk_max;
-      *best = c0;
-    }
+    const T fill = T(to_accum(x[c0]));
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
-    auto add = [&](int64_t i, int64_t n, vec<T>& s) {
+    if (!(max > -kInf<T>)) {  // no reference yet
+      vec<T> m0 = splat(-kInf<T>), m1 = m0, m2 = m0, m3 = m0;
+      int64_t c = c0;
+      for (; c + 4 * kLanes<T> <= c1; c += 4 * kLanes<T>) {
+        m0 = max_of(transform<kTransform, T>(k, load(x + c)), m0);
+        m1 = max_of(transform<kTransform, T>(k, load(x + c + kLanes<T>)), m1);
+        m2 = max_of(transform<kTransform, T>(k, load(x + c + 2 * kLanes<T>)), m2);
+        m3 = max_of(transform<kTransform, T>(k, load(x + c + 3 * kLanes<T>)), m3);
+      }
+      for_vectors<T>(
+          c, c1, [&](int64_t i, int64_t n) { m0 = max_of(transform<kTransform, T>(k, load_n(x + i, n, fill)), m0); });
+      const T first = max_lanes<T>(max_of(max_of(m1, m0), max_of(m3, m2)));
+      if (first > -kInf<T>) rebase(first);
+    }
+    vec<T> s0, s1, max0, max1, chunk_dot, chunk_mass;
+    auto add = [&](int64_t i, int64_t n, vec<T>& s, vec<T>& m) {
       __builtin_prefetch(x + i + kChunk);  // the next chunk arrives while this one is computed
-      vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
+      const vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, fill));
+      m = max_of(z, m);
       vec<T> d = z - ref;
-      vec<T> e = exp_nonpositive(d);
+      vec<T> e = exp_of(d);
+      if constexpr (kKeep) store(kept.exps + i, e);
       if (n < kLanes<T>) {
         auto in_row = iota<T>() < T(n);
         e = in_row ? e : vec<T>{};
@@ -187,50 +209,70 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
       }
       if (i == target_vector) e[target - i] = T(0);
       s += e;
-      if constexpr (kMode == Mode::smooth) dot += d;
+      if constexpr (kMode == Mode::smooth) chunk_dot += d;
       if constexpr (kMode == Mode::smooth_weighted) {
-        vec<T> q = load_n(call.weight + i, n, T(0));
-        dot += product<T>(q, d, zero_inf);
-        mass += q;
+        const vec<T> q = load_n(call.weight + i, n, T(0));
+        chunk_dot += q * factor_of<T>(q, d, zero_inf);
+        chunk_mass += q;
       }
       if constexpr (kMode == Mode::soft) {
-        vec<T> w = call.weight ? load_n(call.weight + i, n, T(0)) : splat(T(1));
+        const vec<T> w = call.weight ? load_n(call.weight + i, n, T(0)) : splat(T(1));
         vec<T> q = soft_q<T>(k, load_n(prob + (i - c0), n, T(0)), w);
         if (n < kLanes<T>) q = iota<T>() < T(n) ? q : vec<T>{};
-        dot += product<T>(q, d, zero_inf);
-        mass += q;
+        chunk_dot += q * factor_of<T>(q, d, zero_inf);
+        chunk_mass += q;
       }
     };
-    vec<T> s0{}, s1{};
-    for (c = c0; c + 2 * kLanes<T> <= c1; c += 2 * kLanes<T>) {
-      add(c, kLanes<T>, s0);
-      add(c + kLanes<T>, kLanes<T>, s1);
+    T chunk_max;
+    for (;;) {
+      s0 = s1 = chunk_dot = chunk_mass = vec<T>{};
+      max0 = max1 = splat(-kInf<T>);
+      int64_t c = c0;
+      for (; c + 2 * kLanes<T> <= c1; c += 2 * kLanes<T>) {
+        add(c, kLanes<T>, s0, max0);
+        add(c + kLanes<T>, kLanes<T>, s1, max1);
+      }
+      for_vectors<T>(c, c1, [&](int64_t i, int64_t n) { add(i, n, s0, max0); });
+      chunk_max = max_lanes<T>(max_of(max0, max1));
+      if (!(chunk_max > ref + kHeadroom)) break;
+      rebase(chunk_max);
     }
-    for_vectors<T>(c, c1, [&](int64_t i, int64_t n) { add(i, n, s0); });
+    if (chunk_max > max) {
+      max = chunk_max;
+      *best = c0;
+    }
+    // Exponentials of -inf are 0 whatever they were relative to.
+    if constexpr (kKeep) kept.chunk_ref[c0 / kChunk] = max > -kInf<T> ? ref : -kInf<T>;
     sum += s0 + s1;
+    dot += chunk_dot;
+    mass += chunk_mass;
     done += T(c1 - c0);
   }
+  if (max > ref) rebase(max);
   // A row of nothing but -inf has no softmax: nan, as in torch.
   const T total = sum_lanes<T>(sum);
   return {ref, max > -kInf<T> ? total : total + kNan<T>, sum_lanes<T>(dot), sum_lanes<T>(mass)};
 }
 
-// The gradient of one row from its coefficients; `target_grad` is the target's own, already complete (see
-// finish_batch).
-template <Mode kMode, bool kTransform, class S, class T>
+// The gradient of one row from its coefficients and, if kKept, the exponentials that its statistics left;
+// `target_grad` is the target's own, already complete (see finish_batch).
+template <Mode kMode, bool kTransform, bool kKept, class S, class T>
 inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref, T softmax_scale, T q_scale,
-                     int64_t target, T target_grad, S* grad) {
+                     int64_t target, T target_grad, const KeptRow<T>& kept, S* grad) {
   const int64_t classes = call.a.classes;
   const RowConstants<T>& k = call.k;
-  const int64_t target_vector = target >= 0 ? target / kLanes<T> * kLanes<T> : -1;  // chunks hold whole vectors
-  const bool streamed = call.streamed;
   alignas(64) T prob[kMode == Mode::soft ? kChunk + kLanes<T> : 1];
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t c1 = min_of(classes, c0 + kChunk);
+    const T scale = kKept ? softmax_scale * exp_of_scalar(kept.chunk_ref[c0 / kChunk] - ref) : softmax_scale;
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
-    for_vectors<T>(c0, c1, [&](int64_t i, int64_t n) {
-      vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
-      vec<T> r = exp_nonpositive(z - ref) * softmax_scale;
+    auto gradient = [&](int64_t i, int64_t n) {
+      vec<T> z{}, r;
+      if constexpr (!kKept || kTransform) z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
+      if constexpr (kKept)
+        r = load(kept.exps + i) * scale;
+      else
+        r = exp_of(z - ref) * scale;
       if constexpr (kMode == Mode::smooth) r -= q_scale;
       if constexpr (kMode == Mode::smooth_weighted) r -= q_scale * load_n(call.weight + i, n, T(0));
       if constexpr (kMode == Mode::soft) {
@@ -238,14 +280,20 @@ inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref
         r -= q_scale * soft_q<T>(k, load_n(prob + (i - c0), n, T(0)), w);
       }
       if constexpr (kTransform) r *= transform_slope(k, z);
-      if (i == target_vector) r[target - i] = target_grad;
-      if (n < kLanes<T>)
-        store_tail(grad + i, n, r);
-      else if (streamed)
-        stream(grad + i, r);
-      else
-        store(grad + i, r);
-    });
+      if (uint64_t(target - i) < uint64_t(n)) r[target - i] = target_grad;
+      return r;
+    };
+    auto edge = [&](int64_t begin, int64_t end) __attribute__((noinline)) {
+      for_vectors<T>(begin, end, [&](int64_t i, int64_t n) { store_n(grad + i, n, gradient(i, n)); });
+    };
+    // Stores past the caches take whole lines; chunks are made of lines, so that all begin alike.
+    const int64_t unit = call.streamed ? kLineBytes / int64_t(sizeof(S)) : kLanes<T>;
+    const int64_t to_line = call.streamed ? int64_t(-uintptr_t(grad) % kLineBytes / sizeof(S)) : 0;
+    const int64_t first = min_of(c0 + to_line, c1), last = first + (c1 - first) / unit * unit;
+    if (first > c0) edge(c0, first);
+    for (int64_t i = first; i < last; i += kLanes<T>)
+      call.streamed ? stream(grad + i, gradient(i, kLanes<T>)) : store(grad + i, gradient(i, kLanes<T>));
+    if (last < c1) edge(last, c1);
   }
 }
 
@@ -294,14 +342,17 @@ inline int64_t prob_argmax(const CrossEntropyArgs& a, int64_t offset) {
 
 // Where the rows first, ..., first + n - 1 of a tensor start; true if they are adjacent elements.
 inline bool place_rows(int64_t first, int64_t n, int64_t inner, Strides s, int64_t* offset) {
+  const int64_t step = inner == 1 ? s.outer : s.inner;
   int64_t o = first / inner, i = first % inner;
-  bool adjacent = true;
+  if (inner == 1 || i + n <= inner) {
+    for (int64_t b = 0; b < n; ++b) offset[b] = o * s.outer + i * s.inner + b * step;
+    return step == 1;
+  }
   for (int64_t b = 0; b < n; ++b) {
     offset[b] = o * s.outer + i * s.inner;
-    adjacent &= offset[b] == offset[0] + b;
     if (++i == inner) i = 0, ++o;
   }
-  return adjacent;
+  return false;
 }
 
 struct BlockSums {  // of one batch; doubles so that rows can be added in order without loss
@@ -338,13 +389,24 @@ class RowBatch {
   lane_int* const lane_target = lane_target_.get();
 
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
+    for (int64_t b = a.soft ? 0 : n; b < pitch_; ++b) target[b] = -1;
+    if (!a.soft)
+      with_index(a.index_type, [&](auto* tag) {
+        const auto* t = static_cast<decltype(tag)>(a.target) + first;
+        for (int64_t b = 0; b < n; ++b) target[b] = int64_t(t[b]) == a.ignore_index ? -1 : int64_t(t[b]);
+      });
     for (int64_t b = 0; b < pitch_; ++b) {
-      int64_t t = -1;
-      if (b < n && !a.soft) t = load_index(a.target, a.index_type, first + b);
-      target[b] = !a.soft && t == a.ignore_index ? -1 : t;
       lane_target[b] = lane_int(target[b]);
-      if (b >= n) ref[b] = others[b] = dot[b] = mass[b] = picked[b] = T(0);  // lanes that are computed and not used
       best[b] = 0;
+    }
+    for (int64_t b = n; b < pitch_; ++b)  // lanes that are computed and not used
+      ref[b] = others[b] = dot[b] = mass[b] = picked[b] = T(0);
+  }
+  void clear_statistics(int64_t lanes) {
+    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      store(max + v, splat(-kInf<T>));
+      T* const zeroed[] = {ref, others, dot, mass};
+      for (T* p : zeroed) store(p + v, vec<T>{});
     }
   }
   void restore(const Call<T>& call, int64_t first, int64_t n) {
@@ -372,7 +434,7 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     const auto counts = kMode == Mode::soft ? iota<T>() < T(m) : target >= 0;
     const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
     const vec<T> picked = load(s.picked + v), d = picked - ref;
-    const vec<T> e = target >= 0 ? exp_nonpositive(d) : vec<T>{}, sum = others + e;
+    const vec<T> e = target >= 0 ? exp_of(d) : vec<T>{}, sum = others + e;
     const vec<T> log_sum = log_of(sum), lse = ref + log_sum;
     vec<T> w_t = splat(T(1));
     if (kMode != Mode::soft && call.weight)
@@ -443,8 +505,24 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
   sums->z += sum_lanes<double>(z_sum);
 }
 
-template <Mode kMode, bool kTransform, class S>
-inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, int64_t first, int64_t n, BlockSums* sums) {
+// The exponentials of a batch of rows, if they are kept.
+template <class T>
+class KeptRows {
+  const int64_t chunks_, pitch_;
+  Scratch<T> exps_, chunk_ref_;
+
+ public:
+  KeptRows(int64_t rows, int64_t classes)
+      : chunks_((classes + kChunk - 1) / kChunk),
+        pitch_(round_up(classes, kLanes<T>)),
+        exps_(rows * pitch_),
+        chunk_ref_(rows * chunks_) {}
+  KeptRow<T> row(int64_t b) { return {exps_.get() + b * pitch_, chunk_ref_.get() + b * chunks_}; }
+};
+
+template <Mode kMode, bool kTransform, bool kKeep, class S>
+inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, KeptRows<accum_t<S>>& exps, int64_t first,
+                     int64_t n, BlockSums* sums) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const S* logits = static_cast<const S*>(a.logits);
@@ -461,7 +539,8 @@ inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, int6
       s.ref[b] = s.others[b] = s.dot[b] = T(0);
       continue;
     }
-    RowStats<T> st = row_stats<kMode, kTransform, S, T>(call, x, s.prob_offset[b], s.target[b], &s.best[b]);
+    RowStats<T> st =
+        row_stats<kMode, kTransform, kKeep, S, T>(call, x, s.prob_offset[b], s.target[b], &s.best[b], exps.row(b));
     s.max[b] = s.ref[b] = st.ref;
     s.others[b] = st.others;
     s.dot[b] = st.dot;
@@ -471,9 +550,9 @@ inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, int6
   if (!a.grad) return;
   place_rows(first, n, a.inner, a.grad_strides, s.grad_offset);
   for (int64_t b = 0; b < n; ++b)
-    row_grad<kMode, kTransform, S, T>(call, logits + s.offset[b], s.prob_offset[b], s.ref[b], s.softmax_scale[b],
-                                      s.q_scale[b], s.target[b], s.target_grad[b],
-                                      static_cast<S*>(a.grad) + s.grad_offset[b]);
+    row_grad<kMode, kTransform, kKeep, S, T>(call, logits + s.offset[b], s.prob_offset[b], s.ref[b], s.softmax_scale[b],
+                                             s.q_scale[b], s.target[b], s.target_grad[b], exps.row(b),
+                                             static_cast<S*>(a.grad) + s.grad_offset[b]);
 }
 
 // --------------------------------------------------------------------------------------------------- tile path
@@ -490,7 +569,10 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
       const S* p = x + offset[0] + (c0 + c) * stride;
       T* d = tile + c * pitch;
       if constexpr (kSameAccum) {
-        for_vectors<T>(0, n, [&](int64_t b, int64_t m) { store(d + b, load_n(p + b, m, T(0))); });
+        for_vectors<T>(0, n, [&](int64_t b, int64_t m) {
+          __builtin_prefetch(p + n + b, 0, 2);  // the next tile: too short a stretch of each class for the hardware
+          store(d + b, load_n(p + b, m, T(0)));
+        });
       } else {
         for (int64_t b = 0; b < padded; ++b) d[b] = b < n ? T(to_accum(p[b])) : T(0);
       }
@@ -499,19 +581,15 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
   }
   int64_t b = 0;
   if constexpr (kSameAccum && sizeof(T) == 4) {
-    if (stride == 1)
+    if (stride == 1 && classes >= 4)  // the last four may overlap those before
       for (; b + 4 <= n; b += 4) {
         const S *p0 = x + offset[b] + c0, *p1 = x + offset[b + 1] + c0, *p2 = x + offset[b + 2] + c0,
                 *p3 = x + offset[b + 3] + c0;
-        int64_t c = 0;
-        for (; c + 4 <= classes; c += 4) {
+        for (int64_t i = 0; i < classes; i += 4) {
+          const int64_t c = min_of(i, classes - 4);
           narrow<T> m[4] = {load4(p0 + c), load4(p1 + c), load4(p2 + c), load4(p3 + c)};
           transpose4(m);
-          for (int i = 0; i < 4; ++i) __builtin_memcpy(tile + (c + i) * pitch + b, &m[i], sizeof m[i]);
-        }
-        for (; c < classes; ++c) {
-          narrow<T> m = {to_accum(p0[c]), to_accum(p1[c]), to_accum(p2[c]), to_accum(p3[c])};
-          __builtin_memcpy(tile + c * pitch + b, &m, sizeof m);
+          for (int j = 0; j < 4; ++j) __builtin_memcpy(tile + (c + j) * pitch + b, &m[j], sizeof m[j]);
         }
       }
   }
@@ -524,28 +602,31 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
 }
 template <class S, class T>
 inline void store_tile(S* x, const int64_t* offset, bool adjacent, int64_t n, int64_t stride, int64_t c0,
-                       int64_t classes, const T* tile, int64_t pitch) {
+                       int64_t classes, const T* tile, int64_t pitch, bool streamed) {
   if (adjacent) {
     for (int64_t c = 0; c < classes; ++c) {
       S* p = x + offset[0] + (c0 + c) * stride;
-      for_vectors<T>(0, n, [&](int64_t b, int64_t m) { store_n(p + b, m, load(tile + c * pitch + b)); });
+      for_vectors<T>(0, n, [&](int64_t b, int64_t m) {
+        const vec<T> v = load(tile + c * pitch + b);
+        if (streamed && m == kLanes<T>)
+          stream(p + b, v);
+        else
+          store_n(p + b, m, v);
+      });
     }
     return;
   }
   int64_t b = 0;
   if constexpr (sizeof(T) == 4) {
-    if (stride == 1)
-      for (; b + 4 <= n; b += 4) {
-        int64_t c = 0;
-        for (; c + 4 <= classes; c += 4) {
+    if (stride == 1 && classes >= 4)
+      for (; b + 4 <= n; b += 4)
+        for (int64_t i = 0; i < classes; i += 4) {
+          const int64_t c = min_of(i, classes - 4);
           narrow<T> m[4];
-          for (int i = 0; i < 4; ++i) __builtin_memcpy(&m[i], tile + (c + i) * pitch + b, sizeof m[i]);
+          for (int j = 0; j < 4; ++j) __builtin_memcpy(&m[j], tile + (c + j) * pitch + b, sizeof m[j]);
           transpose4(m);
-          for (int i = 0; i < 4; ++i) store4(x + offset[b + i] + c0 + c, m[i]);
+          for (int j = 0; j < 4; ++j) store4(x + offset[b + j] + c0 + c, m[j]);
         }
-        for (; c < classes; ++c)
-          for (int i = 0; i < 4; ++i) x[offset[b + i] + c0 + c] = from_accum<S, T>(tile[c * pitch + b + i]);
-      }
   }
   for (; b < n; ++b) {
     S* p = x + offset[b] + c0 * stride;
@@ -566,9 +647,10 @@ inline TileShape tile_shape(const CrossEntropyArgs& a) {
   return {rows, pitch, clamp_to(kTileBytesMax / element / pitch, 1, a.classes > 0 ? a.classes : 1)};
 }
 
-template <Mode kMode, class T>
-inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, const T* tile, const T* prob,
-                            int64_t pitch, int64_t c0, int64_t classes) {
+// Adds classes to the statistics of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref).
+template <Mode kMode, bool kKeep, class T>
+inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob, int64_t pitch,
+                            int64_t c0, int64_t classes) {
   const RowConstants<T>& k = call.k;
   const bool zero_inf = call.a.zero_times_inf;
   for (int64_t v = 0; v < lanes; v += kLanes<T>) {
@@ -582,12 +664,13 @@ inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, 
     target -= typename bits_of<T>::type(c0);
     if (c0 > 0) {
       vec<T> shift = old_ref - ref;
-      others = old_max > -kInf<T> ? others * exp_nonpositive(shift) : others;
+      others = old_max > -kInf<T> ? others * exp_of(shift) : others;
       if constexpr (kMode != Mode::index) dot += mass * shift;
     }
     for (int64_t c = 0; c < classes; ++c) {
       vec<T> d = load(tile + c * pitch + v) - ref;
-      vec<T> e = exp_nonpositive(d);
+      vec<T> e = exp_of(d);
+      if constexpr (kKeep) store(tile + c * pitch + v, e);
       if constexpr (kMode != Mode::soft) e = target == typename bits_of<T>::type(c) ? vec<T>{} : e;
       others += e;
       if constexpr (kMode == Mode::smooth) {
@@ -596,12 +679,12 @@ inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, 
       }
       if constexpr (kMode == Mode::smooth_weighted) {
         vec<T> q = splat(call.weight[c0 + c]);
-        dot += product<T>(q, d, zero_inf);
+        dot += q * factor_of<T>(q, d, zero_inf);
         mass += q;
       }
       if constexpr (kMode == Mode::soft) {
         vec<T> q = soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
-        dot += product<T>(q, d, zero_inf);
+        dot += q * factor_of<T>(q, d, zero_inf);
         mass += q;
       }
     }
@@ -613,8 +696,8 @@ inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, 
   }
 }
 
-// Turns z[c][b] into the gradient, in place.
-template <Mode kMode, bool kTransform, class T>
+// Turns z[c][b], or with kKept e^(z - ref), into the gradient, in place.
+template <Mode kMode, bool kTransform, bool kKept, class T>
 inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, T* tile, const T* prob,
                           int64_t pitch, int64_t c0, int64_t classes) {
   const RowConstants<T>& k = call.k;
@@ -622,7 +705,7 @@ inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lan
     const vec<T> ref = load(s.ref + v), softmax_scale = load(s.softmax_scale + v), q_scale = load(s.q_scale + v);
     for (int64_t c = 0; c < classes; ++c) {
       vec<T> z = load(tile + c * pitch + v);
-      vec<T> g = exp_nonpositive(z - ref) * softmax_scale;
+      vec<T> g = (kKept ? z : exp_of(z - ref)) * softmax_scale;
       if constexpr (kMode == Mode::smooth) g -= q_scale;
       if constexpr (kMode == Mode::smooth_weighted) g -= q_scale * call.weight[c0 + c];
       if constexpr (kMode == Mode::soft)
@@ -668,38 +751,44 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
       });
   };
 
+  const bool whole = step >= a.classes;
+  // With a transform the gradient needs z itself once more; classes that come in parts are read again.
+  const bool keep = whole && !kTransform && !call.backward && a.grad;
   s.set_targets(a, first, n);
+  if (whole) load_classes(0, a.classes);
   for (int64_t b = 0; b < lanes; ++b) {
     const int64_t t = s.target[b];
-    s.picked[b] =
-        t >= 0 ? transform_scalar<kTransform, T>(k, T(to_accum(x[s.offset[b] + t * a.logits_strides.cls]))) : T(0);
-    s.max[b] = -kInf<T>;
-    s.ref[b] = s.others[b] = s.dot[b] = s.mass[b] = T(0);
+    s.picked[b] = t < 0   ? T(0)
+                  : whole ? tile[t * pitch + b]
+                          : transform_scalar<kTransform, T>(k, T(to_accum(x[s.offset[b] + t * a.logits_strides.cls])));
   }
   if (call.backward) {
     s.restore(call, first, n);
-    if (step >= a.classes) load_classes(0, a.classes);
   } else {
+    s.clear_statistics(lanes);
     for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
       const int64_t classes = min_of(step, a.classes - c0);
-      load_classes(c0, classes);
-      tile_statistics<kMode, T>(call, s, lanes, tile, prob, pitch, c0, classes);
+      if (!whole) load_classes(c0, classes);
+      keep ? tile_statistics<kMode, true, T>(call, s, lanes, tile, prob, pitch, c0, classes)
+           : tile_statistics<kMode, false, T>(call, s, lanes, tile, prob, pitch, c0, classes);
     }
-    for (int64_t b = 0; b < n; ++b)
-      if (!(s.max[b] > -kInf<T>)) s.others[b] += kNan<T>;  // nothing but -inf (or nan): no softmax
+    for (int64_t b = 0; b < lanes; ++b)
+      s.others[b] += s.max[b] > -kInf<T> ? T(0) : kNan<T>;  // nothing but -inf (or nan): no softmax
   }
   finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
   if (!a.grad) return;
   const bool grad_adjacent = place_rows(first, n, a.inner, a.grad_strides, s.grad_offset);
   for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
     const int64_t classes = min_of(step, a.classes - c0);
-    if (step < a.classes) load_classes(c0, classes);
-    tile_gradient<kMode, kTransform, T>(call, s, lanes, tile, prob, pitch, c0, classes);
+    if (!whole) load_classes(c0, classes);
+    keep ? tile_gradient<kMode, kTransform, true, T>(call, s, lanes, tile, prob, pitch, c0, classes)
+         : tile_gradient<kMode, kTransform, false, T>(call, s, lanes, tile, prob, pitch, c0, classes);
     for (int64_t b = 0; b < n; ++b) {
       const int64_t c = s.target[b] - c0;
       if (s.target[b] >= 0 && c >= 0 && c < classes) tile[c * pitch + b] = s.target_grad[b];
     }
-    store_tile(static_cast<S*>(a.grad), s.grad_offset, grad_adjacent, n, a.grad_strides.cls, c0, classes, tile, pitch);
+    store_tile(static_cast<S*>(a.grad), s.grad_offset, grad_adjacent, n, a.grad_strides.cls, c0, classes, tile, pitch,
+               call.streamed);
   }
 }
 
@@ -724,23 +813,30 @@ inline Status denominators(const CrossEntropyArgs& a, ParallelFor parallel_for, 
   Scratch<Part> parts(blocks > 0 ? blocks : 1);
   parallel(parallel_for, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t last = min_of(rows, (i + 1) * kBlock);
-      Part p{0, 0, 0, -1};
-      int64_t counted = 0;
-      for (int64_t row = i * kBlock; row < last; ++row) {
-        int64_t t = a.soft ? 0 : load_index(a.target, a.index_type, row);
-        const bool counts = a.soft || t != a.ignore_index;
-        const bool bad = !a.soft && counts && uint64_t(t) >= uint64_t(a.classes);
-        if (bad && p.bad < 0) p.bad = row;
-        counted += counts;
-        if (counts && !bad && (weight || sample_weight)) {
-          double s = sample_weight ? double(sample_weight[row]) : 1.0;
-          p.count += s;
-          p.weight += weight && !a.soft ? s * double(weight[t]) : s;
-        }
-      }
-      p.counted = double(counted);
+      const int64_t first = i * kBlock, last = min_of(rows, first + kBlock);
+      Part p{0, 0, double(last - first), -1};
+      if (!a.soft)
+        with_index(a.index_type, [&](auto* tag) {
+          const auto* target = static_cast<decltype(tag)>(a.target);
+          auto counts = [&](int64_t row) { return int64_t(target[row]) != a.ignore_index; };
+          auto outside = [&](int64_t row) { return uint64_t(int64_t(target[row])) >= uint64_t(a.classes); };
+          int64_t counted = 0, bad = 0;
+          for (int64_t row = first; row < last; ++row) {
+            counted += counts(row);
+            bad += counts(row) & outside(row);
+          }
+          p.counted = double(counted);
+          for (int64_t row = first; bad > 0 && p.bad < 0; ++row)
+            if (counts(row) && outside(row)) p.bad = row;
+        });
       if (!weight && !sample_weight) p.count = p.weight = p.counted;
+      for (int64_t row = first; (weight || sample_weight) && p.bad < 0 && row < last; ++row) {
+        const int64_t t = a.soft ? 0 : load_index(a.target, a.index_type, row);
+        if (!a.soft && t == a.ignore_index) continue;
+        const double s = sample_weight ? double(sample_weight[row]) : 1.0;
+        p.count += s;
+        p.weight += weight && !a.soft ? s * double(weight[t]) : s;
+      }
       parts[i] = p;
     }
   });
@@ -787,17 +883,21 @@ inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, 
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const bool by_rows = takes_row_path(a);
+  const bool keep = by_rows && a.grad && !call.backward && a.classes * int64_t(sizeof(T)) <= kKeptBytes;
   const TileShape shape = by_rows ? TileShape{clamp_to(8192 / a.classes, 1, 64), 0, 0} : tile_shape<T>(a);
   const int64_t batches = (a.rows() + shape.rows - 1) / shape.rows;
   Scratch<BlockSums> parts(batches > 0 ? batches : 1);
   parallel(parallel_for, batches, grain_for(shape.rows * a.classes), [&](int64_t begin, int64_t end) {
     RowBatch<T> s(shape.rows);
     Tiles<T> tiles(shape, a.soft);
+    KeptRows<T> exps(keep ? shape.rows : 0, a.classes);
     for (int64_t i = begin; i < end; ++i) {
       parts[i] = BlockSums{};
       const int64_t first = i * shape.rows, n = min_of(shape.rows, a.rows() - first);
-      if (by_rows)
-        row_path<kMode, kTransform, S>(call, s, first, n, &parts[i]);
+      if (keep)
+        row_path<kMode, kTransform, true, S>(call, s, exps, first, n, &parts[i]);
+      else if (by_rows)
+        row_path<kMode, kTransform, false, S>(call, s, exps, first, n, &parts[i]);
       else
         tile_path<kMode, kTransform, S>(call, s, tiles, first, n, &parts[i]);
     }

@@ -204,9 +204,11 @@ const char* cross_entropy_regime_cuda(const CrossEntropyArgs& a, const CudaConte
       return c.cluster ? (c.general ? "cluster rows, general" : "cluster rows")
                        : (c.general ? "block rows, general" : "block rows");
     case Regime::streaming_rows: return c.general ? "streaming rows, general" : "streaming rows";
+    case Regime::tile: return "tiles of rows";
+    case Regime::column: return "columns";
     case Regime::plane: break;
   }
-  return c.wide ? (c.general ? "planes, 16 bytes, general" : "planes, 16 bytes")
+  return c.wide ? (c.general ? "planes, 8 bytes, general" : "planes, 8 bytes")
                 : (c.general ? "planes, any strides, general" : "planes, any strides");
 }
 

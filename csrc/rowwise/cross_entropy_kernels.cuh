@@ -9,8 +9,12 @@
 //                   distributed shared memory
 //       streaming   blocks (or clusters) walk along the row online and walk back for the gradient, so that the L2
 //                   serves what was read last                          any length
+//   cross_entropy_tile_kernel     class stride 1, no gaps between rows, up to 192 classes: 32, 16, 8 or 4 rows at a
+//   time
+//                                 through the shared memory of a warp
+//   cross_entropy_column_kernel   (N, C, d1, ...), up to 24 classes: a thread has 4 bytes of every class in registers
 //   cross_entropy_plane_kernel    everything else ((N, C, d1, ...), any strides): 32 lanes along the inner axis, the
-//                                 warps of a block share the classes; in registers up to 160 classes (general: 80),
+//                                 warps of a block share the classes; in registers up to 160 classes,
 //                                 else re-read
 //
 // Bytes moved: forward 1 read; value and gradient 1 read + 1 write (streaming: 2 reads); backward 1 read + 1 write.
@@ -56,23 +60,22 @@ struct CrossEntropyParams {
   bool want_q;     // every class has a weight in the loss: soft or smooth
   bool want_best;  // argmax or accuracy
   // of the launch
-  double* totals;     // [totals_count][4]: D, Dn, counted rows, sum of weights; null: not needed
-  int totals_count;   // at most 32
+  double* totals;     // [4][kMaxTotals]: partial sums of D, Dn, counted rows, class weights; null: not needed
+  int totals_count;   // of them
   double* partials;   // [3][grid]: sums of s nll, s z_loss lse^2, correct rows; null: no scalar result
   unsigned* counter;  // blocks that have written their partials
   BadTargetRecord* record;
-  int lanes;                       // warp rows: threads per row
+  int lanes;                       // warp rows, tiles: threads per row
   int parts;                       // block rows: blocks per row
   int64_t slice;                   // vectors per part
   int groups;                      // plane: warps per block
   int64_t outer_step, inner_step;  // plane: the grid, in units of outer steps and inner tiles
-  int64_t last_base;               // plane: first class of the last chunk that a block holds at once, or negative
+  // plane: first class of the last chunk that a block holds at once, or negative; streaming: the same of its vectors
+  int64_t last_base;
   // 0, which the compiler cannot know: what is combined with it is computed again for the gradient rather than kept in
   // registers beside the row.
   unsigned zero;
 };
-
-constexpr int kMaxTotals = 32;
 
 // ------------------------------------------------------------------------------------------------ row mathematics
 
@@ -223,20 +226,19 @@ __device__ __forceinline__ void load_targets(const CrossEntropyParams<A>& p, int
   for (int i = 0; i < N; ++i) target[i] = t[i] != p.ignore_index && t[i] >= 0 && t[i] < p.classes ? index_t(t[i]) : -1;
 }
 
-// D, Dn, counted rows and the weights' sum, by one warp: every lane gets them.
-struct Totals {
-  double weight, count, counted, class_weights;
-};
+// D, Dn, the number of counted rows, the sum of the class weights.
+enum class Total { weight, count, counted, class_weights };
+// One of them, by a warp: every lane gets it.
 template <class A>
-__device__ __forceinline__ Totals load_totals(const CrossEntropyParams<A>& p) {
-  const int lane = threadIdx.x % kWarp;
-  Totals t{0, 0, 0, 0};
-  if (lane < p.totals_count) {
-    const double* d = p.totals + 4 * lane;
-    t = {d[0], d[1], d[2], d[3]};
+__device__ __forceinline__ double load_total(const CrossEntropyParams<A>& p, Total which) {
+  const double* partial = p.totals + int(which) * kMaxTotals;
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxTotals / kWarp; ++i) {
+    const int at = threadIdx.x % kWarp + i * kWarp;
+    if (at < p.totals_count) sum += partial[at];
   }
-  return {group_sum(t.weight, kWarp), group_sum(t.count, kWarp), group_sum(t.counted, kWarp),
-          group_sum(t.class_weights, kWarp)};
+  return group_sum(sum, kWarp);
 }
 
 // What the totals make of a call; by whole warps.
@@ -248,11 +250,10 @@ struct Call {
 template <bool kGeneral, class A>
 __device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pass pass) {
   Call<A> c{A(1), A(1), p.k.weight_sum};
-  if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_totals(p).class_weights);
+  if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_total(p, Total::class_weights));
   if (p.reduction == Reduction::mean && pass == Pass::forward_grad) {
-    const Totals t = load_totals(p);
-    c.per_d = reciprocal_of(A(t.weight));
-    c.per_dn = reciprocal_of(A(t.count));
+    c.per_d = reciprocal_of(A(load_total(p, Total::weight)));
+    if (p.k.z_loss != A(0)) c.per_dn = reciprocal_of(A(load_total(p, Total::count)));
   }
   if (p.reduction == Reduction::mean && pass == Pass::backward) {
     const A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
@@ -314,6 +315,11 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   r.softmax_scale = (grad.target_scale + grad.rest_scale) * per_sum;  // nan in a nan row, whatever the scale
   r.q_scale = grad.q_scale;
   r.at_target = (grad.rest_scale * e_target - grad.target_scale * s.others) * per_sum;
+  if (kGeneral && p.classes == 1 && k.z_loss == A(0)) {  // 0, without what rounding leaves of a difference; or nan
+    r.softmax_scale *= A(0);
+    r.q_scale *= A(0);
+    r.at_target *= A(0);
+  }
   if (pass == Pass::backward || !leader) return r;
 
   double nll = 0, z = 0;
@@ -352,29 +358,44 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   return r;
 }
 
+// Sum of the blocks' partials in a fixed order, by the threads of a block: several loads in flight.
+__device__ __forceinline__ double sum_partials(const double* partials, unsigned count) {
+  constexpr int kN = 8;
+  double sum = 0;
+  for (unsigned i = threadIdx.x; i < count; i += kN * blockDim.x) {
+    double v[kN];
+#pragma unroll
+    for (int j = 0; j < kN; ++j) v[j] = i + j * blockDim.x < count ? partials[i + j * blockDim.x] : 0;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) sum += v[j];
+  }
+  return sum;
+}
+
 // The end of a forward kernel: partial sums of this block, one of `blocks` that come here; the last one to come adds
 // them up in order and writes the scalars.
 template <class A>
 __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, LossSums sums, unsigned block,
                                             unsigned blocks, double* scratch) {
   if (p.saved && block == 0) {
-    const Totals t = load_totals(p);
+    const double weight = load_total(p, Total::weight), count = load_total(p, Total::count);
     if (threadIdx.x == 0) {
       A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
-      d[0] = A(t.weight);
-      d[1] = A(t.count);
+      d[0] = A(weight);
+      d[1] = A(count);
     }
   }
   if (!p.partials) return;
+  const bool with_z = p.k.z_loss != A(0);
   block_barrier();  // the scratch may still be in use
   sums.nll = block_sum(sums.nll, scratch);
-  sums.z = block_sum(sums.z, scratch + kWarp);
-  sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
+  if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
+  if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
   unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 3 * kWarp);
   if (threadIdx.x == 0) {
     p.partials[block] = sums.nll;
-    p.partials[blocks + block] = sums.z;
-    p.partials[2 * blocks + block] = sums.correct;
+    if (with_z) p.partials[blocks + block] = sums.z;
+    if (p.accuracy) p.partials[2 * blocks + block] = sums.correct;
     memory_fence();  // the partials before the ticket
     *ticket = atomicAdd(p.counter, 1u);
     if (*ticket == blocks - 1)
@@ -382,38 +403,36 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   }
   block_barrier();
   if (*ticket != blocks - 1) return;
-  sums = {0, 0, 0};
-  for (unsigned i = threadIdx.x; i < blocks; i += blockDim.x) {
-    sums.nll += p.partials[i];
-    if (p.k.z_loss != A(0)) sums.z += p.partials[blocks + i];
-    if (p.accuracy) sums.correct += p.partials[2 * blocks + i];
-  }
+  sums = {sum_partials(p.partials, blocks), 0, 0};
+  if (with_z) sums.z = sum_partials(p.partials + blocks, blocks);
+  if (p.accuracy) sums.correct = sum_partials(p.partials + 2 * blocks, blocks);
   block_barrier();
   sums.nll = block_sum(sums.nll, scratch);
-  sums.z = block_sum(sums.z, scratch + kWarp);
-  sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
-  const Totals totals = load_totals(p);
+  if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
+  if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
+  if (threadIdx.x >= kWarp) return;
+  const double weight = load_total(p, Total::weight), counted = load_total(p, Total::counted);
+  const double count = with_z ? load_total(p, Total::count) : 0;
   if (threadIdx.x != 0) return;
-  const bool nothing = p.all_ignored_zero && totals.counted == 0;
+  const bool nothing = p.all_ignored_zero && counted == 0;
   if (p.loss && p.reduction != Reduction::none) {
     double loss = sums.nll;
     if (p.reduction == Reduction::mean) {
       // No counted row but a bad one among them: nan, not 0.
-      loss = nothing ? loss * 0 : totals.weight == 0 ? double(NAN) : loss / totals.weight;
-      if (p.k.z_loss != A(0)) loss += nothing ? 0 : sums.z / totals.count;
+      loss = nothing ? loss * 0 : weight == 0 ? double(NAN) : loss / weight;
+      if (with_z) loss += nothing ? 0 : sums.z / count;
     } else {
       loss += sums.z;
     }
     store_as(p.loss, p.loss_type, 0, loss);
   }
-  if (p.accuracy) *p.accuracy = nothing ? 0.f : float(sums.correct / totals.counted);
+  if (p.accuracy) *p.accuracy = nothing ? 0.f : float(sums.correct / counted);
 }
 
-// The policy gives rows on two axes to the general kernels, because of the division.
+// Where row (o, i) of a tensor starts. Only the general kernels know rows on two axes.
 template <bool kGeneral>
-__device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t row, int64_t inner) {
-  if (!kGeneral || inner == 1) return row * s.outer;
-  return row / inner * s.outer + row % inner * s.inner;
+__device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t o, int64_t i) {
+  return kGeneral ? o * s.outer + i * s.inner : o * s.outer;
 }
 
 // --------------------------------------------------------------------------------------------------- the totals
@@ -422,31 +441,51 @@ __device__ __forceinline__ int64_t row_offset(const Strides& s, int64_t row, int
 // Also empties the counter of the kernel that follows.
 template <class A>
 __global__ void __launch_bounds__(256, 1) cross_entropy_totals_kernel(const CrossEntropyParams<A> p) {
+  constexpr int kN = 8;  // rows per thread in flight
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  Totals t{0, 0, 0, 0};
+  const bool weighted = p.weight && !p.soft, sampled = p.sample_weight, classes = p.weight && p.smooth;
+  double weight = 0, count = 0, counted = 0, class_weights = 0;
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
   if (p.pass != Pass::backward) {
-    for (int64_t row = first; row < p.rows; row += step) {
-      const RowTarget<true> target = classify_target<true>(p, load_target_value<true>(p, row));
-      if (!target.counts) continue;
-      const double s = p.sample_weight ? double(p.sample_weight[row]) : 1.0;
-      t.count += s;
-      t.weight += p.weight && !p.soft ? s * double(p.weight[target.index]) : s;
-      t.counted += 1;
+    for (int64_t base = first; base < p.rows; base += kN * step) {
+      int64_t t[kN];
+      if (!p.soft && p.index_type == IndexType::i64) {  // the usual one by itself, so that the loads go out together
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          const int64_t row = base + j * step;
+          t[j] = row < p.rows ? static_cast<const int64_t*>(p.target)[row] : p.ignore_index;
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+          const int64_t row = base + j * step;
+          t[j] = row < p.rows ? load_target_value<true>(p, row) : p.ignore_index;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const int64_t row = base + j * step;
+        const RowTarget<true> target = classify_target<true>(p, t[j]);
+        if (row >= p.rows || !target.counts) continue;
+        const double s = sampled ? double(p.sample_weight[row]) : 1.0;
+        if (sampled) count += s;
+        if (weighted) weight += s * double(p.weight[target.index]);
+        counted += 1;
+      }
     }
   }
-  if (p.weight && p.smooth)
-    for (int64_t c = first; c < p.classes; c += step) t.class_weights += double(p.weight[c]);
-  t.weight = block_sum(t.weight, scratch);
-  t.count = block_sum(t.count, scratch + kWarp);
-  t.counted = block_sum(t.counted, scratch + 2 * kWarp);
-  t.class_weights = block_sum(t.class_weights, scratch + 3 * kWarp);
+  if (classes)
+    for (int64_t c = first; c < p.classes; c += step) class_weights += double(p.weight[c]);
+  counted = block_sum(counted, scratch);
+  count = sampled ? block_sum(count, scratch + kWarp) : counted;
+  weight = weighted ? block_sum(weight, scratch + 2 * kWarp) : count;
+  if (classes) class_weights = block_sum(class_weights, scratch + 3 * kWarp);
   if (threadIdx.x == 0) {
-    double* d = p.totals + 4 * blockIdx.x;
-    d[0] = t.weight;
-    d[1] = t.count;
-    d[2] = t.counted;
-    d[3] = t.class_weights;
+    double* d = p.totals + blockIdx.x;
+    d[int(Total::weight) * kMaxTotals] = weight;
+    d[int(Total::count) * kMaxTotals] = count;
+    d[int(Total::counted) * kMaxTotals] = counted;
+    d[int(Total::class_weights) * kMaxTotals] = class_weights;
     if (blockIdx.x == 0 && p.counter) *p.counter = 0;
   }
 }
@@ -459,11 +498,11 @@ __device__ __forceinline__ Vec16 recompute(const Vec16& v, unsigned zero) {
 }
 // The second unpacking of a vector whose maximum was taken before: without an instruction for packed maxima that took
 // an unpacking of its own, not to be kept either (added, so that the compiler tells it from the one above).
-template <class T>
-__device__ __forceinline__ void unpack_again(Vec16 v, unsigned zero, accum_t<T> (&out)[kLanes16<T>]) {
+template <class T, class V>
+__device__ __forceinline__ void unpack_again(V v, unsigned zero, accum_t<T> (&out)[sizeof(V) / sizeof(T)]) {
   if constexpr (sizeof(T) == 2 && !kPairwiseMax) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] += zero;
+    for (int i = 0; i < int(sizeof(V) / 4); ++i) v.word[i] += zero;
   }
   unpack<T>(v, out);
 }
@@ -628,7 +667,7 @@ constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, bool r
                                             size_t accum_bytes) {
   if (accum_bytes == 8 || (general && !resident)) return 1;
   const int blocks = general || vectors > 8 ? 2 : vectors == 8 || !resident ? 3 : 4;  // of 256 threads
-  if (warp_rows) return general ? 3 : vectors == 8 ? 5 : 7;
+  if (warp_rows) return warp_row_blocks(general, vectors);
   return kPairwiseMax ? blocks : blocks - 1;
 }
 
@@ -662,15 +701,36 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   if (kWarpRows || threadIdx.x == 0) sums = {0, 0, 0};
   int flip = 0;  // two sets of partials, so that one barrier per row is enough
 
-  for (int64_t base_row = first_row; base_row < p.rows; base_row += row_step, flip ^= 1) {
+  // Rows on two axes are stepped along without a 64-bit division: the grid, unlike the rows, counts in 32 bits.
+  int64_t inner_at = 0, outer_at = 0, inner_step = 0, outer_step = 0;
+  if (kGeneral && p.inner > 1) {
+    inner_at = first_row + in_warp;
+    inner_step = row_step;
+    if (p.inner <= UINT32_MAX) {
+      const unsigned inner = unsigned(p.inner);
+      outer_at = unsigned(inner_at) / inner;
+      inner_at = unsigned(inner_at) % inner;
+      outer_step = unsigned(inner_step) / inner;
+      inner_step = unsigned(inner_step) % inner;
+    }
+  }
+  auto step_axes = [&] {
+    if (!kGeneral || p.inner == 1) return;
+    outer_at += outer_step;
+    inner_at += inner_step;
+    if (inner_at >= p.inner) inner_at -= p.inner, ++outer_at;
+  };
+
+  for (int64_t base_row = first_row; base_row < p.rows; base_row += row_step, flip ^= 1, step_axes()) {
     const bool active = base_row + in_warp < p.rows;
-    const int64_t row = active ? base_row + in_warp : p.rows - 1;
+    const int64_t row = active ? base_row + in_warp : 0;
+    const int64_t o = !kGeneral || p.inner == 1 ? row : active ? outer_at : 0, i = active ? inner_at : 0;
     // Most rows are asked for before anything waits for their target; the longest leave no register to hold it.
     RowTarget<kGeneral> target{};
     const int64_t target_value = load_target_value<kGeneral>(p, row);
     if constexpr (kN > 8) target = classify_target<kGeneral>(p, target_value);
-    const T* x = static_cast<const T*>(p.logits) + row_offset<kGeneral>(p.logits_strides, row, p.inner);
-    const int64_t prob_at = kGeneral ? row_offset<kGeneral>(p.target_strides, row, p.inner) : 0;
+    const T* x = static_cast<const T*>(p.logits) + row_offset<kGeneral>(p.logits_strides, o, i);
+    const int64_t prob_at = kGeneral ? row_offset<kGeneral>(p.target_strides, o, i) : 0;
     const RowSpan span = row_span(x, p.classes);
     const int64_t first = part * p.slice;  // of this part's vectors
     const int64_t left = span.body - first;
@@ -778,15 +838,16 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     }
 
     // ---- gradient
-    T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, row, p.inner);
+    T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, o, i);
     const int64_t grad_stride = kGeneral ? p.grad_strides.cls : 1;
     const bool whole_vectors = !kGeneral || (grad_stride == 1 && aligned16(grad + span.head));
-    const int64_t out_at = kGeneral ? row_offset<kGeneral>(p.grad_target_strides, row, p.inner) : 0;
+    const int64_t out_at = kGeneral ? row_offset<kGeneral>(p.grad_target_strides, o, i) : 0;
     // The picked class is owned by the thread that writes its vector: that thread writes the element once more.
     const index_t target_vector = (index_t(target.index) - column) / kL;
     const bool in_body = target.index >= column && target_vector < count;
-    const bool owner = target.index >= 0 &&
-                       ((edge && edge_column == target.index) || (in_body && int(target_vector % width) == thread));
+    const bool owner =
+        target.index >= 0 && ((edge && edge_column == target.index) ||
+                              (in_body && unsigned(target_vector) % unsigned(width) == unsigned(thread)));
     // exp(x - own_max) of this thread, restated for the row; 0 when this thread saw nothing but -inf.
     const A kept_scale = kKeep ? r.softmax_scale * exp_of(own_max - r.ref) : A(0);
 
@@ -821,7 +882,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     } else if (count > thread) {  // backwards: what was read last is still in the L2
       const index_t chunk = index_t(kN) * width;
 #pragma unroll 1
-      for (index_t base = thread + (count - 1 - thread) / chunk * chunk; base >= 0; base -= chunk) {
+      for (index_t base = p.last_base + thread; base >= 0; base -= chunk) {
         load_tile(base);
         store_tile(base);
       }
@@ -848,6 +909,183 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, block, gridDim.x / unsigned(parts),
                 shared.scratch);
   }
+}
+
+// ------------------------------------------------------------------------------ tiles of short rows without gaps
+
+constexpr int kTileScratchBytes = 8 * (3 * kWarp + 2);  // of shared memory, before the warps' tiles
+
+// A warp takes 32 / lanes rows at a time. Their memory is one piece: it comes into shared memory as 16-byte vectors,
+// whatever the number of classes, `lanes` threads take a row from there into registers, and the gradient leaves the
+// same way. One read, one write.
+template <class T, Pass kPass>
+__global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
+    cross_entropy_tile_kernel(const CrossEntropyParams<accum_t<T>> p) {
+  using A = accum_t<T>;
+  constexpr int kL = kLanes16<T>;
+  constexpr int kN = kTileClasses;
+  constexpr int kVectors = 4;  // loads of a thread in flight
+  constexpr int kStep = 4;     // classes between two looks at whether there are more
+  const Call<A> call = load_call<false>(p, kPass);
+  const int lanes = p.lanes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int thread = lane & (lanes - 1), place = lane / lanes, tile_rows = kWarp / lanes, classes = int(p.classes);
+  auto* scratch = reinterpret_cast<double*>(shared_memory());
+  T* tile = reinterpret_cast<T*>(shared_memory() + kTileScratchBytes) + warp * tile_rows * classes;
+  T* own = tile + place * classes;
+  LossSums sums{0, 0, 0};
+
+  const int64_t step = int64_t(gridDim.x) * warps * tile_rows;
+  for (int64_t first = (int64_t(blockIdx.x) * warps + warp) * tile_rows; first < p.rows; first += step) {
+    const int rows = int(p.rows - first < tile_rows ? p.rows - first : tile_rows);
+    const int elements = rows * classes, vectors = elements / kL;
+    const bool active = place < rows;
+    const int64_t row = active ? first + place : first;
+    const int64_t target_value = load_target_value<false>(p, row);
+    const T* x = static_cast<const T*>(p.logits) + first * classes;
+    for (int v = lane; v < vectors; v += kVectors * kWarp) {
+      Vec16 held[kVectors];
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j)
+        if (v + j * kWarp < vectors) held[j] = load16_stream(x + (v + j * kWarp) * kL);
+#pragma unroll
+      for (int j = 0; j < kVectors; ++j)
+        if (v + j * kWarp < vectors) store16(tile + (v + j * kWarp) * kL, held[j]);
+    }
+    if (vectors * kL + lane < elements) tile[vectors * kL + lane] = x[vectors * kL + lane];  // the very last bytes
+    const RowTarget<false> target = classify_target<false>(p, target_value);
+    warp_barrier();  // the tile is there
+
+    const A z_target = active && target.index >= 0 ? to_accum(own[target.index]) : A(0);
+    const bool owner = active && target.index >= 0 && (target.index & (lanes - 1)) == thread;
+    PartStats<A> s = empty_stats<A>();
+    A z[kN];
+    if constexpr (kPass != Pass::backward) {
+      warp_barrier();  // the picked logit has been read by all before it leaves the sum
+      if (owner) own[target.index] = from_accum<T>(A(-INFINITY));
+    }
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      if (k % kStep == 0 && k * lanes >= classes) break;
+      const int c = thread + k * lanes;
+      z[k] = active && c < classes ? to_accum(own[c]) : A(-INFINITY);
+      s.max = max_of(s.max, z[k]);
+    }
+    if constexpr (kPass != Pass::backward) {
+      s.max = group_max(s.max, lanes);
+      if (target.index >= 0) s.max = max_of(s.max, z_target);
+      const A ref = reference(s.max);
+#pragma unroll
+      for (int k = 0; k < kN; ++k) {
+        if (k % kStep == 0 && k * lanes >= classes) break;
+        z[k] = exp_of(z[k] - ref);
+        s.others += z[k];
+      }
+      s.others = group_sum(s.others, lanes);
+    }
+    const RowResult<A> r = finish_row<false>(p, call, kPass, row, target, s, z_target, no_best<A>(), no_best<A>(),
+                                             active && thread == 0, &sums);
+    if constexpr (kPass != Pass::forward) {
+      if constexpr (kPass == Pass::backward) warp_barrier();  // the picked logit has been read by all
+#pragma unroll
+      for (int k = 0; k < kN; ++k) {
+        if (k % kStep == 0 && k * lanes >= classes) break;
+        const int c = thread + k * lanes;
+        const A e = kPass == Pass::backward ? exp_of(z[k] - r.ref) : z[k];
+        if (active && c < classes) own[c] = from_accum<T>(e * r.softmax_scale);
+      }
+      if (owner) own[target.index] = from_accum<T>(r.at_target);
+      warp_barrier();  // the gradient is there
+      T* grad = static_cast<T*>(p.grad) + first * classes;
+      for (int v = lane; v < vectors; v += kWarp) store16_stream(grad + v * kL, load16(tile + v * kL));
+      if (vectors * kL + lane < elements) grad[vectors * kL + lane] = tile[vectors * kL + lane];
+    }
+    warp_barrier();  // the tile may be overwritten
+  }
+  if (kPass == Pass::backward) return;
+  finish_loss(p, sums, blockIdx.x, gridDim.x, scratch);
+}
+
+// ---------------------------------------------------------------------- columns, few classes with the class axis far
+
+// A thread takes 4 bytes of every class: one row of the inner axis, or two adjacent ones of a 16-bit type. A warp reads
+// whole 128-byte lines, a row is in one thread's registers, nothing is shared and nothing waits. One read, one write.
+template <class T, Pass kPass, int kN>
+__global__ void __launch_bounds__(kColumnThreads, column_blocks(sizeof(T)))
+    cross_entropy_column_kernel(const CrossEntropyParams<accum_t<T>> p) {
+  using A = accum_t<T>;
+  constexpr int kV = 4 / int(sizeof(T));
+  const Call<A> call = load_call<false>(p, kPass);
+  const int classes = int(p.classes);
+  const unsigned across = unsigned(p.inner / kV), items = unsigned(p.rows / kV);  // the policy sees that they fit
+  LossSums sums{0, 0, 0};
+
+  for (unsigned item = blockIdx.x * blockDim.x + threadIdx.x; item < items; item += gridDim.x * blockDim.x) {
+    const unsigned o = item / across, i = (item - o * across) * kV;
+    const int64_t row = int64_t(item) * kV;
+    const T* x = static_cast<const T*>(p.logits) + o * p.logits_strides.outer + i;
+    A z[kN][kV];
+#pragma unroll
+    for (int c = 0; c < kN; ++c) {
+      if (c < classes) {
+        load_word(x + c * p.logits_strides.cls, z[c]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) z[c][v] = A(-INFINITY);
+      }
+    }
+    int64_t target_value[kV];
+    load_indices(p.target, p.index_type, row, target_value);
+    RowTarget<false> target[kV];
+    PartStats<A> s[kV];
+    A z_target[kV];
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      target[v] = classify_target<false>(p, target_value[v]);
+      s[v] = empty_stats<A>();
+      z_target[v] = A(0);
+    }
+    if constexpr (kPass == Pass::backward) {
+#pragma unroll
+      for (int v = 0; v < kV; ++v)  // read again: a choice among registers would become an array in memory
+        if (target[v].index >= 0) z_target[v] = to_accum(x[target[v].index * p.logits_strides.cls + v]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kN; ++c) {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) s[v].max = max_of(s[v].max, z[c][v]);
+      }
+#pragma unroll
+      for (int c = 0; c < kN; ++c) {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) {
+          const bool picked = c == target[v].index;
+          z_target[v] = picked ? z[c][v] : z_target[v];
+          z[c][v] = exp_of(z[c][v] - reference(s[v].max));
+          s[v].others += picked ? A(0) : z[c][v];
+        }
+      }
+    }
+    RowResult<A> r[kV];
+#pragma unroll
+    for (int v = 0; v < kV; ++v)
+      r[v] = finish_row<false>(p, call, kPass, row + v, target[v], s[v], z_target[v], no_best<A>(), no_best<A>(),
+                               /*leader=*/true, &sums);
+    if constexpr (kPass != Pass::forward) {
+      T* grad = static_cast<T*>(p.grad) + o * p.grad_strides.outer + i;
+#pragma unroll
+      for (int c = 0; c < kN; ++c) {
+        A g[kV];
+#pragma unroll
+        for (int v = 0; v < kV; ++v) {
+          const A e = kPass == Pass::backward ? exp_of(z[c][v] - r[v].ref) : z[c][v];
+          g[v] = c == (target[v].index ^ int(p.zero)) ? r[v].at_target : e * r[v].softmax_scale;
+        }
+        if (c < classes) store_word(grad + c * p.grad_strides.cls, g);
+      }
+    }
+  }
+  if (kPass == Pass::backward) return;
+  finish_loss(p, sums, blockIdx.x, gridDim.x, reinterpret_cast<double*>(shared_memory()));
 }
 
 // -------------------------------------------------------------------------------- planes, classes at any stride
@@ -878,13 +1116,13 @@ struct PlaneShared {
 };
 
 template <class T, bool kGeneral, Pass kPass, bool kWide>
-__global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlaneGroups) * kWarp, 1)
+__global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
     cross_entropy_plane_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
-  constexpr int kV = kWide ? kLanes16<T> : 1;  // rows per lane
+  constexpr int kV = kWide ? 8 / int(sizeof(T)) : 1;  // rows per lane
   constexpr int kN = kPlaneClasses;
   constexpr int kPositions = kWarp * kV;
-  using Slot = std::conditional_t<kWide, Vec16, T>;
+  using Slot = std::conditional_t<kWide, Vec8, T>;
   using index_t = std::conditional_t<kGeneral, int64_t, int>;
   const Pass pass = kPass == Pass::any ? p.pass : kPass;
   const bool dots = kGeneral && p.want_q && pass != Pass::backward;
@@ -917,7 +1155,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
       for (int j = 0; j < kN; ++j) {
         const index_t c = base + group + j * groups;
         if constexpr (kWide)
-          tile[j] = valid && c < classes ? load16(x + c * p.logits_strides.cls) : minus_infinity<T>();
+          tile[j] = valid && c < classes ? load8_stream(x + c * p.logits_strides.cls) : minus_infinity<T, Vec8>();
         else
           tile[j] = valid && c < classes ? x[c * p.logits_strides.cls] : from_accum<T>(A(-INFINITY));
       }
@@ -954,7 +1192,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
 #pragma unroll
         for (int v = 0; v < kV; ++v) max[v] = s[v].max;
         if constexpr (!kGeneral && kWide) {
-          Vec16 m = tile[0];
+          Vec8 m = tile[0];
 #pragma unroll
           for (int j = 1; j < kN; ++j) m = max_of_vectors<T>(m, tile[j]);
           A z[kV];
@@ -1096,7 +1334,7 @@ __global__ void __launch_bounds__((kGeneral ? kMaxGeneralPlaneGroups : kMaxPlane
                              is_target, g);
           if (kGeneral && !p.grad) continue;
           if constexpr (kWide)
-            store16_stream(grad + c * p.grad_strides.cls, pack<T>(g));
+            store8_stream(grad + c * p.grad_strides.cls, pack<T>(g));
           else
             grad[c * p.grad_strides.cls] = from_accum<T>(g[0]);
         }

@@ -32,6 +32,24 @@ Kernel<T> plane_kernel_of_pass(Pass pass) {
   }
 }
 
+template <class T>
+Kernel<T> tile_kernel_of_pass(Pass pass) {
+  switch (pass) {
+    case Pass::forward: return cross_entropy_tile_kernel<T, Pass::forward>;
+    case Pass::forward_grad: return cross_entropy_tile_kernel<T, Pass::forward_grad>;
+    default: return cross_entropy_tile_kernel<T, Pass::backward>;
+  }
+}
+
+template <class T, int kN>
+Kernel<T> column_kernel_of_pass(Pass pass) {
+  switch (pass) {
+    case Pass::forward: return cross_entropy_column_kernel<T, Pass::forward, kN>;
+    case Pass::forward_grad: return cross_entropy_column_kernel<T, Pass::forward_grad, kN>;
+    default: return cross_entropy_column_kernel<T, Pass::backward, kN>;
+  }
+}
+
 // float64 has the general instantiations only.
 template <class T>
 Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
@@ -41,23 +59,28 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
         case Regime::warp_rows:
           return c.vectors == 4 ? row_kernel_of_pass<T, true, 4>(pass) : row_kernel_of_pass<T, true, 8>(pass);
         case Regime::block_rows:
-          return c.vectors == 4   ? row_kernel_of_pass<T, false, 4>(pass)
-                 : c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
-                                  : row_kernel_of_pass<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
+          return c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
+                                : row_kernel_of_pass<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
         case Regime::streaming_rows: return cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
+        case Regime::tile: return tile_kernel_of_pass<T>(pass);
+        case Regime::column:
+          return c.vectors == kFewColumnClasses ? column_kernel_of_pass<T, kFewColumnClasses>(pass)
+                                                : column_kernel_of_pass<T, kMaxColumnClasses>(pass);
         case Regime::plane:
           return c.wide ? plane_kernel_of_pass<T>(pass) : cross_entropy_plane_kernel<T, false, Pass::any, false>;
       }
     }
   }
+  constexpr int kStreamed = std::is_same_v<T, float> ? 1 : 2;
   switch (c.regime) {
     case Regime::warp_rows: return cross_entropy_row_kernel<T, true, Pass::any, true, true, 4>;
     case Regime::block_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, true, 4>;
-    case Regime::streaming_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, false, 2>;
-    case Regime::plane: break;
+    case Regime::streaming_rows: return cross_entropy_row_kernel<T, true, Pass::any, false, false, kStreamed>;
+    default: break;
   }
-  return c.wide ? cross_entropy_plane_kernel<T, true, Pass::any, true>
-                : cross_entropy_plane_kernel<T, true, Pass::any, false>;
+  if constexpr (sizeof(T) < 8)
+    if (c.wide) return cross_entropy_plane_kernel<T, true, Pass::any, true>;
+  return cross_entropy_plane_kernel<T, true, Pass::any, false>;
 }
 
 }  // namespace launch_detail
@@ -70,9 +93,15 @@ Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accu
   shape.block = config.threads;
   shape.cluster = config.cluster ? config.parts : 1;
   shape.shared = static_cast<int>(sizeof(RowShared<A>));
+  if (config.regime == Regime::streaming_rows) {
+    const int64_t chunk = int64_t(config.vectors) * config.threads;
+    params.last_base = (config.slice - 1) / chunk * chunk;
+  }
+  if (config.regime == Regime::tile)
+    shape.shared = kTileScratchBytes + config.threads / config.lanes * static_cast<int>(params.classes * sizeof(T));
   if (config.regime == Regime::plane) {
     const bool statistics = params.pass != Pass::backward;
-    const int positions = kWarp * (config.wide ? kLanes16<T> : 1);
+    const int positions = kWarp * (config.wide ? 8 / static_cast<int>(sizeof(T)) : 1);
     shape.shared =
         PlaneShared<A>::bytes(config.groups, positions, statistics && params.want_q, statistics && params.want_best);
     const int64_t inner_tiles = div_up(params.inner, positions);

@@ -2,19 +2,25 @@
 // device. Host C++, no CUDA, so that it is tested without a GPU. The kernels never decide, this never computes.
 //
 //   logits' class stride 1, per row (V = 16-byte vectors of the row):
+//     C <= 32             tiles of 32 rows through shared memory, where rows have no gaps between them; where rows are
+//                         not whole vectors up to C = 192, with 1, 2, 4, 8 lanes per row
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
-//     V <= 4096           a block per row: up to 256 threads, 4, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
+//     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)
-//     V <= 65536, sm_90+  a cluster of 2, 4, 8 or 16 such blocks per row (16-bit: V <= 49152; general: V <= 16384)
+//     V <= 65536, sm_90+  a cluster per row: 2 to 8 blocks of 8 vectors per thread, then up to 16 of 16 (16-bit types,
+//                         from V = 2049 on: 2 to 16 of 8, then 12, V <= 49152; general: 4, V <= 16384)
 //     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
-//   otherwise             planes: 32 lanes along the inner axis (16 bytes each where everything is aligned, else one
+//   C <= 24, inner axis contiguous and 4-byte aligned
+//                         columns: a thread has 4 bytes of every class
+//   otherwise             planes: 32 lanes along the inner axis (8 bytes each where everything is aligned, else one
 //                         element), warps along the classes
 //
 // General instantiations serve what is rare: float64, probability targets, label smoothing, softcap and
 // logit_scale, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid out differently from
 // the logits.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/device_properties.h"
@@ -25,10 +31,17 @@ namespace fastloss {
 enum class Pass : int32_t { forward = 0, forward_grad = 1, backward = 2, any = 3 /* known at run time only */ };
 
 constexpr int kWarpRowThreads = 128;  // threads of a block of warp rows
-constexpr int kMaxRowThreads = 256;   // at most, of a block that has a row or a part of one
-constexpr int kMaxPlaneGroups = 16;   // warps of a plane block
-constexpr int kMaxGeneralPlaneGroups = 8;
-constexpr int kPlaneClasses = 10;  // classes that one thread of a plane block holds
+// How many of these blocks a multiprocessor is to hold; a launch has no more, each takes several rows.
+constexpr int warp_row_blocks(bool general, int vectors) { return general ? 3 : vectors == 8 ? 5 : 7; }
+constexpr int kTileBlocks = 5;    // the same of tiles, of kWarpRowThreads each
+constexpr int kTileClasses = 24;  // classes that one thread of a tile holds
+constexpr int kColumnThreads = 128;
+constexpr int column_blocks(size_t element_bytes) { return element_bytes == 2 ? 4 : 5; }
+constexpr int kFewColumnClasses = 8, kMaxColumnClasses = 24;  // two sizes
+constexpr int kMaxTotals = 128;      // partial sums that the totals kernel leaves at most, a multiple of 32
+constexpr int kMaxRowThreads = 256;  // at most, of a block that has a row or a part of one
+constexpr int kMaxPlaneGroups = 8;   // warps of a plane block
+constexpr int kPlaneClasses = 20;    // classes that one thread of a plane block holds
 
 struct RowwiseProblem {
   int64_t outer = 0, classes = 0, inner = 1;
@@ -43,14 +56,14 @@ struct RowwiseProblem {
   int64_t rows() const { return outer * inner; }
 };
 
-enum class Regime : int32_t { warp_rows, block_rows, streaming_rows, plane };
+enum class Regime : int32_t { warp_rows, block_rows, streaming_rows, tile, column, plane };
 
 struct RowwiseConfig {
   Regime regime = Regime::warp_rows;
   bool general = false;
-  bool wide = false;     // plane: 16 bytes per lane
-  int vectors = 4;       // rows: 16-byte vectors per thread
-  int lanes = 32;        // warp rows: threads per row
+  bool wide = false;     // plane: 8 bytes per lane
+  int vectors = 4;       // rows: 16-byte vectors per thread; columns: classes that a thread has room for
+  int lanes = 32;        // warp rows, tiles: threads per row
   int parts = 1;         // block and streaming rows: blocks per row
   bool cluster = false;  // the parts form a cluster
   int64_t slice = 0;     // rows: vectors per part
@@ -93,18 +106,32 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   const bool together = p.pass != Pass::backward || p.in_place;
   auto on_grid = [&](int64_t elements) { return elements * p.element_bytes % 16 == 0; };
 
+  auto of_words = [&](const Strides& s, int offset) {
+    return s.inner == 1 && offset % 4 == 0 && s.cls * p.element_bytes % 4 == 0 && s.outer * p.element_bytes % 4 == 0;
+  };
+  if (p.logits.cls != 1 && !p.general && p.classes <= kMaxColumnClasses && p.inner * p.element_bytes % 4 == 0 &&
+      rows <= INT32_MAX && of_words(p.logits, p.logits_offset) && (!p.has_grad || of_words(p.grad, p.grad_offset))) {
+    c.regime = Regime::column;
+    c.vectors = p.classes <= kFewColumnClasses ? kFewColumnClasses : kMaxColumnClasses;
+    c.threads = kColumnThreads;
+    const int64_t blocks = div_up(rows * p.element_bytes / 4, kColumnThreads);
+    const int64_t most = int64_t(device.multiprocessors) * column_blocks(p.element_bytes);
+    c.grid = blocks < most ? blocks : most;
+    return c;
+  }
   if (p.logits.cls != 1) {
     c.regime = Regime::plane;
-    c.wide = p.inner % lanes16 == 0 && p.logits.inner == 1 && p.logits_offset == 0 && on_grid(p.logits.cls) &&
-             on_grid(p.logits.outer);
-    if (p.has_grad)
-      c.wide = c.wide && p.grad.inner == 1 && p.grad_offset == 0 && on_grid(p.grad.cls) && on_grid(p.grad.outer);
+    auto on_grid8 = [&](const Strides& s, int offset) {
+      return s.inner == 1 && offset % 8 == 0 && s.cls * p.element_bytes % 8 == 0 && s.outer * p.element_bytes % 8 == 0;
+    };
+    const int lanes8 = 8 / p.element_bytes;
+    c.wide = lanes8 > 1 && p.inner % lanes8 == 0 && on_grid8(p.logits, p.logits_offset) &&
+             (!p.has_grad || on_grid8(p.grad, p.grad_offset));
     c.general = p.general;
     const int64_t groups = div_up(p.classes, kPlaneClasses);
-    const int most_groups = c.general ? kMaxGeneralPlaneGroups : kMaxPlaneGroups;
-    c.groups = static_cast<int>(groups < 1 ? 1 : groups <= most_groups ? groups : 8);
+    c.groups = static_cast<int>(groups < 1 ? 1 : groups <= kMaxPlaneGroups ? groups : kMaxPlaneGroups);
     c.threads = 32 * c.groups;
-    const int64_t tiles = p.outer * div_up(p.inner, 32 * (c.wide ? lanes16 : 1));
+    const int64_t tiles = p.outer * div_up(p.inner, 32 * (c.wide ? lanes8 : 1));
     const int64_t most = int64_t(device.multiprocessors) * 64;
     c.grid = tiles < most ? tiles : most;
     return c;
@@ -119,6 +146,22 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   // Every row on the 16-byte grid: no edges. Otherwise a row has up to 2 (lanes16 - 1) of them, one per thread.
   const bool whole = p.logits_offset == 0 && on_grid(p.classes) && (p.outer == 1 || on_grid(p.logits.outer)) &&
                      (p.inner == 1 || on_grid(p.logits.inner));
+  auto without_gaps = [&](const Strides& s, int offset) {
+    return offset == 0 && s.cls == 1 && (p.outer == 1 || s.outer == p.classes);
+  };
+  if (!c.general && p.classes <= (whole ? 32 : 8 * kTileClasses) && without_gaps(p.logits, p.logits_offset) &&
+      (!p.has_grad || without_gaps(p.grad, p.grad_offset))) {
+    c.lanes = 1;
+    while (c.lanes * kTileClasses < p.classes) c.lanes *= 2;
+    if (on_grid(32 / c.lanes * p.classes)) {  // every tile starts on the grid
+      c.regime = Regime::tile;
+      c.threads = kWarpRowThreads;
+      const int64_t blocks = div_up(rows, kWarpRowThreads / c.lanes);
+      const int64_t most = int64_t(device.multiprocessors) * kTileBlocks;
+      c.grid = blocks < most ? blocks : most;
+      return c;
+    }
+  }
   const int least_lanes = whole ? 1 : 2 * lanes16;
   const int64_t vectors = div_up(p.classes, lanes16);
 
@@ -130,47 +173,53 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
     c.slice = vectors;
     c.threads = kWarpRowThreads;
     const int64_t blocks = div_up(rows, c.threads / c.lanes);
-    const int64_t most = int64_t(device.multiprocessors) * 32;
+    const int64_t most = int64_t(device.multiprocessors) * warp_row_blocks(c.general, c.vectors);
     c.grid = blocks < most ? blocks : most;
     return c;
   }
 
   c.regime = Regime::block_rows;
-  // 16-bit vectors take more registers to work on, so a thread holds fewer of them.
-  const int most_vectors = p.pass == Pass::backward ? 8 : p.element_bytes == 2 ? 12 : 16;
-  c.vectors = c.general || vectors <= 4 * kMaxRowThreads ? 4 : vectors <= 8 * kMaxRowThreads ? 8 : most_vectors;
-  const int64_t capacity = int64_t(kMaxRowThreads) * c.vectors;
-  if (vectors > capacity) {
-    if (!together) {
-      c.parts = static_cast<int>(div_up(vectors, capacity / 2));
+  const int few = c.general ? 4 : 8;  // vectors per thread that leave room for three blocks on a multiprocessor
+  // 16-bit vectors take more registers to work on, so a thread holds fewer of them. Backward is not built for more.
+  const int many = c.general || p.pass == Pass::backward ? few : p.element_bytes == 2 ? 12 : 16;
+  auto fits = [&](int per_thread, int parts) { return vectors <= int64_t(kMaxRowThreads) * per_thread * parts; };
+  c.vectors = few;
+  if (!together) {
+    c.parts = static_cast<int>(div_up(vectors, int64_t(kMaxRowThreads / 2) * few));
+  } else if (!fits(few, 1)) {
+    const int middle = device.max_cluster < 8 ? device.max_cluster : 8;
+    // A block of 12 vectors of a 16-bit type per thread has a multiprocessor to itself: only where nothing else holds
+    // the row.
+    const int preferred = p.element_bytes == 2 ? device.max_cluster : middle;
+    if (fits(many, 1) && (p.element_bytes != 2 || preferred == 1)) {
+      c.vectors = many;
+    } else if (fits(few, preferred)) {
+      while (!fits(few, c.parts)) c.parts *= 2;
+    } else if (fits(many, device.max_cluster)) {
+      c.vectors = many;
+      while (!fits(many, c.parts)) c.parts *= 2;
     } else {
-      while (c.parts < device.max_cluster && vectors > capacity * c.parts) c.parts *= 2;
-      c.cluster = c.parts > 1;
-      if (vectors > capacity * c.parts) {
-        c.regime = Regime::streaming_rows;
-        c.vectors = c.general ? 2 : 4;
-        if (device.max_cluster > 1) {
-          c.parts = device.max_cluster < 8 ? device.max_cluster : 8;
-          c.cluster = true;
-        }
-      }
+      c.regime = Regime::streaming_rows;
+      c.vectors = !c.general ? 4 : p.element_bytes == 4 ? 1 : 2;  // what stays in registers on every architecture
+      c.parts = middle;
     }
+    c.cluster = c.parts > 1;
   }
   c.slice = div_up(div_up(vectors, c.parts), 8) * 8;  // parts start on 128-byte lines of an aligned row
   const int64_t needed = div_up(div_up(c.slice, c.vectors), 32) * 32;
   c.threads = static_cast<int>(needed < kMaxRowThreads ? needed : kMaxRowThreads);
-  // A block takes several rows so that few partial sums are left; a cluster takes one, since its barrier would wait for
-  // the previous row's stores.
-  const int64_t most = together && !c.cluster ? int64_t(device.multiprocessors) * 32 : INT32_MAX / c.parts;
+  // A block takes several rows, so that what it does once (the totals, its partial sums) weighs little.
+  const int64_t blocks = int64_t(device.multiprocessors) * (c.cluster ? 12 : 32);
+  const int64_t most = together ? div_up(blocks, c.parts) : INT32_MAX / c.parts;
   c.grid = (rows < most ? rows : most) * c.parts;
   return c;
 }
 
-// Blocks of the kernel that sums up the targets; each leaves one partial sum, and a warp adds them up.
+// Blocks of the kernel that sums up the targets; each leaves one partial sum of each total, and a warp adds them up.
 inline int totals_blocks(int64_t rows, int64_t classes) {
   const int64_t items = rows > classes ? rows : classes;
-  const int64_t blocks = div_up(items, 2048);
-  return static_cast<int>(blocks < 1 ? 1 : blocks < 32 ? blocks : 32);
+  const int64_t blocks = div_up(items, 512);
+  return static_cast<int>(blocks < 1 ? 1 : blocks < kMaxTotals ? blocks : kMaxTotals);
 }
 
 }  // namespace fastloss

@@ -204,8 +204,13 @@ def run_schedules(sm, *args, **kwargs):
 # number of classes odd. Few rows, but in places more than there are blocks, so that blocks take several.
 ROWS = [
     # kernel, sm, rows, vectors, extra elements, layout, features, in the short form
-    ("warp rows", 80, 70, 0, 1, "contiguous", COMMON, True),
-    ("warp rows", 80, 4200, 1, 0, "contiguous", {}, False),
+    ("tiles of rows", 80, 70, 0, 1, "contiguous", COMMON, True),
+    ("tiles of rows", 80, 4200, 1, 0, "contiguous", {}, False),
+    ("tiles of rows", 80, 33, 2, 1, "contiguous", {"reduction": "none", "weight": True}, True),
+    ("tiles of rows", 80, 150, 5, 1, "contiguous", COMMON, True),
+    ("tiles of rows", 80, 19, 11, 1, "contiguous", COMMON, True),
+    ("warp rows", 80, 70, 0, 1, "off by one", COMMON, False),
+    ("warp rows", 80, 4200, 9, 0, "contiguous", {}, False),
     ("warp rows", 80, 33, 3, 1, "off by one", COMMON, True),
     ("warp rows", 80, 9, 30, 0, "contiguous", {"reduction": "sum"}, True),
     ("warp rows", 80, 150, 32, 1, "rows apart", COMMON, False),
@@ -255,19 +260,23 @@ def test_rows(kernel, sm, rows, vectors, extra, layout, features, dtype):
 # ---- planes: classes not adjacent
 PLANES = [
     # kernel, shape, layout, features, in the short form
-    ("planes, 16 bytes", (2, 21, 64), "contiguous", COMMON, True),
-    ("planes, 16 bytes", (1, 5, 520), "contiguous", {"reduction": "sum"}, False),
-    ("planes, 16 bytes", (70, 3, 32), "contiguous", {}, False),
-    ("planes, 16 bytes", (2, 175, 32), "contiguous", COMMON, True),
-    ("planes, any strides", (2, 21, 33), "contiguous", COMMON, True),
-    ("planes, any strides", (50, 7), "transposed", {"reduction": "none"}, False),
-    ("planes, any strides", (3, 12, 64), "classes apart", {}, False),
+    ("columns", (2, 21, 64), "contiguous", COMMON, True),
+    ("columns", (1, 5, 520), "contiguous", {"reduction": "sum"}, True),
+    ("columns", (70, 3, 34), "contiguous", {}, False),
+    ("columns", (50, 24), "transposed", {"reduction": "none"}, False),
+    ("planes, 8 bytes", (2, 25, 64), "contiguous", COMMON, True),
+    ("planes, 8 bytes", (1, 29, 520), "contiguous", {"reduction": "sum"}, False),
+    ("planes, 8 bytes", (2, 175, 32), "contiguous", COMMON, True),
+    ("planes, any strides", (2, 26, 33), "contiguous", COMMON, True),
+    ("planes, any strides", (51, 27), "transposed", {"reduction": "none"}, False),
+    ("planes, any strides", (3, 28, 64), "classes apart", {}, False),
     ("planes, any strides", (1, 301, 9), "off by one", COMMON, True),
-    ("planes, 16 bytes, general", (2, 21, 64), "contiguous", EVERYTHING, True),
-    ("planes, 16 bytes, general", (1, 90, 32), "contiguous", {"label_smoothing": 0.1}, False),
+    ("planes, 8 bytes, general", (2, 21, 64), "contiguous", EVERYTHING, True),
+    ("planes, 8 bytes, general", (1, 90, 32), "contiguous", {"label_smoothing": 0.1}, False),
     ("planes, any strides, general", (2, 21, 33), "contiguous", EVERYTHING, True),
     ("planes, any strides, general", (70, 95, 3), "contiguous", EVERYTHING, False),
-    ("warp rows", (3, 19, 10), "classes last", COMMON, False),
+    ("planes, any strides, general", (2, 21, 65), "contiguous", EVERYTHING, False),
+    ("tiles of rows", (3, 19, 10), "classes last", COMMON, False),
     ("warp rows, general", (3, 19, 10), "classes last, apart", {}, True),
     ("block rows, general", (2, 2000, 3), "classes last, apart", {"weight": True}, False),
 ]
@@ -278,7 +287,7 @@ def plane_cases():
         kernel, shape, layout, _, short = case
         for dtype in DTYPES:
             if (SHORT and (not short or dtype in ("float16", "float64"))) or (
-                dtype == "float64" and "general" not in kernel
+                dtype == "float64" and ("general" not in kernel or "8 bytes" in kernel)
             ):
                 continue
             yield pytest.param(*case[:-1], dtype, id=f"{kernel}, {shape}, {layout}, {dtype}")
@@ -486,15 +495,19 @@ def test_launch_policy(element_bytes, max_cluster, multiprocessors):
                             assert c["general"] >= general
                             if c["regime"] == "warp_rows":
                                 assert c["lanes"] in (1, 2, 4, 8, 16, 32)
+                            if c["regime"] == "tile":  # 32 / lanes rows without gaps, each tile on the grid
+                                assert c["lanes"] in (1, 2, 4, 8) and c["lanes"] * 24 >= classes and offset == 0
+                                assert 32 // c["lanes"] * classes * element_bytes % 16 == 0 and not general
+                                continue
                             for row in (0, 1, 2, 3):
                                 start = offset + row * classes * element_bytes
                                 assert covered_once(c, rows, classes, 1, element_bytes, start), (classes, c)
-    assert seen == {"warp_rows", "block_rows", "streaming_rows"}
+    assert seen == {"warp_rows", "block_rows", "streaming_rows", "tile"}
 
 
 @pytest.mark.parametrize("element_bytes", (2, 4, 8))
 def test_launch_policy_of_planes(element_bytes):
-    lanes16 = 16 // element_bytes
+    lanes8 = 8 // element_bytes
     wide_seen = set()
     for outer in (1, 3, 100000):
         for classes in (2, 10, 11, 80, 150, 160, 161, 1000, 2**24):
@@ -506,12 +519,17 @@ def test_launch_policy_of_planes(element_bytes):
                             outer, classes, inner, element_bytes=element_bytes, logits=strides, logits_offset=offset,
                             general=general, pass_="forward", multiprocessors=132, max_cluster=16,
                         )  # fmt: skip
+                        if c["regime"] == "column":  # 4 bytes of each class, counted in 32 bits
+                            assert classes <= 24 and not general and offset % 4 == 0
+                            assert inner * element_bytes % 4 == 0 and outer * inner < 2**31
+                            assert 0 < c["grid"] <= 132 * 5 and c["threads"] == 128
+                            continue
                         assert c["regime"] == "plane" and c["threads"] == 32 * c["groups"]
-                        assert 1 <= c["groups"] <= (8 if general else 16)
+                        assert 1 <= c["groups"] <= 8
                         wide_seen.add(c["wide"])
-                        # 16 bytes per lane: every row of the plane starts on the grid and ends on it.
-                        assert not c["wide"] or (offset == 0 and inner % lanes16 == 0)
-                        tiles = outer * -(-inner // (32 * (lanes16 if c["wide"] else 1)))
+                        # 8 bytes per lane: every row of the plane starts on the grid and ends on it.
+                        assert not c["wide"] or (offset % 8 == 0 and inner % lanes8 == 0)
+                        tiles = outer * -(-inner // (32 * (lanes8 if c["wide"] else 1)))
                         assert 0 < c["grid"] <= min(tiles, 2**31 - 1)
-                        assert c["groups"] * 10 >= classes or c["groups"] == 8  # resident, or read again
-    assert wide_seen == {False, True}
+                        assert c["groups"] * 20 >= classes or c["groups"] == 8  # resident, or read again
+    assert wide_seen == ({False, True} if element_bytes < 8 else {False})

@@ -59,6 +59,12 @@ constexpr bool kPairwiseMax = false;
 constexpr bool kPairwiseMax = true;
 #endif
 
+struct alignas(8) Vec8 {
+  uint32_t word[2];
+};
+struct [[gnu::may_alias]] alignas(8) Memory8 {
+  Vec8 v;
+};
 struct [[gnu::may_alias]] alignas(16) Memory16 {  // whatever lies there
   Vec16 v;
 };
@@ -68,10 +74,14 @@ inline Vec16 load16(const void* p, FASTLOSS_HERE) {
   return static_cast<const Memory16*>(p)->v;
 }
 inline Vec16 load16_stream(const void* p, FASTLOSS_HERE) { return load16(p, site); }
-inline void store16_stream(void* p, Vec16 v, FASTLOSS_HERE) {
+inline void store16(void* p, Vec16 v, FASTLOSS_HERE) {
   emulator::access16(p, site);
   static_cast<Memory16*>(p)->v = v;
 }
+inline void store16_stream(void* p, Vec16 v, FASTLOSS_HERE) { store16(p, v, site); }
+
+inline Vec8 load8_stream(const void* p) { return static_cast<const Memory8*>(p)->v; }
+inline void store8_stream(void* p, Vec8 v) { static_cast<Memory8*>(p)->v = v; }
 
 inline float exp2_fast(float x) {
   const float y = exp2f(x);
