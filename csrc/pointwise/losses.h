@@ -4,7 +4,7 @@
 //
 // A new loss is a struct here and its name in `Losses`; CONTRIBUTING.md goes through the steps.
 //
-// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_nonpositive, log1p_of, tanh_of and inverse_of: an
+// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log1p_of, tanh_of and inverse_of: an
 // instruction set (common/simd.h) or the GPU (pointwise_kernels.cuh).
 #pragma once
 #include "../common/types.h"
@@ -99,7 +99,7 @@ struct LogCosh : PlainLoss {
   static constexpr ResidualJet<V> of(V d, lane_t<V>) {
     const lane_t<V> one = lane_t<V>(1), half = lane_t<V>(0.5), log2 = lane_t<V>(0.69314718055994530942);
     const V a = abs_of(d), s = tanh_of(d), rest = one - s * s;
-    const V l = log1p_of(a < one ? s * s / rest : exp_nonpositive(-(a + a)));
+    const V l = log1p_of(a < one ? s * s / rest : exp_of(-(a + a)));
     return {a < one ? half * l : l + (a - log2), s, rest};
   }
 };

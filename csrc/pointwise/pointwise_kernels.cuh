@@ -16,7 +16,7 @@ namespace gpu {
 template <class V>
 using lane_t = V;
 template <class V>
-__host__ __device__ inline V exp_nonpositive(V x) {
+__host__ __device__ inline V exp_of(V x) {
   return exp(x);
 }
 template <class V>
