@@ -77,6 +77,7 @@ def build_core() -> dict:
         "FASTLOSS_CUDA": "ON" if nvcc else "OFF",
         "FASTLOSS_NUMPY": "OFF",
         "FASTLOSS_CUDA_ARCHS": os.environ.get("FASTLOSS_CUDA_ARCHS", ""),
+        "FASTLOSS_ISAS": os.environ.get("FASTLOSS_ISAS", "avx2,avx512"),
         "FASTLOSS_WERROR": "ON" if os.environ.get("FASTLOSS_WERROR") == "1" else "OFF",
     }
     if nvcc:

@@ -20,10 +20,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+try:
+    from fastloss.testing.pointwise import LOSSES
+except ImportError:  # the rivals can be measured without fastloss
+    LOSSES = {}
+
 FORWARD, BOTH, SCALED, BACKWARD = "forward", "forward+backward", "forward+backward, scaled", "backward"
 MODES = (FORWARD, BOTH, SCALED, BACKWARD)
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-POINTWISE = ("l1_loss", "mse_loss", "rmse_loss")
+_WITH_GOALS = ("l1_loss", "mse_loss", "rmse_loss")
+POINTWISE = (*_WITH_GOALS, *(name for name in LOSSES if name not in _WITH_GOALS))
 Goals = Mapping[str, Mapping[str, float]]  # mode -> rival -> goal
 
 
@@ -92,8 +98,11 @@ class Problem:
         """The case as a PyTorch user writes it; also, in float64 and on some of the rows, the reference."""
         case, target = self.case, self.target if target is None else target
         if case.loss in POINTWISE:
-            loss = F.l1_loss if case.loss == "l1_loss" else F.mse_loss
-            value = loss(x, target, reduction=reduction)
+            theirs = getattr(F, "mse_loss" if case.loss == "rmse_loss" else case.loss, None)
+            if theirs is None:
+                values = LOSSES[case.loss].formula(x, target, **LOSSES[case.loss].defaults(self.x.dtype))
+                return values.mean() if reduction == "mean" else values.sum()
+            value = theirs(x, target, reduction=reduction)
             return value.sqrt() if case.loss == "rmse_loss" and reduction == "mean" else value
         if self.classifier is not None:
             x = x @ self.classifier.to(x.dtype).t()
@@ -145,7 +154,11 @@ CPU = [
     Case("CE 2x21x512x512 float32", (2, 21, 512, 512), "float32", _SEG),
     Case("CE 2x21x512x512 float32, channels_last", (2, 21, 512, 512), "float32", _SEG, channels_last=True),
     Case("CE 64x10 float32, one thread", (64, 10), "float32", {FORWARD: {"within_us": 10}, BOTH: {"within_us": 30}}, threads=1, systems=_TWO, quick=True),  # noqa: E501
-    *(Case(f"{name} 16 Mi float32", (1 << 24,), "float32", loss=loss, quick=loss == "l1_loss") for name, loss in zip(("L1", "MSE", "RMSE"), POINTWISE, strict=True)),  # noqa: E501
+    *(Case(f"{name} 16 Mi float32", (1 << 24,), "float32", {FORWARD: {"eager": times, "compile": 1}, BOTH: {"eager": times, "compile": 3}}, loss, quick=loss == "l1_loss")  # noqa: E501
+      for name, loss, times in (("L1", "l1_loss", 8), ("MSE", "mse_loss", 4), ("RMSE", "rmse_loss", 4))),
+    *(Case(f"{name} 64 Ki float32", (1 << 16,), "float32", _FROM_HERE_UP, loss, systems=_TWO, detail=True) for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),  # noqa: E501
+    *(Case(f"{name} 64 float32, one thread", (64,), "float32", {FORWARD: {"within_us": 10}, BOTH: {"within_us": 30}}, loss, threads=1, systems=_TWO, detail=name != "L1") for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),  # noqa: E501
+    *(Case(f"{loss} 16 Mi float32", (1 << 24,), "float32", loss=loss, detail=True) for loss in POINTWISE[3:]),
     *(Case(f"CE {'x'.join(map(str, shape))} {dtype}", shape, dtype, _FROM_HERE_UP, systems=_TWO, detail=shape != (1024, 100), quick=shape == (1024, 100))  # noqa: E501
       for dtype in ("float32", "bfloat16")
       for shape in ((1024, 100), (1024, 257), (2048, 128), (4096, 1000), (65536, 100), (1024, 10007), (128, 50257), (4, 19, 128, 128))),  # noqa: E501
@@ -162,7 +175,8 @@ CUDA = [
     *(_ce(rows, classes, dtype, _LARGE if classes >= 32768 else _MEMORY, detail=classes not in (1024, 16384, 128256), quick=classes in (1024, 128256) and dtype == "bfloat16")  # noqa: E501
       for dtype in ("bfloat16", "float32") for rows, classes in _ROWS_CLASSES),
     *(Case(f"CE {'x'.join(map(str, shape))} bfloat16, weight", shape, "bfloat16", _CUDA_SEG, weight=True) for shape in ((8, 21, 512, 512), (4, 150, 512, 512))),  # noqa: E501
-    *(Case(f"{name} 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, loss) for name, loss in zip(("L1", "MSE", "RMSE"), POINTWISE, strict=True)),  # noqa: E501
+    *(Case(f"{name} 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, loss) for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),  # noqa: E501
+    *(Case(f"{loss} 256 Mi float32", (1 << 28,), "float32", loss=loss, detail=True) for loss in POINTWISE[3:]),
     Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),
     Case("CE 4096x1000 bfloat16", (4096, 1000), "bfloat16", _SMALL),
     Case("CE 8192x128256 bfloat16 from 2048 features", (8192, 128256), "bfloat16", {BOTH: {}}, "linear_cross_entropy", hidden=2048, also=("cce",)),  # noqa: E501

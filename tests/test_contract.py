@@ -67,7 +67,8 @@ def test_computed_by_our_own_kernels(spec, i, device):
     with CalledOperators() as called:
         spec.function(*sample.args, **sample.kwargs).sum().backward()
     assert called.losses() == []
-    assert any(name.startswith(f"fastloss.{spec.name}_forward") for name in called.names)
+    operator = spec.operator or f"{spec.name}_forward"
+    assert any(name.startswith(f"fastloss.{operator}") for name in called.names)
 
 
 def test_the_counter_of_operators_sees_torchs_losses(device):
@@ -124,6 +125,8 @@ def test_no_graph_without_need(spec, i, dtype, device):
 @pytest.mark.parametrize(("spec", "i"), CASES)
 def test_shape_and_dtype_are_torchs(spec, i, device):
     sample = samples_of(spec, i, device, torch.float64)
+    if spec.torch_function is None:
+        pytest.skip("torch has no such loss")
     if sample.kwargs.keys() - inspect.signature(spec.torch_function).parameters.keys():
         pytest.skip("torch has no such option")
     expected = spec.torch_function(*sample.args, **sample.kwargs)
@@ -156,7 +159,8 @@ def test_specs_say_how_many_bytes(spec, i):
     sample = samples_of(spec, i, "cpu", torch.float32)
     read, written = spec.fewest_bytes(sample, True)
     assert spec.fewest_bytes(sample, False) == (read, 0)
-    assert written == sample.args[0].numel() * 4
+    of_input, of_target = (4 * t.numel() for t in sample.args)
+    assert written in (of_input, of_input + of_target)
     assert read >= sample.args[1].numel()
 
 

@@ -80,6 +80,27 @@ def test_number_of_threads_nll_loss(threads):
     assert_same_bits(results, "nll_loss")
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_number_of_threads_pointwise(dtype, threads):
+    """Sums of many blocks, of rows in groups, with a mask and weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, t, w = (torch.randn(211, 1999, generator=generator).to(dtype) for _ in range(3))
+    x.requires_grad_()
+    for call in (
+        lambda: fastloss.l1_loss(x, t),
+        lambda: fastloss.mse_loss(x, t.t().contiguous().t(), sample_weight=w[:, 0].detach().abs()),
+        lambda: fastloss.rmse_loss(x, t, mask=w > 0),
+        lambda: fastloss.rmse_loss(x, t, dim=0),
+        lambda: fastloss.log_cosh_loss(x, t, reduction="sum"),
+    ):
+        results = []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            loss = call()
+            results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+        assert_same_bits(results, "the number of threads changes the result")
+
+
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("shape", ((67, 20_011), (50_021, 10), (3, 21, 61, 67)), ids=str)
 def test_run_to_run(shape, features, device):

@@ -285,3 +285,33 @@ def test_nll_loss(device):
     with measured(device) as memory:
         fastloss.nll_loss(x, t).backward()
     assert x.nbytes <= memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL[device]
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("loss", (fastloss.l1_loss, fastloss.mse_loss, fastloss.rmse_loss), ids=lambda f: f.__name__)
+def test_pointwise(loss, device):
+    """No copy of the operands, whatever is broadcast or strided; one gradient; with a target's, two."""
+    full = torch.randn(512, 1000, device=device)
+    few = SMALL[device] + (1 << 16)  # partial sums, a few for each block of thousands of elements
+    mask, per_sample = full > 0, torch.rand(512, device=device)
+    for x, t, options in (
+        (full, full.flip(0), {}),
+        (full, full[0].clone(), {}),
+        (full, full[:, :1].clone(), {"mask": mask[:1]}),
+        (full, full.t().contiguous().t(), {"sample_weight": per_sample}),
+        (full[:, ::2], full[:, 1::2], {"mask": mask[:, ::2]}),
+        (full.bfloat16(), full.flip(0), {}),
+        (full.half(), full.half().flip(0), {}),
+    ):
+        with measured(device) as memory:
+            loss(x, t, **options)
+        assert memory.peak <= few
+        leaf = x.clone().requires_grad_()
+        for wanted in (1, 2):
+            u = t.detach().clone().requires_grad_(wanted == 2) if t.shape == x.shape else t
+            if u.shape != x.shape and wanted == 2:
+                continue  # autograd sums the gradient of a broadcast target afterwards
+            with measured(device) as memory:
+                loss(leaf, u, **options).backward()
+            leaf.grad = None
+            assert memory.peak <= leaf.nbytes + (u.nbytes if wanted == 2 else 0) + few

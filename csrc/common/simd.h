@@ -477,6 +477,11 @@ inline V log1p_of(V u) {
 }
 
 template <class V>
+inline V inverse_of(V x) {
+  return lane_t<V>(1) / x;
+}
+
+template <class V>
 inline V tanh_of(V u) {
   if constexpr (sizeof(lane_t<V>) == 8) {
     for (size_t i = 0; i < sizeof(V) / 8; ++i) u[i] = __builtin_tanh(u[i]);

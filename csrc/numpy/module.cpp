@@ -10,6 +10,7 @@ namespace fastloss {
 
 void bind_cross_entropy(py::module_& m);
 void bind_nll_loss(py::module_& m);
+void bind_pointwise(py::module_& m);
 void bind_scale_grad(py::module_& m);
 void bind_policy(py::module_& m);
 
@@ -41,6 +42,9 @@ Status run_cross_entropy_forward(const CrossEntropyArgs& a) { return cross_entro
 Status run_cross_entropy_backward(const CrossEntropyArgs& a) { return cross_entropy_backward_cpu(a, thread_ranges); }
 Status run_nll_loss_forward(const NllLossArgs& a) { return nll_loss_forward_cpu(a, thread_ranges); }
 Status run_nll_loss_backward(const NllLossArgs& a) { return nll_loss_backward_cpu(a, thread_ranges); }
+Status run_pointwise_forward(const PointwiseArgs& a) { return pointwise_forward_cpu(a, thread_ranges); }
+Status run_pointwise_backward(const PointwiseArgs& a) { return pointwise_backward_cpu(a, thread_ranges); }
+Status run_pointwise_second(const PointwiseArgs& a) { return pointwise_second_cpu(a, thread_ranges); }
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
   scale_grad_cpu(grad, out, type, count, scale, scale_type, thread_ranges);
   return {};
@@ -68,6 +72,7 @@ PYBIND11_MODULE(fastloss_core_numpy, m) {
       "Use portable, avx2 or avx512; False, changing nothing, when the machine or the build lacks it.");
   bind_cross_entropy(m);
   bind_nll_loss(m);
+  bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);
 }

@@ -6,15 +6,27 @@
 
 #include "../common/errors_cuda.h"
 #include "../common/scale_grad_cuda.h"
+#include "../pointwise/pointwise_cuda.h"
 #include "../rowwise/cross_entropy_cuda.h"
 #include "../rowwise/nll_loss_cuda.h"
 #include "arrays.h"
 #include "emulator.h"
 
+// The losses by name alone: pointwise_cpu.cpp is not in this module.
+#define FASTLOSS_ISA host
+namespace fastloss {
+namespace host {
+template <class V>
+using lane_t = V;
+}  // namespace host
+}  // namespace fastloss
+#include "../pointwise/losses.h"
+
 namespace fastloss {
 
 void bind_cross_entropy(py::module_& m);
 void bind_nll_loss(py::module_& m);
+void bind_pointwise(py::module_& m);
 void bind_scale_grad(py::module_& m);
 void bind_policy(py::module_& m);
 
@@ -56,6 +68,16 @@ Status run_nll_loss_forward(const NllLossArgs& a) {
 }
 Status run_nll_loss_backward(const NllLossArgs& a) {
   return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_backward_cuda);
+}
+const char* const* pointwise_names() { return host::names_of(host::Losses{}); }
+Status run_pointwise_forward(const PointwiseArgs& a) {
+  return with_workspace(a, pointwise_workspace_bytes_cuda, pointwise_forward_cuda);
+}
+Status run_pointwise_backward(const PointwiseArgs& a) {
+  return with_workspace(a, pointwise_workspace_bytes_cuda, pointwise_backward_cuda);
+}
+Status run_pointwise_second(const PointwiseArgs& a) {
+  return with_workspace(a, pointwise_workspace_bytes_cuda, pointwise_second_cuda);
 }
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
   return scale_grad_cuda(grad, out, type, count, scale, scale_type, context_of_device());
@@ -99,6 +121,7 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
       "(row, value) of a bad target since the last call, or None.");
   bind_cross_entropy(m);
   bind_nll_loss(m);
+  bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);
 }

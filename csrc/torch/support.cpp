@@ -46,23 +46,23 @@ Tensor allocate_scalar(const Tensor& like, ScalarType type) {
   const int64_t none = 0;
   return allocate(like, &none, &none, 0, type);
 }
-Tensor allocate_like(const Tensor& t) {
-  const bool contiguous = t.is_contiguous(), cpu = t.is_cpu();
-  const int64_t bytes = cpu ? t.numel() * int64_t(t.element_size()) : 0;
-  if (contiguous && bytes >= kLargeBytes)
-    if (std::optional<Tensor> r = allocate_large(t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type(), bytes))
-      return *r;
-  Tensor r = contiguous ? allocate(t, t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type())
-                        : torch::stable::empty_like(t);
-  if (cpu) {
-    // A dense tensor that is not contiguous (channels last) takes its strides from torch and its memory from here.
-    if (bytes >= kLargeBytes)
-      if (std::optional<Tensor> large =
-              allocate_large(r.sizes().data(), r.strides().data(), r.dim(), r.scalar_type(), bytes))
-        return *large;
-    advise_huge_pages(r.data_ptr(), bytes);
-  }
+Tensor allocate_result(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type,
+                       int64_t bytes) {
+  if (!like.is_cpu()) return allocate(like, sizes, strides, dim, type);
+  if (bytes >= kLargeBytes)
+    if (std::optional<Tensor> large = allocate_large(sizes, strides, dim, type, bytes)) return *large;
+  Tensor r = allocate(like, sizes, strides, dim, type);
+  advise_huge_pages(r.data_ptr(), bytes);
   return r;
+}
+Tensor allocate_like(const Tensor& t) {
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  if (t.is_contiguous())
+    return allocate_result(t, t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type(), bytes);
+  // A dense tensor that is not contiguous (channels last) takes its strides from torch and its memory from here.
+  Tensor r = torch::stable::empty_like(t);
+  if (!t.is_cpu() || bytes < kLargeBytes) return r;
+  return allocate_result(r, r.sizes().data(), r.strides().data(), r.dim(), r.scalar_type(), bytes);
 }
 
 void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType type, const Tensor& like) {

@@ -59,7 +59,11 @@ inline ScalarType scalar_type_of(DType t) {
 Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type);
 Tensor allocate(const Tensor& like, int64_t count, ScalarType type);  // [count]
 Tensor allocate_scalar(const Tensor& like, ScalarType type);          // []
-// torch.empty_like, with large CPU results on huge pages: fresh 4 KiB pages cost more than the loss itself.
+// The same for results of the operands' size, `bytes` in all: large CPU ones lie on huge pages, since fresh 4 KiB pages
+// cost more than the loss itself.
+Tensor allocate_result(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type,
+                       int64_t bytes);
+// torch.empty_like by way of it.
 Tensor allocate_like(const Tensor& t);
 
 // Calls that a kernel may read a [count] tensor of `type` on the device of `like`.

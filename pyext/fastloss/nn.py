@@ -1,6 +1,23 @@
-"""The class names of :mod:`torch.nn`: ``import fastloss.nn as nn``."""
+"""The class names of :mod:`torch.nn`: ``import fastloss.nn as nn``. Some are fastloss's own."""
 
 from .losses.cross_entropy import CrossEntropyLoss
+from .losses.huber_loss import HuberLoss
+from .losses.l1_loss import L1Loss
+from .losses.log_cosh_loss import LogCoshLoss
+from .losses.mse_loss import MSELoss
 from .losses.nll_loss import NLLLoss
+from .losses.relative_l1_loss import RelativeL1Loss
+from .losses.rmse_loss import RMSELoss
+from .losses.smooth_l1_loss import SmoothL1Loss
 
-__all__ = ["CrossEntropyLoss", "NLLLoss"]
+__all__ = [
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "LogCoshLoss",
+    "MSELoss",
+    "NLLLoss",
+    "RMSELoss",
+    "RelativeL1Loss",
+    "SmoothL1Loss",
+]

@@ -92,6 +92,16 @@ def require_tensor(name: str, value: Any, function: str) -> None:
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+def require_float(function: str, name: str, value: Any) -> float:
+    """A parameter as torch's own argument parser takes it: a number or a tensor of one."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}") from None
+
+
 def unsupported(*tensors: Tensor | None) -> str | None:
     """Why fastloss cannot take these tensors, or None. The first one is the loss's input."""
     first: Tensor | None = None
@@ -138,6 +148,11 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 def saved_tensor_hooks_active() -> bool:
     """Whether saved tensors are packed by somebody: checkpointing, offloading. Then nothing may be held beside them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def saved_for_jvp(ctx: Any) -> Any:
+    """What a jvp has saved; where it runs under vmap, functorch hands it over as ``saved_tensors``."""
+    return ctx.saved_tensors if hasattr(ctx, "_pt_new_saved_tensors") else ctx.saved_for_forward
 
 
 def is_batched(t: Tensor) -> bool:

@@ -5,10 +5,13 @@ and the fewest bytes that an implementation must move. :func:`check_gradients` a
 tests too. Nothing here needs pytest.
 """
 
-from . import cross_entropy, nll_loss
+from . import cross_entropy, nll_loss, pointwise
 from ._checks import assert_close, check_gradients
 from ._spec import LossSpec, Sample
 
-SPECS: dict[str, LossSpec] = {spec.name: spec for spec in (cross_entropy.SPEC, nll_loss.SPEC)}
+SPECS: dict[str, LossSpec] = {
+    **{spec.name: spec for spec in (cross_entropy.SPEC, nll_loss.SPEC)},
+    **pointwise.SPECS,
+}
 
 __all__ = ["SPECS", "LossSpec", "Sample", "assert_close", "check_gradients"]

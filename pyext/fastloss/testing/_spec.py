@@ -44,21 +44,23 @@ class LossSpec:
     Attributes:
         name: its name in fastloss and in torch.nn.functional.
         function: fastloss's.
-        torch_function: torch's, for the arguments that both take.
+        torch_function: torch's, for the arguments that both take; None where torch has no such loss.
         reference: the same in float64, composed of torch operations, differentiable as often as wanted.
         samples: small inputs that together use every shape and option, ``samples(device, dtype)``.
         dtypes: of the input.
         fewest_bytes: (read, written) of an implementation that moves nothing twice, ``fewest_bytes(sample, gradient)``,
             without what is small beside the input.
+        operator: the private operator that computes it, ``<name>_forward`` unless said otherwise.
     """
 
     name: str
     function: Callable[..., Any]
-    torch_function: Callable[..., Tensor]
+    torch_function: Callable[..., Tensor] | None
     reference: Callable[..., Tensor]
     samples: Callable[[str | torch.device, torch.dtype], Iterator[Sample]]
     fewest_bytes: Callable[[Sample, bool], tuple[int, int]]
     dtypes: tuple[torch.dtype, ...] = FLOATING_DTYPES
+    operator: str = ""
 
 
 class Maker:

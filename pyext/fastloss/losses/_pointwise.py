@@ -1,0 +1,551 @@
+"""What the pointwise losses share: reductions, weights, masks, broadcasting, and the rules of autograd.
+
+A loss is f(prediction, target) summed over elements; its mathematics is in ``csrc/pointwise/losses.h``, the contract of
+the kernels in ``csrc/pointwise/pointwise.h``. A loss's own file gives the names, the docstring and the parameter, and
+calls :func:`pointwise_loss`. Two ways to a gradient:
+
+- *fused* (scalar reductions): the gradient is computed with the value, 2 reads and 1 write in all. Where its factor is
+  known beforehand (a sum, a mean over all elements) backward scales it by grad_output, or returns it untouched when
+  that is 1; where it is known at the end only (a mean over a mask or by weights, a root), it is scaled once, in place;
+- *recomputing* (reduction ``none``, float16, saved tensor hooks, torch.compile, torch.func, forward mode): forward
+  keeps nothing but the factor; backward reads the operands again and writes the gradient.
+
+Operands are never copied to be broadcast or made contiguous: the kernels take strides.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .._library import loop_vmap, ops
+from . import _common
+from ._common import DTYPE_CODES, REDUCTIONS
+
+NONE, MEAN, SUM = 0, 1, 2
+GRAD_INPUT, GRAD_TARGET = 1, 2  # bits of `flags`, as in pointwise_torch.cpp
+NUMBERS: dict[str, int] = {name: i for i, name in enumerate(ops.pointwise_losses().split())}
+_ROOTS = frozenset((NUMBERS["rmse_loss"],))
+MAX_DIMS = 24
+LOSS_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+class Options(NamedTuple):
+    """The operators' trailing arguments, in their order."""
+
+    loss: int
+    param: float
+    reduction: int
+    row_dims: int
+    weight_denominator: float
+    loss_dtype: int
+    flags: int = 0
+
+
+# ------------------------------------------------------------------------------------------------ fake kernels, vmap
+
+
+def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The layout of t where that is dense, else contiguous."""
+    if _common.is_dense(t):
+        return torch.empty_strided(t.shape, t.stride(), dtype=dtype or t.dtype, device=t.device)
+    return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device)
+
+
+def _fake_loss(input: Tensor, o: Options) -> Tensor:
+    if o.reduction == NONE:
+        return _like(input, LOSS_DTYPES[o.loss_dtype])
+    return input.new_empty(input.shape[: o.row_dims], dtype=LOSS_DTYPES[o.loss_dtype])
+
+
+def _fake_grads(input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+    nothing = [0]
+    return (
+        _like(input) if o.flags & GRAD_INPUT else input.new_empty(nothing, dtype=torch.float32),
+        _like(target) if o.flags & GRAD_TARGET else input.new_empty(nothing, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("fastloss::pointwise_forward")
+def _(input: Any, target: Any, weight: Any, mask: Any, *options: Any) -> Any:
+    o = Options(*options)
+    rows = [0] if o.reduction == NONE else input.shape[: o.row_dims]
+    return (_fake_loss(input, o), input.new_empty(rows, dtype=torch.float64), *_fake_grads(input, target, o))
+
+
+@torch.library.register_fake("fastloss::pointwise_backward")
+def _(grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, factor: Any, *options: Any) -> Any:
+    return _fake_grads(input, target, Options(*options))
+
+
+@torch.library.register_fake("fastloss::pointwise_second")
+def _(
+    grad_output: Any,
+    input: Any,
+    target: Any,
+    weight: Any,
+    mask: Any,
+    factor: Any,
+    tangent_input: Any,
+    tangent_target: Any,
+    *options: Any,
+) -> Any:
+    o = Options(*options)
+    loss = input.new_empty([0], dtype=torch.float32) if o.flags else _fake_loss(input, o)
+    return (loss, *_fake_grads(input, target, o))
+
+
+for _name, _outputs in (("pointwise_forward", 4), ("pointwise_backward", 2), ("pointwise_second", 3)):
+    torch.library.register_vmap(f"fastloss::{_name}", loop_vmap(getattr(ops, _name), _outputs))
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+def flags_of(need_input: bool, need_target: bool) -> int:
+    return GRAD_INPUT * need_input + GRAD_TARGET * need_target
+
+
+def wanted(flags: int, grad_input: Any, grad_target: Any) -> tuple[Any, Any]:
+    """The operators' two gradients, None where there is none."""
+    return grad_input if flags & GRAD_INPUT else None, grad_target if flags & GRAD_TARGET else None
+
+
+def _only(flags: int, grads: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(g for g, bit in zip(grads, (GRAD_INPUT, GRAD_TARGET), strict=True) if flags & bit)
+
+
+def _both(flags: int, grads: Sequence[Any]) -> tuple[Any, Any]:
+    """The inverse of :func:`_only`."""
+    rest = iter(grads)
+    return next(rest) if flags & GRAD_INPUT else None, next(rest) if flags & GRAD_TARGET else None
+
+
+class _Gradient(Function):
+    """First derivatives, those wanted, differentiable once more through the second ones of the same definition."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        o = Options(*args[6:])
+        grads = _only(o.flags, ops.pointwise_backward(*args))
+        _save_gradient(ctx, args, grads)
+        return grads
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_output, input, target, weight, mask, factor = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        v_input, v_target = _both(ctx.options.flags, grad_outputs)
+        rest = [None] * (3 + len(Options._fields))
+        if v_input is None and v_target is None:
+            return (None, None, None, *rest)
+        args = (input, target, weight, mask, factor, v_input, v_target)
+        o = ctx.options._replace(flags=0)
+        along = ops.pointwise_second(None, *args, *o)[0] if need[0] else None
+        o = o._replace(flags=flags_of(need[1], need[2]))
+        grads = wanted(o.flags, *ops.pointwise_second(grad_output, *args, *o)[1:]) if o.flags else (None, None)
+        return (along, *grads, *rest)
+
+    @staticmethod
+    def jvp(ctx: Any, grad_output_t: Any, input_t: Any, target_t: Any, *_: Any) -> Any:
+        grad_output, input, target, weight, mask, factor = _common.saved_for_jvp(ctx)
+        o = ctx.options
+        sums: tuple[Any, ...] = ()
+        if grad_output_t is not None:
+            args = (grad_output_t.contiguous(), input, target, weight, mask, factor)
+            sums = _only(o.flags, ops.pointwise_backward(*args, *o))
+        if input_t is not None or target_t is not None:
+            along = (input, target, weight, mask, factor, input_t, target_t)
+            second = _only(o.flags, ops.pointwise_second(grad_output, *along, *o)[1:])
+            sums = tuple(a + b for a, b in zip(sums, second, strict=True)) if sums else second
+        return sums
+
+
+def _save_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.options = Options(*inputs[6:])
+    ctx.save_for_backward(*inputs[:6])
+    ctx.save_for_forward(*inputs[:6])
+    ctx.set_materialize_grads(False)
+
+
+class _GradientTransformed(Function):
+    """The same in the form that torch.func transforms ask for. Options come one by one: functorch miscounts tuples."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _only(Options(*args[6:]).flags, ops.pointwise_backward(*args))
+
+    setup_context = staticmethod(_save_gradient)
+    backward = staticmethod(_Gradient.backward)  # type: ignore[assignment]
+    jvp = staticmethod(_Gradient.jvp)
+
+
+def _backward(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
+    """Gradients for (input, target, weight, mask, options) from the kernel."""
+    input, target, weight, mask, factor = tensors
+    o = ctx.options._replace(flags=flags_of(*ctx.needs_input_grad[:2]))
+    if o.reduction != NONE:
+        grad_output = grad_output.contiguous()
+    args = (grad_output, input, target, weight, mask, factor)
+    if _common.functorch_active():
+        grads = _both(o.flags, _GradientTransformed.apply(*args, *o))
+    elif _common.differentiated_again(grad_output, input, target) or _common.forward_mode_active():
+        grads = _both(o.flags, _Gradient.apply(*args, *o))
+    else:
+        grads = wanted(o.flags, *ops.pointwise_backward(*args, *o))
+    return (*grads, None, None, None)
+
+
+def _jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: Any) -> tuple[Tensor, None]:
+    tensors = _common.saved_for_jvp(ctx)
+    return ops.pointwise_second(None, *tensors, input_t, target_t, *ctx.options)[0], None
+
+
+class Fused(Function):
+    """Gradient in forward. Kept outside the saved tensors: the operands may then change, as torch allows."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Any, target: Any, weight: Any, mask: Any, o: Any) -> Any:
+        flags = flags_of(*ctx.needs_input_grad[:2])
+        loss, factor, *ctx.grads = ops.pointwise_forward(input, target, weight, mask, *o._replace(flags=flags))
+        ctx.options = o
+        # The factor is in the gradient already where it is known beforehand.
+        known = o.reduction == SUM or (mask is None and o.weight_denominator == 0)
+        ctx.factor = None if known and o.loss not in _ROOTS else factor
+        ctx.save_for_backward(input, target, weight, mask, factor)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Any) -> Any:
+        return fused_backward(ctx, grad_output, _backward)
+
+
+def fused_backward(ctx: Any, grad_output: Tensor, again: Any) -> tuple[Any, ...]:
+    """Scales what forward has computed; ``again`` gives a gradient that can be differentiated."""
+    grads = ctx.grads
+    if grads is None:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: the gradient of this loss was given away the first "
+            "time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
+        )
+    keep = _common.keeps_graph()
+    if not keep:
+        ctx.grads = None
+    if torch.is_grad_enabled():
+        return again(ctx, grad_output, ctx.saved_tensors)
+    scale = grad_output if ctx.factor is None else grad_output * ctx.factor
+    scaled = ops.scale_grad if keep or _common.is_batched(grad_output) else _scaled_in_place
+    needed = zip(grads, ctx.needs_input_grad, strict=False)
+    return (*(scaled(g, scale) if need else None for g, need in needed), None, None, None)
+
+
+def _scaled_in_place(grad: Tensor, scale: Tensor) -> Tensor:
+    ops.scale_grad_(grad, scale)
+    return grad
+
+
+class _Recompute(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Any, target: Any, weight: Any, mask: Any, o: Any) -> Any:
+        loss, factor, _, _ = ops.pointwise_forward(input, target, weight, mask, *o)
+        ctx.options = o
+        ctx.save_for_backward(input, target, weight, mask, factor)
+        ctx.save_for_forward(input, target, weight, mask, factor)
+        ctx.mark_non_differentiable(factor)
+        return loss, factor
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Any, _: Any) -> Any:
+        return _backward(ctx, grad_output, ctx.saved_tensors)
+
+
+class _ForwardMode(_Recompute):
+    """A class of its own because torch.compile refuses functions with a jvp."""
+
+    jvp = staticmethod(_jvp)
+
+
+class _Transformed(Function):
+    """The recomputing path in the form that torch.func transforms ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return ops.pointwise_forward(*args)[:2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
+        tensors, ctx.options = inputs[:4], Options(*inputs[4:])
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_forward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Any, _: Any) -> Any:
+        return (*_backward(ctx, grad_output, ctx.saved_tensors)[:4], *[None] * len(Options._fields))
+
+    jvp = staticmethod(_jvp)
+
+
+def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None, o: Options) -> Tensor:
+    """The loss of operands of one shape (expanded where broadcast): chooses among the paths. Not for roots."""
+    args = (input, target, weight, mask, o)
+    if _common.functorch_active():
+        return _Transformed.apply(input, target, weight, mask, *o)[0]
+    if _common.forward_mode_active():
+        return _ForwardMode.apply(*args)[0]
+    if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        return ops.pointwise_forward(input, target, weight, mask, *o)[0]
+    return Fused.apply(*args) if is_fused(input, target, o) else _Recompute.apply(*args)[0]
+
+
+def is_fused(input: Tensor, target: Tensor, o: Options) -> bool:
+    """Whether the gradient is computed in forward."""
+    if o.reduction == NONE or o.row_dims or not input.requires_grad or torch.compiler.is_compiling():
+        return False
+    # An unscaled float16 gradient could underflow before the loss scale arrives, or overflow before the factor.
+    return torch.float16 not in (input.dtype, target.dtype) and not _common.saved_tensor_hooks_active()
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+
+
+class Operands(NamedTuple):
+    """Checked arguments: operands of one shape, and how they are to be reduced."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    mask: Tensor | None
+    reduction: int
+    weight_denominator: float  # times the sum of the weights is what 'mean' divides by; 0: the count
+    dtype: torch.dtype  # of the loss
+
+
+def _require(name: str, value: Any, function: str) -> None:
+    if not isinstance(value, Tensor):  # AttributeError: what torch's losses raise
+        raise AttributeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def _expand(function: str, name: str, t: Tensor, shape: torch.Size) -> Tensor:
+    if t.shape == shape:
+        return t
+    try:
+        return t.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{function}(): {name} of shape {list(t.shape)} does not broadcast to the loss's shape {list(shape)}"
+        ) from None
+
+
+def _sample_weight(function: str, sample_weight: Tensor, shape: torch.Size) -> Tensor:
+    if not sample_weight.is_floating_point() or sample_weight.dtype not in DTYPE_CODES:
+        raise RuntimeError(f"{function}(): sample_weight must be floating point, got {sample_weight.dtype}")
+    if sample_weight.shape != shape[:1]:
+        raise ValueError(
+            f"{function}(): sample_weight needs one weight per sample, shape {list(shape[:1])}, but got "
+            f"{list(sample_weight.shape)}"
+        )
+    if sample_weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}(): not differentiable with respect to argument 'sample_weight'; pass it detached, or use "
+            "reduction='none' and multiply"
+        )
+    return sample_weight.view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else sample_weight
+
+
+def is_plain(input: Any, target: Any) -> bool:
+    """Whether :func:`check` would find nothing to say or do: the common call, for the sake of small inputs."""
+    return (
+        type(input) is Tensor
+        and type(target) is Tensor
+        and input.is_cpu
+        and target.is_cpu
+        and input.dtype is target.dtype
+        and input.shape == target.shape
+        and (input.dtype is torch.float32 or input.dtype is torch.float64)
+        and input.layout is target.layout is torch.strided
+        and input.dim() <= MAX_DIMS
+    )
+
+
+def check(
+    function: str,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    *,
+    torch_weight: bool = False,
+    mean_counts: bool = False,
+    keeps_input_dtype: bool = False,
+) -> Operands:
+    """Checks and brings to one shape what a pointwise loss was called with.
+
+    ``torch_weight``: weight is of the input's size and may raise the loss's dtype, as in torch; otherwise it broadcasts
+    and does not. ``mean_counts``: 'mean' divides by the count whatever the weights. ``keeps_input_dtype``: the loss has
+    the input's dtype instead of the promoted one.
+    """
+    _require("input", input, function)
+    _require("target", target, function)
+    for name, t in (("weight", weight), ("sample_weight", sample_weight), ("mask", mask)):
+        if t is not None:
+            _require(name, t, function)
+    if target.shape != input.shape:
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=4,
+        )
+    _common.require_supported_tensors(function, input, target, weight, sample_weight, mask)
+    others = (("target", target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))
+    _common.require_same_device(function, ("input", input), *others)
+    if weight is not None and torch_weight:
+        if weight.shape != input.shape:
+            raise ValueError(
+                "Weights and input must have the same size. "
+                f"{function}(): weight has shape {list(weight.shape)}, input {list(input.shape)}"
+            )
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
+    code = _common.reduction_code(reduction)
+
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if keeps_input_dtype and input.dtype in DTYPE_CODES:
+        dtype = input.dtype
+    elif keeps_input_dtype and dtype in DTYPE_CODES:
+        raise RuntimeError(
+            f"{function}(): result type {dtype} can't be cast to the input's {input.dtype}; convert input"
+        )
+    for name, t in (("input", input), ("target", target)):
+        if t.dtype not in DTYPE_CODES and (dtype not in DTYPE_CODES or t.is_floating_point() or t.is_complex()):
+            raise NotImplementedError(
+                f'{function}(): "{function}" not implemented for {name} of dtype {t.dtype}: expected float32, float64, '
+                "float16 or bfloat16"
+            )
+    if input.dtype not in DTYPE_CODES:
+        input = input.to(dtype)
+    if target.dtype not in DTYPE_CODES:
+        target = target.to(dtype)
+    if target.shape != input.shape:
+        input, target = torch.broadcast_tensors(input, target)
+    shape = input.shape
+
+    cast = weight is None or not torch_weight or keeps_input_dtype  # torch's weighted L1 and MSE are not on the list
+    if cast and dtype in _common.HALVES and _common.under_autocast(input.device):
+        dtype = torch.float32
+    denominator = 0.0
+    if weight is not None:
+        floating = weight.is_floating_point()
+        if weight.is_complex() or (floating and weight.dtype not in DTYPE_CODES):
+            raise NotImplementedError(f"{function}(): weight of dtype {weight.dtype} is not supported")
+        if torch_weight and floating:
+            by_mean = (
+                code == MEAN and not mean_counts
+            )  # torch then divides by weight.sum(), a tensor without dimensions
+            if weight.dim() == len(shape) or by_mean:
+                dtype = torch.promote_types(dtype, weight.dtype)
+        elif not floating:
+            weight = weight.to(_common.accum_dtype(dtype))
+        denominator = 1.0
+        if torch_weight and weight.shape != shape:  # the target is larger: torch divides by the sum before broadcasting
+            denominator = weight.numel() / max(input.numel(), 1)
+        weight = _expand(function, "weight", weight, shape)
+    if sample_weight is not None:
+        per_sample = _sample_weight(function, sample_weight, shape)
+        weight = per_sample if weight is None else weight * per_sample
+        denominator = denominator or 1.0
+    if mask is not None:
+        if mask.dtype is not torch.bool:
+            raise RuntimeError(f"{function}(): mask must be a boolean tensor (True: counts), got {mask.dtype}")
+        mask = _expand(function, "mask", mask, shape)
+    if code != MEAN or mean_counts:
+        denominator = 0.0
+    if input.dim() > MAX_DIMS:  # merge what would be merged anyway, at the cost of a copy
+        if code == NONE:
+            raise NotImplementedError(f"{function}(): reduction 'none' takes at most {MAX_DIMS} dimensions")
+        input, target = input.reshape(-1), target.reshape(-1)
+        weight = weight if weight is None else weight.reshape(-1)
+        mask = mask if mask is None else mask.reshape(-1)
+    return Operands(input, target, weight, mask, code, denominator, dtype)
+
+
+def _with_weight_grad(loss: str, param: float, x: Operands) -> Tensor:
+    """Differentiable in the weight too, as torch's is: values from the kernel, products of torch operations."""
+    assert x.weight is not None
+    o = Options(NUMBERS[loss], param, NONE, 0, 0.0, DTYPE_CODES[x.dtype])
+    weight = x.weight if x.mask is None else torch.where(x.mask, x.weight, 0)
+    values = run(x.input, x.target, None, x.mask, o) * weight
+    if x.reduction == NONE:
+        return values.to(x.dtype)
+    if x.reduction == SUM:
+        return values.sum().to(x.dtype)
+    if x.weight_denominator:
+        return (values.sum() / (weight.sum() * x.weight_denominator)).to(x.dtype)
+    return (values.mean() if x.mask is None else values.sum() / x.mask.sum()).to(x.dtype)
+
+
+def differentiates(weight: Tensor | None) -> bool:
+    """Whether someone may ask for the derivative with respect to it."""
+    if weight is None:
+        return False
+    if _common.functorch_active() or _common.forward_mode_active():
+        return True
+    return weight.requires_grad and torch.is_grad_enabled()
+
+
+def run_weighted(loss: str, param: float, x: Operands) -> Tensor:
+    """The loss of checked operands, differentiable in the weight too."""
+    if differentiates(x.weight):
+        return _with_weight_grad(loss, param, x)
+    o = Options(NUMBERS[loss], param, x.reduction, 0, x.weight_denominator, DTYPE_CODES[x.dtype])
+    return run(x.input, x.target, x.weight, x.mask, o)
+
+
+def pointwise_loss(
+    function: str,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    loss: str | None = None,
+    param: float = 0.0,
+    **rules: bool,
+) -> Tensor:
+    """The whole of a pointwise loss: what a face calls.
+
+    Args:
+        function: the face's name, for messages.
+        input, target, reduction, weight, sample_weight, mask: what the face was called with.
+        loss: the loss's name in losses.h, where that differs from the face's.
+        param: the loss's parameter.
+        rules: see :func:`check`.
+    """
+    name = loss or function
+    if weight is None and sample_weight is None and mask is None and is_plain(input, target):
+        code = REDUCTIONS.get(reduction)
+        if code is not None:
+            return run(input, target, None, None, Options(NUMBERS[name], param, code, 0, 0.0, DTYPE_CODES[input.dtype]))
+    x = check(function, input, target, reduction, weight, sample_weight, mask, **rules)
+    return run_weighted(name, param, x)
+
+
+def dims_last(t: Tensor | None, dims: Sequence[int]) -> Tensor | None:
+    """A view with these dimensions last."""
+    if t is None:
+        return None
+    return t.permute([d for d in range(t.dim()) if d not in dims] + list(dims))

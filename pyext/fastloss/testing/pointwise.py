@@ -1,0 +1,189 @@
+"""The pointwise losses: what each is, in plain torch, and the samples that all of them share.
+
+:data:`LOSSES` is the registry: a loss is a line there. Tests and benchmarks read it through
+:data:`fastloss.testing.SPECS`, the table of losses in the README is written from it.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._spec import LossSpec, Maker, Sample
+
+
+@dataclass(frozen=True)
+class PointwiseLoss:
+    """What a pointwise loss is.
+
+    Attributes:
+        formula: its value for each element, ``formula(x, t, **options)``, composed of torch operations.
+        options: values of its own options to be tried, beside the defaults.
+        mean_counts: ``'mean'`` divides by the count of elements whatever their weights.
+        defaults: options whose default depends on the dtype of input and target.
+    """
+
+    formula: Callable[..., Tensor]
+    options: tuple[dict[str, Any], ...] = ()
+    mean_counts: bool = False
+    defaults: Callable[[torch.dtype], dict[str, Any]] = lambda dtype: {}
+
+
+def _smooth_l1(x: Tensor, t: Tensor, beta: float = 1.0) -> Tensor:
+    a = (x - t).abs()
+    return torch.where(a < beta, 0.5 * a**2 / beta, a - 0.5 * beta) if beta else a
+
+
+def _huber(x: Tensor, t: Tensor, delta: float = 1.0) -> Tensor:
+    a = (x - t).abs()
+    return torch.where(a <= delta, 0.5 * a**2, delta * (a - 0.5 * delta))
+
+
+def _log_cosh(x: Tensor, t: Tensor) -> Tensor:
+    # log cosh d = log1p(2 sinh(d / 2)^2), which keeps small residuals.
+    return torch.log1p(2 * ((x - t) / 2).sinh() ** 2)
+
+
+def _relative_l1(x: Tensor, t: Tensor, eps: float = 0.0, symmetric: bool = False) -> Tensor:
+    scale = (x.abs() + t.abs()) / 2 if symmetric else t.abs()
+    return (x - t).abs() / scale.clamp(min=eps)
+
+
+LOSSES: dict[str, PointwiseLoss] = {
+    "l1_loss": PointwiseLoss(lambda x, t: (x - t).abs()),
+    "mse_loss": PointwiseLoss(lambda x, t: (x - t) ** 2),
+    "smooth_l1_loss": PointwiseLoss(_smooth_l1, ({"beta": 0.4}, {"beta": 0.0})),
+    "huber_loss": PointwiseLoss(_huber, ({"delta": 0.4},), mean_counts=True),
+    "log_cosh_loss": PointwiseLoss(_log_cosh),
+    "relative_l1_loss": PointwiseLoss(
+        _relative_l1,
+        ({"eps": 0.3}, {"eps": 0.3, "symmetric": True}),
+        defaults=lambda dtype: {"eps": torch.finfo(dtype).eps},
+    ),
+}
+
+
+def _operands(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, t, weights and mask in float64, broadcast; what the mask hides is 1 with weight 0."""
+    x, t = torch.broadcast_tensors(input.double(), target.double())
+    w = torch.ones_like(x) if weight is None else weight.double().expand(x.shape)
+    if sample_weight is not None:
+        w = w * sample_weight.double().reshape(-1, *[1] * (x.dim() - 1))
+    counts = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand(x.shape)
+    return torch.where(counts, x, 1.0), torch.where(counts, t, 1.0), torch.where(counts, w, 0.0), counts
+
+
+def _reference(loss: PointwiseLoss) -> Callable[..., Tensor]:
+    def reference(
+        input: Tensor,
+        target: Tensor,
+        *,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The loss in float64, from its definition; float64 whatever the arguments' dtypes."""
+        x, t, w, counts = _operands(input, target, weight, sample_weight, mask)
+        options = {**loss.defaults(torch.promote_types(input.dtype, target.dtype)), **options}
+        values = w * loss.formula(x, t, **options)
+        if reduction == "none":
+            return values
+        if reduction == "sum":
+            return values.sum()
+        unweighted = loss.mean_counts or (weight is None and sample_weight is None)
+        return values.sum() / (counts.sum() if unweighted else w.sum())
+
+    return reference
+
+
+def _root(square: Tensor) -> Tensor:
+    """With derivative 0 at 0."""
+    return torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).sqrt())
+
+
+def reference_rmse(
+    input: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    dim: Any = None,
+    eps: float = 0.0,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`fastloss.rmse_loss` in float64, from its definition."""
+    x, t, w, counts = _operands(input, target, weight, sample_weight, mask)
+    squares = w * (x - t) ** 2
+    total = w if weight is not None or sample_weight is not None else counts.double()
+    if dim is None:
+        if reduction == "none":
+            return torch.where(counts, _root(squares + eps), 0.0)
+        return _root((squares.sum() / total.sum() if reduction == "mean" else squares.sum()) + eps)
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    some = counts.any(dims[0]) if len(dims) == 1 else counts.sum(dims) > 0
+    share = torch.where(some, total.sum(dims), 1.0)
+    roots = torch.where(some, _root(squares.sum(dims) / share + eps), 0.0)
+    if reduction == "none":
+        return roots
+    return roots.sum() if reduction == "sum" else roots.sum() / some.sum()
+
+
+def _samples(options: tuple[dict[str, Any], ...]) -> Callable[[str | torch.device, torch.dtype], Iterator[Sample]]:
+    def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+        """Every shape and every option, at sizes that numerical differentiation can afford."""
+        make = Maker(device, dtype)
+        weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def call(name: str, input: Tensor, target: Tensor, **options: Any) -> Sample:
+            return Sample(name, (input, target), options)
+
+        mask = (torch.arange(12).reshape(3, 4) % 5 != 1).to(device)
+        weights = {"weight": make.positive(3, 4), "sample_weight": make.positive(3, dtype=weight_dtype)}
+        for reduction in ("mean", "sum", "none"):
+            x, t = make.normal(3, 4), make.normal(3, 4, requires_grad=False)
+            yield call(f"plain, {reduction}", x, t, reduction=reduction)
+            yield call(f"both, {reduction}", x, make.normal(3, 4), reduction=reduction)
+            yield call(f"mask, {reduction}", x, t, mask=mask, reduction=reduction)
+            yield call(f"weights, {reduction}", x, make.normal(3, 4), reduction=reduction, **weights)
+            yield call(f"weights and mask, {reduction}", x, t, mask=mask, reduction=reduction, **weights)
+            for own in options:
+                named = ", ".join(f"{k} {v}" for k, v in own.items())
+                yield call(f"{named}, {reduction}", x, make.normal(3, 4), reduction=reduction, **own)
+        yield call("a number", make.normal(), make.normal())
+        yield call("transposed", make.normal(4, 3, requires_grad=False).t().requires_grad_(), make.normal(3, 4))
+        channels_last = make.normal(2, 3, 2, 2, requires_grad=False).contiguous(memory_format=torch.channels_last)
+        yield call("channels last", channels_last.requires_grad_(), make.normal(2, 3, 2, 2), reduction="none")
+        yield call("weight by sample", make.normal(3, 4), make.normal(3, 4), sample_weight=weights["sample_weight"])
+
+    return samples
+
+
+def fewest_bytes(sample: Sample, gradient: bool) -> tuple[int, int]:
+    """Every operand read once; the gradients that are wanted written once."""
+    read = sum(t.nbytes for t in sample.tensors())
+    return read, sum(t.nbytes for t in sample.args if t.requires_grad) if gradient else 0
+
+
+def _spec(name: str, reference: Callable[..., Tensor], options: tuple[dict[str, Any], ...]) -> LossSpec:
+    function = getattr(importlib.import_module(f"fastloss.losses.{name}"), name)
+    theirs = getattr(F, name, None)
+    # unwrap: torch's own, even where fastloss.patch() is in force.
+    theirs = theirs and inspect.unwrap(theirs)
+    return LossSpec(name, function, theirs, reference, _samples(options), fewest_bytes, operator="pointwise_forward")
+
+
+_ROOTS = ({"dim": 1}, {"dim": (0, -1), "eps": 0.01}, {"dim": 0}, {"eps": 0.1})
+SPECS: Mapping[str, LossSpec] = {
+    **{name: _spec(name, _reference(loss), loss.options) for name, loss in LOSSES.items()},
+    "rmse_loss": _spec("rmse_loss", reference_rmse, _ROOTS),
+}

@@ -1,0 +1,621 @@
+"""The pointwise losses: edges of their definitions, masks and weights, broadcasting, transforms, errors."""
+
+import functools
+import warnings
+
+import fastloss
+import pytest
+import torch
+import torch.nn.functional as F
+from fastloss._library import ops
+from fastloss.testing import SPECS, assert_close, check_gradients
+from fastloss.testing.pointwise import LOSSES
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OURS = {name: spec for name, spec in SPECS.items() if spec.operator == "pointwise_forward"}
+TORCHS = ("l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss")
+specs = pytest.mark.parametrize("spec", OURS.values(), ids=OURS)
+torchs = pytest.mark.parametrize("name", TORCHS)
+reductions = pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+
+
+def pair(*shape, device, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, t = (torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2))
+    return x.requires_grad_(), t
+
+
+def own(spec):
+    """Options that keep a loss within every dtype's range."""
+    return {"eps": 0.5} if spec.name == "relative_l1_loss" else {}
+
+
+def gradients(loss, *wanted, g=None):
+    g = torch.linspace(0.5, 1.5, loss.numel(), device=loss.device).view_as(loss).to(loss.dtype) if g is None else g
+    return torch.autograd.grad(loss, wanted, g)
+
+
+def test_every_loss_of_the_kernels_has_a_spec():
+    """A loss without one would miss every test that runs over them."""
+    variants = {"wide_mse_loss", "symmetric_relative_l1_loss"}
+    assert set(OURS) == set(ops.pointwise_losses().split()) - variants == {*LOSSES, "rmse_loss"}
+
+
+# -------------------------------------------------------------------------------------------- edges of the definitions
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@specs
+def test_no_residual(spec, dtype, device):
+    """Equal arguments: loss 0, gradient 0, never nan; RMSE's root included."""
+    for shape in ((), (1,), (3, 4), (5000,)):
+        x = torch.linspace(-2, 3, max(1, torch.Size(shape).numel())).view(shape).to(device, dtype).requires_grad_()
+        t = x.detach().clone().requires_grad_()
+        for reduction in ("mean", "sum", "none"):
+            loss = spec.function(x, t, reduction=reduction)
+            assert (loss == 0).all()
+            assert all((g == 0).all() for g in gradients(loss, x, t))
+
+
+def test_ties_are_torchs(device):
+    """L1's subgradient at residual 0, and both sides of the joints of smooth L1 and Huber."""
+    d = torch.tensor([0.0, -0.0, 0.5, -0.5, 0.5 - 1e-9, 0.5 + 1e-9, NAN, INF, -INF, 1e300], dtype=torch.float64)
+    for name, options in (("l1_loss", {}), ("smooth_l1_loss", {"beta": 0.5}), ("huber_loss", {"delta": 0.5})):
+        results = []
+        for module in (fastloss, F):
+            x, t = d.to(device).requires_grad_(), torch.zeros(10, device=device, dtype=d.dtype).requires_grad_()
+            loss = getattr(module, name)(x, t, reduction="none", **options)
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, t))))
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", (NAN, INF, -INF), ids=str)
+@torchs
+def test_not_finite_as_torch(name, value, device):
+    for dtype in (torch.float32, torch.float64):
+        for where in (0, 1):
+            results = []
+            for module in (fastloss, F):
+                args = [a.detach().clone() for a in pair(11, device=device, dtype=dtype)]
+                args[where][4] = value
+                args[0].requires_grad_()
+                loss = getattr(module, name)(*args, reduction="none")
+                total = getattr(module, name)(*args)
+                results.append((loss.detach(), total.detach(), *gradients(loss, args[0])))
+            torch.testing.assert_close(*results, equal_nan=True)
+
+
+def test_relative_error_of_zero_targets(device):
+    """Finite: the distance in units of eps, for every dtype's default eps too."""
+    x = torch.tensor([0.25, -0.5, 0.0], device=device)
+    t = torch.zeros(3, device=device)
+    x.requires_grad_()
+    loss = fastloss.relative_l1_loss(x, t, reduction="none", eps=0.125)
+    assert loss.tolist() == [2.0, 4.0, 0.0]
+    assert gradients(loss, x, g=torch.ones(3, device=device))[0].tolist() == [8.0, -8.0, 0.0]
+    assert fastloss.relative_l1_loss(x, t, reduction="none", symmetric=True, eps=1e-6).tolist() == [2.0, 2.0, 0.0]
+    for dtype in DTYPES.values():
+        loss = fastloss.relative_l1_loss(x.detach().to(dtype), t.to(dtype), reduction="none")
+        assert loss.isfinite().all() and loss[0] == 0.25 / torch.finfo(dtype).eps
+    half = torch.tensor([3.0], device=device)
+    check_gradients(fastloss.relative_l1_loss, half.requires_grad_(), torch.zeros(1, device=device), eps=0.5)
+
+
+def test_log_cosh_keeps_small_residuals_and_does_not_overflow(device):
+    d = torch.tensor([1e-30, 1e-8, 1e-4, 0.3, 1.0, 20.0, 1e4, 1e30], dtype=torch.float64, device=device)
+    x = d.clone().requires_grad_()
+    loss = fastloss.log_cosh_loss(x, torch.zeros_like(d), reduction="none")
+    small = d**2 / 2 - d**4 / 12
+    torch.testing.assert_close(loss[:3], small[:3], rtol=1e-14, atol=0)
+    torch.testing.assert_close(loss[3:5], d[3:5].cosh().log(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(loss[5:], d[5:] - torch.log(torch.tensor(2.0)).item(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(gradients(loss, x, g=torch.ones_like(d))[0], d.tanh(), rtol=1e-15, atol=0)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = fastloss.log_cosh_loss(d.to(dtype), torch.zeros_like(d).to(dtype), reduction="none")
+        assert_close(got[1:], fastloss.log_cosh_loss(d.to(dtype).double(), torch.zeros_like(d), reduction="none")[1:])
+
+
+# --------------------------------------------------------------------------------------------------------------- RMSE
+
+
+def test_rmse_of_halves_does_not_overflow(device):
+    """300**2 is past float16, 1e30**2 past float32, 1e-30**2 below it."""
+    for dtype, value in ((torch.float16, 300.0), (torch.bfloat16, 1e30), (torch.float32, 1e30), (torch.float32, 1e-30)):
+        x = torch.full((2, 3), value, device=device, dtype=dtype).requires_grad_()
+        t = torch.zeros(2, 3, device=device, dtype=dtype)
+        for options in ({}, {"dim": 1}, {"reduction": "none"}, {"dim": 0, "reduction": "none"}):
+            loss = fastloss.rmse_loss(x, t, **options)
+            assert loss.dtype == dtype and (loss == x.detach()[0, 0]).all()
+            (grad,) = torch.autograd.grad(loss.sum(), x)
+            torch.testing.assert_close(grad.double(), torch.full_like(x, loss.numel() / 6).double(), rtol=1e-3, atol=0)
+
+
+def test_rmse_is_the_root_of_mse(device):
+    for reduction in ("mean", "sum"):
+        x, t = pair(7, 5, device=device)
+        y = x.detach().clone().requires_grad_()
+        got, want = fastloss.rmse_loss(x, t, reduction), F.mse_loss(y, t, reduction=reduction).sqrt()
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradients(got, x), gradients(want, y))
+    torch.testing.assert_close(fastloss.rmse_loss(x, t, "none"), (x - t).abs())
+
+
+@pytest.mark.parametrize("dim", (0, 1, 2, -1, (0, 1), (0, 2), (1, 2), (2, 0, 1), (), [1], (-1, -2)), ids=str)
+@reductions
+def test_rmse_by_groups(dim, reduction, device):
+    reference = SPECS["rmse_loss"].reference
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, t = pair(3, 4, 5, device=device, dtype=dtype)
+        with torch.no_grad():
+            x[1], x[:, 2] = t[1], t[:, 2]  # groups without a residual
+        mask = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(1)).to(device) < 0.7
+        mask[0], mask[:, 1], mask[:, :, 3] = False, False, False  # groups without an element
+        weight = torch.linspace(0.5, 2, 4, device=device).view(4, 1)
+        for options in ({}, {"mask": mask}, {"weight": weight, "mask": mask}, {"weight": weight, "eps": 0.1}):
+            y = x.detach().double().requires_grad_()
+            if dim == ():
+                want = reference(y, t, reduction="none", **{**options, "weight": None})
+                counted = options["mask"].sum() if "mask" in options else want.numel()
+                want = want if reduction == "none" else want.sum() / (counted if reduction == "mean" else 1)
+            else:
+                want = reference(y, t, reduction=reduction, dim=dim, **options)
+            loss = fastloss.rmse_loss(x, t, reduction, dim=dim, **options)
+            assert_close(loss, want)
+            g = torch.linspace(0.5, 1.5, loss.numel(), device=device).view_as(loss).to(dtype)
+            assert_close(gradients(loss, x, g=g)[0], gradients(want, y, g=g.double())[0], scale=0.1)
+
+
+def test_rmse_twice_differentiated_at_zero_has_no_nan(device):
+    x, t = pair(4, 3, device=device)
+    with torch.no_grad():
+        x[1] = t[1]
+    for options in ({"dim": 1, "reduction": "none"}, {"dim": 1}, {}):
+        loss = fastloss.rmse_loss(x, t, **options)
+        (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), x)
+        assert grad.isfinite().all() and second.isfinite().all()
+    loss = fastloss.rmse_loss(t.clone().requires_grad_(), t)
+    assert torch.func.grad(fastloss.rmse_loss)(t, t).eq(0).all()
+    assert torch.func.hessian(fastloss.rmse_loss)(t, t).isfinite().all() and loss == 0
+
+
+# ---------------------------------------------------------------------------------------------------- masks, weights
+
+
+@pytest.mark.parametrize("garbage", (NAN, INF, -INF, 0.0), ids=str)
+@reductions
+@specs
+def test_nothing_under_a_false_mask_comes_out(spec, reduction, garbage, device):
+    """Not into the loss, first and second derivatives, forward mode; the masked elements' own gradient is 0."""
+    mask = torch.rand(4, 33, generator=torch.Generator().manual_seed(3)).to(device) < 0.6
+    forms = ({"dim": 0}, {"dim": 1}, {}) if spec.name == "rmse_loss" else ({},)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x, t = pair(4, 33, device=device, dtype=dtype)
+        clean_x, clean_t = (torch.where(mask, a.detach(), 1.0) for a in (x, t))
+        dirty_x, dirty_t = (torch.where(mask, a.detach(), garbage) for a in (x, t))
+        w = torch.linspace(0.5, 2, 33, device=device, dtype=dtype).expand(4, 33)
+        for options in forms:
+            for weight in (None, (w, torch.where(mask, w, garbage))):
+                results = []
+                for which, (a, b) in enumerate(((clean_x, clean_t), (dirty_x, dirty_t))):
+                    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+                    extra = {**own(spec), **options, "mask": mask, "reduction": reduction}
+                    if weight is not None:
+                        extra["weight"] = weight[which]
+                    loss = spec.function(a, b, **extra)
+                    grads = torch.autograd.grad(loss.sum(), (a, b), create_graph=True)
+                    second = torch.autograd.grad(sum((g.double() ** 2).sum() for g in grads), (a, b))
+                    assert all((g[~mask] == 0).all() for g in (*grads, *second))
+                    x_only = functools.partial(spec.function, target=b.detach(), **extra)
+                    tangent = torch.func.jvp(x_only, (a.detach(),), (a.detach(),))
+                    results.append([r.detach() for r in (loss, *grads, *second, tangent[0])])
+                    if not torch.isnan(a).any():
+                        results[-1].append(tangent[1])
+                for got, want in zip(results[1], results[0], strict=False):
+                    assert got.isfinite().all()
+                    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@specs
+def test_nothing_counts(spec, device):
+    """A mean over no element is nan, as torch's over an empty tensor; a sum 0; the gradient 0."""
+    mask = torch.zeros(3, 4, dtype=torch.bool, device=device)
+    for dtype in (torch.float32, torch.float16):
+        x, t = pair(3, 4, device=device, dtype=dtype)
+        for reduction, value in (("mean", NAN), ("sum", 0.0), ("none", 0.0)):
+            loss = spec.function(x, t, reduction=reduction, mask=mask)
+            assert torch.equal(loss.isnan(), torch.full_like(loss, value).isnan()) and loss.nansum() == 0
+            assert (torch.autograd.grad(loss.sum(), x)[0] == 0).all()
+
+
+def test_weights_are_torchs(device):
+    """Of torch's three losses with a weight: values, dtypes, and gradients by input, target and weight."""
+    for name in ("l1_loss", "mse_loss", "huber_loss"):
+        for dtype in DTYPES.values():
+            for weight_dtype in (dtype, torch.float32, torch.float64):
+                for reduction in ("mean", "sum", "none"):
+                    results = []
+                    for module in (fastloss, F):
+                        x, t = pair(5, 3, device=device, dtype=dtype)
+                        w = torch.linspace(0.5, 2, 15, device=device).view(5, 3).to(weight_dtype).requires_grad_()
+                        loss = getattr(module, name)(x, t.requires_grad_(), reduction=reduction, weight=w)
+                        assert loss.requires_grad
+                        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, t, w))))
+                    assert [a.dtype for a in results[0]] == [a.dtype for a in results[1]]
+                    tolerance = 1e-9 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 3e-2
+                    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------ shapes and layouts
+
+
+@specs
+def test_broadcasting_warns_as_torch(spec, device):
+    x, t = pair(4, 5, device=device)
+    for target in (t[0], t[:, :1], t[0, 0], torch.stack([t, t])):
+        with pytest.warns(UserWarning, match="Using a target size .* that is different to the input size"):
+            loss = spec.function(x, target)
+        y = x.detach().clone().requires_grad_()
+        want = spec.reference(y, target)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(gradients(loss, x), gradients(want, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec.function(x, t)
+
+
+@torchs
+def test_the_warning_points_at_the_caller(name, device):
+    x, t = pair(4, 5, device=device)
+    with pytest.warns(UserWarning) as record:
+        getattr(fastloss, name)(x, t[0])
+    assert record[0].filename == __file__
+
+
+LAYOUTS = {
+    "transposed": lambda a: a.t().contiguous().t(),
+    "every other": lambda a: a.repeat_interleave(2, 1)[:, ::2],
+    "offset": lambda a: torch.cat([a.flatten()[:1], a.flatten()])[1:].view_as(a),
+    "expanded": lambda a: a[:1].expand_as(a),
+    "rows apart": lambda a: torch.cat([a, a], 1)[:, : a.shape[1]],
+}
+
+
+@pytest.mark.parametrize("second", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_layouts(first, second, dtype, device):
+    """Any pair of strides gives what contiguous operands give, and gradients of the operands' layout."""
+    for shape in ((6, 7), (67, 1030)):
+        x, t = pair(*shape, device=device, dtype=dtype)
+        a, b = first(x.detach()), second(t)
+        contiguous = a.contiguous().requires_grad_(), b.contiguous().requires_grad_()
+        strided = a.requires_grad_(), b.requires_grad_()
+        for name in ("l1_loss", "rmse_loss"):
+            for reduction in ("mean", "none"):
+                results = []
+                for operands in (contiguous, strided):
+                    loss = getattr(fastloss, name)(*operands, reduction=reduction)
+                    results.append((loss.detach(), *gradients(loss, *operands)))
+                torch.testing.assert_close(*results)
+                for operand, grad in zip(strided, results[1][1:], strict=True):
+                    assert grad.is_contiguous() or grad.stride() == operand.stride()
+
+
+@reductions
+@torchs
+def test_empty_as_torch(name, reduction, device):
+    for shape in ((0,), (0, 3), (3, 0), (2, 0, 4)):
+        x = torch.zeros(shape, device=device, requires_grad=True)
+        t = torch.zeros(shape, device=device)
+        got, want = (getattr(module, name)(x, t, reduction=reduction) for module in (fastloss, F))
+        torch.testing.assert_close(got, want, equal_nan=True)
+        assert torch.autograd.grad(got.sum(), x)[0].shape == shape
+
+
+@pytest.mark.parametrize("name", ("relative_l1_loss", "log_cosh_loss", "rmse_loss"))
+def test_empty(name, device):
+    x = torch.zeros(0, 3, device=device, requires_grad=True)
+    function = getattr(fastloss, name)
+    assert function(x, x.detach()).isnan() and function(x, x.detach(), "sum") == 0
+    assert function(x, x.detach(), "none").shape == (0, 3)
+    assert torch.autograd.grad(function(x, x.detach()), x)[0].shape == (0, 3)
+    if name == "rmse_loss":
+        assert fastloss.rmse_loss(x, x.detach(), "none", dim=0).isnan().tolist() == [True] * 3
+        assert fastloss.rmse_loss(x, x.detach(), "none", dim=1).shape == (0,)
+
+
+def test_many_dimensions(device):
+    """More axes than the kernels number, merged before they get there."""
+    for rank in (10, 24, 30):
+        x, t = pair(*([2] * 6), *([1] * (rank - 6)), device=device)
+        torch.testing.assert_close(fastloss.mse_loss(x, t), F.mse_loss(x, t))
+    with pytest.raises(NotImplementedError, match="at most 24 dimensions"):
+        fastloss.mse_loss(x, t, reduction="none")
+
+
+# ----------------------------------------------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize("name", ("l1_loss", "mse_loss", "rmse_loss"))
+def test_a_sum_over_1e8_elements_loses_no_digits(name):
+    """Against float64; a running float32 sum would stop at 2**24 = 1.7e7 times its terms."""
+    count = 100_000_000
+    x = torch.empty(count).uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    t = torch.full((), 0.25).expand(count)
+    exact = sum(float(f(part.double() - 0.25)) for part in x.split(1 << 22) for f in [
+        (lambda d: d.abs().sum()) if name == "l1_loss" else (lambda d: d.square().sum())
+    ])  # fmt: skip
+    mean = exact / count
+    want = (mean**0.5, exact**0.5) if name == "rmse_loss" else (mean, exact)
+    for reduction, value in zip(("mean", "sum"), want, strict=True):
+        got = getattr(fastloss, name)(x, t, reduction=reduction)
+        assert abs(got.item() - value) <= 6e-8 * value, (got.item(), value)  # one rounding to float32
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@specs
+def test_halves_are_rounded_once(spec, dtype, device):
+    """Summed in float64 of float32 terms."""
+    x, t = pair(300_000, device=device, dtype=dtype)
+    assert_close(spec.function(x, t, **own(spec)), spec.reference(x.detach(), t, **own(spec)), roundings=16)
+    y = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(spec.reference(y, t, reduction="mean", **own(spec)) * 1e5, y)
+    (got,) = torch.autograd.grad(spec.function(x.float(), t, reduction="mean", **own(spec)) * 1e5, x)
+    assert_close(got, want)
+
+
+# --------------------------------------------------------------------------------------------------- autograd's modes
+
+
+@reductions
+@specs
+def test_func(spec, reduction, device):
+    """grad, jvp, vjp, jacobians, Hessian, vmap, over both arguments."""
+    x, t = (a.detach() for a in pair(4, 5, device=device))
+    v = torch.linspace(-1, 1, 20, device=device, dtype=x.dtype).view(4, 5)
+
+    def results(function):
+        def loss(y, u):
+            return function(y, u, reduction=reduction)
+
+        def scalar(y, u):
+            return loss(y, u).sum()
+
+        yield torch.func.grad(scalar, (0, 1))(x, t)
+        yield torch.func.jvp(loss, (x, t), (v, v.flip(0)))
+        value, pull_back = torch.func.vjp(loss, x, t)
+        yield value, pull_back(torch.full_like(value, 2.0))
+        yield torch.func.jacrev(loss, 1)(x, t)
+        yield torch.func.jacfwd(loss)(x, t)
+        yield torch.func.hessian(scalar, (0, 1))(x, t)
+        yield torch.func.grad(lambda y: torch.func.grad(scalar)(y, t).square().sum())(x)
+        yield torch.vmap(loss)(x, t)
+        yield torch.vmap(loss, (0, None))(x, t[0])
+        yield torch.vmap(loss, (1, 1), 0)(x, t)
+        yield torch.vmap(torch.func.grad(scalar))(x, t)
+        yield torch.func.grad(lambda y: torch.vmap(loss)(y, t).sum())(x)
+
+    for i, (got, want) in enumerate(zip(results(spec.function), results(spec.reference), strict=True)):
+        torch.testing.assert_close(got, want, msg=lambda m, i=i: f"case {i}: {m}")
+
+
+@reductions
+@specs
+def test_batched_gradients_and_dual_numbers(spec, reduction, device):
+    import torch.autograd.forward_ad as fw
+
+    x, t = pair(4, 5, device=device)
+    y = x.detach().clone().requires_grad_()
+    loss, want = spec.function(x, t, reduction=reduction), spec.reference(y, t, reduction=reduction)
+    g = torch.linspace(-1, 1, 3 * loss.numel(), device=device, dtype=x.dtype).view(3, *loss.shape)
+    got = torch.autograd.grad(loss, x, g, is_grads_batched=True)
+    torch.testing.assert_close(got, torch.autograd.grad(want, y, g, is_grads_batched=True))
+    v = torch.linspace(-1, 1, 20, device=device, dtype=x.dtype).view(4, 5)
+    with fw.dual_level():
+        tangents = [fw.unpack_dual(f(fw.make_dual(x, v), t, reduction=reduction)).tangent
+                    for f in (spec.function, spec.reference)]  # fmt: skip
+        torch.testing.assert_close(*tangents)
+
+
+@specs
+def test_graphs_kept_given_away_and_differentiated(spec, device):
+    x, t = pair(6, 5, device=device)
+    y = x.detach().clone().requires_grad_()
+    (want,) = torch.autograd.grad(spec.reference(y, t), y)
+    for scale in (1.0, -3.0):
+        loss = spec.function(x, t)
+        g = torch.tensor(scale, device=device, dtype=x.dtype)
+        for _ in range(2):
+            torch.testing.assert_close(torch.autograd.grad(loss, x, g, retain_graph=True)[0], scale * want)
+        (graph,) = torch.autograd.grad(loss, x, g, create_graph=True)
+        assert graph.requires_grad or spec.name == "l1_loss"
+        torch.testing.assert_close(torch.autograd.grad(loss, x, g)[0], scale * want)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, x, g)
+
+
+@specs
+def test_checkpointing_and_saved_tensor_hooks(spec, device):
+    x, t = pair(6, 5, device=device)
+    (want,) = torch.autograd.grad(spec.function(x, t), x)
+    loss = torch.utils.checkpoint.checkpoint(lambda y: spec.function(y * 1.0, t), x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: packed.append(a) or a, lambda a: a):
+        loss = spec.function(x, t)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want)
+    assert packed
+
+
+def test_small_gradients_survive_in_float16(device):
+    """1 / count is below float16's smallest number; with the loss scale it is not."""
+    x = torch.zeros(1 << 16, device=device, dtype=torch.float16).requires_grad_()
+    t = torch.full_like(x, 2.0, requires_grad=False)
+    loss = fastloss.mse_loss(x, t)
+    (grad,) = torch.autograd.grad(loss, x, torch.tensor(8192.0, device=device, dtype=torch.float16))
+    assert_close(grad, torch.full((1 << 16,), -4 * 8192 / 65536, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@reductions
+@specs
+def test_compile(spec, reduction, device):
+    torch._dynamo.reset()
+    weights = torch.linspace(0.5, 2, 5, device=device).expand(4, 5)
+    mask = torch.arange(20, device=device).view(4, 5) % 3 > 0
+    for options in ({}, {"weight": weights, "mask": mask}):
+        call = functools.partial(spec.function, reduction=reduction, **options)
+        compiled = torch.compile(lambda y, u, call=call: call(y * 2, u).sum(), fullgraph=True, backend="aot_eager")
+        x, t = pair(4, 5, device=device, dtype=torch.float32)
+        got, want = compiled(x, t), call(x * 2, t).sum()
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradients(got, x), gradients(want, x))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, t), want.detach())
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@torchs
+def test_autocast_as_torch(name, dtype, device):
+    for a in DTYPES.values():
+        for b in DTYPES.values():
+            if name == "huber_loss" and a != b:
+                continue  # torch raises for some pairs
+            x, t = pair(4, 5, device=device, dtype=a)[0], pair(4, 5, device=device, dtype=b, seed=1)[1]
+            for options in ({}, {"reduction": "none"}):
+                with torch.autocast(device, dtype):
+                    got = getattr(fastloss, name)(x, t, **options)
+                    want = getattr(F, name)(x, t, **options)
+                assert got.dtype == want.dtype, (a, b)
+                torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-2)
+                assert gradients(got, x)[0].dtype == a
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+@torchs
+def test_dtypes_as_torch(name, device):
+    """Every pair of dtypes: the same result and dtype, or the same exception type."""
+    every = (*DTYPES.values(), torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
+    values = torch.tensor([[1, 0, 1], [0, 1, 1]], device=device)
+    for a in every:
+        for b in every:
+            x, t = values.to(a), values.flip(1).to(b)
+            outcomes = []
+            for module in (F, fastloss):
+                try:
+                    outcomes.append(getattr(module, name)(x, t))
+                except Exception as error:
+                    outcomes.append(type(error))
+            if isinstance(outcomes[0], torch.Tensor):
+                assert outcomes[1].dtype == outcomes[0].dtype, (a, b)
+                torch.testing.assert_close(outcomes[1], outcomes[0], msg=lambda m, a=a, b=b: f"{a}, {b}: {m}")
+            else:
+                assert isinstance(outcomes[1], type) and issubclass(outcomes[1], Exception), (a, b, outcomes)
+
+
+def x34(**options):
+    return torch.ones(3, 4, **options)
+
+
+ERRORS = {
+    "input": (([1.0], x34()), {}, AttributeError, ["'input'", "list"]),
+    "target": ((x34(), 3.0), {}, AttributeError, ["'target'", "float"]),
+    "mask": ((x34(), x34()), {"mask": [True]}, AttributeError, ["'mask'", "list"]),
+    "mask dtype": ((x34(), x34()), {"mask": x34()}, RuntimeError, ["mask", "boolean", "float32"]),
+    "mask shape": ((x34(), x34()), {"mask": x34(dtype=torch.bool)[:2]}, ValueError, ["mask", "[2, 4]", "[3, 4]"]),
+    "sample_weight shape": ((x34(), x34()), {"sample_weight": torch.ones(4)}, ValueError, ["sample_weight", "[3]", "[4]"]),  # noqa: E501
+    "sample_weight dtype": ((x34(), x34()), {"sample_weight": torch.ones(3).long()}, RuntimeError, ["sample_weight", "int64"]),  # noqa: E501
+    "sample_weight gradient": ((x34(), x34()), {"sample_weight": torch.ones(3, requires_grad=True)}, RuntimeError, ["sample_weight", "detached"]),  # noqa: E501
+    "reduction": ((x34(), x34()), {"reduction": "most"}, ValueError, ["most", "reduction"]),
+    "complex": ((x34(), x34().cfloat()), {"mask": x34(dtype=torch.bool)}, NotImplementedError, ["complex"]),
+    "shapes": ((x34(), torch.ones(5)), {}, RuntimeError, ["size"]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(("arguments", "options", "kind", "words"), ERRORS.values(), ids=ERRORS)
+@specs
+def test_errors_name_the_argument(spec, arguments, options, kind, words, device):
+    there = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if spec.name == "l1_loss" and "complex" in words:
+        words = ["sample_weight and mask"]
+    with pytest.raises(kind) as error:
+        spec.function(*there, **options)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    (
+        (lambda x: fastloss.rmse_loss(x, x, eps=-1.0), ValueError, ["eps", "-1.0"]),
+        (lambda x: fastloss.rmse_loss(x, x, eps="a"), TypeError, ["'eps'", "str"]),
+        (lambda x: fastloss.rmse_loss(x, x, dim=2), IndexError, ["dim 2", "2 dimensions"]),
+        (lambda x: fastloss.rmse_loss(x, x, dim=(0, -3)), IndexError, ["dim -3"]),
+        (lambda x: fastloss.relative_l1_loss(x, x, eps=0.0), ValueError, ["eps", "0.0"]),
+        (lambda x: fastloss.huber_loss(x, x, delta=0.0), RuntimeError, ["delta", "0.0"]),
+        (lambda x: fastloss.smooth_l1_loss(x, x, beta=-1.0), RuntimeError, ["beta", "-1.0"]),
+        (lambda x: fastloss.mse_loss(x, x, weight=x[0]), ValueError, ["Weights and input", "[4]", "[3, 4]"]),
+        (lambda x: fastloss.rmse_loss(x, x, weight=x[:, :3]), ValueError, ["weight", "[3, 3]"]),
+    ),
+)
+def test_errors_of_options(call, kind, words, device):
+    with pytest.raises(kind) as error:
+        call(torch.ones(3, 4, device=device))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_operators_refuse_wrong_arguments():
+    """They are private, but wrong pointers would be worse than wrong results."""
+    x = torch.ones(3, 4)
+    options = (0, 0.0, 1, 0, 0.0, 0, 0)
+    ops.pointwise_forward(x, x, None, None, *options)
+    for bad in (
+        (x, x[0], None, None, *options),
+        (x, x, x[0], None, *options),
+        (x, x, None, x, *options),
+        (x, x, None, None, 99, *options[1:]),
+        (x, x, None, None, 0, 0.0, 1, 3, 0.0, 0, 0),
+        (x, x, None, None, 0, 0.0, 0, 0, 0.0, 0, 1),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            ops.pointwise_forward(*bad)
+    with pytest.raises((RuntimeError, ValueError)):
+        ops.pointwise_backward(torch.ones(2), x, x, None, None, torch.ones(1).double(), *options)
+
+
+# ------------------------------------------------------------------------------------------------------------- modules
+
+
+@torchs
+def test_modules_are_torchs(name, device):
+    kind = {"l1_loss": "L1Loss", "mse_loss": "MSELoss", "smooth_l1_loss": "SmoothL1Loss", "huber_loss": "HuberLoss"}
+    mine, theirs = getattr(fastloss, kind[name]), getattr(torch.nn, kind[name])
+    x, t = pair(4, 5, device=device)
+    own = {"smooth_l1_loss": {"beta": 0.3}, "huber_loss": {"delta": 0.3}}.get(name, {})
+    for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, own):
+        a, b = mine(**options), theirs(**options)
+        assert isinstance(a, theirs) and repr(a) == repr(b)
+        torch.testing.assert_close(a(x, t), b(x, t))
+        mask = torch.rand(4, 5, device=device) < 0.5
+        torch.testing.assert_close(a(x, t, mask=mask), getattr(fastloss, name)(x, t, mask=mask, **options))
+    with fastloss.patch():
+        assert type(theirs()(x, t).grad_fn).__name__ == type(mine()(x, t).grad_fn).__name__
+
+
+def test_modules_of_our_own(device):
+    x, t = pair(4, 5, device=device)
+    w = torch.linspace(0.5, 2, 4, device=device)
+    for module, function in (
+        (fastloss.RMSELoss("none", dim=1, eps=0.1), functools.partial(fastloss.rmse_loss, reduction="none", dim=1, eps=0.1)),  # noqa: E501
+        (fastloss.RelativeL1Loss("sum", eps=0.2, symmetric=True), functools.partial(fastloss.relative_l1_loss, reduction="sum", eps=0.2, symmetric=True)),  # noqa: E501
+        (fastloss.LogCoshLoss("none"), functools.partial(fastloss.log_cosh_loss, reduction="none")),
+    ):  # fmt: skip
+        assert torch.equal(module(x, t, sample_weight=w), function(x, t, sample_weight=w))
