@@ -6,7 +6,7 @@
 # builds for this GPU, checks every kernel against float64, times the kernels and the benchmark, runs the tests on CUDA,
 # the sanitizers and the judge. Each step has a time limit and a log of its own; none stops the next. What it leaves in
 # FOLDER: summary.txt and results.tar.gz with all logs. SECONDS (480) is for all of it: steps that find no time left are
-# named as not run.
+# named as not run, those named in SKIP ("build sweep") are left out.
 #
 # Taken if they are there: build/gpu/probe (bench/cuda/probe.cu, compiled elsewhere), build/gpu/opinfo_judge.py,
 # build/gpu/wheels/*.whl (Python packages that this machine lacks, for the judge), and an extension that
@@ -29,6 +29,7 @@ left() { echo $((total - SECONDS)); }
 run() {
   local name=$1 limit=$2 lines=$3 begun=$SECONDS status
   shift 3
+  if [[ " ${SKIP:-} " == *" $name "* ]]; then say "== $name: skipped"; return 0; fi
   ((limit = limit < $(left) - 6 ? limit : $(left) - 6))
   if ((limit < 5)); then say "== $name: NOT RUN, no time left"; return 1; fi
   timeout -s "${signal:-TERM}" -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1
@@ -85,7 +86,7 @@ run check 75 25 "$python" bench/cuda/check.py --budget 35
 # ---- fast? Nothing else runs meanwhile.
 [[ -x build/gpu/probe ]] && run probe-time 40 60 build/gpu/probe time
 run sweep 75 60 "$python" bench/cuda/sweep.py --budget 45
-run bench 170 6 "$python" bench/run.py --device cuda --systems fastloss,eager,compile --budget 120 --out "$logs/bench"
+run bench 250 60 "$python" bench/run.py --device cuda --budget "${BENCH:-120}" --out "$logs/bench"
 
 # ---- tests, sanitizers and the judge, beside each other
 sanitizers() {
@@ -121,13 +122,7 @@ judge() {
     "$python" -m pip install -q --no-index --no-deps --target "$wheels" build/gpu/wheels/*.whl
     export PYTHONPATH=$PYTHONPATH:$wheels
   fi
-  # The allowances of `make judge`.
-  local allowed=(--allow "errors:int32 target" --allow "errors:weight dtype") kind reduction
-  for kind in confident confident_smooth; do
-    for reduction in mean sum none; do allowed+=(--allow "nasty:cross_entropy $kind,$reduction float64"); done
-  done
-  allowed+=(--allow "modules:CrossEntropyLoss#94[2d_label_smoothing_none] float64")
-  run judge 200 25 "$python" "$file" fastloss --device cuda "${allowed[@]}"
+  run judge 200 25 "$python" tools/judge.py "$file" --device cuda
 }
 judge &
 sanitizers &

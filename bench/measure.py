@@ -40,11 +40,20 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _built_from() -> str:
+    """The commit that the extension was built from, where there is no repository."""
+    try:
+        from fastloss._build_info import BUILD_INFO
+    except ImportError:
+        return "uncommitted"
+    return str(BUILD_INFO.get("commit") or "uncommitted")[:10]
+
+
 def environment(device: str, threads: int, isa: str | None) -> dict[str, Any]:
     """What somebody needs to know to repeat the run."""
     root = str(Path(__file__).parent)
     compiler = _output(os.environ.get("CXX", "c++"), "--version").partition("\n")[0]
-    commit = _output("git", "-C", root, "rev-parse", "--short=10", "HEAD") or "uncommitted"
+    commit = _output("git", "-C", root, "rev-parse", "--short=10", "HEAD") or _built_from()
     dirty = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
     found: dict[str, Any] = {
         "device": device,
