@@ -98,16 +98,16 @@ sanitizers() {
 }
 tests() {
   local ignored=() file
-  for file in tests/core tests/emulate tests/test_{mutants,packaging,demo,bench_report}.py; do
+  for file in tests/core tests/emulate tests/test_{mutants,packaging,demo,bench_report,add_a_loss}.py; do
     ignored+=("--ignore=$file")
   done
   if "$python" -c 'import xdist' 2>/dev/null; then
     # Interrupted, pytest still tells what has failed.
-    signal=INT run tests 200 60 "$python" -m pytest -q -n 8 tests --device cuda "${ignored[@]}" -p no:cacheprovider \
+    signal=INT run tests 200 60 "$python" -m pytest -q -n 8 tests --device cuda --big "${ignored[@]}" -p no:cacheprovider \
       --tb=short -rf --junit-xml="$logs/tests.xml"
   else
     for file in tests/test_*.py; do
-      case $file in *mutants* | *packaging* | *demo* | *bench_report*) continue ;; esac
+      case $file in *mutants* | *packaging* | *demo* | *bench_report* | *add_a_loss*) continue ;; esac
       run "$(basename "$file" .py)" 200 8 "$python" -m pytest -q "$file" --device cuda -p no:cacheprovider --tb=short -rf &
     done
     wait
