@@ -103,7 +103,7 @@ tests() {
   done
   if "$python" -c 'import xdist' 2>/dev/null; then
     # Interrupted, pytest still tells what has failed.
-    signal=INT run tests 200 60 "$python" -m pytest -q -n 8 tests --device cuda --big "${ignored[@]}" -p no:cacheprovider \
+    signal=INT run tests 200 60 "$python" -m pytest -q -n 8 tests --device cuda "${ignored[@]}" -p no:cacheprovider \
       --tb=short -rf --junit-xml="$logs/tests.xml"
   else
     for file in tests/test_*.py; do
@@ -128,3 +128,4 @@ judge &
 sanitizers &
 tests
 wait
+run big 90 10 "$python" -m pytest -q tests/test_big.py --device cuda --big -p no:cacheprovider --tb=short -rf
