@@ -74,10 +74,11 @@ __device__ __forceinline__ void finish_row(const PointwiseParams& p, bool root, 
       denominators[part] = denominator;
       memory_fence();  // the partials before the ticket
       *ticket = atomicAdd(&p.counters[row], 1u);
+      if (*ticket == unsigned(p.parts) - 1)
+        memory_fence();  // the ticket before the partials of the others; the barrier passes it on
     }
     block_barrier();
     if (*ticket != unsigned(p.parts) - 1) return;
-    memory_fence();  // the ticket before the partials of the others
     sum = denominator = 0;
     for (int64_t i = threadIdx.x; i < p.parts; i += blockDim.x) {
       sum += sums[i];
