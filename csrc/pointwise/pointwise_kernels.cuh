@@ -84,7 +84,6 @@ __device__ __forceinline__ void finish_row(const PointwiseParams& p, bool root, 
       sum += sums[i];
       denominator += denominators[i];
     }
-    block_barrier();
     sum = block_sum(sum, scratch);
     denominator = block_sum(denominator, scratch + kWarp);
   }
