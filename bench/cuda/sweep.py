@@ -50,7 +50,7 @@ def line(shape: tuple[int, ...], dtype: torch.dtype, copy: float, weighted: bool
     xs = copies(shape, dtype, channels_last)
     size, graph = xs[0].nbytes, xs[0].nbytes <= 1 << 28
     t = torch.randint(shape[1], (shape[0], *shape[2:]), device="cuda")
-    w = torch.rand(shape[1], device="cuda") + 0.5 if weighted else None
+    w = (torch.rand(shape[1], device="cuda") + 0.5).to(dtype) if weighted else None  # eager wants the logits' dtype
     forward = seconds(lambda x: fastloss.cross_entropy(x, t, w), xs, graph=graph)
     leaves = [x.requires_grad_() for x in xs]
     times = {
