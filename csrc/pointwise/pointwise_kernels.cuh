@@ -74,16 +74,16 @@ __device__ __forceinline__ void finish_row(const PointwiseParams& p, bool root, 
       denominators[part] = denominator;
       memory_fence();  // the partials before the ticket
       *ticket = atomicAdd(&p.counters[row], 1u);
+      if (*ticket == unsigned(p.parts) - 1)
+        memory_fence();  // the ticket before the partials of the others; the barrier passes it on
     }
     block_barrier();
     if (*ticket != unsigned(p.parts) - 1) return;
-    memory_fence();  // the ticket before the partials of the others
     sum = denominator = 0;
     for (int64_t i = threadIdx.x; i < p.parts; i += blockDim.x) {
       sum += sums[i];
       denominator += denominators[i];
     }
-    block_barrier();
     sum = block_sum(sum, scratch);
     denominator = block_sum(denominator, scratch + kWarp);
   }
