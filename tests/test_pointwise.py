@@ -395,6 +395,7 @@ def test_func(spec, reduction, device):
         yield torch.vmap(loss, (0, None))(x, t[0])
         yield torch.vmap(loss, (1, 1), 0)(x, t)
         yield torch.vmap(torch.func.grad(scalar))(x, t)
+        yield torch.func.jvp(lambda y: torch.vmap(loss)(y, t), (x,), (v,))
         yield torch.func.grad(lambda y: torch.vmap(loss)(y, t).sum())(x)
 
     for i, (got, want) in enumerate(zip(results(spec.function), results(spec.reference), strict=True)):

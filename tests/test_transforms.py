@@ -131,6 +131,20 @@ def test_vmap(ours, theirs, reduction, device):
         torch.testing.assert_close(got, want, msg=lambda m, i=i: f"case {i}: {m}")
 
 
+@losses
+@reductions
+def test_jvp_of_vmap(ours, theirs, reduction, device):
+    x, t = problem(6, 5, device=device)
+    x, t, w = x.view(2, 3, 5), t.view(2, 3), torch.linspace(0.5, 2, 5, device=device, dtype=x.dtype)
+    results = [
+        torch.func.jvp(
+            lambda y, f=f: torch.vmap(lambda a, b: f(a, b, weight=w, reduction=reduction))(y, t), (x,), (x.sin(),)
+        )
+        for f in (ours, theirs)
+    ]
+    torch.testing.assert_close(*results)
+
+
 def test_vmap_of_per_sample_gradients(device):
     """The usual use: gradients of every sample's loss by the parameters."""
     torch.manual_seed(0)

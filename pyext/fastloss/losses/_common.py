@@ -155,6 +155,11 @@ def saved_for_jvp(ctx: Any) -> Any:
     return ctx.saved_tensors if hasattr(ctx, "_pt_new_saved_tensors") else ctx.saved_for_forward
 
 
+def no_tangent(ctx: Any) -> Tensor | None:
+    """In jvp, for an output that is not differentiable, saved last: under vmap, functorch forgets that it is not."""
+    return torch.zeros_like(ctx.saved_tensors[-1]) if hasattr(ctx, "_pt_new_saved_tensors") else None
+
+
 def is_batched(t: Tensor) -> bool:
     """Whether ``t`` stands for a batch (vmap, is_grads_batched), which operators that mutate cannot take."""
     return bool(torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t))

@@ -292,7 +292,9 @@ class _Transformed(Function):
     def backward(ctx: Any, grad_output: Any, _: Any) -> Any:
         return (*_backward(ctx, grad_output, ctx.saved_tensors)[:4], *[None] * len(Options._fields))
 
-    jvp = staticmethod(_jvp)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx)
 
 
 def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None, o: Options) -> Tensor:

@@ -171,8 +171,9 @@ def _formula(
         mass = q.sum(1, keepdim=True)
         row_weight = counted
     else:
+        target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
         counted = (target != o.ignore_index).unsqueeze(1).to(accum)
-        index = torch.where(target != o.ignore_index, target, 0).to(torch.int64).unsqueeze(1)
+        index = torch.where(target != o.ignore_index, target, 0).unsqueeze(1)
         w_t = w.expand(logits.shape[1], *[1] * (logits.dim() - 2)).unsqueeze(0).expand_as(z).gather(1, index)
         one_hot = torch.zeros_like(z).scatter(1, index, 1.0)
         w_all = w.expand_as(z)
@@ -232,7 +233,7 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
 
 
 def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
-    logits, target, weight, sample_weight, _ = ctx.saved_for_forward
+    logits, target, weight, sample_weight, _ = _common.saved_for_jvp(ctx)
     o: _Options = ctx.options
     ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=_LOSS_DTYPES[o.loss_dtype])
     f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
@@ -366,14 +367,15 @@ def _recompute_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 class _Transformed(Function):
-    """The recomputing path in the form that torch.func transforms ask for."""
+    """The recomputing path in the form that torch.func transforms ask for: options one by one, as jvp of vmap wants."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
-        o = options._replace(flags=options.flags | SAVE)
-        if options.flags & STATS:
+    def forward(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
+        o = _Options(*options)
+        o = o._replace(flags=o.flags | SAVE)
+        if o.flags & STATS:
             loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
             return (loss, saved, *stats)
         loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
@@ -381,7 +383,8 @@ class _Transformed(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
-        logits, target, weight, sample_weight, ctx.options = inputs
+        logits, target, weight, sample_weight, *options = inputs
+        ctx.options = _Options(*options)
         _, saved, *stats = output
         ctx.mark_non_differentiable(saved, *stats)
         ctx.save_for_backward(logits, target, weight, sample_weight, saved)
@@ -389,9 +392,12 @@ class _Transformed(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        return _recompute_backward(ctx, grad_output)
+        return (*_recompute_backward(ctx, grad_output)[:4], *[None] * len(_Options._fields))
 
-    jvp = _ForwardMode.jvp
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        tangent, *rest = _ForwardMode.jvp(ctx, *tangents)
+        return (tangent, _common.no_tangent(ctx), *rest[1:])
 
 
 def _run(
@@ -406,7 +412,7 @@ def _run(
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
     if _common.functorch_active():
-        loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, o)
+        loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, *o)
         return (loss, *rest)
     if _common.forward_mode_active():
         loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)

@@ -40,8 +40,9 @@ def _row_factors(
 ) -> tuple[Tensor, Tensor]:
     """Class index (ignored ones replaced) and -w_t / D of every row, [N, 1, d1, ...]: the loss is linear in input."""
     reduction, ignore_index = options
+    target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
     counted = (target != ignore_index).unsqueeze(1)
-    index = torch.where(target != ignore_index, target, 0).to(torch.int64).unsqueeze(1)
+    index = torch.where(target != ignore_index, target, 0).unsqueeze(1)
     factor = counted.to(_common.accum_dtype(input.dtype))
     if weight is not None:
         factor = factor * weight[index]
@@ -60,11 +61,11 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output
         rows = (factor * upstream).to(input.dtype)
         grad = _common.attach(grad, torch.zeros_like(input).scatter(1, index, rows))
-    return grad, None, None, None
+    return grad, None, None, None, None
 
 
 def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
-    input, target, weight, _ = ctx.saved_for_forward
+    input, target, weight, _ = _common.saved_for_jvp(ctx)
     index, factor = _row_factors(input, target, weight, ctx.options)
     rows = (factor * input_t.gather(1, index)).squeeze(1).to(input.dtype)
     return (rows if ctx.options[0] == NONE else rows.sum()), None
@@ -72,9 +73,9 @@ def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
 
 class _NllLoss(Function):
     @staticmethod
-    def forward(ctx: Any, input: Any, target: Any, weight: Any, options: Any) -> Any:
-        loss, total_weight = ops.nll_loss_forward(input, target, weight, *options)
-        ctx.options = options
+    def forward(ctx: Any, input: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
+        loss, total_weight = ops.nll_loss_forward(input, target, weight, reduction, ignore_index)
+        ctx.options = reduction, ignore_index
         ctx.save_for_backward(input, target, weight, total_weight)
         ctx.save_for_forward(input, target, weight, total_weight)  # vmap wants the same as for backward
         ctx.mark_non_differentiable(total_weight)
@@ -95,18 +96,21 @@ class _NllLossTransformed(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Any, target: Any, weight: Any, options: Any) -> Any:
-        return ops.nll_loss_forward(input, target, weight, *options)
+    def forward(input: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
+        return ops.nll_loss_forward(input, target, weight, reduction, ignore_index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
-        input, target, weight, ctx.options = inputs
+        input, target, weight, *ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, target, weight, output[1])
         ctx.save_for_forward(input, target, weight, output[1])  # vmap wants the same as for backward
 
     backward = staticmethod(_backward)
-    jvp = staticmethod(_jvp)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx)
 
 
 def nll_loss(
@@ -196,11 +200,11 @@ def nll_loss(
 
     options = (red, ignore_index)
     if _common.functorch_active():
-        loss = _NllLossTransformed.apply(input, target, weight, options)[0]
+        loss = _NllLossTransformed.apply(input, target, weight, *options)[0]
     elif _common.forward_mode_active():
-        loss = _NllLossForwardMode.apply(input, target, weight, options)[0]
+        loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
     elif torch.is_grad_enabled() and input.requires_grad:
-        loss = _NllLoss.apply(input, target, weight, options)[0]
+        loss = _NllLoss.apply(input, target, weight, *options)[0]
     else:
         loss = ops.nll_loss_forward(input, target, weight, *options)[0]
     if errors.immediate_errors() and input.is_cuda:
