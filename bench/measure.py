@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import shutil
@@ -43,10 +44,10 @@ def _cpu_name() -> str:
 def _built_from() -> str:
     """The commit that the extension was built from, where there is no repository."""
     try:
-        from fastloss._build_info import BUILD_INFO
+        info = importlib.import_module("fastloss._build_info").BUILD_INFO
     except ImportError:
         return "uncommitted"
-    return str(BUILD_INFO.get("commit") or "uncommitted")[:10]
+    return str(info.get("commit") or "uncommitted")[:10]
 
 
 def environment(device: str, threads: int, isa: str | None) -> dict[str, Any]:

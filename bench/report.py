@@ -393,16 +393,16 @@ def write(data: Data, folder: Path) -> Path:
 
 
 def newest(folder: Path) -> dict[str, tuple[Path, Data]]:
-    """The newest complete results file of each device, with all of its instruction sets."""
+    """The newest results file of each device with all of its instruction sets; complete ones before all others."""
+
+    def rank(data: Data) -> tuple[bool, str]:
+        return data["complete"], data["environment"]["date"]
+
     found: dict[str, tuple[Path, Data]] = {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
         device = data["environment"]["device"]
-        if (
-            data["complete"]
-            and not data["environment"].get("limited_to")
-            and (device not in found or data["environment"]["date"] > found[device][1]["environment"]["date"])
-        ):
+        if not data["environment"].get("limited_to") and (device not in found or rank(data) > rank(found[device][1])):
             found[device] = (path, data)
     return found
 
@@ -419,6 +419,11 @@ def readme_block(device: str, found: Mapping[str, tuple[Path, Data]], root: Path
         environment_text(data),
         table(data, detail=False),
         LEGEND,
+        *(
+            []
+            if data["complete"]
+            else [f"This run was cut short. Not in it: {', '.join(data['left_out']) or 'see there'}."]
+        ),
         f"Full table and all samples: [{base.stem}]({base.with_suffix('.md')}).",
     ]
     return "\n\n".join([*parts, *(f"![fastloss beside its rivals]({p})" for p in pictures)])
@@ -437,9 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="draw tables and plots of these results files again")
     parser.add_argument("--results", type=Path, default=here / "results", help="folder of results files")
-    parser.add_argument(
-        "--readme", type=Path, help="put the newest complete results' tables between this file's markers"
-    )
+    parser.add_argument("--readme", type=Path, help="put the newest results' tables between this file's markers")
     args = parser.parse_args(argv)
     if not args.files and not args.readme:
         parser.error("nothing to do: name results files, or --readme README.md")

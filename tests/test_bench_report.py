@@ -148,8 +148,10 @@ def test_newest_complete_file_wins(tmp_path):
     put("cpu-a.json", date="2026-03-01T00:00:00Z")
     put("cpu-b.json", date="2026-01-01T00:00:00Z")
     put("cpu-c.json", date="2026-04-01T00:00:00Z", complete=False)
+    put("cuda-a.json", device="cuda", complete=False, left_out=["CE 64x10"])
     found = report.newest(tmp_path)
-    assert {device: path.name for device, (path, _) in found.items()} == {"cpu": "cpu-a.json"}
+    assert {device: path.name for device, (path, _) in found.items()} == {"cpu": "cpu-a.json", "cuda": "cuda-a.json"}
+    assert "Not in it: CE 64x10." in report.readme_block("cuda", found, tmp_path)
 
 
 def test_readme_is_generated_from_the_results(tmp_path):
