@@ -3,6 +3,8 @@
 # make bench   benchmarks against torch and torch.compile
 # make wheel   one wheel for Python >= 3.10 and torch >= 2.10, CPU or CUDA
 # make test-wheel   the wheel installed beside other torch versions; TORCH_VERSIONS="2.10.0 2.14.1" chooses
+# make gpu     everything a GPU can answer, in under nine minutes and without network, with the torch that is installed;
+#              OUT=folder for the results, SKIP="build sweep" leaves stages out (bench/gpu_run.sh says which there are)
 # make format  clang-format and ruff over everything
 # make clean   removes what was built, but for .venv
 #
@@ -37,7 +39,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 PY_FILES := setup.py pyext tests tools $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan emulated-asan emulated-tsan mutants bench wheel test-wheel format clean
+.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan emulated-asan emulated-tsan mutants bench gpu wheel test-wheel format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -130,6 +132,9 @@ judge: build/extension-full $(VENV)/test.stamp
 # ---- the rest
 bench: build/extension-here
 	$(PY) bench/run.py
+
+gpu:
+	bash bench/gpu_run.sh $(or $(OUT),build/gpu-results) 530
 
 build/dist/.built: build/extension-full $(shell find pyext -name '*.py') pyproject.toml MANIFEST.in LICENSE $(wildcard README.md)
 	rm -rf build/dist build/lib.*
