@@ -761,7 +761,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     PartStats<A> s = empty_stats<A>();
     Best<A> best = no_best<A>(), best_prob[1] = {no_best<A>()};
     A z_target = A(0), own_max = A(0);
-    if (target.index >= 0) z_target = to_accum(x[target.index]);
+    if (active && target.index >= 0) z_target = to_accum(x[target.index]);
     if (kGeneral && p.transform) z_target = transform(p.k, z_target);
     if (pass != Pass::backward) {
       const index_t t = index_t(target.index);
