@@ -389,16 +389,20 @@ class RowBatch {
   lane_int* const lane_target = lane_target_.get();
 
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
-    for (int64_t b = a.soft ? 0 : n; b < pitch_; ++b) target[b] = -1;
+    const int64_t ignored = a.ignore_index, pitch = pitch_;
+    int64_t* const to = target;
+    for (int64_t b = a.soft ? 0 : n; b < pitch; ++b) to[b] = -1;
     if (!a.soft)
       with_index(a.index_type, [&](auto* tag) {
         const auto* t = static_cast<decltype(tag)>(a.target) + first;
-        for (int64_t b = 0; b < n; ++b) target[b] = int64_t(t[b]) == a.ignore_index ? -1 : int64_t(t[b]);
+        const int64_t count = n, mark = ignored;
+        int64_t* const into = to;
+        for (int64_t b = 0; b < count; ++b) into[b] = int64_t(t[b]) == mark ? -1 : int64_t(t[b]);
       });
-    for (int64_t b = 0; b < pitch_; ++b) {
-      lane_target[b] = lane_int(target[b]);
-      best[b] = 0;
-    }
+    lane_int* const lanes = lane_target;
+    for (int64_t b = 0; b < pitch; ++b) lanes[b] = lane_int(to[b]);
+    int64_t* const starts = best;
+    for (int64_t b = 0; b < pitch; ++b) starts[b] = 0;
     for (int64_t b = n; b < pitch_; ++b)  // lanes that are computed and not used
       ref[b] = others[b] = dot[b] = mass[b] = picked[b] = T(0);
   }
@@ -600,33 +604,23 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
   for (int64_t c = 0; c < classes; ++c)
     for (b = n; b < padded; ++b) tile[c * pitch + b] = T(0);
 }
+// The way back, for rows that are not adjacent.
 template <class S, class T>
-inline void store_tile(S* x, const int64_t* offset, bool adjacent, int64_t n, int64_t stride, int64_t c0,
-                       int64_t classes, const T* tile, int64_t pitch, bool streamed) {
-  if (adjacent) {
-    for (int64_t c = 0; c < classes; ++c) {
-      S* p = x + offset[0] + (c0 + c) * stride;
-      for_vectors<T>(0, n, [&](int64_t b, int64_t m) {
-        const vec<T> v = load(tile + c * pitch + b);
-        if (streamed && m == kLanes<T>)
-          stream(p + b, v);
-        else
-          store_n(p + b, m, v);
-      });
-    }
-    return;
-  }
+inline void store_tile(S* x, const int64_t* offset, int64_t n, int64_t stride, int64_t c0, int64_t classes,
+                       const T* tile, int64_t pitch) {
   int64_t b = 0;
   if constexpr (sizeof(T) == 4) {
     if (stride == 1 && classes >= 4)
-      for (; b + 4 <= n; b += 4)
+      for (; b + 4 <= n; b += 4) {
+        S* const p[4] = {x + offset[b] + c0, x + offset[b + 1] + c0, x + offset[b + 2] + c0, x + offset[b + 3] + c0};
         for (int64_t i = 0; i < classes; i += 4) {
           const int64_t c = min_of(i, classes - 4);
           narrow<T> m[4];
           for (int j = 0; j < 4; ++j) __builtin_memcpy(&m[j], tile + (c + j) * pitch + b, sizeof m[j]);
           transpose4(m);
-          for (int j = 0; j < 4; ++j) store4(x + offset[b + j] + c0 + c, m[j]);
+          for (int j = 0; j < 4; ++j) store4(p[j] + c, m[j]);
         }
+      }
   }
   for (; b < n; ++b) {
     S* p = x + offset[b] + c0 * stride;
@@ -696,22 +690,30 @@ inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, 
   }
 }
 
-// Turns z[c][b], or with kKept e^(z - ref), into the gradient, in place.
-template <Mode kMode, bool kTransform, bool kKept, class T>
-inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, T* tile, const T* prob,
-                          int64_t pitch, int64_t c0, int64_t classes) {
-  const RowConstants<T>& k = call.k;
-  for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-    const vec<T> ref = load(s.ref + v), softmax_scale = load(s.softmax_scale + v), q_scale = load(s.q_scale + v);
-    for (int64_t c = 0; c < classes; ++c) {
-      vec<T> z = load(tile + c * pitch + v);
-      vec<T> g = (kKept ? z : exp_of(z - ref)) * softmax_scale;
-      if constexpr (kMode == Mode::smooth) g -= q_scale;
-      if constexpr (kMode == Mode::smooth_weighted) g -= q_scale * call.weight[c0 + c];
-      if constexpr (kMode == Mode::soft)
-        g -= q_scale * soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
+// The gradient from z[c][b], or with kKept from e^(z - ref): put(c, v, g) for the vector v of class c0 + c.
+template <Mode kMode, bool kTransform, bool kKept, class T, class F>
+inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, const T* tile, const T* prob,
+                          int64_t pitch, int64_t c0, int64_t classes, const F& put) {
+  using lane_int = typename bits_of<T>::type;
+  const RowConstants<T> k = call.k;
+  const T *const ref = s.ref, *const softmax_scale = s.softmax_scale, *const q_scale = s.q_scale;
+  const T* const target_grad = s.target_grad;
+  const lane_int* const lane_target = s.lane_target;
+  for (int64_t c = 0; c < classes; ++c) {
+    const T w = call.weight ? call.weight[c0 + c] : T(1);
+    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      const vec<T> z = load(tile + c * pitch + v);
+      vec<T> g = (kKept ? z : exp_of(z - load(ref + v))) * load(softmax_scale + v);
+      if constexpr (kMode == Mode::smooth) g -= load(q_scale + v);
+      if constexpr (kMode == Mode::smooth_weighted) g -= load(q_scale + v) * w;
+      if constexpr (kMode == Mode::soft) g -= load(q_scale + v) * soft_q<T>(k, load(prob + c * pitch + v), splat(w));
       if constexpr (kTransform) g *= transform_slope(k, z);
-      store(tile + c * pitch + v, g);
+      if constexpr (kMode != Mode::soft) {
+        ivec<T> target;
+        __builtin_memcpy(&target, lane_target + v, sizeof target);
+        g = target == lane_int(c0 + c) ? load(target_grad + v) : g;
+      }
+      put(c, v, g);
     }
   }
 }
@@ -781,14 +783,26 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
   for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
     const int64_t classes = min_of(step, a.classes - c0);
     if (!whole) load_classes(c0, classes);
-    keep ? tile_gradient<kMode, kTransform, true, T>(call, s, lanes, tile, prob, pitch, c0, classes)
-         : tile_gradient<kMode, kTransform, false, T>(call, s, lanes, tile, prob, pitch, c0, classes);
-    for (int64_t b = 0; b < n; ++b) {
-      const int64_t c = s.target[b] - c0;
-      if (s.target[b] >= 0 && c >= 0 && c < classes) tile[c * pitch + b] = s.target_grad[b];
+    auto gradient = [&](const auto& put) {
+      keep ? tile_gradient<kMode, kTransform, true, T>(call, s, lanes, tile, prob, pitch, c0, classes, put)
+           : tile_gradient<kMode, kTransform, false, T>(call, s, lanes, tile, prob, pitch, c0, classes, put);
+    };
+    S* const grad = static_cast<S*>(a.grad);
+    const int64_t stride = a.grad_strides.cls;
+    if (grad_adjacent) {
+      S* const base = grad + s.grad_offset[0] + c0 * stride;
+      const bool streamed = call.streamed;
+      gradient([base, stride, n, streamed](int64_t c, int64_t v, vec<T> g) {
+        S* const to = base + c * stride + v;
+        if (v + kLanes<T> > n)
+          store_tail(to, n - v, g);
+        else
+          streamed ? stream(to, g) : store(to, g);
+      });
+    } else {
+      gradient([tile, pitch](int64_t c, int64_t v, vec<T> g) { store(tile + c * pitch + v, g); });
+      store_tile(grad, s.grad_offset, n, stride, c0, classes, tile, pitch);
     }
-    store_tile(static_cast<S*>(a.grad), s.grad_offset, grad_adjacent, n, a.grad_strides.cls, c0, classes, tile, pitch,
-               call.streamed);
   }
 }
 
