@@ -55,7 +55,8 @@ def _gradient_error(s: Subject, prediction: Tensor, target: Tensor) -> tuple[flo
 
 
 def gradient(s: Subject) -> Finding:
-    name, seen = "gradient", []
+    name = "gradient"
+    seen: list[str] = []
     worst = (0.0, 0.0, 0.0)
     for where, prediction, target in s.points():
         found = _gradient_error(s, prediction, target)
@@ -173,7 +174,8 @@ def _exponential(s: Subject) -> bool:
 
 def finite(s: Subject) -> Finding:
     name = "finite"
-    tried, excused = [], None
+    tried: list[str] = []
+    excused: Finding | None = None
     for what, prediction, target, may in _hard_points(s):
         p32 = prediction.float()
 
@@ -204,7 +206,10 @@ def finite(s: Subject) -> Finding:
 
 
 def half_precision(s: Subject) -> Finding:
-    name, trouble, tried, refused = "half precision", [], [], []
+    name = "half precision"
+    trouble: list[tuple[str, torch.dtype, float, float, Tensor, Tensor]] = []
+    tried: list[str] = []
+    refused: list[str] = []
     for dtype in (torch.float16, torch.bfloat16):
         moderate = [("random", *s.sample())]
         prediction, target = s.sample()
@@ -257,7 +262,9 @@ def precision(s: Subject) -> Finding:
         prediction, target = s.sample(2048)
     if s.task.name == "regression":  # a relative error at a target near 0 measures the target's rounding
         target = torch.where(target < 0, -1.0, 1.0) * target.abs().clamp(min=0.1)
-    parts, numbers, worst = [], {}, "pass"
+    parts: list[str] = []
+    numbers: dict[str, float] = {}
+    worst = "pass"
     for dtype, warn, fail in (
         (torch.float32, 200.0, 1e4),
         (torch.float16, 32.0, 300.0),
@@ -347,7 +354,8 @@ def _bisect(f: Callable[[float], float], low: float, high: float) -> tuple[float
 
 def continuity(s: Subject) -> Finding:
     """Values along lines; what is left of a step when the interval shrinks to nothing is a jump."""
-    name, kinks = "continuous", []
+    name = "continuous"
+    kinks: list[float] = []
     grid = torch.linspace(-2, 2, 201).tolist()
     for salt in range(3):
         prediction, target = s.sample(salt=salt)
@@ -412,10 +420,11 @@ def _descend(s: Subject, prediction: Tensor, target: Tensor, steps: int = 250) -
 
 def optimum(s: Subject) -> Finding:
     name = "optimum"
-    if s.task.perfect is None:
+    perfect = s.task.perfect
+    if perfect is None:
         return skipped(name, "The task does not say what a perfect prediction is.")
     prediction, target = s.sample()
-    best = s.task.perfect(target)
+    best = perfect(target)
     start, least = s.value(prediction, target), s.value(best, target)
     why = (
         "Training makes the loss smaller, whatever it means: it must be least where the prediction is right. Check the "
@@ -437,7 +446,7 @@ def optimum(s: Subject) -> Finding:
     slack = 1e-6 * max(abs(least), range_) + 1e-12
 
     def failure(text: str, p: Tensor) -> Finding:
-        shown = s.shrink(p, target, lambda q, t: s.value(q, t) < s.value(s.task.perfect(t), t) - 1e-6)  # type: ignore[misc]
+        shown = s.shrink(p, target, lambda q, t: s.value(q, t) < s.value(perfect(t), t) - 1e-6)
         return Finding(name, "failure", text, numbers, example(*shown), why)
 
     if start <= least + slack:

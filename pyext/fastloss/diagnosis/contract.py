@@ -195,7 +195,9 @@ def _weight_forms(s: Subject, prediction: Tensor, target: Tensor) -> Iterator[tu
 
 
 def weights(s: Subject) -> Finding:
-    name, checked, tried = "weights", [], set()
+    name = "weights"
+    checked: list[str] = []
+    tried: set[str] = set()
     prediction, target = s.sample(4 if not s.task.classes else 6)
     bare: dict[str, Any] = {k: None for k in ("weight", "sample_weight") if k in s.options}
     why = "Weights are how rare classes and unreliable samples are balanced; multiply each loss before reducing."
@@ -284,7 +286,10 @@ def _weighted_mean(
         total = call(w, reduction="sum")
         if what == "sample" and not _close(total, call(None, reduction="sum") / plain * float((factor * each).mean())):
             return f"Sum with random {option}: {total:.8g} is not the sum of weight times loss."
-    allowed = {total / d for d in (float(each.numel()), float(factor.sum()), float(prediction.numel()))}
+    divisors = [float(each.numel()), float(factor.sum()), float(prediction.numel())]
+    if what == "sample" and not s.task.classes:
+        divisors.append(divisors[1] * prediction[0].numel())
+    allowed = {total / d for d in divisors}
     if any(_close(found, a) for a in allowed):
         return ""
     return (

@@ -45,6 +45,7 @@ class Subject:
         offered = self.options.get("ignore_index") if task.classes else None
         self.ignore_index = ignore_index if ignore_index is not None else offered
         self.curves: list[Curve] = []
+        self._casts: dict[tuple[int, torch.dtype], torch.nn.Module] = {}
 
     # ---- inputs
     def generator(self, salt: int = 0) -> torch.Generator:
@@ -75,9 +76,18 @@ class Subject:
         fn = fn or self.fn
         if self.task.link is not None:
             prediction = self.task.link(prediction)
-        return (configured(fn, options) if isinstance(fn, torch.nn.Module) else fn)(
-            prediction, target, **({} if isinstance(fn, torch.nn.Module) else options)
-        )
+        if isinstance(fn, torch.nn.Module):
+            return configured(self._as_dtype(fn, prediction.dtype), options)(prediction, target)
+        return fn(prediction, target, **options)
+
+    def _as_dtype(self, module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+        """The module itself, or a copy whose class weights and the like have the prediction's dtype, as after .to()."""
+        own = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.dtype != dtype]
+        if not own:
+            return module
+        if (id(module), dtype) not in self._casts:
+            self._casts[id(module), dtype] = copy.deepcopy(module).to(dtype)
+        return self._casts[id(module), dtype]
 
     def result(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The same as a tensor, on copies."""
