@@ -1,6 +1,7 @@
 """Fused, drop-in losses for PyTorch on CPU and CUDA. ``import fastloss`` and use the names of torch.nn.functional."""
 
 from ._version import __version__
+from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "RelativeL1Loss",
     "SmoothL1Loss",
     "__version__",
+    "check",
     "check_errors",
     "cross_entropy",
     "explain",

@@ -1,4 +1,4 @@
-"""``python -m fastloss info`` and ``python -m fastloss demo``."""
+"""``python -m fastloss info``, ``python -m fastloss demo`` and ``python -m fastloss check package.module:loss``."""
 
 import importlib
 import sys
@@ -56,6 +56,10 @@ def main(argv: list[str]) -> int:
         from .demo import main as demo
 
         return demo(rest)
+    if command == "check":
+        from .diagnosis.command import main as check
+
+        return check(rest)
     print(__doc__)
     return 0 if command in ("help", "-h", "--help") else 2
 

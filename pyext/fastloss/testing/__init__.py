@@ -1,12 +1,13 @@
 """What the losses are, apart from how they are computed: one :class:`LossSpec` per loss, read by the tests.
 
 :data:`SPECS` maps a loss's name to its spec: a float64 reference composed of torch operations, sample inputs, dtypes
-and the fewest bytes that an implementation must move. :func:`check_gradients` and :func:`assert_close` are for users'
-tests too. Nothing here needs pytest.
+and the fewest bytes that an implementation must move. :func:`check_gradients`, :func:`assert_close` and
+:func:`assert_sound` are for users' tests too. Nothing here needs pytest.
 """
 
 from . import cross_entropy, nll_loss, pointwise
 from ._checks import assert_close, check_gradients
+from ._sound import assert_sound
 from ._spec import LossSpec, Sample
 
 SPECS: dict[str, LossSpec] = {
@@ -14,4 +15,4 @@ SPECS: dict[str, LossSpec] = {
     **pointwise.SPECS,
 }
 
-__all__ = ["SPECS", "LossSpec", "Sample", "assert_close", "check_gradients"]
+__all__ = ["SPECS", "LossSpec", "Sample", "assert_close", "assert_sound", "check_gradients"]

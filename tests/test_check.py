@@ -1,0 +1,353 @@
+"""fastloss.check, measured: defective losses are caught by the right property, sound ones are not accused."""
+
+import functools
+import json
+import math
+import xml.etree.ElementTree
+
+import fastloss
+import pytest
+import torch
+import torch.nn.functional as F
+from defective_losses import DEFECTS
+from fastloss.diagnosis import Task, check
+from fastloss.testing import assert_sound
+
+
+def name_of(loss):
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_defective_losses_are_caught(capsys):
+    missed = []
+    for loss, kind, properties, options in DEFECTS:
+        report = check(loss, kind, compile=False, **options)
+        bad = report.named("failure") + report.named("warning")
+        missed += [f"{name_of(loss)}: {p} is {report[p].status}, bad are {bad}" for p in properties if p not in bad]
+    expected = sum(len(d[2]) for d in DEFECTS)
+    with capsys.disabled():
+        print(f"\n[check] {len(DEFECTS)} defective losses, {expected - len(missed)} of {expected} defects named")
+    assert len(DEFECTS) >= 40
+    assert not missed, "\n".join(missed)
+
+
+partial = functools.partial
+WEIGHT = torch.linspace(0.5, 1.5, 5).double()
+ALL_IGNORED = {"ignored targets": "mean over no target is nan, as documented"}
+UNINITIALISED = {"empty batch": "torch returns uninitialised memory"}
+MASKED = {"finite": "smoothing gives a masked class a share of the target, and so an infinite loss"}
+
+
+def multilabel(n, generator):
+    """Target lists of multilabel_margin_loss: class indices, then -1."""
+    target = torch.full((n, 5), -1)
+    target[:, 0] = torch.arange(n) % 5
+    return 2 * torch.randn(n, 5, generator=generator).double(), target
+
+
+def cast_weight(fn, **weights):
+    """Class weights must have the logits' dtype in torch."""
+
+    def loss(p, t):
+        return fn(p, t, **{k: w.to(p.dtype) for k, w in weights.items()})
+
+    return loss
+
+
+# loss, kind, {property: why PyTorch deserves the warning}
+TORCH = [
+    (F.cross_entropy, "classification", ALL_IGNORED),
+    (torch.nn.CrossEntropyLoss(), "classification", ALL_IGNORED),
+    (F.cross_entropy, "segmentation", ALL_IGNORED),
+    (partial(F.cross_entropy, reduction="sum"), "classification", {}),
+    (partial(F.cross_entropy, reduction="none"), "classification", {}),
+    (cast_weight(F.cross_entropy, weight=WEIGHT), "classification", {}),
+    (
+        partial(F.cross_entropy, label_smoothing=0.1),
+        "classification",
+        {**ALL_IGNORED, **MASKED},
+    ),
+    (F.cross_entropy, "probabilities", {}),
+    (F.nll_loss, "log_probabilities", ALL_IGNORED),
+    (torch.nn.NLLLoss(), "log_probabilities", ALL_IGNORED),
+    (F.multi_margin_loss, "classification", UNINITIALISED),
+    (Task("multilabel", make=multilabel), None, UNINITIALISED),
+    (partial(F.kl_div, reduction="batchmean"), "kl", {}),
+    (F.kl_div, "kl", {}),
+    (F.binary_cross_entropy, "binary_probabilities", {}),
+    (F.binary_cross_entropy_with_logits, "binary", {}),
+    (F.multilabel_soft_margin_loss, "binary", {}),
+    (
+        F.soft_margin_loss,
+        "sign",
+        {
+            "finite": "torch computes log(1 + exp(-x)) as it stands, inf from x = -89 on: a failure",
+            "half precision": "the same, from x = -12 on",
+        },
+    ),
+    (F.hinge_embedding_loss, "distance", {}),
+    (F.poisson_nll_loss, "counts", {}),
+    (F.l1_loss, "regression", {}),
+    (F.mse_loss, "regression", {}),
+    (F.smooth_l1_loss, "regression", {}),
+    (F.huber_loss, "regression", {}),
+    (torch.nn.HuberLoss(delta=0.5), "regression", {}),
+    (
+        lambda p, t: F.gaussian_nll_loss(p, t, torch.ones_like(p)),
+        "regression",
+        {
+            "half precision": "the square overflows before it is halved",
+            "vmap": "torch branches on the variance's values",
+        },
+    ),
+    (lambda p, t: (1 - F.cosine_similarity(p, t)).mean(), "regression", {}),
+]
+OURS = [
+    (fastloss.cross_entropy, "classification", ALL_IGNORED),
+    (fastloss.CrossEntropyLoss(label_smoothing=0.1), "classification", {**ALL_IGNORED, **MASKED}),
+    (fastloss.cross_entropy, "segmentation", ALL_IGNORED),
+    (fastloss.cross_entropy, "probabilities", {}),
+    (partial(fastloss.cross_entropy, all_ignored="zero"), "classification", {}),
+    (fastloss.nll_loss, "log_probabilities", ALL_IGNORED),
+    (fastloss.l1_loss, "regression", {}),
+    (fastloss.mse_loss, "regression", {}),
+    (fastloss.smooth_l1_loss, "regression", {}),
+    (fastloss.huber_loss, "regression", {}),
+    (fastloss.log_cosh_loss, "regression", {}),
+    (fastloss.relative_l1_loss, "regression", {}),
+    (fastloss.rmse_loss, "regression", {}),
+]
+
+
+def sigmoid_focal(p, t):
+    each = F.binary_cross_entropy_with_logits(p, t, reduction="none")
+    return ((1 - torch.exp(-each)) ** 2 * each).mean()
+
+
+def softmax_focal(p, t):
+    each = F.cross_entropy(p, t, reduction="none")
+    return ((1 - torch.exp(-each)) ** 2 * each).mean()
+
+
+def dice(p, t):
+    q = p.softmax(1)
+    y = F.one_hot(t, p.shape[1]).movedim(-1, 1).to(p.dtype)
+    return 1 - ((2 * (q * y).flatten(2).sum(2) + 1) / ((q + y).flatten(2).sum(2) + 1)).mean()
+
+
+def smoothed_by_hand(p, t):
+    logs = p.log_softmax(1)
+    return -(0.9 * logs.gather(1, t[:, None])[:, 0] + 0.1 * logs.mean(1)).mean()
+
+
+def with_z_loss(p, t):
+    return F.cross_entropy(p, t) + 1e-3 * p.logsumexp(1).square().mean()
+
+
+def hardest_half(p, t):
+    each = F.cross_entropy(p, t, reduction="none")
+    return each.topk(max(1, len(each) // 2)).values.mean() if len(each) else each.sum()
+
+
+def generalized_ce(p, t, q=0.7):
+    return ((1 - p.softmax(1).gather(1, t[:, None])[:, 0] ** q) / q).mean()
+
+
+def poly1(p, t):
+    each = F.cross_entropy(p, t, reduction="none")
+    return (each + 1 - torch.exp(-each)).mean()
+
+
+def brier(p, t):
+    return (p.softmax(1) - F.one_hot(t, p.shape[1]).to(p.dtype)).square().sum(1).mean()
+
+
+def symmetric_ce(p, t):
+    q = p.softmax(1)
+    return F.cross_entropy(p, t) + 4 * (1 - q.gather(1, t[:, None])[:, 0]).mean()
+
+
+def charbonnier(p, t):
+    return ((p - t) ** 2 + 1e-6).sqrt().mean()
+
+
+def pinball(p, t):
+    d = t - p
+    return torch.maximum(0.8 * d, -0.2 * d).mean()
+
+
+def wing(p, t):
+    d = (p - t).abs()
+    return torch.where(d < 1, 2 * torch.log1p(d / 0.5), d - 1 + 2 * math.log(3)).mean()
+
+
+def weighted_mse(p, t, weight=None):
+    each = (p - t) ** 2
+    return each.mean() if weight is None else (each * weight).mean()
+
+
+def sample_weighted_ce(p, t, sample_weight=None):
+    each = F.cross_entropy(p, t, reduction="none")
+    return each.mean() if sample_weight is None else (each * sample_weight).sum() / sample_weight.sum()
+
+
+def epsilon_insensitive(p, t):
+    return ((p - t).abs() - 0.5).clamp(min=0).mean()
+
+
+def smooth_mape(p, t):
+    return (2 * (p - t).abs() / (p.abs() + t.abs() + 1e-2)).mean()
+
+
+def exponential(p, t):
+    return torch.exp(-p * t).mean()
+
+
+def mse_and_l1(p, t, reduction="mean"):
+    each = 0.5 * (p - t) ** 2 + 0.5 * (p - t).abs()
+    return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
+
+
+OTHERS = [
+    (sigmoid_focal, "binary", {}),
+    (softmax_focal, "classification", {}),
+    (dice, "segmentation", {}),
+    (smoothed_by_hand, "classification", MASKED),
+    (with_z_loss, "classification", {}),
+    (hardest_half, "classification", {"no leak between samples": "the hardest of a batch are chosen together"}),
+    (
+        generalized_ce,
+        "classification",
+        dict.fromkeys(("finite", "half precision"), "q ** 0.7 has an infinite slope where the probability underflows"),
+    ),
+    (poly1, "classification", {}),
+    (brier, "classification", {}),
+    (symmetric_ce, "classification", {}),
+    (charbonnier, "regression", {"half precision": "the square of 300 is beyond float16"}),
+    (pinball, "regression", {}),
+    (wing, "regression", {}),
+    (weighted_mse, "regression", {}),
+    (sample_weighted_ce, "classification", {}),
+    (epsilon_insensitive, "regression", {}),
+    (smooth_mape, "regression", {}),
+    (
+        exponential,
+        "sign",
+        dict.fromkeys(("finite", "half precision"), "exp(60) is beyond float16, and huge logits beyond any dtype"),
+    ),
+    (mse_and_l1, "regression", {}),
+]
+
+
+def test_sound_losses_are_not_accused(capsys):
+    accused, properties = [], 0
+    for loss, kind, expected in [*TORCH, *OURS, *OTHERS]:
+        if isinstance(loss, Task):
+            loss, kind = F.multilabel_margin_loss, loss
+        report = check(loss, kind, compile=False)
+        properties += len(report.findings)
+        bad = report.named("failure") + report.named("warning")
+        accused += [f"{report.loss} on {report.task}: {p}: {report[p].evidence}" for p in bad if p not in expected]
+        assert set(report.named("failure")) <= ({"finite"} if "finite" in expected else set()), report
+    with capsys.disabled():
+        count = len(TORCH) + len(OURS) + len(OTHERS)
+        print(f"\n[check] {count} sound losses, {properties} findings, {len(accused)} false alarms")
+    assert not accused, "\n".join(accused)
+
+
+def test_report():
+    report = check(F.mse_loss, "regression", compile=False)
+    assert report and report.ok and report.exit_status == 0
+    assert "optimum" in str(report) and "0 fail" not in str(report)
+    as_json = json.loads(report.to_json())
+    assert as_json["ok"] and {f["name"] for f in as_json["findings"]} == {f.name for f in report.findings}
+    assert report["reductions"].numbers["sum"] == pytest.approx(18 * report["reductions"].numbers["mean"])
+
+
+def test_failure_shows_the_smallest_input():
+    def percentage(p, t):
+        return (1 - p / t).abs().mean()
+
+    report = check(percentage, "regression", compile=False)
+    assert not report and report.exit_status == 1
+    example = report["finite"].example
+    assert len(example["prediction"]) == 1 and example["target"] == [[0.0, 0.0, 0.0]]
+    assert "Shown by" in str(report) and report["finite"].why in " ".join(str(report).split())
+
+
+def test_page_is_self_contained(tmp_path):
+    path = tmp_path / "report.html"
+    check(lambda p, t: (p - t).abs().mean(), "regression", compile=False).save(path)
+    page = path.read_text()
+    assert "http" not in page and "<script" not in page and "&lt;lambda&gt;" in page
+    for svg in ("<svg" + part.partition("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]):
+        xml.etree.ElementTree.fromstring(svg)
+    assert page.count("<polyline") == 2  # value and slope
+
+
+def test_seed_repeats_the_report():
+    a, b = (check(F.l1_loss, "regression", compile=False, seed=3) for _ in range(2))
+    assert [f.evidence for f in a.findings] == [f.evidence for f in b.findings]
+
+
+def test_kind_is_guessed():
+    assert check(F.cross_entropy, compile=False).task == "classification"
+    assert check(F.l1_loss, compile=False).task == "regression"
+    with pytest.raises(ValueError, match="unknown kind 'images'"):
+        check(F.l1_loss, "images")
+
+
+def test_reference_is_printed_beside():
+    report = check(fastloss.mse_loss, "regression", reference=F.mse_loss, compile=False)
+    assert "reference" in report["precision"].evidence
+
+
+def test_compile():
+    assert check(F.mse_loss, "regression")["torch.compile"].status == "pass"
+
+    def breaks(p, t):
+        return (p - t).square().mean() * (1.0 if (p - t).abs().max().item() < 1e9 else 2.0)
+
+    assert check(breaks, "regression")["torch.compile"].status == "warning"
+
+
+def test_module_is_left_alone():
+    loss = torch.nn.CrossEntropyLoss(weight=WEIGHT.float())
+    before = {**vars(loss)}, loss.weight.clone()
+    report = check(loss, "classification", compile=False)
+    assert report.ok, report
+    assert vars(loss).keys() == before[0].keys() and torch.equal(loss.weight, before[1])
+    assert loss.reduction == "mean"
+
+
+def test_assert_sound():
+    assert assert_sound(F.mse_loss, "regression").ok
+    with pytest.raises(AssertionError, match=r"FAIL +optimum"):
+        assert_sound(lambda p, t: (p - t).mean(), "regression")
+    assert_sound(lambda p, t: (p - t).mean(), "regression", allow=["optimum"])
+    with pytest.raises(AssertionError, match="ignored targets"):
+        assert_sound(F.cross_entropy, "classification", warnings=False)
+    with pytest.raises(ValueError, match="no such properties: optimus"):
+        assert_sound(F.mse_loss, "regression", allow=["optimus"])
+
+
+def test_command(tmp_path, capsys):
+    from fastloss.__main__ import main as command
+
+    page = tmp_path / "page.html"
+    assert command(["check", "torch.nn.functional:mse_loss", "--kind=regression", "--no-compile"]) == 0
+    assert "mse_loss on regression" in capsys.readouterr().out
+    wrong = ["check", "defective_losses:signed_error", "--kind=regression", "--no-compile", "--json", f"--save={page}"]
+    assert command(wrong) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False and page.exists()
+    assert command(["check", "torch.nn:CrossEntropyLoss", "--no-compile", "--strict"]) == 1
+    assert command(["check", "torch.nn.functional:no_such_loss"]) == 2
+    assert "could not be examined" in capsys.readouterr().err
