@@ -237,13 +237,13 @@ OTHERS = [
     (weighted_mse, "regression", {}),
     (sample_weighted_ce, "classification", {}),
     (epsilon_insensitive, "regression", {}),
-    (smooth_mape, "regression", {}),
+    (smooth_mape, "regression", {"optimum": "flat where prediction and target have opposite signs"}),
     (
         exponential,
         "sign",
         dict.fromkeys(("finite", "half precision"), "exp(60) is beyond float16, and huge logits beyond any dtype"),
     ),
-    (mse_and_l1, "regression", {}),
+    (mse_and_l1, "regression", {"half precision": "the square of 300 overflows before it is halved"}),
 ]
 
 
