@@ -96,7 +96,13 @@ def check(
     for i, (name, examine) in enumerate(properties.items()):
         if show and time.perf_counter() - began > 1:
             print(f"\r[{i + 1}/{len(properties)}] {name:<24}", end="", file=sys.stderr, flush=True)
-        findings.append(_examine(subject, name, examine))
+        # The inputs are tiny: a second thread would mostly wait for the first.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            findings.append(_examine(subject, name, examine))
+        finally:
+            torch.set_num_threads(threads)
     if show:
         print("\r" + " " * 40 + "\r", end="", file=sys.stderr, flush=True)
     inputs = KINDS.get(task.name, "inputs of your own") + (" (guessed: pass kind= for another)" if guessed else "")
