@@ -8,6 +8,9 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
+// Results from here on are stored past the caches (stream): too large to be read back from them.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
 // Uninitialised, vector-aligned scratch memory, padded by one vector so that kernels may read a whole one at the end.
 template <class T>
 class Scratch {

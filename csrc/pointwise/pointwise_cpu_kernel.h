@@ -14,8 +14,7 @@ namespace fastloss {
 namespace FASTLOSS_ISA {
 
 constexpr int64_t kChunk = 1024, kBlock = 16 * kChunk;
-constexpr int64_t kStreamBytes = int64_t(16) << 20;  // results from here on are stored past the caches
-constexpr int64_t kAhead = 2048;                     // bytes; the hardware does not prefetch past a page
+constexpr int64_t kAhead = 2048;  // bytes; the hardware does not prefetch past a page
 
 // ---- chunks in and out
 

@@ -20,10 +20,9 @@ namespace FASTLOSS_ISA {
 
 enum class Mode { index, smooth, smooth_weighted, soft };  // what q_c is: nothing, 1, w_c, w_c p'_c
 
-constexpr int64_t kChunk = 1024;                     // classes per chunk of the row path
-constexpr int64_t kKeptBytes = 262144;               // exponentials of a row that are kept for its gradient
-constexpr int64_t kStreamBytes = int64_t(16) << 20;  // gradients from here on are stored past the caches,
-constexpr int64_t kStreamRowBytes = 2048;            // but for rows that are mostly parts of lines
+constexpr int64_t kChunk = 1024;           // classes per chunk of the row path
+constexpr int64_t kKeptBytes = 262144;     // exponentials of a row that are kept for its gradient
+constexpr int64_t kStreamRowBytes = 2048;  // shorter rows are mostly parts of lines: not streamed
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kTileBytes = 32768;
 constexpr int64_t kTileBytesMax = 262144;  // past this a tile holds only part of the classes
