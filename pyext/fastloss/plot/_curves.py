@@ -53,7 +53,8 @@ def curves(
 
     Args:
         losses: a loss ``(prediction, target) -> tensor``, function or module, or several: ``{name: loss}`` or a list.
-        kind: what they take, one of :data:`fastloss.diagnosis.KINDS`; by default the first that the first one takes.
+        kind: what they take, one of :data:`fastloss.diagnosis.KINDS`; by default what ``at`` looks like, or else the
+            first that the first loss takes.
         at: ``(prediction, target)`` that the line goes through, for a batch of any size, of the kind's shapes; by
             default one sample: logits (1, classes) of zeros and target 0, or target 1 (counts: 3) in regression.
         vary: which entry of the prediction's first sample is varied, counted in memory order: for logits, the class.
@@ -75,13 +76,15 @@ def curves(
     """
     plt = pyplot()
     named = _named(losses)
-    if kind is None:
-        fits = "classification" if at is not None and not at[1].is_floating_point() and at[0].dim() > 1 else None
-        kind = fits or ("regression" if at is not None else _guess(next(iter(named.values())), classes, None))
-    task = make_task(kind, classes)
-    prediction, target = at if at is not None else _default(task, classes)
-    if not (isinstance(prediction, Tensor) and isinstance(target, Tensor) and prediction.numel()):
-        raise ValueError("at must be a pair of tensors (prediction, target) with at least one sample")
+    if at is None:
+        task = make_task(kind or _guess(next(iter(named.values())), classes, None), classes)
+        prediction, target = _default(task, classes)
+    else:
+        if not (isinstance(at, tuple) and len(at) == 2 and all(isinstance(t, Tensor) and t.numel() for t in at)):
+            raise ValueError("at must be a pair of tensors (prediction, target) with at least one sample")
+        prediction, target = at
+        indices = prediction.dim() > 1 and not target.is_floating_point()
+        task = make_task(kind or ("classification" if indices else "regression"), classes)
     prediction = prediction.detach().to(dtype).contiguous()
     entries = prediction[0].numel() if prediction.dim() else 1
     if not 0 <= vary < entries:
@@ -91,7 +94,7 @@ def curves(
         raise ValueError(f"span must be (low, high) with low < high, both finite; got {span}")
     if points < 2:
         raise ValueError(f"points must be at least 2, got {points}")
-    residual = kind == "regression" and prediction.shape == target.shape
+    residual = task.name == "regression" and prediction.shape == target.shape
     origin = float(target.flatten()[vary]) if residual else 0.0
     # Symmetric about the middle, so that 0 is exactly 0 and not the rounding error of linspace.
     xs = [(low * (points - 1 - i) + high * i) / (points - 1) for i in range(points)]
@@ -101,12 +104,12 @@ def curves(
         shown = f"{origin:g}" if prediction.numel() == 1 else f"{origin:g}, {prediction.numel() - 1} more fixed"
         what, xlabel = "residual", f"residual: prediction - target  (target {shown})"
     elif task.classes:
-        what, xlabel = "logit", _logits_label(kind, prediction, target, vary)
+        what, xlabel = "logit", _logits_label(prediction, target, vary)
     else:
         what = "logit" if task.decided else "prediction"
         xlabel = f"{what}  (target {float(target.flatten()[min(vary, target.numel() - 1)]):g})"
-    if kind in _LINKS:
-        xlabel += f"; the loss gets {_LINKS[kind]} of it"
+    if task.name in _LINKS:
+        xlabel += f"; the loss gets {_LINKS[task.name]} of it"
     if figure is None:
         figure = plt.figure(figsize=(9.5, 4.2), layout="constrained", dpi=110)
     axes = figure.subplots(1, 2)
@@ -149,7 +152,7 @@ def _default(task: Task, classes: int) -> tuple[Tensor, Tensor]:
     return target.clone(), target
 
 
-def _logits_label(kind: str, logits: Tensor, target: Tensor, vary: int) -> str:
+def _logits_label(logits: Tensor, target: Tensor, vary: int) -> str:
     row = target.flatten()[0] if not target.is_floating_point() else target[0].flatten()
     shown = f"{int(row)}" if row.dim() == 0 else ", ".join(f"{float(p):.2g}" for p in row[:4])
     others = [f"{float(z):g}" for j, z in enumerate(logits[0].flatten()) if j != vary]

@@ -24,7 +24,7 @@ def pyplot() -> Any:
 def finish(figure: Any, save: str | Path | None) -> Any:
     """Write the figure, if asked to, and hand it over."""
     if save is not None:
-        figure.savefig(save)
+        figure.figure.savefig(save)  # of a part, the whole
     return figure
 
 
