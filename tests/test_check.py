@@ -279,7 +279,7 @@ def test_failure_shows_the_smallest_input():
     report = check(percentage, "regression", compile=False)
     assert not report and report.exit_status == 1
     example = report["finite"].example
-    assert len(example["prediction"]) == 1 and example["target"] == [[0.0, 0.0, 0.0]]
+    assert example == {"prediction": [[1.0]], "target": [[0.0]]}
     assert "Shown by" in str(report) and report["finite"].why in " ".join(str(report).split())
 
 

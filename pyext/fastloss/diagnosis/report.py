@@ -35,6 +35,28 @@ class Finding:
     example: dict[str, Any] | None = None
     why: str = ""
 
+    @property
+    def bad(self) -> bool:
+        """A failure or a warning."""
+        return self.status in ("failure", "warning")
+
+
+def passed(evidence: str, **numbers: Any) -> Finding:
+    """A finding as the properties return it: :func:`fastloss.check` writes the name."""
+    return Finding("", "pass", evidence, numbers)
+
+
+def skipped(evidence: str) -> Finding:
+    return Finding("", "skipped", evidence)
+
+
+def failed(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "failure", evidence, numbers, None, why)
+
+
+def warned(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "warning", evidence, numbers, None, why)
+
 
 @dataclass
 class Curve:
@@ -58,9 +80,13 @@ class Report:
     seconds: float
     findings: list[Finding]
     curves: list[Curve] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Finding:
-        return next(f for f in self.findings if f.name == name)
+        found = [f for f in self.findings if f.name == name]
+        if not found:
+            raise KeyError(f"{name}: not examined, but {', '.join(f.name for f in self.findings)}")
+        return found[0]
 
     def named(self, status: str) -> list[str]:
         """The names of the properties with this status."""

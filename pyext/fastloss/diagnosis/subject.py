@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .report import Curve, Finding
-from .tasks import Task
+from .shrink import shrink
+from .tasks import KINDS, Task
 
-OPTIONS = ("reduction", "weight", "sample_weight", "pos_weight", "ignore_index")
+WEIGHTS = ("weight", "weights", "class_weight", "class_weights", "sample_weight", "sample_weights")
+OPTIONS = ("reduction", "ignore_index", "label_smoothing", "pos_weight", *WEIGHTS)
+
+
+Total = Callable[[Tensor], Tensor]  # a scalar of a result that may be none
 
 
 class NoGradientError(Exception):
@@ -41,11 +48,56 @@ class Subject:
     ) -> None:
         self.fn, self.task, self.samples, self.seed = fn, task, samples, seed
         self.reference, self.shift_invariant = reference, shift_invariant
-        self.options = {name: default for name, default in _offered(fn) if name in OPTIONS}
+        # A weight that is a number balances terms of a loss, not samples.
+        self.options = {
+            name: default
+            for name, default in _offered(fn)
+            if name in OPTIONS and not (name in WEIGHTS and isinstance(default, (int, float)))
+        }
         offered = self.options.get("ignore_index") if task.classes else None
         self.ignore_index = ignore_index if ignore_index is not None else offered
         self.curves: list[Curve] = []
+        self.cost = 0.0  # seconds that a call with its gradient takes
+        self.tick: Callable[[], None] = lambda: None  # called with every call of the loss
+        self.last: tuple[Tensor, Tensor] | None = None  # the inputs of the last call
+        self._shrinking = 3.0  # seconds left for it
         self._casts: dict[tuple[int, torch.dtype], torch.nn.Module] = {}
+
+    # ---- effort
+    def measure(self) -> None:
+        """Time the loss, so that a slow one is examined with fewer calls."""
+        prediction, target = self.sample()
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            try:
+                self.gradient(prediction, target)
+            except NoGradientError:
+                pass
+            seconds.append(time.perf_counter() - began)
+            if min(seconds) > 0.02 and len(seconds) > 1:
+                break
+        self.cost = min(seconds)
+
+    @property
+    def effort(self) -> float:
+        """1 for a loss that takes up to a millisecond, less for a slower one."""
+        return min(1.0, 1e-3 / max(self.cost, 1e-9))
+
+    def some(self, number: int, least: int = 1) -> int:
+        """That many tries, or fewer with a slow loss."""
+        return max(least, round(number * self.effort))
+
+    @functools.cached_property
+    def _seconds_per_sample(self) -> float:
+        prediction, target = self.sample(64)
+        began = time.perf_counter()
+        self.value(prediction, target)
+        return (time.perf_counter() - began) / 64
+
+    def many(self, samples: int) -> int:
+        """That many samples, or as many as take a loss that is slow with samples a twentieth of a second."""
+        return min(samples, max(64, int(0.05 / self._seconds_per_sample)))
 
     # ---- inputs
     def generator(self, salt: int = 0) -> torch.Generator:
@@ -91,6 +143,8 @@ class Subject:
 
     def result(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The same as a tensor, on copies."""
+        self.tick()
+        self.last = prediction, target
         if target.is_floating_point() and target.dtype == torch.float64:
             target = target.to(prediction.dtype)
         options = {k: v.to(prediction.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -99,28 +153,42 @@ class Subject:
             out = out[0]
         return out if isinstance(out, Tensor) else torch.as_tensor(out, dtype=torch.float64)
 
-    def value(self, prediction: Tensor, target: Tensor, **options: Any) -> float:
+    def value(self, prediction: Tensor, target: Tensor, total: Total = Tensor.sum, **options: Any) -> float:
         """The result, summed if it is no scalar."""
         with torch.no_grad():
-            return float(self.result(prediction, target, **options).double().sum())
+            return float(total(self.result(prediction, target, **options).double()))
 
     def gradient(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Of the summed result by the prediction, detached."""
         return self.value_and_gradient(prediction, target, **options)[1]
 
-    def value_and_gradient(self, prediction: Tensor, target: Tensor, **options: Any) -> tuple[float, Tensor]:
+    def value_and_gradient(
+        self, prediction: Tensor, target: Tensor, total: Total = Tensor.sum, **options: Any
+    ) -> tuple[float, Tensor]:
         leaf = prediction.detach().clone().requires_grad_()
         out = self.result(leaf, target, **options)
         if not out.requires_grad:
             raise NoGradientError
-        (grad,) = torch.autograd.grad(out.sum(), leaf, allow_unused=True)
+        (grad,) = torch.autograd.grad(total(out), leaf, allow_unused=True)
         if grad is None:
             raise NoGradientError
-        return float(out.detach().double().sum()), grad
+        return float(total(out.detach().double())), grad
 
     def reduced(self, reduction: str) -> dict[str, Any]:
         """Options that ask for this reduction, if the loss has any."""
         return {"reduction": reduction} if "reduction" in self.options else {}
+
+    def weight_forms(self) -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], tuple[int, ...]]]]:
+        """(option, what it weights, (prediction, target) -> the weight's shape), each form that may fit."""
+        _, target = self.sample(1)
+        for option in (o for o in self.options if o in WEIGHTS):
+            if not option.startswith("sample"):
+                if not self.task.classes:
+                    yield option, "element", lambda p, t: tuple(p.shape)
+                elif not target.is_floating_point():
+                    yield option, "class", lambda p, t: (p.shape[1],)
+            if not option.startswith("class"):
+                yield option, "sample", lambda p, t: (len(p),)
 
     @functools.cached_property
     def shifts(self) -> bool:
@@ -132,52 +200,56 @@ class Subject:
         return abs(before - after) <= 1e-6 * max(abs(before), 1e-3)
 
     # ---- evidence
-    def shrink(
-        self, prediction: Tensor, target: Tensor, shows: Callable[[Tensor, Tensor], bool]
-    ) -> tuple[Tensor, Tensor]:
-        """Fewer samples and rounder numbers that still show it."""
+    def judged(self, test: Callable[[Tensor, Tensor], Finding], prediction: Tensor, target: Tensor) -> Finding:
+        """What the test says of this input; of a fault, what it says of the smallest input found that shows it, too."""
+        finding = test(prediction, target)
+        if not finding.bad:
+            return finding
+        latest = finding
 
-        def still(p: Tensor, t: Tensor) -> bool:
-            try:
-                return shows(p, t)
-            except Exception:
-                return False
+        def shows(p: Tensor, t: Tensor) -> bool:
+            nonlocal latest
+            found = test(p, t)
+            same = (found.status, found.why) == (finding.status, finding.why)
+            latest = found if same else latest
+            return same
 
-        for i in range(len(prediction)):
-            if still(prediction[i : i + 1], target[i : i + 1]):
-                prediction, target = prediction[i : i + 1], target[i : i + 1]
-                break
-        for digits in (0, 1, 2):
-            rounded = prediction.round(decimals=digits)
-            exact = target.round(decimals=digits) if target.is_floating_point() and not self.task.classes else target
-            for p, t in ((rounded, exact), (rounded, target), (prediction, exact)):
-                if still(p, t):
-                    return p, t
-        return prediction, target
+        began = time.perf_counter()
+        p, t = shrink(
+            prediction.detach(),
+            target,
+            shows,
+            classes=self.task.classes,
+            plain=self.task.name in KINDS,
+            seconds=min(1.0, self._shrinking),
+        )
+        self._shrinking = max(0.2, self._shrinking - (time.perf_counter() - began))
+        return self.shown(latest, p, t)
 
-
-def example(prediction: Tensor, target: Tensor) -> dict[str, Any]:
-    """For a finding."""
-    return {"prediction": prediction.tolist(), "target": target.tolist()}
-
-
-def passed(name: str, evidence: str, **numbers: Any) -> Finding:
-    return Finding(name, "pass", evidence, numbers)
-
-
-def skipped(name: str, evidence: str) -> Finding:
-    return Finding(name, "skipped", evidence)
+    def shown(self, finding: Finding, prediction: Tensor, target: Tensor) -> Finding:
+        """With this input, as the loss is given it."""
+        given = self.task.link(prediction) if self.task.link is not None else prediction
+        inputs = {"prediction": given.tolist(), "target": target.tolist()}
+        return replace(finding, example={**inputs, **(finding.example or {})})
 
 
 def configured(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
     """The module with other attributes; the original is left alone."""
     if not options:
         return module
-    changed = copy.copy(module)
-    changed.__dict__["_buffers"] = dict(module._buffers)
+    inner = [m for m in module.modules() if m is not module and any(hasattr(m, name) for name in options)]
+    changed = copy.deepcopy(module) if inner else copy.copy(module)
+    changed.__dict__["_buffers"] = dict(changed._buffers)
     for name, option in options.items():
-        setattr(changed, name, option)
+        old = getattr(changed, name)
+        for m in changed.modules():  # also where the option was handed on to a loss inside
+            if m is changed or (hasattr(m, name) and _same(getattr(m, name), old)):
+                setattr(m, name, option)
     return changed
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
 def _offered(fn: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
