@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import time
 import warnings
@@ -85,7 +86,7 @@ def check(
     shapes = f"prediction {list(prediction.shape)}, target {list(target.shape)}"
     report = Report(title, task.name, f"{KINDS.get(task.name, 'inputs of your own')}; {shapes}", seed, 0.0, [])
     report.notes = [note] if note else []
-    properties = {**calculus.PROPERTIES, **contract.PROPERTIES}
+    properties = {"repeatable": contract.repeatable, **calculus.PROPERTIES, **contract.PROPERTIES}
     if compile:
         properties["torch.compile"] = contract.compiles("inductor" if compile == "inductor" else "aot_eager")
     threads = torch.get_num_threads()
@@ -97,11 +98,18 @@ def check(
             properties = {}
         else:
             subject.measure()
+            if not math.isfinite(subject.value(prediction, target)):
+                report.notes.append("The value is not finite for an ordinary input: nothing else can be told.")
+                properties = {k: v for k, v in properties.items() if k in ("finite", "optimum", "inputs untouched")}
             if subject.effort < 1:
                 report.notes.append(f"A call takes {1e3 * subject.cost:.3g} ms: examined with fewer points and steps.")
         for i, (name, examine) in enumerate(properties.items()):
             subject.tick = _Progress(began, f"[{i + 1}/{len(properties)}] {name}", progress)
             report.findings.append(_examine(subject, name, examine))
+        if fault is None and subject.rounds_to is not None:
+            report.notes.append(
+                "Values are rounded inside (see precision): other findings may be consequences of that."
+            )
         if "repeatable" in report.named("failure"):
             report.notes.append("Not repeatable: the other findings may be mere consequences of that.")
     finally:
@@ -143,7 +151,9 @@ def _examine(subject: Subject, name: str, examine: Callable[[Subject], Finding])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return replace(examine(subject), name=name)
-    except NoGradientError:
+    except NoGradientError as e:
+        if subject.differentiable:
+            return replace(_raises(subject, e), name=name)
         return replace(skipped("The result has no gradient."), name=name)
     except Exception as e:
         return replace(_raises(subject, e), name=name)

@@ -99,7 +99,11 @@ def _gradient_at(s: Subject, where: str, options: Options, prediction: Tensor, t
 def gradient(s: Subject) -> Finding:
     seen: list[str] = []
     worst = 0.0
-    plain: Options = lambda p, t: {}  # noqa: E731
+
+    def plain(p: Tensor, t: Tensor) -> dict[str, Any]:
+        return {}
+
+    points: list[tuple[str, Tensor, Tensor, Options]]
     points = [(f"At {where} points", p, t, plain) for where, p, t in s.points()]
     points += [(f"With {what}", *s.sample(), options) for what, options in _variants(s)]
     if s.ignore_index is not None and not points[0][2].is_floating_point():
@@ -115,23 +119,29 @@ def gradient(s: Subject) -> Finding:
             worst = max(worst, found.numbers["relative_error"])
     if not seen:
         return skipped("No point with a finite value and gradient, see 'finite'.")
+    error = f"largest error {worst:.1e}" if worst > 1e-9 else "within rounding"
     return passed(
-        f"Agrees with finite differences in float64: {', '.join(seen)} (largest error {worst:.1e}).",
+        f"Agrees with finite differences in float64: {', '.join(seen)} ({error}).",
         relative_error=worst,
     )
 
 
 def _variants(s: Subject) -> Iterator[tuple[str, Options]]:
     """Options that a hand-written backward may have forgotten, as far as the loss takes them."""
-    candidates: list[tuple[str, Options]] = [
-        (f"reduction={r!r}", lambda p, t, r=r: {"reduction": r}) for r in ("none", "sum") if "reduction" in s.options
-    ]
+
+    def fixed(**options: Any) -> Options:
+        return lambda p, t: options
+
+    def ramped(option: str, shape: Callable[[Tensor, Tensor], tuple[int, ...]]) -> Options:
+        return lambda p, t: {option: ramp(*shape(p, t))}
+
+    candidates = [(f"reduction={r!r}", fixed(reduction=r)) for r in ("none", "sum") if "reduction" in s.options]
     if "label_smoothing" in s.options:
-        candidates.append(("label_smoothing=0.1", lambda p, t: {"label_smoothing": 0.1}))
+        candidates.append(("label_smoothing=0.1", fixed(label_smoothing=0.1)))
     if "pos_weight" in s.options:
-        candidates.append(("pos_weight", lambda p, t: {"pos_weight": ramp(p.shape[-1])}))
+        candidates.append(("pos_weight", ramped("pos_weight", lambda p, t: (p.shape[-1],))))
     for option, what, shape in s.weight_forms():
-        candidates.append((f"{option} per {what}", lambda p, t, o=option, f=shape: {o: ramp(*f(p, t))}))
+        candidates.append((f"{option} per {what}", ramped(option, shape)))
     prediction, target = s.sample()
     done: set[str] = set()
     for what, options in candidates:
@@ -190,6 +200,7 @@ def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
     prediction, target = s.sample()
     sign = torch.where(prediction > 0, 1.0, -1.0).double()
     points = [
+        ("random predictions", prediction, target, False),
         ("huge predictions", s.task.huge * sign, target, False),
         ("predictions all equal", torch.zeros_like(prediction), target, False),
     ]
@@ -200,6 +211,8 @@ def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
         elif not s.task.link:
             far = best / best.abs().max() * s.task.huge
             points += [("sure and right", far, target, False), ("sure and wrong", -far, target, False)]
+    if s.task.name == "binary_probabilities" and s.task.perfect is not None:  # in float32
+        points.append(("predictions of exactly 0 and 1, and right", 10 * s.task.perfect(target), target, False))
     if target.is_floating_point() and s.task.name == "regression":
         points.append(("a target of 0", prediction, torch.zeros_like(target), False))
     if target.is_floating_point() and s.task.name in ("probabilities", "kl"):
@@ -221,6 +234,17 @@ def _exponential(s: Subject) -> bool:
     )
 
 
+# What the point is, in part: what to do.
+STABLE = {
+    "masked": "use log_softmax over what is left, and give a masked class no share of the target (label smoothing).",
+    "equal to the target": "the slope of sqrt() and norm() at 0 is infinite: add a small number inside.",
+    "target of 0": "divide by max(|target|, a small number).",
+    "exactly 0 and 1": "log(0) is infinite and 0 * log(0) is nan: use xlogy() or logits, or clamp inside log().",
+    "": "use the stable form (log_softmax, logsumexp, softplus, logaddexp, log1p), or keep what is inside log(), "
+    "sqrt(), powers and divisions away from 0.",
+}
+
+
 def finite(s: Subject) -> Finding:
     tried: list[str] = []
     excused: Finding | None = None
@@ -232,12 +256,11 @@ def finite(s: Subject) -> Finding:
             if (math.isfinite(value) and bool(grad.isfinite().all())) or (what == "huge predictions" and not p.any()):
                 return passed("")
             count, excuse = int((~grad.isfinite()).sum()), bool(grows and grows())
+            gradient_is = f"not finite in {count} of {grad.numel()} entries" if count else "finite"
             return (warned if may or excuse else failed)(
-                f"With {what} the value is {value:.4g} and the gradient has {count} "
-                f"{'entry that is' if count == 1 else 'entries that are'} not finite (float32)."
+                f"With {what} the value is {value:.4g}, the gradient {gradient_is} (float32)."
                 + (" The loss itself grows exponentially." if excuse else ""),
-                "One such sample turns every parameter into nan: use the stable form (log_softmax, logsumexp, "
-                "logaddexp, log1p), or add a small number inside sqrt, log and divisions.",
+                "One such sample turns every parameter into nan: " + next(v for k, v in STABLE.items() if k in what),
                 value=value,
                 nonfinite_gradients=count,
             )
@@ -260,6 +283,8 @@ def half_precision(s: Subject) -> Finding:
         moderate = [("random", prediction, target)]
         if s.task.name == "regression":
             moderate += [("residuals of 300", target + 300, target), ("residuals of 1/1000", target + 1e-3, target)]
+        elif s.task.name == "binary_probabilities" and s.task.perfect is not None:
+            moderate.append(("probabilities of exactly 0 and 1, and right", 10 * s.task.perfect(target), target))
         elif s.task.huge > 60:
             moderate.append(("logits of 60", 30 * prediction.clamp(-2, 2), target))
         for what, p, t in moderate:
@@ -297,20 +322,53 @@ def half_precision(s: Subject) -> Finding:
     return passed(f"Finite: {', '.join(tried)}.{' Not offered: ' + refused[0] if refused else ''}")
 
 
+PRECISION = {torch.float32: (200.0, 1e4), torch.float16: (32.0, 300.0), torch.bfloat16: (16.0, 100.0)}  # warn, fail
+
+
 def precision(s: Subject) -> Finding:
+    why = "Digits are lost: sum in float32, subtract the maximum before exp, avoid differences of large numbers."
     prediction, target = s.sample(s.many(max(512, s.samples)))
     if prediction.numel() < 2048 * 3 and prediction[0].numel() < 64:
         prediction, target = s.sample(s.many(2048))
+    errors = _errors(s, prediction, target)
+    if not errors:
+        return skipped("No dtype could be compared with float64.")
+    numbers: dict[str, Any] = {"samples": len(prediction)}
+    parts = []
+    for dtype, (value_error, grad_error, beside) in errors.items():
+        text = f"{_dtype(dtype)} {value_error:.2g} (value) and {grad_error:.2g} (gradient)"
+        numbers.update({f"{_dtype(dtype)}_value": value_error, f"{_dtype(dtype)}_gradient": grad_error})
+        if beside is not None:
+            text += f", reference {beside:.2g}"
+            numbers[f"{_dtype(dtype)}_reference"] = beside
+        parts.append(text)
+    evidence = (
+        f"Error against float64 where 1 is a rounding of the dtype, {len(prediction)} samples: {'; '.join(parts)}."
+    )
+    if s.rounds_to is not None:
+        status = failed if s.rounds_to is torch.float16 else warned
+        return status(f"The value of float64 predictions has no more digits than {_dtype(s.rounds_to)}.", why)
+    worst = max((_verdict(dtype, max(e[:2])) for dtype, e in errors.items()))
+    if not worst:
+        return passed(evidence, **numbers)
+    if worst == 2 and len(prediction) > s.samples:
+        small = _errors(s, *s.sample()).items()
+        if not any(_verdict(dtype, max(e[:2])) for dtype, e in small):
+            return warned(f"{evidence} {s.samples} samples are fine.", why, **numbers)
+    return (failed if worst == 2 else warned)(evidence, why, **numbers)
+
+
+def _verdict(dtype: torch.dtype, error: float) -> int:
+    warn, fail = PRECISION[dtype]
+    return 2 if not error <= fail else 1 if error > warn else 0
+
+
+def _errors(s: Subject, prediction: Tensor, target: Tensor) -> dict[torch.dtype, tuple[float, float, float | None]]:
+    """Of value, gradient and the reference's value, in units of each dtype's precision."""
     if s.task.name == "regression":  # a relative error at a target near 0 measures the target's rounding
         target = torch.where(target < 0, -1.0, 1.0) * target.abs().clamp(min=0.1)
-    parts: list[str] = []
-    numbers: dict[str, float] = {"samples": len(prediction)}
-    worst = 0  # 1 warns, 2 fails
-    for dtype, warn, fail in (
-        (torch.float32, 200.0, 1e4),
-        (torch.float16, 32.0, 300.0),
-        (torch.bfloat16, 16.0, 100.0),
-    ):
+    errors = {}
+    for dtype in PRECISION:
         p, t = prediction.to(dtype), (target.to(dtype) if target.is_floating_point() else target)
         exact = (p.double(), t.double() if t.is_floating_point() else t)
         try:
@@ -323,32 +381,19 @@ def precision(s: Subject) -> Finding:
         if not math.isfinite(want) or abs(want) > torch.finfo(dtype).max / 4:
             continue
         eps = torch.finfo(dtype).eps
-        value_error = abs(value - want) / (eps * max(abs(want), 1e-30))
         # Entries below the dtype's smallest step cannot be better than that. And not the largest error, but the 99th
         # percentile: an entry beside a kink may fall on its other side.
         off = ((grad.double() - want_grad).abs() - torch.finfo(dtype).smallest_normal * eps).clamp(min=0)
-        grad_error = float(torch.quantile(off.reshape(-1)[:1_000_000], 0.99)) / (
-            eps * max(float(want_grad.abs().max()), 1e-30)
-        )
-        text = f"{_dtype(dtype)} {value_error:.2g} (value) and {grad_error:.2g} (gradient)"
+        beside = None
         if s.reference is not None:
             reference = s.raw(p, t, fn=s.reference)
             beside = abs(float(reference.double().sum()) - want) / (eps * max(abs(want), 1e-30))
-            text += f", reference {beside:.2g}"
-            numbers[f"{_dtype(dtype)}_reference"] = beside
-        parts.append(text)
-        numbers[f"{_dtype(dtype)}_value"], numbers[f"{_dtype(dtype)}_gradient"] = value_error, grad_error
-        error = max(value_error, grad_error)
-        worst = max(worst, 2 if not error <= fail else 1 if error > warn else 0)
-    if not parts:
-        return skipped("No dtype could be compared with float64.")
-    evidence = (
-        f"Error against float64 in units of the dtype's precision, {len(prediction)} samples: {'; '.join(parts)}."
-    )
-    if not worst:
-        return passed(evidence, **numbers)
-    why = "Digits are lost: sum in float32, subtract the maximum before exp, avoid differences of large numbers."
-    return (failed if worst == 2 else warned)(evidence, why, **numbers)
+        errors[dtype] = (
+            abs(value - want) / (eps * max(abs(want), 1e-30)),
+            float(torch.quantile(off.reshape(-1)[:1_000_000], 0.99)) / (eps * max(float(want_grad.abs().max()), 1e-30)),
+            beside,
+        )
+    return errors
 
 
 def useful_gradient(s: Subject) -> Finding:
@@ -471,7 +516,7 @@ def continuity(s: Subject) -> Finding:
         steps = sorted(range(cells), key=lambda i: -abs(values[i + 1] - values[i]))[:suspects]
         # A kink hides in the interval with the sharpest change of slope, a jump in the one with the largest step.
         curved = sorted(range(1, cells), key=lambda i: -abs(values[i + 1] - 2 * values[i] + values[i - 1]))[:suspects]
-        for i in sorted({*steps, *(j for i in curved for j in (i, i - 1))}):
+        for i in sorted({*steps, *curved, *(c - 1 for c in curved)}):
             place, left = _bisect(value, grid[i], grid[i + 1], enough)
             if left > enough:
                 return _jump(s, prediction + place * direction, target, enough, left)
@@ -532,8 +577,8 @@ def optimum(s: Subject) -> Finding:
 
 
 LEAST = (
-    "Training makes the loss smaller, whatever it means: it must be least where the prediction is right. Check the sign, "
-    "the order of arguments, log-probabilities against logits, and that differences cannot become negative."
+    "Training makes the loss smaller, whatever it means: it must be least where the prediction is right. Check the "
+    "sign, the order of arguments, log-probabilities against logits, and that differences cannot become negative."
 )
 
 
@@ -567,7 +612,7 @@ def _least_at_target(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 
 def _decided_after_descent(s: Subject, steps: int, prediction: Tensor, target: Tensor) -> Finding:
     assert s.task.decided is not None
-    _, start, least, _ = _levels(s, prediction, target)
+    best, start, least, _ = _levels(s, prediction, target)
     end_point = _descend(s, prediction, target, steps)
     end = s.value(end_point, target)
     right = s.task.decided(end_point, target)
@@ -582,6 +627,15 @@ def _decided_after_descent(s: Subject, steps: int, prediction: Tensor, target: T
         )
         found.example = {"after descent": end_point.tolist()}
         return found
+    undecided, floor = s.value(torch.zeros_like(prediction), target), min(end, least, s.value(50 * best, target))
+    if floor > 0.5 * undecided > 0:
+        return warned(
+            f"A prediction that is sure and right still costs {floor:.4g}, {100 * floor / undecided:.0f} % of an "
+            f"undecided one ({undecided:.4g}).",
+            "Is softmax or sigmoid applied twice? The loss may take logits already, or a clamp cut them off. (Fine for "
+            "strong label smoothing.)",
+            **numbers,
+        )
     return passed(f"Descent from {start:.4g} ends at {end:.4g} with every decision right.", **numbers)
 
 
@@ -703,11 +757,8 @@ def _wrong_softmax(s: Subject, dim: int, prediction: Tensor, target: Tensor) -> 
     added = torch.randn(shape, generator=s.generator(13)).double()
     before, after = s.value(prediction, target), s.value(prediction + added, target)
     other = s.value(prediction + torch.randn(prediction.shape, generator=s.generator(14)).double(), target)
-    if (
-        prediction.shape[dim] < 2
-        or abs(before - after) > 1e-9 * abs(before)
-        or abs(before - other) < 1e-3 * abs(before)
-    ):
+    size = abs(before)
+    if prediction.shape[dim] < 2 or abs(before - after) > 1e-9 * size or abs(before - other) < 1e-3 * size:
         return passed("")
     return failed(
         f"Logits may be shifted along dim {dim} without changing the value, but not along the classes (dim 1).",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from .calculus import _dtype, _line, ramp
 from .report import Finding, failed, passed, skipped, warned
-from .subject import NoGradientError, Subject
+from .subject import NoGradientError, Subject, slope
 
 Test = Callable[[Subject, Tensor, Tensor], Finding]
 Property = Callable[[Subject], Finding]
@@ -65,8 +67,16 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         if any(_close(total, mean * math.sqrt(d)) for d in (none.numel(), len(prediction))):
             return passed("A norm: the squares of 'none' add up to that of 'sum', 'mean' divides them.", **numbers)
         return failed(f"'sum' is the norm of 'none' ({total:.6g}), but 'mean' is {mean:.6g}.", why, **numbers)
-    if isinstance(s.fn, torch.nn.Module) and none.dim() == 0 and _close(total, mean) and _close(total, parts):
-        return skipped("The module's attribute 'reduction' has no effect once it is constructed.")
+    if none.dim() == 0 and _close(total, mean) and _close(total, parts):
+        if isinstance(s.fn, torch.nn.Module):
+            return skipped("The module's attribute 'reduction' has no effect once it is constructed.")
+        return failed(f"It is ignored: 'none', 'sum' and 'mean' all return {mean:.6g}.", why, **numbers)
+    if none.dim() and len(none) not in (len(prediction), target.numel(), prediction.numel()):
+        return failed(
+            f"'none' returns shape {list(none.shape)} for {len(prediction)} samples.",
+            "One loss per sample (or element) is what 'none' is for: look for a sum over the wrong dim.",
+            **numbers,
+        )
     if not _close(parts, total):
         return failed(f"The elements of 'none' add up to {parts:.8g}, 'sum' says {total:.8g}.", why, **numbers)
     if none.dim() == 0:
@@ -76,7 +86,7 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
             **numbers,
         )
     counted = target != s.ignore_index if s.ignore_index is not None else torch.ones_like(target, dtype=torch.bool)
-    divisors = {float(none.numel()), float(len(prediction)), float(prediction.numel())}
+    divisors = {float(none.numel()), float(len(prediction))}
     weight = s.options.get("weight")
     if isinstance(weight, Tensor) and s.task.classes and not target.is_floating_point():
         divisors.add(float(weight.double()[target.clamp(min=0)][counted].sum()))
@@ -121,6 +131,15 @@ def _twice(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     ratio = twice / once
     if any(_close(ratio, r) for r in (1.0, 2.0)):
         how = "a mean" if _close(ratio, 1.0) else "a sum"
+        said = s.options.get("reduction")
+        if said in ("mean", "sum") and said not in how:
+            return failed(
+                f"It says reduction={said!r}, but the same batch twice over costs {ratio:g} times {once:.6g}, as {how} "
+                "does.",
+                "A learning rate that suits one batch size does not suit another: reduce over samples (dim 0), and "
+                "count them.",
+                ratio=ratio,
+            )
         return passed(f"Behaves as {how} over samples: the batch twice over costs {ratio:g} times.", ratio=ratio)
     return (warned if _close(ratio, math.sqrt(2)) else failed)(
         f"{once:.6g} for this batch, but {ratio:.6g} times as much for the same twice over, neither 1 (a mean) nor 2 "
@@ -159,10 +178,8 @@ def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     )
     leaf = prediction.clone().requires_grad_()
     each = s.result(leaf, target, **s.reduced("none"))
-    if not each.requires_grad:
-        raise NoGradientError
     if each.dim() and len(each) == len(prediction):
-        (grad,) = torch.autograd.grad(each[0].sum(), leaf)
+        grad = slope(each[0].sum(), leaf)
         leaked = float(grad[1:].abs().max())
         if leaked > 1e-9 * max(float(grad.abs().max()), 1e-30):
             return failed(
@@ -170,12 +187,15 @@ def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
             )
     # The gradients of the other samples may change by a common factor only (as under a root of the mean).
     before = s.gradient(prediction, target)[1:].reshape(-1)
-    moved, other = prediction.clone(), target.clone()
+    moved, far, other = prediction.clone(), prediction.clone(), target.clone()
     moved[0] += torch.randn(moved[0].shape, generator=s.generator(4)).double()
+    far[0] += 10 * torch.randn(moved[0].shape, generator=s.generator(5)).double()
     different = [i for i in range(len(target)) if not torch.equal(target[i], target[0])]
     other[0] = target[different[0] if different else 0]
-    for what, p, t in (("prediction", moved, target), ("target", prediction, other)):
+    for what, p, t in (("prediction", moved, target), ("prediction", far, target), ("target", prediction, other)):
         after = s.gradient(p, t)[1:].reshape(-1)
+        if bool(before.any()) != bool(after.any()):
+            return warned(f"Another {what} for sample 0 decides whether the other samples have any gradient.", why)
         norms = float(before.norm() * after.norm())
         apart = float((before / before.norm() - after / after.norm()).norm()) if norms > 0 else 0.0
         if apart > 1e-5:
@@ -253,14 +273,6 @@ def _weight_at(
         )
         if not _close(whole, parts):
             return fault(f"{option} does not act linearly: {whole:.8g} instead of {parts:.8g}.", value=whole)
-    if what != "positive":
-        ratio = call(3 * w) / weighted
-        if not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
-            return fault(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
-        problem = _weighted_mean(s, prediction, target, bare, option, what, w, call)
-        if problem:
-            # Without 'sum', smoothing over weighted classes cannot be told from a mistake.
-            return fault(problem, failed if linear else warned)
     zeroed = w.clone()
     if what == "positive":
         zeroed[...] = 0
@@ -269,12 +281,23 @@ def _weight_at(
         zeroed[0] = 0
         off = (target == 0) if what == "class" else torch.arange(len(target)) == 0
     grads = (s.gradient(prediction, target, **{**bare, option: x}) for x in (zeroed, torch.ones_like(w)))
-    sizes = [(g.movedim(1, -1)[off] if what == "class" else g[off]).abs() for g in grads]
+    sizes = [
+        (g.movedim(1, -1)[off] if what == "class" else g[0].reshape(-1)[:1] if what == "element" else g[off]).abs()
+        for g in grads
+    ]
     left, unit_size = (float(g.max()) if g.numel() else 0.0 for g in sizes)
     # With label smoothing the other classes' weights leave a small part.
     if left > 1e-12 and not (what == "class" and left < 0.5 * unit_size):
         w = zeroed
-        return fault(f"Where {option} is 0 the gradient is {left:.4g}.")
+        return fault(f"Where {option} is 0 the gradient is {left:.4g}: the weight of another {what} is taken, or none.")
+    if what != "positive":
+        ratio = call(3 * w) / weighted
+        if not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
+            return fault(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
+        problem = _weighted_mean(s, prediction, target, bare, option, what, w, call)
+        if problem:
+            # Without 'sum', smoothing over weighted classes cannot be told from a mistake.
+            return fault(problem, failed if linear else warned)
     return passed("")
 
 
@@ -360,7 +383,13 @@ def ignored_targets(s: Subject) -> Finding:
         )
 
     def alone(p: Tensor, t: Tensor) -> Finding:
-        value, grad = s.value_and_gradient(p, torch.full_like(t, ignored))
+        try:
+            value, grad = s.value_and_gradient(p, torch.full_like(t, ignored))
+        except NoGradientError:
+            return failed(
+                "A batch in which everything is ignored returns a number without a gradient: backward() raises.",
+                "One such batch stops training: return prediction.sum() * 0, or divide by max(count, 1).",
+            )
         if math.isfinite(value) and bool(grad.isfinite().all()):
             return passed("No value, count or gradient from ignored targets; an all-ignored batch is finite.")
         return warned(
@@ -385,18 +414,18 @@ def inputs_untouched(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         "Whoever uses the tensor afterwards (metrics, a second loss) gets other numbers: avoid op_() and out= on "
         "arguments."
     )
-    state = {k: v.clone() for k, v in s.fn.state_dict().items()} if isinstance(s.fn, torch.nn.Module) else {}
-    for grad in (True, False):
-        leaf = prediction.clone().requires_grad_(grad)
+    module = s.fn if isinstance(s.fn, torch.nn.Module) else torch.nn.Module()
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    for scale, grad in itertools.product((1.0, 10.0), (True, False)):
+        given = s.linked(scale * prediction)
+        leaf = given.clone().requires_grad_(grad)
         p, t = leaf.clone(), target.clone()
         versions = p._version, t._version
         with torch.set_grad_enabled(grad):
-            out = s.raw(p, t)
+            out = _first(s.call(p, t))
             if isinstance(out, Tensor) and out.requires_grad:
-                out.sum().backward()
-        for what, now, then, old in (("prediction", p, prediction, versions[0]), ("target", t, target, versions[1])):
-            if s.task.link is not None and what == "prediction":
-                continue
+                torch.autograd.grad(out.sum(), leaf, allow_unused=True)
+        for what, now, then, old in (("prediction", p, given, versions[0]), ("target", t, target, versions[1])):
             if not torch.equal(now.detach(), then) or now._version != old:
                 return failed(
                     f"The {what} is overwritten by the call{'' if grad else ' (without gradient)'}.",
@@ -404,7 +433,7 @@ def inputs_untouched(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
                     largest_change=float((now.detach() - then).abs().max()),
                 )
     for what, then in state.items():
-        if not torch.equal(s.fn.state_dict()[what].nan_to_num(), then.nan_to_num()):
+        if not torch.equal(module.state_dict()[what].nan_to_num(), then.nan_to_num()):
             return warned(f"The module's own {what} is overwritten by the call.", why)
     return passed("Prediction and target are the same after forward and backward.")
 
@@ -429,10 +458,8 @@ def repeatable(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 def grad_output(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     leaf = prediction.clone().requires_grad_()
     out = s.result(leaf, target)
-    if not out.requires_grad:
-        raise NoGradientError
     why = "Loss scaling, weighted sums of losses and gradient accumulation multiply it: backward must too."
-    unit, again = (torch.autograd.grad(out, leaf, torch.ones_like(out), retain_graph=True)[0] for _ in (0, 1))
+    unit, again = (slope(out, leaf, torch.ones_like(out), retain_graph=True) for _ in (0, 1))
     if not torch.equal(unit.nan_to_num(), again.nan_to_num()):
         return failed(
             "A second backward through the same graph (retain_graph) gives another gradient.",
@@ -440,7 +467,7 @@ def grad_output(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
             difference=_off(unit, again),
         )
     for factor in (3.0, -2.0, 0.0):
-        (scaled,) = torch.autograd.grad(out, leaf, factor * torch.ones_like(out), retain_graph=True)
+        scaled = slope(out, leaf, factor * torch.ones_like(out), retain_graph=True)
         error = _off(scaled, factor * unit)
         if not error <= 2e-3 * max(float(unit.abs().max()), 1e-30):  # it may compute in half precision
             return failed(
@@ -452,7 +479,7 @@ def grad_output(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     each = s.result(leaf, target, **s.reduced("none"))
     if each.dim():
         g, h = (torch.randn(each.shape, generator=s.generator(i)).double() for i in (8, 9))
-        a, b, both = (torch.autograd.grad(each, leaf, x.to(each.dtype), retain_graph=True)[0] for x in (g, h, g + h))
+        a, b, both = (slope(each, leaf, x.to(each.dtype), retain_graph=True) for x in (g, h, g + h))
         if _off(a + b, both) > 2e-3 * max(float(both.abs().max()), 1e-30):
             return failed("Backward is not linear in grad_output of reduction 'none'.", why)
     return passed("Gradients scale with grad_output; backward can be repeated with retain_graph.")
@@ -475,9 +502,9 @@ def layouts(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         try:
             # Not through result(), whose copies may be contiguous.
             out = _first(s.raw(leaf * torch.ones_like(leaf) if what == "transposed" else leaf, view(target)))
-            if not out.requires_grad:
+            if not isinstance(out, Tensor):
                 raise NoGradientError
-            (grad,) = torch.autograd.grad(out.sum(), leaf)
+            grad = slope(out.sum(), leaf)
         except NoGradientError:
             raise
         except Exception as e:
@@ -507,6 +534,8 @@ def empty(s: Subject) -> Finding:
     try:
         value, grad = s.value_and_gradient(prediction[:0], target[:0])
     except NoGradientError:
+        if s.differentiable:
+            return warned("The result of no sample has no gradient: backward() raises.", why)
         raise
     except Exception as e:
         return warned(f"Raises {type(e).__name__}: {_line(e)}", why)
@@ -626,12 +655,17 @@ def compiles(backend: str) -> Property:
         prediction, target = s.sample()
         want, want_grad = s.value_and_gradient(prediction, target)
         leaf = prediction.clone().requires_grad_()
-        call = torch.compile(lambda p, t: _first(s.raw(p, t)), backend=backend, fullgraph=True)
+
+        def call(p: Tensor, t: Tensor) -> Any:
+            return _first(s.raw(p, t))
+
+        # Another code object for each loss, since one may be compiled only so often in a process.
+        fresh = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                out = call(leaf, target)
-                (grad,) = torch.autograd.grad(out.sum(), leaf)
+                out = torch.compile(fresh, backend=backend, fullgraph=True)(leaf, target)
+                grad = slope(out.sum(), leaf)
         except Exception as e:
             return warned(
                 f"Does not compile in one graph: {type(e).__name__}: {_line(e)}",
@@ -653,6 +687,7 @@ def compiles(backend: str) -> Property:
 
 
 PROPERTIES: dict[str, Property] = {
+    "repeatable": repeatable,
     "reductions": reductions,
     "batch size": batch_size,
     "sample order": sample_order,
@@ -660,7 +695,6 @@ PROPERTIES: dict[str, Property] = {
     "weights": weights,
     "ignored targets": ignored_targets,
     "inputs untouched": inputs_untouched,
-    "repeatable": repeatable,
     "grad_output": grad_output,
     "layouts": layouts,
     "empty batch": empty,

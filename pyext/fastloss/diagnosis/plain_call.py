@@ -1,4 +1,4 @@
-"""Before any property: can the loss be called, with inputs of which kind, and does it return something to train with?"""
+"""Before any property: can the loss be called, with inputs of which kind, and is what it returns a loss?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,6 +94,13 @@ def examine(s: Subject) -> Finding | None:
             warnings.simplefilter("ignore")
             out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
     except Exception as e:
+        if _takes_float32(s):
+            found = _fault(
+                f"Raises {type(e).__name__} for float64 predictions: {_line(e)}",
+                "It takes float32 only, and everything else is examined in float64: make constants with "
+                "prediction.new_tensor(...) or .to(prediction.dtype), and leave .float() out.",
+            )
+            return replace(found, name="result dtype and device")
         return _fault(f"Raises {type(e).__name__} for {given}: {_line(e)}", _hint(s, e))
     first = out[0] if isinstance(out, (tuple, list)) and out else out
     if first is None:
@@ -111,6 +119,15 @@ def examine(s: Subject) -> Finding | None:
     return None
 
 
+def _takes_float32(s: Subject) -> bool:
+    prediction, target = s.sample()
+    try:
+        s.value_and_gradient(prediction.float(), target)
+    except Exception:
+        return False
+    return True
+
+
 def _fault(evidence: str, why: str) -> Finding:
     found = failed(evidence, why)
     found.name = "call"
@@ -125,8 +142,8 @@ def _hint(s: Subject, e: Exception) -> str:
     if isinstance(e, TypeError) and len(required) > 2:
         given = ", ".join(f"{name}=..." for name in required[2:])
         return (
-            f"It takes more than prediction and target: fix the others with functools.partial({name_of(s.fn)}, {given}), "
-            "or give them defaults."
+            "It takes more than prediction and target: fix the others with "
+            f"functools.partial({name_of(s.fn)}, {given}), or give them defaults."
         )
     if isinstance(e, TypeError) and len(required) < 2 and "positional argument" in text:
         return "A loss is called with two arguments, the prediction and the target."
@@ -151,8 +168,8 @@ def _hint(s: Subject, e: Exception) -> str:
         return "numpy knows no gradient: write the loss with torch operations."
     if "dtype" in text or "expected scalar type" in text or "Float" in text:
         return (
-            "Tensors of different dtypes meet: the prediction is tried in float64, float32, float16 and bfloat16, so make "
-            "constants with prediction.new_tensor(...) or .to(prediction.dtype), and class indices int64."
+            "Tensors of different dtypes meet: the prediction is tried in float64, float32, float16 and bfloat16, so "
+            "make constants with prediction.new_tensor(...) or .to(prediction.dtype), and class indices int64."
         )
     return "Compare the shapes: kind=, shape= and classes= choose what the loss is fed with (fastloss.diagnosis.KINDS)."
 

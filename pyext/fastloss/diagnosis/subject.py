@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -26,6 +27,9 @@ Total = Callable[[Tensor], Tensor]  # a scalar of a result that may be none
 
 class NoGradientError(Exception):
     """The result does not depend differentiably on the prediction."""
+
+    def __str__(self) -> str:
+        return "the result has no gradient here, though it has one elsewhere: backward() raises"
 
 
 class Subject:
@@ -57,6 +61,7 @@ class Subject:
         offered = self.options.get("ignore_index") if task.classes else None
         self.ignore_index = ignore_index if ignore_index is not None else offered
         self.curves: list[Curve] = []
+        self.differentiable = False  # whether an ordinary result has a gradient
         self.cost = 0.0  # seconds that a call with its gradient takes
         self.tick: Callable[[], None] = lambda: None  # called with every call of the loss
         self.last: tuple[Tensor, Tensor] | None = None  # the inputs of the last call
@@ -67,13 +72,12 @@ class Subject:
     def measure(self) -> None:
         """Time the loss, so that a slow one is examined with fewer calls."""
         prediction, target = self.sample()
-        seconds = []
+        seconds: list[float] = []
         for _ in range(5):
             began = time.perf_counter()
-            try:
+            with contextlib.suppress(NoGradientError):
                 self.gradient(prediction, target)
-            except NoGradientError:
-                pass
+                self.differentiable = True
             seconds.append(time.perf_counter() - began)
             if min(seconds) > 0.02 and len(seconds) > 1:
                 break
@@ -125,9 +129,15 @@ class Subject:
     # ---- calls
     def raw(self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Whatever the loss returns, on exactly these tensors."""
+        return self.call(self.linked(prediction), target, fn, **options)
+
+    def linked(self, prediction: Tensor) -> Tensor:
+        """What the loss is given."""
+        return prediction if self.task.link is None else self.task.link(prediction)
+
+    def call(self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """The same of what is linked already."""
         fn = fn or self.fn
-        if self.task.link is not None:
-            prediction = self.task.link(prediction)
         if isinstance(fn, torch.nn.Module):
             return configured(self._as_dtype(fn, prediction.dtype), options)(prediction, target)
         return fn(prediction, target, **options)
@@ -167,11 +177,7 @@ class Subject:
     ) -> tuple[float, Tensor]:
         leaf = prediction.detach().clone().requires_grad_()
         out = self.result(leaf, target, **options)
-        if not out.requires_grad:
-            raise NoGradientError
-        (grad,) = torch.autograd.grad(total(out), leaf, allow_unused=True)
-        if grad is None:
-            raise NoGradientError
+        grad = slope(total(out), leaf)
         return float(total(out.detach().double())), grad
 
     def reduced(self, reduction: str) -> dict[str, Any]:
@@ -189,6 +195,20 @@ class Subject:
                     yield option, "class", lambda p, t: (p.shape[1],)
             if not option.startswith("class"):
                 yield option, "sample", lambda p, t: (len(p),)
+
+    @functools.cached_property
+    def rounds_to(self) -> torch.dtype | None:
+        """float16 or float32 if values have no more digits than that though the prediction is float64."""
+        values = []
+        for salt in range(3):
+            prediction, target = self.sample(4, salt)  # a mean over 4 samples costs no digits
+            values.append(self.value(prediction, target) * (prediction.numel() // 4))
+            values.append(values[-1] * 4 / prediction.numel())
+        for dtype in (torch.float16, torch.float32):
+            for kept in (values[::2], values[1::2]):
+                if len({*kept}) > 1 and all(abs(v - float(torch.tensor(v).to(dtype))) <= 1e-12 * abs(v) for v in kept):
+                    return dtype
+        return None
 
     @functools.cached_property
     def shifts(self) -> bool:
@@ -228,9 +248,18 @@ class Subject:
 
     def shown(self, finding: Finding, prediction: Tensor, target: Tensor) -> Finding:
         """With this input, as the loss is given it."""
-        given = self.task.link(prediction) if self.task.link is not None else prediction
-        inputs = {"prediction": given.tolist(), "target": target.tolist()}
+        inputs = {"prediction": self.linked(prediction).tolist(), "target": target.tolist()}
         return replace(finding, example={**inputs, **(finding.example or {})})
+
+
+def slope(out: Any, leaf: Tensor, grad_output: Tensor | None = None, **options: Any) -> Tensor:
+    """The gradient of the result with respect to the prediction, if it has any."""
+    if not (isinstance(out, Tensor) and out.requires_grad):
+        raise NoGradientError
+    (grad,) = torch.autograd.grad(out, leaf, grad_output, allow_unused=True, **options)
+    if grad is None:
+        raise NoGradientError
+    return grad
 
 
 def configured(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
