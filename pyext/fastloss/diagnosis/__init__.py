@@ -95,6 +95,9 @@ def check(
         fault = plain_call.examine(subject)
         if fault is not None:
             report.findings = [fault]
+            subject.float32_only = fault.name in properties
+            properties.pop(fault.name, None)
+        if fault is not None and not subject.float32_only:
             properties = {}
         else:
             subject.measure()
@@ -106,7 +109,7 @@ def check(
         for i, (name, examine) in enumerate(properties.items()):
             subject.tick = _Progress(began, f"[{i + 1}/{len(properties)}] {name}", progress)
             report.findings.append(_examine(subject, name, examine))
-        if fault is None and subject.rounds_to is not None:
+        if subject.differentiable and subject.rounds_to is not None:
             report.notes.append(
                 "Values are rounded inside (see precision): other findings may be consequences of that."
             )

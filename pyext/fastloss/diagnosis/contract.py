@@ -604,7 +604,7 @@ def vmap(s: Subject) -> Finding:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.func.vmap(lambda p, t: s.raw(p, t).sum())(predictions, targets)
+            found = torch.func.vmap(lambda p, t: _first(s.raw(p, t)).sum())(predictions, targets)
     except Exception as e:
         return warned(
             f"torch.func.vmap raises {type(e).__name__}: {_line(e)}",

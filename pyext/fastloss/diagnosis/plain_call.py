@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,8 @@ from .subject import NoGradientError, Subject
 from .tasks import KINDS, Task, make_task
 
 Loss = Callable[..., Any]
-GUESSES = ("classification", "regression", "binary", "binary_probabilities", "kl", "sign")
+OWN = os.path.dirname(os.path.dirname(__file__))
+GUESSES = "classification class_probabilities regression binary probabilities binary_probabilities kl sign".split()
 
 
 def callable_loss(loss_fn: Any) -> Loss:
@@ -50,39 +53,49 @@ def guess(fn: Loss, classes: int, shape: tuple[int, ...] | None) -> tuple[Task, 
     Class indices come first, since few losses take them by mistake.
     """
     taken: list[Task] = []
-    with warnings.catch_warnings():
-        for kind in GUESSES:
-            task = make_task(kind, classes, shape)
-            # Broadcasting is what a wrong kind would go through with, and what torch warns of.
-            warnings.simplefilter("error", UserWarning)
-            fits = _fits(fn, task)
-            if fits is None:
-                continue
+    for kind in GUESSES:
+        task = make_task(kind, classes, shape)
+        fits = _fits(fn, task)
+        if fits:
+            return task, f"The kind is a guess from what the loss takes: {kind}. Pass kind= for another."
+        if fits is not None:
             taken.append(task)
-            if fits or kind == "classification":
-                return task, f"Guessed from what the loss takes: {kind}. Pass kind= for another."
+    for kind in GUESSES:
+        if _fits(lambda p, t: fn(t, p), make_task(kind, classes, shape)):
+            note = f"As (target, prediction) it would fit {kind}: the prediction comes first, as in torch."
+            return make_task(kind, classes, shape), note
     if taken:
-        return taken[0], f"Guessed: {taken[0].name}, though it fits badly. Pass kind= for another."
+        return taken[0], f"The kind is a guess: {taken[0].name}, though it fits badly. Pass kind= for another."
     return make_task("regression", classes, shape), "No kind was given, and the loss takes none of the usual inputs."
 
 
 def _fits(fn: Loss, task: Task) -> bool | None:
     """Whether the loss is least where the prediction is right; None if it does not take such inputs."""
-    levels = []
     assert task.perfect is not None
-    prediction, target = task.make(7, torch.Generator().manual_seed(0))
-    for p in (prediction, task.perfect(target), task.perfect(target) + 0.5):
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = task.make(7, generator)
+    right = task.perfect(target)
+    points = [right, prediction]
+    if task.decided is None:
+        points += [3 * right, right + 0.5 * torch.randn(right.shape, generator=generator).double()]
+    for dtype in (torch.float64, torch.float32):
         try:
-            with torch.no_grad():
-                out = fn(task.link(p) if task.link else p, target.clone())
-            out = out[0] if isinstance(out, (tuple, list)) else out
-            levels.append(float(torch.as_tensor(out).double().sum()))
+            with torch.no_grad(), warnings.catch_warnings():
+                # Broadcasting is what a wrong kind would go through with, and what torch warns of.
+                warnings.simplefilter("error", UserWarning)
+                levels = [_level(fn, task, p.to(dtype), target) for p in points]
         except Exception:
-            return None
-    random, right, beside = levels
-    if not (math.isfinite(random) and math.isfinite(right)):
-        return False
-    return right < random and (task.decided is not None or right < beside)
+            continue
+        least, random = levels[:2]
+        enough = min(levels[1:]) if task.decided is None or least < 0 else 0.1 * random
+        return all(map(math.isfinite, levels)) and least < enough
+    return None
+
+
+def _level(fn: Loss, task: Task, prediction: torch.Tensor, target: torch.Tensor) -> float:
+    target = target.to(prediction.dtype) if target.is_floating_point() else target.clone()
+    out = fn(task.link(prediction) if task.link else prediction.clone(), target)
+    return float(torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out).double().sum())
 
 
 def examine(s: Subject) -> Finding | None:
@@ -94,14 +107,14 @@ def examine(s: Subject) -> Finding | None:
             warnings.simplefilter("ignore")
             out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
     except Exception as e:
-        if _takes_float32(s):
+        if isinstance(e, RuntimeError) and _takes_float32(s):
             found = _fault(
                 f"Raises {type(e).__name__} for float64 predictions: {_line(e)}",
                 "It takes float32 only, and everything else is examined in float64: make constants with "
                 "prediction.new_tensor(...) or .to(prediction.dtype), and leave .float() out.",
             )
             return replace(found, name="result dtype and device")
-        return _fault(f"Raises {type(e).__name__} for {given}: {_line(e)}", _hint(s, e))
+        return _fault(f"Raises {type(e).__name__} for {given}{_place(e)}: {_line(e)}", _hint(s, e))
     first = out[0] if isinstance(out, (tuple, list)) and out else out
     if first is None:
         return _fault("Returns None.", "Is 'return' missing at the end of the function?")
@@ -128,6 +141,13 @@ def _takes_float32(s: Subject) -> bool:
     return True
 
 
+def _place(e: Exception) -> str:
+    """Where in the user's code."""
+    frames = traceback.extract_tb(e.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(OWN)]
+    return f" at {os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
+
+
 def _fault(evidence: str, why: str) -> Finding:
     found = failed(evidence, why)
     found.name = "call"
@@ -138,6 +158,10 @@ def _hint(s: Subject, e: Exception) -> str:
     """What the exception of a first call usually means."""
     prediction, target = s.sample()
     text = str(e)
+    if isinstance(e, (NameError, NotImplementedError, SyntaxError, AssertionError)):
+        return "Nothing can be examined before this is mended."
+    if "numpy" in text or any("numpy" in f.filename for f in traceback.extract_tb(e.__traceback__)):
+        return "numpy knows no gradient: write the loss with torch operations."
     required = _required(s.fn)
     if isinstance(e, TypeError) and len(required) > 2:
         given = ", ".join(f"{name}=..." for name in required[2:])
@@ -164,8 +188,6 @@ def _hint(s: Subject, e: Exception) -> str:
     ]
     if others:
         return f"Not inputs of this kind, perhaps. It takes: {'; '.join(others)}. Choose with kind=."
-    if "numpy" in text:
-        return "numpy knows no gradient: write the loss with torch operations."
     if "dtype" in text or "expected scalar type" in text or "Float" in text:
         return (
             "Tensors of different dtypes meet: the prediction is tried in float64, float32, float16 and bfloat16, so "

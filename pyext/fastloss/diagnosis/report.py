@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -111,7 +112,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(f.name) for f in self.findings), default=0)
-        lines = [f"{self.loss} on {self.task}: {self.inputs} (seed {self.seed}, {self.seconds:.1f} s)", ""]
+        columns = min(120, max(72, shutil.get_terminal_size((120, 24)).columns)) - 2
+        head = f"{self.loss} on {self.task}: {self.inputs} (seed {self.seed}, {self.seconds:.1f} s)"
+        lines = [part for text in (head, *self.notes) for part in textwrap.wrap(text, columns)] + [""]
         marks = {"failure": "FAIL", "warning": "warn", "pass": "ok", "skipped": "-"}
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             head = f"{marks[f.status]:<4}  {f.name:<{width}}  "
@@ -119,7 +122,7 @@ class Report:
             if f.example is not None and f.status in ("failure", "warning"):
                 text.append("Shown by: " + ", ".join(f"{k} = {_short(v)}" for k, v in f.example.items()))
             for part in filter(None, text):
-                lines += textwrap.wrap(part, 118, initial_indent=head, subsequent_indent=" " * len(head))
+                lines += textwrap.wrap(part, columns, initial_indent=head, subsequent_indent=" " * len(head))
                 head = " " * len(head)
         return "\n".join([*lines, "", self._summary()])
 

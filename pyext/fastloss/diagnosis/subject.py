@@ -61,11 +61,12 @@ class Subject:
         offered = self.options.get("ignore_index") if task.classes else None
         self.ignore_index = ignore_index if ignore_index is not None else offered
         self.curves: list[Curve] = []
+        self.float32_only = False  # raises for float64: examined all the same
         self.differentiable = False  # whether an ordinary result has a gradient
         self.cost = 0.0  # seconds that a call with its gradient takes
         self.tick: Callable[[], None] = lambda: None  # called with every call of the loss
         self.last: tuple[Tensor, Tensor] | None = None  # the inputs of the last call
-        self._shrinking = 3.0  # seconds left for it
+        self._shrinking = 2.0  # seconds left for it
         self._casts: dict[tuple[int, torch.dtype], torch.nn.Module] = {}
 
     # ---- effort
@@ -138,6 +139,12 @@ class Subject:
     def call(self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """The same of what is linked already."""
         fn = fn or self.fn
+        if self.float32_only and prediction.dtype == torch.float64:
+            target = target.float() if target.is_floating_point() else target
+            options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
+            out = self.call(prediction.float(), target, fn, **options)
+            out = out[0] if isinstance(out, (tuple, list)) and out else out
+            return out.double() if isinstance(out, Tensor) and out.is_floating_point() else out
         if isinstance(fn, torch.nn.Module):
             return configured(self._as_dtype(fn, prediction.dtype), options)(prediction, target)
         return fn(prediction, target, **options)
