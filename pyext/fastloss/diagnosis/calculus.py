@@ -55,7 +55,9 @@ def _gradient_error(
         directions = torch.randn(tries, entries, generator=s.generator(12)).double()
     along = (directions @ grad.double().reshape(-1)).tolist()
     best: tuple[float, float, float] | None = None
-    eps = 64 * 2.3e-16 if s.rounds_to is None else 4 * torch.finfo(torch.float32).eps
+    rounding = 64 * 2.3e-16 * abs(value)
+    if s.rounds_to is not None:  # of what is inside, too
+        rounding = 4 * torch.finfo(torch.float32).eps * max(abs(value), float(prediction.abs().max()))
     for step in STEPS:
         worst = (0.0, 0.0, 0.0)
         quotients = []
@@ -69,8 +71,7 @@ def _gradient_error(
             if not (math.isfinite(before) and math.isfinite(after)):
                 continue
             low, high = min(before, after), max(before, after)
-            noise = eps * abs(value) / h
-            error = max(low - g, g - high, 0.0) - noise
+            error = max(low - g, g - high, 0.0) - rounding / h
             if error > worst[0] * scale:
                 worst = (error / scale, g, (before + after) / 2)
         if best is None or worst[0] < best[0]:

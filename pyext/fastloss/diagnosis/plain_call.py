@@ -21,7 +21,8 @@ from .tasks import KINDS, Task, make_task
 
 Loss = Callable[..., Any]
 OWN = os.path.dirname(os.path.dirname(__file__))
-GUESSES = "classification class_probabilities regression binary probabilities binary_probabilities kl sign".split()
+GUESSES: tuple[str, ...] = ("classification", "class_probabilities", "regression", "binary", "probabilities")
+GUESSES += ("binary_probabilities", "sign", "kl")
 
 
 def callable_loss(loss_fn: Any) -> Loss:
@@ -55,41 +56,47 @@ def guess(fn: Loss, classes: int, shape: tuple[int, ...] | None) -> tuple[Task, 
     taken: list[Task] = []
     for kind in GUESSES:
         task = make_task(kind, classes, shape)
-        fits = _fits(fn, task)
-        if fits:
+        levels = _levels(fn, task)
+        if levels is None:
+            continue
+        # A loss of class indices is none of real numbers, however wrong it is.
+        if _fits(levels) or (kind == "classification" and all(map(math.isfinite, levels))):
             return task, f"The kind is a guess from what the loss takes: {kind}. Pass kind= for another."
-        if fits is not None:
-            taken.append(task)
+        taken.append(task)
     for kind in GUESSES:
-        if _fits(lambda p, t: fn(t, p), make_task(kind, classes, shape)):
-            note = f"As (target, prediction) it would fit {kind}: the prediction comes first, as in torch."
-            return make_task(kind, classes, shape), note
+        task = make_task(kind, classes, shape)
+        if _fits(_levels(lambda p, t: fn(t, p), task)):
+            return task, f"As (target, prediction) it would fit {kind}: the prediction comes first, as in torch."
     if taken:
         return taken[0], f"The kind is a guess: {taken[0].name}, though it fits badly. Pass kind= for another."
     return make_task("regression", classes, shape), "No kind was given, and the loss takes none of the usual inputs."
 
 
-def _fits(fn: Loss, task: Task) -> bool | None:
-    """Whether the loss is least where the prediction is right; None if it does not take such inputs."""
+def _levels(fn: Loss, task: Task) -> list[float] | None:
+    """The loss at right, exaggerated and wrong predictions; None if it does not take such inputs."""
     assert task.perfect is not None
     generator = torch.Generator().manual_seed(0)
     prediction, target = task.make(7, generator)
     right = task.perfect(target)
-    points = [right, prediction]
-    if task.decided is None:
-        points += [3 * right, right + 0.5 * torch.randn(right.shape, generator=generator).double()]
+    beside = right + 0.5 * torch.randn(right.shape, generator=generator).double()
+    points = [right, 3 * right, prediction, *([] if task.decided else [beside])]
     for dtype in (torch.float64, torch.float32):
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 # Broadcasting is what a wrong kind would go through with, and what torch warns of.
-                warnings.simplefilter("error", UserWarning)
-                levels = [_level(fn, task, p.to(dtype), target) for p in points]
+                warnings.filterwarnings("error", "Using a target size")
+                return [_level(fn, task, p.to(dtype), target) for p in points]
         except Exception:
             continue
-        least, random = levels[:2]
-        enough = min(levels[1:]) if task.decided is None or least < 0 else 0.1 * random
-        return all(map(math.isfinite, levels)) and least < enough
     return None
+
+
+def _fits(levels: list[float] | None) -> bool:
+    if levels is None or not all(map(math.isfinite, levels)):
+        return False
+    least, exaggerated, *wrong = levels
+    margin = 0.1 * abs(wrong[0])
+    return least < min(wrong) and exaggerated > least - margin and (least < 0 or len(wrong) > 1 or least < margin)
 
 
 def _level(fn: Loss, task: Task, prediction: torch.Tensor, target: torch.Tensor) -> float:
@@ -184,7 +191,7 @@ def _hint(s: Subject, e: Exception) -> str:
     others = [
         f"{kind} ({KINDS[kind]})"
         for kind in KINDS
-        if kind not in (s.task.name, "sign", "distance", "counts", "kl") and _fits(s.fn, make_task(kind)) is not None
+        if kind not in (s.task.name, "sign", "distance", "counts", "kl") and _levels(s.fn, make_task(kind))
     ]
     if others:
         return f"Not inputs of this kind, perhaps. It takes: {'; '.join(others)}. Choose with kind=."
