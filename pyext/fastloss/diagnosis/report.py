@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,28 @@ class Finding:
     example: dict[str, Any] | None = None
     why: str = ""
 
+    @property
+    def bad(self) -> bool:
+        """A failure or a warning."""
+        return self.status in ("failure", "warning")
+
+
+def passed(evidence: str, **numbers: Any) -> Finding:
+    """A finding as the properties return it: :func:`fastloss.check` writes the name."""
+    return Finding("", "pass", evidence, numbers)
+
+
+def skipped(evidence: str) -> Finding:
+    return Finding("", "skipped", evidence)
+
+
+def failed(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "failure", evidence, numbers, None, why)
+
+
+def warned(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "warning", evidence, numbers, None, why)
+
 
 @dataclass
 class Curve:
@@ -58,9 +81,13 @@ class Report:
     seconds: float
     findings: list[Finding]
     curves: list[Curve] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Finding:
-        return next(f for f in self.findings if f.name == name)
+        found = [f for f in self.findings if f.name == name]
+        if not found:
+            raise KeyError(f"{name}: not examined, but {', '.join(f.name for f in self.findings)}")
+        return found[0]
 
     def named(self, status: str) -> list[str]:
         """The names of the properties with this status."""
@@ -85,7 +112,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(f.name) for f in self.findings), default=0)
-        lines = [f"{self.loss} on {self.task}: {self.inputs} (seed {self.seed}, {self.seconds:.1f} s)", ""]
+        columns = min(120, max(72, shutil.get_terminal_size((120, 24)).columns)) - 2
+        head = f"{self.loss} on {self.task}: {self.inputs} (seed {self.seed}, {self.seconds:.1f} s)"
+        lines = [part for text in (head, *self.notes) for part in textwrap.wrap(text, columns)] + [""]
         marks = {"failure": "FAIL", "warning": "warn", "pass": "ok", "skipped": "-"}
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             head = f"{marks[f.status]:<4}  {f.name:<{width}}  "
@@ -93,7 +122,7 @@ class Report:
             if f.example is not None and f.status in ("failure", "warning"):
                 text.append("Shown by: " + ", ".join(f"{k} = {_short(v)}" for k, v in f.example.items()))
             for part in filter(None, text):
-                lines += textwrap.wrap(part, 118, initial_indent=head, subsequent_indent=" " * len(head))
+                lines += textwrap.wrap(part, columns, initial_indent=head, subsequent_indent=" " * len(head))
                 head = " " * len(head)
         return "\n".join([*lines, "", self._summary()])
 
