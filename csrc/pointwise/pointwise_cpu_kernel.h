@@ -224,8 +224,7 @@ __attribute__((noinline)) double evaluate_as(const Chunk<T>& c, T param, T scale
     const vec<T> x = load_at(c.x, T(1)), t = load_at(c.t, T(1));
     const Jet<vec<T>> j = jet<Loss>(x, t, param);
     const vec<T> m = c.m ? load_at(c.m, T(0)) : splat(T(1)), value = c.m ? m * j.value : j.value;
-    if constexpr ((kWant & kWantSum) && kWide)
-      sum.template add_value<Loss>(x - t, c.m ? &m : nullptr, double(param));
+    if constexpr ((kWant & kWantSum) && kWide) sum.template add_value<Loss>(x - t, c.m ? &m : nullptr, double(param));
     if constexpr (kWant & kWantValues) store_at(values, value, past);
     const vec<T> ms = m * scale;
     if constexpr (kWant & kWantGradX) store_at(gx, ms * j.x, past);
