@@ -119,6 +119,29 @@ def test_log_cosh_keeps_small_residuals_and_does_not_overflow(device):
 # --------------------------------------------------------------------------------------------------------------- RMSE
 
 
+def test_rmse_of_residuals_of_all_sizes(device):
+    """Squares that overflow or vanish in float32 in some stretches of a row and not in others; weights that hide it."""
+    sizes = torch.tensor([1e-30, 1e-19, 1e-10, 1.0, 1e18, 1e19, 1e25, 0.0])
+    signs = pair(1, 1500, device="cpu")[0].detach().float()
+    for order in (sizes, sizes.flip(0), sizes[:3], sizes[2:4], sizes[3:6]):
+        x = (order[:, None] * signs).flatten().to(device).requires_grad_()
+        t = torch.zeros_like(x)
+        assert_close(fastloss.rmse_loss(x, t), x.double().square().mean().sqrt())
+        assert_close(
+            fastloss.rmse_loss(x.view(-1, 100), t.view(-1, 100), "none", dim=1),
+            x.double().square().view(-1, 100).mean(1).sqrt(),
+        )
+    x = torch.full((4000,), 1e-22, device=device)
+    weight = torch.full_like(x, 1e38)
+    assert_close(
+        fastloss.rmse_loss(x, 0 * x, "sum", weight=weight), (weight.double() * x.double().square()).sum().sqrt()
+    )
+    x = torch.ones(4000, device=device)
+    for bad in (NAN, INF):
+        x[3000] = bad
+        assert_close(fastloss.rmse_loss(x, torch.zeros_like(x)), x.double().square().mean().sqrt())
+
+
 def test_rmse_of_halves_does_not_overflow(device):
     """300**2 is past float16, 1e30**2 past float32, 1e-30**2 below it."""
     for dtype, value in ((torch.float16, 300.0), (torch.bfloat16, 1e30), (torch.float32, 1e30), (torch.float32, 1e-30)):

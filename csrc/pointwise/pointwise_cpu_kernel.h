@@ -215,17 +215,16 @@ struct integral {
 };
 enum Want { kWantSum = 1, kWantValues = 2, kWantGradX = 4, kWantGradT = 8 };
 
-// The loss over a chunk: returns sum m f; writes m f to `values` and scale m f_x, scale m f_t to gx, gt, as wanted,
-// past the caches if so asked.
-template <class Loss, class T, int kWant>
-__attribute__((noinline)) double evaluate(const Chunk<T>& c, T param, T scale, T* values, T* gx, T* gt, bool past) {
+// The loss over a chunk: returns sum m f, with kWide of values taken in double; writes m f to `values` and scale m f_x,
+// scale m f_t to gx, gt, as wanted, past the caches if so asked.
+template <class Loss, class T, int kWant, bool kWide>
+__attribute__((noinline)) double evaluate_as(const Chunk<T>& c, T param, T scale, T* values, T* gx, T* gt, bool past) {
   DoubleSum<T> sum;
-  for_each_vector<T, (kWant & kWantSum) && !Loss::wide>(c.n, &sum, [&](auto load_at, auto store_at) {
+  for_each_vector<T, (kWant & kWantSum) && !kWide>(c.n, &sum, [&](auto load_at, auto store_at) {
     const vec<T> x = load_at(c.x, T(1)), t = load_at(c.t, T(1));
     const Jet<vec<T>> j = jet<Loss>(x, t, param);
     const vec<T> m = c.m ? load_at(c.m, T(0)) : splat(T(1)), value = c.m ? m * j.value : j.value;
-    if constexpr ((kWant & kWantSum) && Loss::wide)
-      sum.template add_value<Loss>(x - t, c.m ? &m : nullptr, double(param));
+    if constexpr ((kWant & kWantSum) && kWide) sum.template add_value<Loss>(x - t, c.m ? &m : nullptr, double(param));
     if constexpr (kWant & kWantValues) store_at(values, value, past);
     const vec<T> ms = m * scale;
     if constexpr (kWant & kWantGradX) store_at(gx, ms * j.x, past);
@@ -233,6 +232,20 @@ __attribute__((noinline)) double evaluate(const Chunk<T>& c, T param, T scale, T
     return value;
   });
   return sum.total();
+}
+
+// The same; of a wide loss in float, values are taken in double only where the sum shows that some may have overflowed
+// or vanished (flushed to zero they are less than 2^-116 together), which weights would hide.
+template <class Loss, class T, int kWant>
+inline double evaluate(const Chunk<T>& c, T param, T scale, T* values, T* gx, T* gt, bool past) {
+  if constexpr (Loss::wide && (kWant & kWantSum) && sizeof(T) == 4) {
+    if (c.m) return evaluate_as<Loss, T, kWant, true>(c, param, scale, values, gx, gt, past);
+    const double sum = evaluate_as<Loss, T, kWant, false>(c, param, scale, values, gx, gt, past);
+    const bool sound = sum > 0x1p-80 && sum < 0x1p127;
+    return sound ? sum : evaluate_as<Loss, T, kWantSum, true>(c, param, scale, nullptr, nullptr, nullptr, false);
+  } else {
+    return evaluate_as<Loss, T, kWant, false>(c, param, scale, values, gx, gt, past);
+  }
 }
 
 // Second order: with v = (vx, vt), either may be null, returns sum m (v . grad f), writes m (v . grad f) to `values`,

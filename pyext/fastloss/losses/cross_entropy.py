@@ -267,6 +267,9 @@ class _Fused(Function):
         return _fused_backward(ctx, grad_output)
 
 
+_apply_fused = _common.direct_apply(_Fused)
+
+
 class _FusedStats(Function):
     @staticmethod
     def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
@@ -436,7 +439,7 @@ def _run(
     if fused and grad_in_forward:
         if stats:
             return _FusedStats.apply(logits, target, weight, sample_weight, o)
-        return (_Fused.apply(logits, target, weight, sample_weight, o),)
+        return (_apply_fused(logits, target, weight, sample_weight, o),)
     loss, _, *rest = _Recompute.apply(logits, target, weight, sample_weight, o)
     return (loss, *rest)
 

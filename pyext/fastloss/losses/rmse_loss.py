@@ -58,16 +58,12 @@ def _again(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
     return (*(next(found) if needed else None for needed in need), None, None, None)
 
 
-class _Fused(_pointwise.Fused):
-    """The gradient of the squares in forward; backward scales it by grad_output / (2 D L)."""
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any) -> Any:
-        return _pointwise.fused_backward(ctx, grad_output, _again)
-
-
 class _Recompute(Function):
-    """Forward keeps 1 / (2 D L) of each root; backward reads the operands again and writes the gradient."""
+    """Forward keeps 1 / (2 D L) of each root; backward reads the operands again and writes the gradient.
+
+    A gradient taken in forward would have to be scaled by this factor: 2 reads, 1 write, then 1 read, 1 write. This way
+    it is 2 reads, then 2 reads and 1 write, the same, and nothing of the operands' size is held in between.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Any, target: Any, weight: Any, mask: Any, o: Any) -> Any:
@@ -81,9 +77,12 @@ class _Recompute(Function):
         saved = ctx.saved_tensors  # once: checkpointing recomputes it
         if _common.differentiated_again(grad_output, *saved[:2]):
             return _again(ctx, grad_output, saved)
-        o = ctx.options._replace(flags=_pointwise.flags_of(*ctx.needs_input_grad[:2]))
-        grads = ops.pointwise_backward(grad_output.contiguous(), *saved, *o)
-        return (*_pointwise.wanted(o.flags, *grads), None, None, None)
+        flags = _pointwise.flags_of(*ctx.needs_input_grad[:2])
+        grads = ops.pointwise_backward(grad_output.contiguous(), *saved, *ctx.options[:-1], flags)
+        return (*_pointwise.wanted(flags, *grads), None, None, None)
+
+
+_apply = _common.direct_apply(_Recompute)
 
 
 def _roots(x: Operands, row_dims: int, eps: float) -> Tensor:
@@ -96,7 +95,7 @@ def _roots(x: Operands, row_dims: int, eps: float) -> Tensor:
         return ops.pointwise_forward(*args[:4], *o)[0]
     if torch.compiler.is_compiling():
         return _composed(*args)
-    return (_Fused if _pointwise.is_fused(x.input, x.target, o) else _Recompute).apply(*args)
+    return _apply(*args)
 
 
 def rmse_loss(
@@ -144,7 +143,7 @@ def rmse_loss(
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Squares are summed in float64, in an order fixed by the shape: the same bits whatever the number of threads. Without
-    ``dim`` the gradient of the squares is computed in the same pass and scaled once, in backward, by what the root is.
+    ``dim`` backward reads the operands once more, since every element's gradient needs the root of them all.
     """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
