@@ -68,6 +68,7 @@ def test_every_kind_has_a_default_line(kind):
     losses = {
         "log_probabilities": F.nll_loss,
         "kl": lambda p, t: F.kl_div(p, t, reduction="sum"),
+        "class_probabilities": lambda p, t: F.nll_loss(p.log(), t),
         "binary": F.binary_cross_entropy_with_logits,
         "binary_probabilities": F.binary_cross_entropy,
         "sign": F.soft_margin_loss,
@@ -151,6 +152,13 @@ def test_half_precision_is_asked_for():
     assert set(seen) == {(torch.float16, torch.float16)}
 
 
+def test_a_loss_that_takes_float32_only_is_drawn_too():
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    figure = plot.curves({"it": lambda p, t: F.cross_entropy(p, t, weight, reduction="sum")}, points=5)
+    expected = [float(-x + math.log(2 + math.exp(x))) for x, _ in drawn(figure.axes[0], "it")]
+    assert [v for _, v in drawn(figure.axes[0], "it")] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_curves_can_be_composed_and_saved(tmp_path):
     figure = matplotlib.pyplot.figure(layout="constrained")
     parts = figure.subfigures(2, 1)
@@ -163,8 +171,8 @@ def test_curves_can_be_composed_and_saved(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "named"),
     [
-        ((3,), {}, ValueError, "losses must be a callable"),
-        (({},), {}, ValueError, "losses must be a callable"),
+        ((3,), {}, TypeError, "a loss is a function or a module"),
+        (({},), {}, ValueError, "losses is empty"),
         ((F.mse_loss, "nonsense"), {}, ValueError, "nonsense"),
         ((F.mse_loss, "regression"), {"span": (1, 1)}, ValueError, "span"),
         ((F.mse_loss, "regression"), {"points": 1}, ValueError, "points"),

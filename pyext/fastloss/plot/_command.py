@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .._named import named_loss
 from ..diagnosis import KINDS
+from ..diagnosis.command import load
 from ._curves import curves
 
 
@@ -17,7 +17,9 @@ def main(argv: Sequence[str]) -> int:
     """Parse, draw, write; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastloss plot", description="Draw losses.")
     parser.add_argument("what", choices=["curves"], help="value and gradient along one logit or residual")
-    parser.add_argument("loss", nargs="+", help="package.module:name of a function, a module or a module's class")
+    parser.add_argument(
+        "loss", nargs="+", help="package.module:name or file.py:name, a function, an nn.Module or its class"
+    )
     parser.add_argument("--kind", choices=[*KINDS], help="what the losses are fed with (default: guessed)")
     parser.add_argument("--classes", type=int, default=3)
     parser.add_argument("--vary", type=int, default=0, help="which class, or entry of the prediction (default: 0)")
@@ -27,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         curves(
-            {path.rpartition(":")[2] if len(args.loss) == 1 else path: named_loss(path) for path in args.loss},
+            {path.rpartition(":")[2] if len(args.loss) == 1 else path: load(path) for path in args.loss},
             args.kind,
             vary=args.vary,
             span=args.span and tuple(args.span),

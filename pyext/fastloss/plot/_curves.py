@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..diagnosis import _guess
+from ..diagnosis.plain_call import callable_loss, guess, name_of
 from ..diagnosis.subject import NoGradientError, Subject
 from ..diagnosis.tasks import KINDS, Task, make_task
 from ._figure import COLORS, DASHES, finish, pyplot
@@ -23,6 +23,7 @@ Loss = Callable[..., Any]
 Point = tuple[float, float, float | None]  # x, value, gradient
 _TARGETS = {"regression": 1.0, "binary": 1.0, "binary_probabilities": 1.0, "sign": 1.0, "distance": 1.0, "counts": 3.0}
 _LINKS = {
+    "class_probabilities": "softmax",
     "log_probabilities": "log_softmax",
     "kl": "log_softmax",
     "binary_probabilities": "sigmoid",
@@ -61,7 +62,8 @@ def curves(
         span: where x begins and ends, by default -6 to 6 for logits, -3 to 3 for residuals. ``at`` does not shift it.
         classes: number of classes C, unless ``at`` has them.
         points: evaluations along the line, at least 2; some more find the jumps.
-        dtype: of the prediction, and of a floating target: float64 shows the mathematics, float16 what overflows.
+        dtype: of the prediction, and of a floating target: float64 shows the mathematics, float16 what overflows. A
+            loss that raises for float64 is given float32.
         title: above the picture.
         save: a path to write to; the suffix says the format.
         figure: a matplotlib Figure or SubFigure to draw in, instead of a new one.
@@ -71,13 +73,14 @@ def curves(
 
     Raises:
         ImportError: no matplotlib.
-        ValueError: losses, kind, at, vary, span or points mean nothing; no kind fits the first loss.
+        TypeError: a loss cannot be called.
+        ValueError: losses, kind, at, vary, span or points mean nothing.
         RuntimeError: a loss raises; the message names it.
     """
     plt = pyplot()
     named = _named(losses)
     if at is None:
-        task = make_task(kind or _guess(next(iter(named.values())), classes, None), classes)
+        task = make_task(kind, classes) if kind else guess(next(iter(named.values())), classes, None)[0]
         prediction, target = _default(task, classes)
     else:
         if not (isinstance(at, tuple) and len(at) == 2 and all(isinstance(t, Tensor) and t.numel() for t in at)):
@@ -130,14 +133,14 @@ def curves(
 
 def _named(losses: Loss | Mapping[str, Loss] | Sequence[Loss]) -> dict[str, Loss]:
     if isinstance(losses, Mapping):
-        named = {str(name): fn for name, fn in losses.items()}
+        named = {str(name): callable_loss(fn) for name, fn in losses.items()}
     else:
-        listed: list[Any] = list(losses) if isinstance(losses, (list, tuple)) else [losses]
-        names = [getattr(fn, "__name__", None) or type(fn).__name__ for fn in listed]
+        listed: list[Any] = [callable_loss(fn) for fn in (losses if isinstance(losses, (list, tuple)) else [losses])]
+        names = [name_of(fn) for fn in listed]
         again = {n for n in names if names.count(n) > 1}
         named = {f"{n} {i + 1}" if n in again else n: fn for i, (n, fn) in enumerate(zip(names, listed, strict=True))}
-    if not named or not all(map(callable, named.values())):
-        raise ValueError(f"losses must be a callable, {{name: callable}} or a list of callables, got {losses!r}")
+    if not named:
+        raise ValueError("losses is empty: pass a loss, {name: loss} or a list of losses")
     return named
 
 
@@ -165,9 +168,8 @@ def _line(
     name: str, fn: Loss, task: Task, prediction: Tensor, target: Tensor, vary: int, origin: float, xs: list[float]
 ) -> tuple[list[Any], list[list[tuple[float, float]]]]:
     """The points along the line, and the gaps (from, to) of value and of gradient."""
-    subject = Subject(
-        fn, task, samples=1, seed=0, ignore_index=None, reference=None, shift_invariant=None
-    )  # calls functions and modules alike
+    none: dict[str, Any] = dict.fromkeys(("ignore_index", "reference", "shift_invariant"))
+    subject = Subject(fn, task, samples=1, seed=0, **none)  # calls functions and modules alike
 
     def evaluate(x: float) -> Any:
         there = prediction.clone()
@@ -177,6 +179,9 @@ def _line(
         except NoGradientError:
             return x, subject.value(there, target), None
         except Exception as e:
+            if prediction.dtype == torch.float64 and not subject.float32_only and isinstance(e, RuntimeError):
+                subject.float32_only = True  # it may hold float32 tensors of its own
+                return evaluate(x)
             raise RuntimeError(
                 f"{name} raises {type(e).__name__} for a {task.name} prediction of shape {list(prediction.shape)}, "
                 f"{prediction.dtype}: {e}; kind=, at= and dtype= choose another (kinds: {', '.join(KINDS)})"
@@ -184,11 +189,10 @@ def _line(
         return x, value, float(gradient.flatten()[vary])
 
     points = [evaluate(x) for x in xs]
+    eps = torch.finfo(torch.float32 if subject.float32_only else prediction.dtype).eps
     gaps: list[list[tuple[float, float]]] = []
     for column in (1, 2):
-        found, ends = _gaps(
-            evaluate, [p for p in points if p[column] is not None], column, torch.finfo(prediction.dtype).eps
-        )
+        found, ends = _gaps(evaluate, [p for p in points if p[column] is not None], column, eps)
         gaps.append(found)
         points = sorted({p[0]: p for p in points + ends}.values(), key=lambda p: p[0])
     return points, gaps
