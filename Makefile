@@ -6,6 +6,7 @@
 # make gpu     everything a GPU can answer, in under nine minutes and without network, with the torch that is installed;
 #              OUT=folder for the results, SKIP="build sweep" leaves stages out (bench/gpu_run.sh says which there are)
 # make format  clang-format and ruff over everything
+# make docs    runs the code of the pages in docs/questions and writes what it prints and draws
 # make clean   removes what was built, but for .venv
 #
 # Parts of make test, by themselves: make build, lint, test-python, abi-audit, cuda-report (registers and spills of the
@@ -39,7 +40,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 PY_FILES := setup.py pyext tests tools $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan emulated-asan emulated-tsan mutants bench gpu wheel test-wheel format clean
+.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -132,6 +133,9 @@ judge: build/extension-full $(VENV)/test.stamp
 # ---- the rest
 bench: build/extension-here
 	$(PY) bench/run.py
+
+docs: build/extension-here
+	$(PY) tools/docs_pages.py
 
 gpu:
 	bash bench/gpu_run.sh $(or $(OUT),build/gpu-results) 530

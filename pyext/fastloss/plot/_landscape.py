@@ -62,6 +62,7 @@ class Landscape:
             low, high, log = low - 0.5, high + 0.5, False
         levels = np.geomspace(low, high, 25) if log else np.linspace(low, high, 25)
         levels[0], levels[-1] = low, high
+        digits = ".2g" if log else ".4g"
         shown = np.ma.masked_invalid(value)
         norm = colors.LogNorm(low, high) if log else colors.Normalize(low, high)
         figure = plt.figure(figsize=(11, 5.2), layout="constrained", dpi=110)
@@ -72,9 +73,9 @@ class Landscape:
         if len(finite):
             filled = left.contourf(self.a, self.b, shown, levels, norm=norm, cmap="viridis")
             lines = left.contour(self.a, self.b, shown, levels[2:-1:4], norm=norm, colors="white", linewidths=0.7)
-            left.clabel(lines, fmt=lambda v: f"{v:.3g}", fontsize=7.5)
+            left.clabel(lines, fmt=lambda v: f"{v:{digits}}", fontsize=7.5)
             bar = figure.colorbar(filled, ax=left, label="loss (logarithmic)" if log else "loss", pad=0.02)
-            bar.set_ticks([float(v) for v in levels[::4]], labels=[f"{v:.3g}" for v in levels[::4]])
+            bar.set_ticks([float(v) for v in levels[::4]], labels=[f"{v:{digits}}" for v in levels[::4]])
             bar.ax.yaxis.set_minor_locator(ticker.NullLocator())
         if len(finite) < value.size:
             kinds = {"nan": np.isnan(value), "+inf": value == math.inf, "-inf": value == -math.inf}

@@ -1,0 +1,50 @@
+"""The pages that answer questions: their code runs, prints what they quote, and draws the pictures that they show."""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
+docs_pages = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(docs_pages)
+NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
+TIME = re.compile(r"[\d.]+ s\)")
+
+
+def same(printed, quoted):
+    """Equal but for times, line breaks, and the last digits of numbers, which depend on the instruction set."""
+    printed, quoted = (" ".join(TIME.sub("s)", text).split()) for text in (printed, quoted))
+    numbers = zip(*(map(float, NUMBER.findall(text)) for text in (printed, quoted)), strict=False)
+    return NUMBER.sub("#", printed) == NUMBER.sub("#", quoted) and all(
+        math.isclose(a, b, rel_tol=0.1, abs_tol=1e-6) for a, b in numbers
+    )
+
+
+def test_same_tells_apart():
+    assert same("a 0.1234 (seed 0, 1.2 s)", "a 0.1235\n(seed 0, 3.4 s)")
+    assert not same("a 0.12", "b 0.12") and not same("a 0.12", "a 0.22") and not same("a 1", "a 1 2")
+
+
+@pytest.mark.parametrize("page", docs_pages.PAGES, ids=lambda page: page.stem)
+def test_page(page, tmp_path):
+    blocks = list(docs_pages.run(page, tmp_path))
+    assert blocks
+    for block, printed in blocks:
+        quoted = block["output"] or ""
+        assert same(printed, quoted), f"{page.name} quotes\n{quoted}\nbut this is printed (make docs):\n{printed}"
+    shown = {Path(path).name for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text(), re.S)}
+    assert shown == {path.name for path in tmp_path.iterdir()}
+    for name in shown:
+        assert (docs_pages.PICTURES / name).stat().st_size <= 60 * 1024
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_no_picture_is_left_over():
+    text = "".join(page.read_text() for page in docs_pages.PAGES)
+    assert all(f"pictures/{picture.name})" in text for picture in docs_pages.PICTURES.iterdir())
