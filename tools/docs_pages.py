@@ -24,13 +24,15 @@ BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?
 def run(page: Path, folder: Path) -> Iterator[tuple[re.Match[str], str]]:
     """Each block of a page, with what it prints when it is run in the folder."""
     import matplotlib
+    import torch
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     namespace: dict[str, object] = {"__name__": page.stem}
-    before = Path.cwd()
+    before, threads = Path.cwd(), torch.get_num_threads()
     os.chdir(folder)
+    torch.set_num_threads(1)  # everything is small
     try:
         with matplotlib.rc_context({"savefig.dpi": 90}):
             for block in BLOCK.finditer(page.read_text()):
@@ -41,6 +43,7 @@ def run(page: Path, folder: Path) -> Iterator[tuple[re.Match[str], str]]:
                 yield block, "".join(f"{line.rstrip()}\n" for line in printed.getvalue().splitlines())
     finally:
         os.chdir(before)
+        torch.set_num_threads(threads)
 
 
 def main() -> int:

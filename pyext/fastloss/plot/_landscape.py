@@ -102,7 +102,6 @@ class Landscape:
             x, y = np.meshgrid(self.a, self.b)
             face = plt.get_cmap("viridis")(norm(shown))
             right.plot_surface(x, y, height(value), facecolors=face, rcount=200, ccount=200, linewidth=0, shade=False)
-
         if self.path is not None and self.path_value is not None:
             right.plot(*self.path.T, height(self.path_value.numpy()), "o-", zorder=4, **style)
         if math.isfinite(self.center):
@@ -221,7 +220,7 @@ def measure_landscape(
 
     inputs, target = batch
     buffers = dict(model.named_buffers())
-    devices = {t.device.index for t in (*weights.values(), *buffers.values(), target) if t.device.type == "cuda"}
+    devices = {t.device.index for t in (*weights.values(), *buffers.values()) if t.device.type == "cuda"}
     bar = Progress("loss landscape", points**2 + (0 if path is None else len(path)) + 1, progress)
 
     def evaluate(row: Direction, alpha: float) -> float:
@@ -273,13 +272,13 @@ def _random(weights: Direction, generator: torch.Generator) -> Direction:
     """Filter-normalised: |d[i]| = |w[i]| for every slice i along dim 0; zero for biases and the like."""
     direction = {}
     for name, w in weights.items():
-        d = torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w.device)
+        d = torch.randn(w.shape, generator=generator, dtype=torch.float64)
         if w.dim() < 2:
             d.zero_()
         else:
-            norms = [t.double().flatten(1).norm(dim=1) for t in (w, d)]
+            norms = [t.flatten(1).norm(dim=1) for t in (w.to("cpu", torch.float64), d)]
             d *= (norms[0] / norms[1].clamp_min(1e-300)).view(-1, *[1] * (w.dim() - 1))
-        direction[name] = d.to(w.dtype)
+        direction[name] = d.to(w)
     return direction
 
 
@@ -315,7 +314,7 @@ def _principal(
     if len(share) < 2 or share[1] < 1e-12:  # a straight path has no second direction
         other = _flat(_random(weights, generator), weights)
         other -= (other @ plane[0]) * plane[0]
-        plane, labels[1:] = torch.stack([plane[0], other / other.norm()]), ["random direction: the path is straight"]
+        plane, labels[1:] = torch.stack([plane[0], other / other.norm().clamp_min(1e-300)]), ["random direction: the path is straight"]
     # The sign of a component means nothing: the run begins on the left, below.
     plane *= torch.where(moved[0] @ plane.T > 0, -1.0, 1.0).double()[:, None]
     sizes = [w.numel() for w in weights.values()]
