@@ -21,8 +21,8 @@ from .tasks import KINDS, Task, make_task
 
 Loss = Callable[..., Any]
 OWN = os.path.dirname(os.path.dirname(__file__))
-GUESSES: tuple[str, ...] = ("classification", "class_probabilities", "regression", "binary", "probabilities")
-GUESSES += ("binary_probabilities", "sign", "kl")
+GUESSES: tuple[str, ...] = ("classification", "class_probabilities", "regression", "binary", "probabilities", "sign")
+GUESSES += ("kl", "binary_probabilities")
 
 
 def callable_loss(loss_fn: Any) -> Loss:
@@ -84,6 +84,7 @@ def _levels(fn: Loss, task: Task) -> list[float] | None:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 # Broadcasting is what a wrong kind would go through with, and what torch warns of.
+                warnings.simplefilter("ignore")
                 warnings.filterwarnings("error", "Using a target size")
                 return [_level(fn, task, p.to(dtype), target) for p in points]
         except Exception:
@@ -94,9 +95,11 @@ def _levels(fn: Loss, task: Task) -> list[float] | None:
 def _fits(levels: list[float] | None) -> bool:
     if levels is None or not all(map(math.isfinite, levels)):
         return False
-    least, exaggerated, *wrong = levels
-    margin = 0.1 * abs(wrong[0])
-    return least < min(wrong) and exaggerated > least - margin and (least < 0 or len(wrong) > 1 or least < margin)
+    least, exaggerated, wrong, *beside = levels
+    if beside:
+        return least < min(levels[1:])
+    margin = 0.1 * abs(wrong)  # of a decision: surer is no worse, and nearly nothing is left
+    return least < wrong and exaggerated > least - margin and (least < 0 or least < margin)
 
 
 def _level(fn: Loss, task: Task, prediction: torch.Tensor, target: torch.Tensor) -> float:
