@@ -113,9 +113,7 @@ def examine(s: Subject) -> Finding | None:
     prediction, target = s.sample()
     given = f"prediction {list(prediction.shape)} and target {list(target.shape)} ({_dtype(target.dtype)})"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
+        out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
     except Exception as e:
         if isinstance(e, RuntimeError) and _takes_float32(s):
             found = _fault(
@@ -182,9 +180,7 @@ def _hint(s: Subject, e: Exception) -> str:
     if isinstance(e, TypeError) and len(required) < 2 and "positional argument" in text:
         return "A loss is called with two arguments, the prediction and the target."
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            s.fn(target.clone(), s.task.link(prediction) if s.task.link else prediction.clone())
+        s.fn(target.clone(), s.task.link(prediction) if s.task.link else prediction.clone())
         return (
             "Called with (target, prediction) it works: the prediction comes first, as in torch; "
             "lambda p, t: loss(t, p) turns a loss round that is meant like that."
