@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
@@ -92,35 +91,44 @@ def check(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the inputs are tiny: a second thread would mostly wait for the first
     try:
-        fault = plain_call.examine(subject)
-        if fault is not None:
-            report.findings = [fault]
-            subject.float32_only = fault.name in properties
-            properties.pop(fault.name, None)
-        if fault is not None and not subject.float32_only:
-            properties = {}
-        else:
-            subject.measure()
-            if not math.isfinite(subject.value(prediction, target)):
-                report.notes.append("The value is not finite for an ordinary input: nothing else can be told.")
-                properties = {k: v for k, v in properties.items() if k in ("finite", "optimum", "inputs untouched")}
-            if subject.effort < 1:
-                report.notes.append(f"A call takes {1e3 * subject.cost:.3g} ms: examined with fewer points and steps.")
-        for i, (name, examine) in enumerate(properties.items()):
-            subject.tick = _Progress(began, f"[{i + 1}/{len(properties)}] {name}", progress)
-            report.findings.append(_examine(subject, name, examine))
-        if subject.differentiable and subject.rounds_to is not None:
-            report.notes.append(
-                "Values are rounded inside (see precision): other findings may be consequences of that."
-            )
-        if "repeatable" in report.named("failure"):
-            report.notes.append("Not repeatable: the other findings may be mere consequences of that.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _run(subject, report, properties, lambda text: _Progress(began, text, progress))
     finally:
         torch.set_num_threads(threads)
         _Progress.clear()
     report.curves = subject.curves
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _run(
+    subject: Subject,
+    report: Report,
+    properties: dict[str, Callable[[Subject], Finding]],
+    tick: Callable[[str], _Progress],
+) -> None:
+    """Examine the properties that can be, and note what explains several findings at once."""
+    fault = plain_call.examine(subject)
+    if fault is not None:
+        report.findings = [fault]
+        subject.float32_only = fault.name in properties
+        if not subject.float32_only:
+            return
+        del properties[fault.name]
+    subject.measure()
+    if not math.isfinite(subject.value(*subject.sample())):
+        report.notes.append("The value is not finite for an ordinary input: nothing else can be told.")
+        properties = {k: v for k, v in properties.items() if k in ("finite", "optimum", "inputs untouched")}
+    if subject.effort < 1:
+        report.notes.append(f"A call takes {1e3 * subject.cost:.3g} ms: examined with fewer points and steps.")
+    for i, (name, examine) in enumerate(properties.items()):
+        subject.tick = tick(f"[{i + 1}/{len(properties)}] {name}")
+        report.findings.append(replace(_examine(subject, examine), name=name))
+    if subject.differentiable and subject.rounds_to is not None:
+        report.notes.append("Values are rounded inside (see precision): other findings may be consequences of that.")
+    if "repeatable" in report.named("failure"):
+        report.notes.append("Not repeatable: the other findings may be mere consequences of that.")
 
 
 class _Progress:
@@ -149,46 +157,30 @@ class _Progress:
             _Progress.shown = 0
 
 
-def _examine(subject: Subject, name: str, examine: Callable[[Subject], Finding]) -> Finding:
+def _examine(subject: Subject, examine: Callable[[Subject], Finding]) -> Finding:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return replace(examine(subject), name=name)
+        return examine(subject)
     except NoGradientError as e:
-        if subject.differentiable:
-            return replace(_raises(subject, e), name=name)
-        return replace(skipped("The result has no gradient."), name=name)
+        return _raises(subject, e) if subject.differentiable else skipped("The result has no gradient.")
     except Exception as e:
-        return replace(_raises(subject, e), name=name)
+        return _raises(subject, e)
 
 
 def _raises(subject: Subject, e: Exception) -> Finding:
     """A fault that is an exception, with the smallest input that raises the same."""
 
-    def test(prediction: torch.Tensor, target: torch.Tensor, raised: Exception) -> Finding:
-        try:
-            subject.gradient(prediction, target)
-        except NoGradientError:
-            return skipped("")
-        except Exception as again:
-            if type(again) is not type(raised):
-                return skipped("")
-            raised = again
-        else:
-            if raised is e:
-                return skipped("")
+    def fault(raised: Exception) -> Finding:
         return failed(
-            f"The loss raises {type(raised).__name__}: {_line(raised)}",
+            f"Raises {type(raised).__name__}: {_line(raised)}",
             "It should take every input of this kind; if the input is not meant for it, choose another kind.",
         )
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if subject.last is not None:
-            found = subject.judged(functools.partial(test, raised=e), *subject.last)
-            if found.bad:
-                return found
-    return failed(
-        f"Raises {type(e).__name__}: {_line(e)}",
-        "It should take every input of this kind; if the input is not meant for it, choose another kind.",
-    )
+    def test(prediction: torch.Tensor, target: torch.Tensor) -> Finding:
+        try:
+            subject.gradient(prediction, target)
+        except Exception as again:
+            return fault(again) if type(again) is type(e) else skipped("")
+        return skipped("")
+
+    found = subject.judged(test, *subject.last) if subject.last is not None else skipped("")
+    return found if found.bad else fault(e)

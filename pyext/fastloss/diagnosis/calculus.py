@@ -30,6 +30,10 @@ def _line(e: BaseException) -> str:
     return (text[0] if text else type(e).__name__)[:160]
 
 
+def _error(relative: float) -> str:
+    return f"{relative:.1e}" if relative > 1e-9 else "below 1e-9"
+
+
 def _mixed(out: Tensor) -> Tensor:
     """One number that tells the elements of reduction 'none' apart."""
     return out.sum() if out.dim() == 0 else (out * torch.linspace(0.5, 1.5, out.numel()).to(out).view_as(out)).sum()
@@ -121,9 +125,8 @@ def gradient(s: Subject) -> Finding:
             worst = max(worst, found.numbers["relative_error"])
     if not seen:
         return skipped("No point with a finite value and gradient, see 'finite'.")
-    error = f"largest error {worst:.1e}" if worst > 1e-9 else "within rounding"
     return passed(
-        f"Agrees with finite differences in float64: {', '.join(seen)} ({error}).",
+        f"Agrees with finite differences in float64: {', '.join(seen)} (largest error {_error(worst)}).",
         relative_error=worst,
     )
 
@@ -192,7 +195,7 @@ def second_derivative(s: Subject) -> Finding:
                 "the saved inputs, or mark it once_differentiable.",
                 relative_error=best,
             )
-        return passed(f"Agrees with differences of the gradient (error {best:.1e}).", relative_error=best)
+        return passed(f"Agrees with differences of the gradient (error {_error(best)}).", relative_error=best)
 
     return s.judged(test, *s.sample(3))
 
@@ -498,11 +501,26 @@ def _jump_at(s: Subject, enough: float, prediction: Tensor, target: Tensor) -> F
     )
 
 
+def _jumps(
+    value: Callable[[float], float], grid: list[float], values: list[float], suspects: int
+) -> tuple[float, list[tuple[float, float]]]:
+    """What counts as one, and (size, place) of each found in the most suspicious intervals."""
+    enough = max(1e-4 * (max(values) - min(values)), 1e-6 * max(map(abs, values)))
+    steps = sorted(range(len(grid) - 1), key=lambda i: -abs(values[i + 1] - values[i]))[:suspects]
+    # A small jump hides in the interval with the sharpest change of slope, a large one in that with the largest step.
+    bends = sorted(range(1, len(grid) - 1), key=lambda i: -abs(values[i + 1] - 2 * values[i] + values[i - 1]))
+    bends = [] if suspects == 1 else [j for i in bends[:suspects] for j in (i - 1, i)]
+    found = (_bisect(value, grid[i], grid[i + 1], enough) for i in sorted({*steps, *bends}))
+    return enough, [(left, place) for place, left in found if left > enough]
+
+
 def continuity(s: Subject) -> Finding:
     """Values along lines; what is left of a step when the interval shrinks to nothing is a jump."""
     kinks: list[float] = []
     lines, cells, suspects = s.some(3), s.some(200, 10), s.some(4)
     grid = torch.linspace(-2, 2, cells + 1).tolist()
+    if s.effort > 0.1:
+        _curve_of_one_entry(s)
     for salt in range(lines):
         prediction, target = s.sample(salt=salt)
         direction = torch.randn(prediction.shape, generator=s.generator(100 + salt)).double()
@@ -518,28 +536,57 @@ def continuity(s: Subject) -> Finding:
                 return s.value(p + t * d, y), math.nan
 
         values, slopes = (list(x) for x in zip(*(both(t) for t in grid), strict=True))
+        curve = Curve("Along a random line through the predictions", "step along the line", grid, values, slopes)
         if salt == 0:
-            s.curves.append(Curve("Along a random line", "step along the line", grid, values, slopes))
+            s.curves.append(curve)
         spread = max(values) - min(values)
         if not math.isfinite(spread):
             continue
-        enough = max(1e-4 * spread, 1e-6 * max(map(abs, values)))
-        steps = sorted(range(cells), key=lambda i: -abs(values[i + 1] - values[i]))[:suspects]
-        # A kink hides in the interval with the sharpest change of slope, a jump in the one with the largest step.
-        curved = sorted(range(1, cells), key=lambda i: -abs(values[i + 1] - 2 * values[i] + values[i - 1]))[:suspects]
-        for i in sorted({*steps, *curved, *(c - 1 for c in curved)}):
-            place, left = _bisect(value, grid[i], grid[i + 1], enough)
-            if left > enough:
-                return _jump(s, prediction + place * direction, target, enough, left)
-        bends = sorted(range(cells), key=lambda i: -abs(slopes[i + 1] - slopes[i]))[: min(2, suspects)]
+        enough, jumps = _jumps(value, grid, values, suspects)
+        curve.marks = [(place, "jump") for _, place in jumps]
+        if jumps:
+            left, place = max(jumps)
+            return _jump(s, prediction + place * direction, target, enough, left)
+        bends = sorted(range(cells), key=lambda i: -abs(slopes[i + 1] - slopes[i]))[: suspects // 2]
         top = max((abs(v) for v in slopes if math.isfinite(v)), default=0.0)
         for i in bends:
             if math.isfinite(slopes[i]) and math.isfinite(slopes[i + 1]):
                 place, left = _bisect(lambda t: both(t)[1], grid[i], grid[i + 1], 1e-3 * top)
                 if left > 1e-3 * top:
                     kinks.append(place)
+                    curve.marks.append((place, "kink"))
     text = f"{len(kinks)} kinks located (fine, as in L1 at zero)" if kinks else "no kinks"
     return passed(f"No jump along {lines} random line{'s' * (lines > 1)}, {text}.", kinks=kinks)
+
+
+def _curve_of_one_entry(s: Subject) -> None:
+    """For the page: one sample's loss while one entry of its prediction moves, the right class's if there is one."""
+    prediction, target = s.sample()
+    p, t = prediction[:1].clone(), target[:1]
+    if s.task.classes:
+        entry = (
+            int(t.reshape(-1)[0]) * (p[0].numel() // p.shape[1]) if not t.is_floating_point() else int(t[0].argmax())
+        )
+    else:
+        entry = 0
+    aim = float(t.reshape(-1)[0]) if s.task.name == "regression" else None
+    x = ((aim or 0.0) + torch.linspace(-6, 6, 121)).tolist()
+
+    def both(v: float) -> tuple[float, float]:
+        p.view(-1)[entry] = v
+        value, grad = s.value_and_gradient(p, t)
+        return value, float(grad.reshape(-1)[entry])
+
+    try:
+        values, slopes = (list(y) for y in zip(*map(both, x), strict=True))
+    except Exception:  # no gradient, or no batch of one: said elsewhere
+        return
+    xlabel = "logit of the right class" if s.task.classes else "logit" if s.task.decided else "prediction"
+    curve = Curve("One sample while one entry of its prediction moves", xlabel, x, values, slopes, "gradient")
+    if all(map(math.isfinite, values)):
+        curve.marks = [(place, "jump") for _, place in _jumps(lambda v: both(v)[0], x, values, 4)[1]]
+    curve.marks += [(aim, "target")] if aim is not None else []
+    s.curves.append(curve)
 
 
 def _jump(s: Subject, prediction: Tensor, target: Tensor, enough: float, left: float) -> Finding:

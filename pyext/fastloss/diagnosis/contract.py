@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -140,7 +139,8 @@ def _twice(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
                 "count them.",
                 ratio=ratio,
             )
-        return passed(f"Behaves as {how} over samples: the batch twice over costs {ratio:g} times.", ratio=ratio)
+        cost = "the same" if _close(ratio, 1.0) else "twice as much"
+        return passed(f"Behaves as {how} over samples: the batch twice over costs {cost}.", ratio=ratio)
     return (warned if _close(ratio, math.sqrt(2)) else failed)(
         f"{once:.6g} for this batch, but {ratio:.6g} times as much for the same twice over, neither 1 (a mean) nor 2 "
         "(a sum).",
@@ -602,9 +602,7 @@ def vmap(s: Subject) -> Finding:
     predictions, targets = torch.stack([p for p, _ in pairs]), torch.stack([t for _, t in pairs])
     want = torch.tensor([s.value(p, t) for p, t in pairs], dtype=torch.float64)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.func.vmap(lambda p, t: _first(s.raw(p, t)).sum())(predictions, targets)
+        found = torch.func.vmap(lambda p, t: _first(s.raw(p, t)).sum())(predictions, targets)
     except Exception as e:
         return warned(
             f"torch.func.vmap raises {type(e).__name__}: {_line(e)}",
@@ -662,10 +660,8 @@ def compiles(backend: str) -> Property:
         # Another code object for each loss, since one may be compiled only so often in a process.
         fresh = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                out = torch.compile(fresh, backend=backend, fullgraph=True)(leaf, target)
-                grad = slope(out.sum(), leaf)
+            out = torch.compile(fresh, backend=backend, fullgraph=True)(leaf, target)
+            grad = slope(out.sum(), leaf)
         except Exception as e:
             return warned(
                 f"Does not compile in one graph: {type(e).__name__}: {_line(e)}",

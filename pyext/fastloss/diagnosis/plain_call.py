@@ -21,8 +21,8 @@ from .tasks import KINDS, Task, make_task
 
 Loss = Callable[..., Any]
 OWN = os.path.dirname(os.path.dirname(__file__))
-GUESSES: tuple[str, ...] = ("classification", "class_probabilities", "regression", "binary", "probabilities")
-GUESSES += ("binary_probabilities", "sign", "kl")
+GUESSES: tuple[str, ...] = ("classification", "class_probabilities", "regression", "binary", "probabilities", "sign")
+GUESSES += ("kl", "binary_probabilities")
 
 
 def callable_loss(loss_fn: Any) -> Loss:
@@ -84,6 +84,7 @@ def _levels(fn: Loss, task: Task) -> list[float] | None:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 # Broadcasting is what a wrong kind would go through with, and what torch warns of.
+                warnings.simplefilter("ignore")
                 warnings.filterwarnings("error", "Using a target size")
                 return [_level(fn, task, p.to(dtype), target) for p in points]
         except Exception:
@@ -94,9 +95,11 @@ def _levels(fn: Loss, task: Task) -> list[float] | None:
 def _fits(levels: list[float] | None) -> bool:
     if levels is None or not all(map(math.isfinite, levels)):
         return False
-    least, exaggerated, *wrong = levels
-    margin = 0.1 * abs(wrong[0])
-    return least < min(wrong) and exaggerated > least - margin and (least < 0 or len(wrong) > 1 or least < margin)
+    least, exaggerated, wrong, *beside = levels
+    if beside:
+        return least < min(levels[1:])
+    margin = 0.1 * abs(wrong)  # of a decision: surer is no worse, and nearly nothing is left
+    return least < wrong and exaggerated > least - margin and (least < 0 or least < margin)
 
 
 def _level(fn: Loss, task: Task, prediction: torch.Tensor, target: torch.Tensor) -> float:
@@ -110,9 +113,7 @@ def examine(s: Subject) -> Finding | None:
     prediction, target = s.sample()
     given = f"prediction {list(prediction.shape)} and target {list(target.shape)} ({_dtype(target.dtype)})"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
+        out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
     except Exception as e:
         if isinstance(e, RuntimeError) and _takes_float32(s):
             found = _fault(
@@ -179,9 +180,7 @@ def _hint(s: Subject, e: Exception) -> str:
     if isinstance(e, TypeError) and len(required) < 2 and "positional argument" in text:
         return "A loss is called with two arguments, the prediction and the target."
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            s.fn(target.clone(), s.task.link(prediction) if s.task.link else prediction.clone())
+        s.fn(target.clone(), s.task.link(prediction) if s.task.link else prediction.clone())
         return (
             "Called with (target, prediction) it works: the prediction comes first, as in torch; "
             "lambda p, t: loss(t, p) turns a loss round that is meant like that."

@@ -67,7 +67,7 @@ class Subject:
         self.tick: Callable[[], None] = lambda: None  # called with every call of the loss
         self.last: tuple[Tensor, Tensor] | None = None  # the inputs of the last call
         self._shrinking = 2.0  # seconds left for it
-        self._casts: dict[tuple[int, torch.dtype], torch.nn.Module] = {}
+        self._copies: dict[tuple[int, torch.device, torch.dtype], torch.nn.Module] = {}
 
     # ---- effort
     def measure(self) -> None:
@@ -146,17 +146,19 @@ class Subject:
             out = out[0] if isinstance(out, (tuple, list)) and out else out
             return out.double() if isinstance(out, Tensor) and out.is_floating_point() else out
         if isinstance(fn, torch.nn.Module):
-            return configured(self._as_dtype(fn, prediction.dtype), options)(prediction, target)
+            return configured(self._like(fn, prediction), options)(prediction, target)
         return fn(prediction, target, **options)
 
-    def _as_dtype(self, module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-        """The module itself, or a copy whose class weights and the like have the prediction's dtype, as after .to()."""
-        own = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.dtype != dtype]
-        if not own:
+    def _like(self, module: torch.nn.Module, prediction: Tensor) -> torch.nn.Module:
+        """The module itself, or a copy whose class weights and the like go with the prediction, as after .to()."""
+        device, dtype = prediction.device, prediction.dtype
+        own = [*module.parameters(), *module.buffers()]
+        if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in own):
             return module
-        if (id(module), dtype) not in self._casts:
-            self._casts[id(module), dtype] = copy.deepcopy(module).to(dtype)
-        return self._casts[id(module), dtype]
+        key = id(module), device, dtype
+        if key not in self._copies:
+            self._copies[key] = copy.deepcopy(module).to(device, dtype)
+        return self._copies[key]
 
     def result(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The same as a tensor, on copies."""
