@@ -28,8 +28,8 @@ COMMON_FROM = "reductions, common to the GPU and the emulator"
 
 SYNC = re.compile(r"\b(block_barrier|warp_barrier|memory_fence|system_fence|cluster_arrive|cluster_wait)\(\);")
 LIMITS = (
-    r"p\.(?:rows|classes|outer|inner|count|blocks|totals_count|slice)|classes|count|blocks|warps|parts|groups|vectors"
-    r"|inner_tiles|kPositions|span\.head(?: \+ span\.tail)?"
+    r"p\.(?:rows|classes|outer|inner|count|blocks|totals_count|slice|parts)|(?:p\.)?a\.(?:cols|rows \* p\.parts)|classes|count"
+    r"|blocks|warps|parts|groups|vectors|rows|items|elements|inner_tiles|kPositions|span\.head(?: \+ span\.tail)?"
 )
 BOUND = re.compile(rf"(?<= < )(?:{LIMITS})\b(?! \+)|(?<= >= )(?:{LIMITS})\b")
 NOT_CODE = re.compile(r"^\s*(//|#|template|static_assert)")
@@ -95,7 +95,8 @@ def plant(source: Path, target: Path) -> list[Mutant]:
                     else:
                         numbers.append(len(mutants))  # the pair, just made
                 else:
-                    numbers.append(new(0, text))  # noqa: B023
+                    following = "" if "//" in text else " " + lines[i + 1].strip()  # noqa: B023
+                    numbers.append(new(0, text + following))  # noqa: B023
                 return f"if (!fastloss::removed({numbers[0]})) {match[0]}"
 
             code = SYNC.sub(removable, code)
@@ -149,7 +150,7 @@ def environment(module: Path, mutant: int) -> dict[str, str]:
 
 def passes(module: Path, mutant: int = 0, quiet: bool = True) -> bool:
     """Does the short form of the emulated tests pass? A fault may also make it run forever."""
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x", "--tb=line",
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x", "-s", "--tb=line",
                "-k", "not policy and not [core", "tests/core/test_cuda_on_cpu.py",
                "tests/core/test_pointwise_core.py"]  # fmt: skip
     output = subprocess.DEVNULL if quiet else None

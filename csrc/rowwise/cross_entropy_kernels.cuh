@@ -373,7 +373,7 @@ __device__ __forceinline__ double sum_partials(const double* partials, unsigned 
 }
 
 // The end of a forward kernel: partial sums of this block, one of `blocks` that come here; the last one to come adds
-// them up in order and writes the scalars.
+// them up in order and writes the scalars. Nothing has used the scratch before.
 template <class A>
 __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, LossSums sums, unsigned block,
                                             unsigned blocks, double* scratch) {
@@ -387,7 +387,6 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   }
   if (!p.partials) return;
   const bool with_z = p.k.z_loss != A(0);
-  block_barrier();  // the scratch may still be in use
   sums.nll = block_sum(sums.nll, scratch);
   if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
   if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
@@ -406,7 +405,7 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   sums = {sum_partials(p.partials, blocks), 0, 0};
   if (with_z) sums.z = sum_partials(p.partials + blocks, blocks);
   if (p.accuracy) sums.correct = sum_partials(p.partials + 2 * blocks, blocks);
-  block_barrier();
+  // The ticket's barrier lies between the two uses of the scratch.
   sums.nll = block_sum(sums.nll, scratch);
   if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
   if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
