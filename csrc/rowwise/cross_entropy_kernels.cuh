@@ -672,7 +672,9 @@ constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, bool r
 
 template <class T, bool kGeneral, Pass kPass, bool kWarpRows, bool kResident, int kN>
 __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
-                                  row_blocks_per_multiprocessor(kGeneral, kWarpRows, kResident, kN, sizeof(accum_t<T>)))
+                                  row_blocks_per_multiprocessor(kGeneral, kWarpRows,
+                                                                kResident || kPass == Pass::forward, kN,
+                                                                sizeof(accum_t<T>)))
     cross_entropy_row_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kL = kLanes16<T>;
@@ -745,7 +747,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const index_t v = base + j * width;
-        if constexpr (kResident)
+        if constexpr (kResident || kPass == Pass::forward)  // not to be read again
           tile[j] = v < count ? load16_stream(x + column + v * kL) : minus_infinity<T>();
         else
           tile[j] = v < count ? load16(x + column + v * kL) : minus_infinity<T>();

@@ -225,9 +225,11 @@ ROWS = [
     ("streaming rows", 80, 2, 4500, 1, "off by one", COMMON, True),
     ("streaming rows", 80, 34, 4100, 0, "contiguous", {}, False),
     ("cluster rows", 90, 3, 4097, 1, "off by one", COMMON, True),
+    ("cluster rows", 90, 9, 4097, 1, "contiguous", {"weight": True}, True),
+    ("cluster rows", 90, 17, 4097, 0, "contiguous", {}, False),
     ("cluster rows", 90, 2, 9000, 0, "contiguous", {}, False),
     ("cluster rows", 120, 1, 20000, 1, "rows apart", {"reduction": "sum"}, False),
-    ("cluster rows", 90, 2, 40000, 3, "contiguous", COMMON, False),
+    ("cluster rows", 90, 3, 40000, 3, "contiguous", COMMON, False),
     ("streaming rows", 120, 1, 33000, 1, "contiguous", COMMON, False),
     ("warp rows, general", 80, 70, 0, 1, "contiguous", EVERYTHING, True),
     ("warp rows, general", 80, 33, 3, 1, "off by one", EVERYTHING, False),
@@ -257,6 +259,15 @@ def row_cases():
 def test_rows(kernel, sm, rows, vectors, extra, layout, features, dtype):
     classes = vectors * 16 // ITEM_SIZE[dtype] + extra
     assert run_schedules(sm, (rows, classes), dtype, features, layout) == kernel
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("rows, kernel", ((3, "cluster rows"), (5, "streaming rows")))
+def test_forward_alone(rows, kernel, dtype):
+    """Rows that need a cluster for the gradient are streamed without one, if there are enough of them."""
+    shape = (rows, 5000 * 16 // ITEM_SIZE[dtype] + 1)
+    assert run_schedules(90, shape, dtype, {"reduction": "none", **COMMON}, "off by one") == kernel
+    assert run_schedules(80, shape, dtype, {"reduction": "none", **COMMON}) == "streaming rows"
 
 
 # ---- planes: classes not adjacent
