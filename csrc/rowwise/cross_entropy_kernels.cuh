@@ -966,7 +966,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
     }
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
-      if (k % kStep == 0 && k * lanes >= classes) break;
+      if (k % kStep == 0 && k * lanes >= classes) break;  // spares the rest
       const int c = thread + k * lanes;
       z[k] = active && c < classes ? to_accum(own[c]) : A(-INFINITY);
       s.max = max_of(s.max, z[k]);
@@ -977,7 +977,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
       const A ref = reference(s.max);
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
-        if (k % kStep == 0 && k * lanes >= classes) break;
+        if (k % kStep == 0 && k * lanes >= classes) break;  // where z ends
         z[k] = exp_of(z[k] - ref);
         s.others += z[k];
       }
@@ -989,7 +989,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
       if constexpr (kPass == Pass::backward) warp_barrier();  // the picked logit has been read by all
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
-        if (k % kStep == 0 && k * lanes >= classes) break;
+        if (k % kStep == 0 && k * lanes >= classes) break;  // spares the rest
         const int c = thread + k * lanes;
         const A e = kPass == Pass::backward ? exp_of(z[k] - r.ref) : z[k];
         if (active && c < classes) own[c] = from_accum<T>(e * r.softmax_scale);
