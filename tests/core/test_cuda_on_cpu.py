@@ -518,6 +518,13 @@ def test_launch_policy(element_bytes, max_cluster, multiprocessors):
                             together = pass_ != "backward" or in_place
                             assert c["cluster"] or c["parts"] == 1 or not together
                             assert c["general"] >= general
+                            # Forward alone has nothing to keep: no cluster, unless the rows leave the GPU idle.
+                            if pass_ == "forward" and not c["general"] and rows >= 4 * multiprocessors:
+                                assert not c["cluster"]
+                            if together:  # each block takes a share of the rows
+                                assert c["grid"] <= 32 * multiprocessors + c["parts"]
+                            # Blocks of 8 vectors have 80 registers a thread, others at most 128.
+                            assert c["threads"] * (80 if c["vectors"] == 8 else 128) <= 65536
                             if c["regime"] == "warp_rows":
                                 assert c["lanes"] in (1, 2, 4, 8, 16, 32)
                             if c["regime"] == "tile":  # 32 / lanes rows without gaps, each tile on the grid
@@ -528,6 +535,40 @@ def test_launch_policy(element_bytes, max_cluster, multiprocessors):
                                 start = offset + row * classes * element_bytes
                                 assert covered_once(c, rows, classes, 1, element_bytes, start), (classes, c)
     assert seen == {"warp_rows", "block_rows", "streaming_rows", "tile"}
+
+
+@pytest.mark.parametrize(
+    "element_bytes, classes, pass_, rows, kernel",
+    (
+        # (regime, blocks per row, vectors per thread, threads) on an H100
+        (2, 16384, "forward_grad", 32768, ("block_rows", 1, 8, 256)),
+        (2, 20000, "forward_grad", 32768, ("block_rows", 1, 12, 224)),
+        (2, 32768, "forward_grad", 32768, ("block_rows", 2, 8, 256)),
+        (2, 50257, "forward_grad", 8192, ("block_rows", 4, 8, 224)),
+        (2, 128256, "forward_grad", 8192, ("block_rows", 8, 8, 256)),
+        (2, 151936, "forward_grad", 8192, ("block_rows", 8, 12, 224)),
+        (2, 262144, "forward_grad", 8192, ("block_rows", 16, 8, 256)),
+        (4, 16384, "forward_grad", 32768, ("block_rows", 1, 16, 256)),
+        (4, 32768, "forward_grad", 32768, ("block_rows", 2, 16, 256)),
+        (4, 65536, "forward_grad", 32768, ("block_rows", 4, 16, 256)),
+        (4, 262144, "forward_grad", 8192, ("block_rows", 16, 16, 256)),
+        (4, 300000, "forward_grad", 8192, ("streaming_rows", 8, 4, 256)),
+        (2, 128256, "forward", 8192, ("streaming_rows", 1, 4, 256)),
+        (2, 128256, "forward", 528, ("streaming_rows", 1, 4, 256)),
+        (2, 128256, "forward", 527, ("block_rows", 8, 8, 256)),
+        (4, 16384, "forward", 32768, ("block_rows", 1, 16, 256)),
+        (4, 300000, "forward", 8192, ("streaming_rows", 1, 4, 256)),
+        (4, 300000, "forward", 100, ("streaming_rows", 8, 4, 256)),
+    ),
+)
+def test_policy_of_long_rows(element_bytes, classes, pass_, rows, kernel):
+    """The choices that docs/architecture.md gives reasons for."""
+    strides = (classes, 1, 0)
+    c = emulated.rowwise_config(
+        rows, classes, element_bytes=element_bytes, logits=strides, grad=strides if pass_ == "forward_grad" else None,
+        pass_=pass_, multiprocessors=132, max_cluster=16,
+    )  # fmt: skip
+    assert (c["regime"], c["parts"], c["vectors"], c["threads"]) == kernel
 
 
 @pytest.mark.parametrize("element_bytes", (2, 4, 8))
