@@ -11,8 +11,10 @@
 # answer is worth:
 #   build info sums check big pointwise policies | tests sanitizers judge build-here, beside each other
 #   | sweep probe-time bench
-# STAGES="sums check" takes these alone (build is always done where there is no extension), SKIP="judge" leaves some
-# out; so several commands of ten minutes can share the work. DRY=1 runs nothing and says what would be.
+# STAGES="sums check" takes these alone (an extension is built all the same where there is none), SKIP="judge" leaves
+# some out. With 30 minutes of a GPU in commands of 10, three commands see everything to its end, each with a FOLDER of
+# its own: STAGES="sums check big pointwise policies", then "tests sanitizers judge", then "sweep probe-time bench", with
+# BUDGET=2 to double the time that the times take. DRY=1 runs nothing and says what would be.
 #
 # Taken if they are there: an extension that was built in place (pyext/fastloss/_C.abi3.so), build/gpu/probe
 # (bench/cuda/probe.cu, compiled elsewhere), build/gpu/opinfo_judge.py, build/gpu/wheels/*.whl (Python packages that
@@ -32,26 +34,27 @@ python=${PYTHON:-python3}
 say() { echo "$*" | tee -a "$summary"; }
 left() { echo $((total - SECONDS)); }
 wanted() {
-  [[ " ${SKIP:-} " != *" $1 "* ]] && [[ -z ${STAGES:-} || " $STAGES " == *" $1 "* ]]
+  [[ $1 == info ]] || [[ " ${SKIP:-} " != *" $1 "* ]] && [[ -z ${STAGES:-} || " $STAGES " == *" $1 "* ]]
 }
 # run STAGE NAME LIMIT LINES COMMAND...: a step of a stage; the last LINES of its log go into the summary
 run() {
   local stage=$1 name=$2 limit=$3 lines=$4 begun=$SECONDS status
   shift 4
-  wanted "$stage" || { say "== $name: skipped"; return 0; }
+  wanted "$stage" || { [[ -n ${STAGES:-} ]] || say "== $name: skipped"; return 0; }
   ((limit = limit < $(left) - 6 ? limit : $(left) - 6))
   if ((limit < 5)); then say "== $name: NOT RUN, no time left"; return 1; fi
   if [[ -n ${DRY:-} ]]; then say "== $name: up to $limit s: $*"; return 0; fi
   timeout -s "${signal:-TERM}" -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1
   status=$?
   {
+    ((status == 137 && SECONDS - begun < limit)) && status="killed, for want of memory perhaps"
     echo "== $name: $(case $status in 0) echo ok ;; 124 | 137) echo "STOPPED after $limit s" ;; *) echo "FAILED ($status)" ;; esac)," \
       "$((SECONDS - begun)) s (at $SECONDS s)"
     tail -n "$lines" "$logs/$name.log" | cut -c1-220
   } >"$logs/$name.end"
   tee -a "$summary" <"$logs/$name.end"  # at once: stages run beside each other
   rm "$logs/$name.end"
-  return $status
+  [[ $status == 0 ]]
 }
 finish() {
   tar -czf "$out/results.tar.gz" -C "$out" logs summary.txt
@@ -100,9 +103,10 @@ run check check 75 25 "$python" $check --budget 35
 run big big 90 10 "$python" -m pytest -q tests/test_big.py --device cuda --big -p no:cacheprovider --tb=short -rf
 
 # ---- fast? Nothing else runs meanwhile.
-run pointwise pointwise 120 40 "$python" bench/run.py --device cuda --cases 512x512 --cases "256 Mi" \
-  --budget 80 --out "$logs/bench-pointwise"
-run policies policies 110 60 "$python" bench/cuda/sweep.py --policies --budget 90
+more=${BUDGET:-1}
+run pointwise pointwise $((90 * more)) 40 "$python" bench/run.py --device cuda --cases 512x512 --cases "256 Mi" \
+  --budget $((55 * more)) --out "$logs/bench-pointwise"
+run policies policies $((80 * more)) 60 "$python" bench/cuda/sweep.py --policies --budget $((64 * more))
 
 # ---- tests, sanitizers, the judge and a build, beside each other
 tests() {
@@ -118,7 +122,7 @@ tests() {
   fi
   for file in tests/test_*.py; do
     [[ " ${ignored[*]} " == *"=$file "* ]] && continue
-    signal=INT run tests "$(basename "$file" .py)" 200 8 "$python" -m pytest -q "$file" --device cuda -p no:cacheprovider \
+    run tests "$(basename "$file" .py)" 200 8 "$python" -m pytest -q "$file" --device cuda -p no:cacheprovider \
       --tb=short -rf &
   done
   wait
@@ -152,6 +156,8 @@ tests
 wait
 
 # ---- the rest of the times
-run sweep sweep 75 60 "$python" bench/cuda/sweep.py --budget 45
 if [[ -x build/gpu/probe ]]; then run probe-time probe-time 40 60 build/gpu/probe time; fi
-run bench bench 250 60 "$python" bench/run.py --device cuda --budget "${BENCH:-120}" --out "$logs/bench"
+run sweep sweep $((75 * more)) 60 "$python" bench/cuda/sweep.py --budget $((45 * more))
+# What is begun within the budget is finished, and plotted.
+((budget = 120 * more < $(left) - 45 ? 120 * more : $(left) - 45))
+run bench bench 300 60 "$python" bench/run.py --device cuda --budget $((budget > 10 ? budget : 10)) --out "$logs/bench"
