@@ -30,7 +30,8 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 BUILD_NEEDS := setuptools wheel cmake ninja numpy torch
 DEMO_NEEDS := scikit-learn matplotlib
-TEST_NEEDS := pytest hypothesis expecttest mypy ruff clang-format pybind11
+TEST_NEEDS := pytest hypothesis expecttest mypy ruff clang-format pybind11 \
+  $(if $(WITH_CUDA),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
 SOURCES := $(shell find csrc -path csrc/numpy -prune -o -name '*.[ch]*' -print -o -name '*.cu*' -print) \
   CMakeLists.txt setup.py pyext/fastloss/_version.py tools/log_compile.sh
