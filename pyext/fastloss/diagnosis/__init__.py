@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import calculus, contract
+from . import calculus, contract, plain_call
 from .calculus import _line
-from .report import Curve, Finding, Report
+from .report import Curve, Finding, Report, failed, skipped
 from .subject import NoGradientError, Subject
 from .tasks import KINDS, Task, make_task
 
 __all__ = ["KINDS", "Curve", "Finding", "Report", "Task", "check", "make_task"]
-
-
-def _guess(fn: Callable[..., Any], classes: int, shape: tuple[int, ...] | None) -> str:
-    """The first kind that the loss takes; class indices come first, since few losses take them by mistake."""
-    errors = []
-    for kind in ("classification", "regression", "binary_probabilities"):
-        task = make_task(kind, classes, shape)
-        prediction, target = task.make(7, torch.Generator().manual_seed(0))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                fn(task.link(prediction) if task.link else prediction, target)
-        except Exception as e:
-            errors.append(f"{kind}: {_line(e)}")
-            continue
-        return kind
-    raise ValueError(f"the loss takes none of the usual inputs, pass kind= or a Task ({'; '.join(errors)})")
 
 
 def check(
@@ -46,37 +31,47 @@ def check(
     ignore_index: int | None = None,
     reference: Callable[..., Any] | None = None,
     shift_invariant: bool | None = None,
-    compile: bool = True,
+    compile: bool | str = True,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Report:
     """Examine a loss: gradient, finiteness, precision, usefulness, optimum, reductions, weights, autograd, compilers.
 
-    Options named ``reduction``, ``weight``, ``sample_weight`` and ``ignore_index`` (a function's parameters, a module's
-    attributes) are found and examined.
+    Options named ``reduction``, ``ignore_index``, ``label_smoothing``, ``pos_weight``, ``weight``, ``class_weight`` and
+    ``sample_weight`` (a function's parameters, a module's attributes) are found and examined. A fault comes with the
+    smallest input found that shows it. A loss that takes more than a millisecond a call is examined with fewer points,
+    which the report says.
 
     Args:
         loss_fn: ``(prediction, target) -> tensor``, a function or a module.
-        kind: what it is fed with, one of :data:`KINDS` or a :class:`Task` of your own; by default class indices if the
-            loss takes them, else regression.
+        kind: what it is fed with, one of :data:`KINDS` or a :class:`Task` of your own; by default guessed.
         classes: number of classes C; samples: N; shape: what follows (N,) or (N, C), default (3,) for regression.
         ignore_index: target to be ignored, if the loss has one but no option of that name.
         reference: another implementation whose rounding errors are printed beside.
         shift_invariant: True if softmax is meant, so that a shift of all logits must change nothing.
-        compile: also try torch.compile (a second or two).
+        compile: also try torch.compile: True traces forward and backward into a graph (a second or two), 'inductor'
+            generates code for it, too (several seconds, needs a C++ compiler).
         seed: of the random inputs.
         progress: name the property being examined on stderr; by default on a terminal, after a second.
 
     Returns:
-        A :class:`Report`.
+        A :class:`Report`. If the loss cannot be called with such inputs, it has one failure, named ``call``.
 
     Raises:
-        ValueError: no such kind, or none that fits.
-        Exception: what the loss itself raises for the plainest input of that kind.
+        ValueError: no such kind, or numbers out of range.
+        TypeError: ``loss_fn`` cannot be called.
     """
     began = time.perf_counter()
-    guessed = kind is None
-    task = kind if isinstance(kind, Task) else make_task(kind or _guess(loss_fn, classes, shape), classes, shape)
+    if samples < 2 or classes < 2:
+        raise ValueError(f"samples and classes must be at least 2, got {samples} and {classes}")
+    if compile not in (True, False, "inductor"):
+        raise ValueError(f"compile must be True, False or 'inductor', got {compile!r}")
+    loss_fn = plain_call.callable_loss(loss_fn)
+    title = plain_call.name_of(loss_fn)
+    if kind is None:
+        task, note = plain_call.guess(loss_fn, classes, shape)
+    else:
+        task, note = kind if isinstance(kind, Task) else make_task(kind, classes, shape), ""
     subject = Subject(
         loss_fn,
         task,
@@ -87,43 +82,105 @@ def check(
         shift_invariant=shift_invariant,
     )
     prediction, target = subject.sample()
-    subject.result(prediction, target)  # what it raises here is the caller's to see
-    properties = {**calculus.PROPERTIES, **contract.PROPERTIES}
-    if compile:
-        properties["torch.compile"] = contract.compiles
-    findings = []
-    show = sys.stderr.isatty() if progress is None else progress
-    for i, (name, examine) in enumerate(properties.items()):
-        if show and time.perf_counter() - began > 1:
-            print(f"\r[{i + 1}/{len(properties)}] {name:<24}", end="", file=sys.stderr, flush=True)
-        # The inputs are tiny: a second thread would mostly wait for the first.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            findings.append(_examine(subject, name, examine))
-        finally:
-            torch.set_num_threads(threads)
-    if show:
-        print("\r" + " " * 40 + "\r", end="", file=sys.stderr, flush=True)
-    inputs = KINDS.get(task.name, "inputs of your own") + (" (guessed: pass kind= for another)" if guessed else "")
     shapes = f"prediction {list(prediction.shape)}, target {list(target.shape)}"
-    title = getattr(loss_fn, "__qualname__", None) or type(loss_fn).__name__
-    return Report(title, task.name, f"{inputs}; {shapes}", seed, time.perf_counter() - began, findings, subject.curves)
-
-
-def _examine(subject: Subject, name: str, examine: Callable[[Subject], Finding]) -> Finding:
+    report = Report(title, task.name, f"{KINDS.get(task.name, 'inputs of your own')}; {shapes}", seed, 0.0, [])
+    report.notes = [note] if note else []
+    properties = {"repeatable": contract.repeatable, **calculus.PROPERTIES, **contract.PROPERTIES}
+    if compile:
+        properties["torch.compile"] = contract.compiles("inductor" if compile == "inductor" else "aot_eager")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the inputs are tiny: a second thread would mostly wait for the first
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return examine(subject)
-    except NoGradientError:
-        return Finding(name, "skipped", "The result has no gradient.")
+            _run(subject, report, properties, lambda text: _Progress(began, text, progress))
+    finally:
+        torch.set_num_threads(threads)
+        _Progress.clear()
+    report.curves = subject.curves
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _run(
+    subject: Subject,
+    report: Report,
+    properties: dict[str, Callable[[Subject], Finding]],
+    tick: Callable[[str], _Progress],
+) -> None:
+    """Examine the properties that can be, and note what explains several findings at once."""
+    fault = plain_call.examine(subject)
+    if fault is not None:
+        report.findings = [fault]
+        subject.float32_only = fault.name in properties
+        if not subject.float32_only:
+            return
+        del properties[fault.name]
+    subject.measure()
+    if not math.isfinite(subject.value(*subject.sample())):
+        report.notes.append("The value is not finite for an ordinary input: nothing else can be told.")
+        properties = {k: v for k, v in properties.items() if k in ("finite", "optimum", "inputs untouched")}
+    if subject.effort < 1:
+        report.notes.append(f"A call takes {1e3 * subject.cost:.3g} ms: examined with fewer points and steps.")
+    for i, (name, examine) in enumerate(properties.items()):
+        subject.tick = tick(f"[{i + 1}/{len(properties)}] {name}")
+        report.findings.append(replace(_examine(subject, examine), name=name))
+    if subject.differentiable and subject.rounds_to is not None:
+        report.notes.append("Values are rounded inside (see precision): other findings may be consequences of that.")
+    if "repeatable" in report.named("failure"):
+        report.notes.append("Not repeatable: the other findings may be mere consequences of that.")
+
+
+class _Progress:
+    """Called with every call of the loss: after a second, says on stderr which property is examined."""
+
+    shown = 0  # characters on the terminal's line
+
+    def __init__(self, began: float, text: str, wanted: bool | None) -> None:
+        self.began, self.text = began, text
+        self.wanted = sys.stderr.isatty() if wanted is None else wanted
+
+    def __call__(self) -> None:
+        if not self.wanted or time.perf_counter() - self.began < 1:
+            return
+        self.wanted = False
+        if sys.stderr.isatty():
+            print(f"\r{self.text:<{_Progress.shown}}", end="", file=sys.stderr, flush=True)
+            _Progress.shown = len(self.text)
+        else:
+            print(self.text, file=sys.stderr, flush=True)
+
+    @staticmethod
+    def clear() -> None:
+        if _Progress.shown:
+            print("\r" + " " * _Progress.shown + "\r", end="", file=sys.stderr, flush=True)
+            _Progress.shown = 0
+
+
+def _examine(subject: Subject, examine: Callable[[Subject], Finding]) -> Finding:
+    try:
+        return examine(subject)
+    except NoGradientError as e:
+        return _raises(subject, e) if subject.differentiable else skipped("The result has no gradient.")
     except Exception as e:
-        return Finding(
-            name,
-            "failure",
-            f"The loss raises {type(e).__name__}: {_line(e)}",
-            {},
-            None,
+        return _raises(subject, e)
+
+
+def _raises(subject: Subject, e: Exception) -> Finding:
+    """A fault that is an exception, with the smallest input that raises the same."""
+
+    def fault(raised: Exception) -> Finding:
+        return failed(
+            f"Raises {type(raised).__name__}: {_line(raised)}",
             "It should take every input of this kind; if the input is not meant for it, choose another kind.",
         )
+
+    def test(prediction: torch.Tensor, target: torch.Tensor) -> Finding:
+        try:
+            subject.gradient(prediction, target)
+        except Exception as again:
+            return fault(again) if type(again) is type(e) else skipped("")
+        return skipped("")
+
+    found = subject.judged(test, *subject.last) if subject.last is not None else skipped("")
+    return found if found.bad else fault(e)

@@ -1,50 +1,81 @@
-"""Properties of the loss as a function: gradient, finite values, precision, continuity, optimum."""
+"""Properties of the loss as a function: gradient, finite values, precision, continuity, optimum.
+
+A property takes the loss and returns a finding; what it says of one input is a test of its own, ``(prediction, target)
+-> Finding``, which :meth:`Subject.judged` repeats on ever smaller inputs when it finds a fault.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .report import Curve, Finding
-from .subject import NoGradientError, Subject, example, passed, skipped
+from .report import Curve, Finding, failed, passed, skipped, warned
+from .subject import NoGradientError, Subject
 
-STEPS = (1e-6, 1e-5, 1e-4, 1e-3)
+STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-8)
+Options = Callable[[Tensor, Tensor], dict[str, Any]]  # for this prediction and target
 
 
-def _gradient_error(s: Subject, prediction: Tensor, target: Tensor) -> tuple[float, float, float] | None:
-    """The largest error of a gradient entry relative to the largest entry, with that entry and the difference quotient.
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    An entry is right when it lies between the one-sided difference quotients: at a kink any slope between is a
-    subgradient. The step that agrees best counts, since a loss that computes in float32 needs a longer one; a wrong
-    gradient agrees at none.
+
+def _line(e: BaseException) -> str:
+    text = str(e).strip().splitlines()
+    return (text[0] if text else type(e).__name__)[:160]
+
+
+def _error(relative: float) -> str:
+    return f"{relative:.1e}" if relative > 1e-9 else "below 1e-9"
+
+
+def _mixed(out: Tensor) -> Tensor:
+    """One number that tells the elements of reduction 'none' apart."""
+    return out.sum() if out.dim() == 0 else (out * torch.linspace(0.5, 1.5, out.numel()).to(out).view_as(out)).sum()
+
+
+def _gradient_error(
+    s: Subject, prediction: Tensor, target: Tensor, options: dict[str, Any]
+) -> tuple[float, float, float] | None:
+    """The largest error of a slope relative to the largest slope, with that slope and the difference quotient.
+
+    Slopes are taken along every entry, or with a slow loss along a few directions. One is right when it lies between
+    the one-sided difference quotients: at a kink any slope between is a subgradient. The step that agrees best counts,
+    since a loss that computes in float32 needs a longer one; a wrong gradient agrees at none.
     """
-    value, grad = s.value_and_gradient(prediction, target)
+    value, grad = s.value_and_gradient(prediction, target, total=_mixed, **options)
     if not (math.isfinite(value) and grad.isfinite().all()):
         return None  # said under "finite"
-    flat = grad.reshape(-1)
+    entries = prediction.numel()
+    tries = min(entries, s.some(40))
+    if tries == entries:
+        directions = torch.eye(entries, dtype=torch.float64)
+    else:
+        directions = torch.randn(tries, entries, generator=s.generator(12)).double()
+    along = (directions @ grad.double().reshape(-1)).tolist()
     best: tuple[float, float, float] | None = None
+    rounding = 64 * 2.3e-16 * abs(value)
+    if s.rounds_to is not None:  # of what is inside, too
+        rounding = 4 * torch.finfo(torch.float32).eps * max(abs(value), float(prediction.abs().max()))
     for step in STEPS:
         worst = (0.0, 0.0, 0.0)
         quotients = []
-        for i in range(flat.numel()):
-            h = step * max(1.0, abs(float(prediction.reshape(-1)[i])))
-            ends = []
-            for sign in (1, -1):
-                moved = prediction.clone()
-                moved.view(-1)[i] += sign * h
-                ends.append(s.value(moved, target))
-            quotients.append(((value - ends[1]) / h, (ends[0] - value) / h, h))
+        for d in directions.view(tries, *prediction.shape):
+            h = step * max(1.0, float((d * prediction).abs().max()))
+            up, down = (s.value(prediction + x * d, target, total=_mixed, **options) for x in (h, -h))
+            quotients.append(((value - down) / h, (up - value) / h, h))
         finite = [abs(q) for q3 in quotients for q in q3[:2] if math.isfinite(q)]
-        scale = max([float(flat.abs().max()), *finite, 1e-30])
-        for g, (before, after, h) in zip(flat.tolist(), quotients, strict=True):
+        scale = max([*map(abs, along), *finite, 1e-30])
+        for g, (before, after, h) in zip(along, quotients, strict=True):
             if not (math.isfinite(before) and math.isfinite(after)):
                 continue
             low, high = min(before, after), max(before, after)
-            noise = 64 * 2.3e-16 * abs(value) / h
-            error = max(low - g, g - high, 0.0) - noise
+            error = max(low - g, g - high, 0.0) - rounding / h
             if error > worst[0] * scale:
                 worst = (error / scale, g, (before + after) / 2)
         if best is None or worst[0] < best[0]:
@@ -54,86 +85,119 @@ def _gradient_error(s: Subject, prediction: Tensor, target: Tensor) -> tuple[flo
     return best
 
 
-def gradient(s: Subject) -> Finding:
-    name = "gradient"
-    seen: list[str] = []
-    worst = (0.0, 0.0, 0.0)
-    for where, prediction, target in s.points():
-        found = _gradient_error(s, prediction, target)
-        if found is None:
-            continue
-        seen.append(where)
-        worst = max(worst, found)
-        if found[0] > 1e-3:
-
-            def wrong(p: Tensor, t: Tensor) -> bool:
-                return (_gradient_error(s, p, t) or (0.0,))[0] > 1e-3
-
-            shown = s.shrink(prediction, target, wrong)
-            smallest = _gradient_error(s, *shown) or found
-            return Finding(
-                name,
-                "failure",
-                f"At a {where} point the gradient says {smallest[1]:.6g} where the difference quotient says "
-                f"{smallest[2]:.6g}.",
-                {"relative_error": found[0], "gradient": smallest[1], "difference_quotient": smallest[2]},
-                example(*shown),
-                "Training follows a direction that is not this loss's slope: look for a detach(), .data, no_grad() or "
-                "a hand-written backward.",
-            )
-    if not seen:
-        return skipped(name, "No point with a finite value and gradient, see 'finite'.")
-    return passed(
-        name,
-        f"Agrees with finite differences in float64 at {', '.join(seen)} points (largest error {worst[0]:.1e}).",
-        relative_error=worst[0],
+def _gradient_at(s: Subject, where: str, options: Options, prediction: Tensor, target: Tensor) -> Finding:
+    found = _gradient_error(s, prediction, target, options(prediction, target))
+    if found is None:
+        return skipped("Not finite.")
+    error, slope, quotient = found
+    if error <= 1e-3:
+        return passed("", relative_error=error)
+    return failed(
+        f"{where} the gradient says {slope:.6g} where the difference quotient says {quotient:.6g}.",
+        "Training follows a direction that is not this loss's slope: look for a detach(), .data, no_grad() or a "
+        "hand-written backward.",
+        relative_error=error,
+        gradient=slope,
+        difference_quotient=quotient,
     )
 
 
-def second_derivative(s: Subject) -> Finding:
-    name = "second derivative"
-    prediction, target = s.sample(3)
-    leaf = prediction.clone().requires_grad_()
-    out = s.result(leaf, target).sum()
-    if not out.requires_grad:
-        raise NoGradientError
-    try:
-        (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
-    except RuntimeError as e:
-        return skipped(name, f"Not offered: {_line(e)}")
-    g = s.generator(11)
-    along = torch.randn(leaf.shape, generator=g).double()
-    second = torch.zeros_like(leaf)
-    if grad.requires_grad:
+def gradient(s: Subject) -> Finding:
+    seen: list[str] = []
+    worst = 0.0
+
+    def plain(p: Tensor, t: Tensor) -> dict[str, Any]:
+        return {}
+
+    points: list[tuple[str, Tensor, Tensor, Options]]
+    points = [(f"At {where} points", p, t, plain) for where, p, t in s.points()]
+    points += [(f"With {what}", *s.sample(), options) for what, options in _variants(s)]
+    if s.ignore_index is not None and not points[0][2].is_floating_point():
+        some = points[0][2].clone()
+        some.view(-1)[::2] = s.ignore_index
+        points.append(("With ignored targets", points[0][1], some, plain))
+    for where, prediction, target, options in points:
+        found = s.judged(functools.partial(_gradient_at, s, where, options), prediction, target)
+        if found.bad:
+            return found
+        if found.status == "pass":
+            seen.append(where.removeprefix("At ").removesuffix(" points").removeprefix("With "))
+            worst = max(worst, found.numbers["relative_error"])
+    if not seen:
+        return skipped("No point with a finite value and gradient, see 'finite'.")
+    return passed(
+        f"Agrees with finite differences in float64: {', '.join(seen)} (largest error {_error(worst)}).",
+        relative_error=worst,
+    )
+
+
+def _variants(s: Subject) -> Iterator[tuple[str, Options]]:
+    """Options that a hand-written backward may have forgotten, as far as the loss takes them."""
+
+    def fixed(**options: Any) -> Options:
+        return lambda p, t: options
+
+    def ramped(option: str, shape: Callable[[Tensor, Tensor], tuple[int, ...]]) -> Options:
+        return lambda p, t: {option: ramp(*shape(p, t))}
+
+    candidates = [(f"reduction={r!r}", fixed(reduction=r)) for r in ("none", "sum") if "reduction" in s.options]
+    if "label_smoothing" in s.options:
+        candidates.append(("label_smoothing=0.1", fixed(label_smoothing=0.1)))
+    if "pos_weight" in s.options:
+        candidates.append(("pos_weight", ramped("pos_weight", lambda p, t: (p.shape[-1],))))
+    for option, what, shape in s.weight_forms():
+        candidates.append((f"{option} per {what}", ramped(option, shape)))
+    prediction, target = s.sample()
+    done: set[str] = set()
+    for what, options in candidates:
+        option = what.partition(" ")[0]
         try:
-            (found,) = torch.autograd.grad(grad, leaf, along, allow_unused=True)
+            s.value(prediction, target, **options(prediction, target))
+        except Exception:
+            continue  # not the form that this option has here
+        if option not in done:
+            done.add(option)
+            yield what, options
+
+
+def ramp(*shape: int) -> Tensor:
+    """Different weights around 1, a function of the shape."""
+    return torch.linspace(0.5, 1.5, math.prod(shape), dtype=torch.float64).view(*shape)
+
+
+def second_derivative(s: Subject) -> Finding:
+    def test(prediction: Tensor, target: Tensor) -> Finding:
+        leaf = prediction.clone().requires_grad_()
+        out = s.result(leaf, target).sum()
+        if not out.requires_grad:
+            raise NoGradientError
+        along = torch.randn(leaf.shape, generator=s.generator(11)).double()
+        second = torch.zeros_like(leaf)
+        try:
+            (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
+            if grad.requires_grad:
+                (found,) = torch.autograd.grad(grad, leaf, along, allow_unused=True)
+                second = second if found is None else found
         except RuntimeError as e:
-            return skipped(name, f"Not offered: {_line(e)}")
-        second = torch.zeros_like(leaf) if found is None else found
-    best = math.inf
-    for h in (1e-5, 1e-4, 1e-3):
-        up, down = (s.gradient(prediction + sign * h * along, target) for sign in (1, -1))
-        want = (up - down) / (2 * h)
-        # A loss that computes in float32 inside cannot be differenced finely; below this nothing can be told.
-        noise = 1e-9 * float(up.abs().max()) / h
-        scale = max(float(want.abs().max()), float(second.abs().max()), float(up.abs().max()) * 1e-2, 1e-30)
-        best = min(best, max(0.0, float((second - want).abs().max()) - noise) / scale)
-    if best > 1e-2:
-        return Finding(
-            name,
-            "failure",
-            f"The second derivative is off by {best:.2g} of its size.",
-            {"relative_error": best},
-            example(prediction, target),
-            "Hessians and gradient penalties are silently wrong: write backward in differentiable operations of the "
-            "saved inputs, or mark it once_differentiable.",
-        )
-    return passed(name, f"Agrees with differences of the gradient (error {best:.1e}).", relative_error=best)
+            return skipped(f"Not offered: {_line(e)}")
+        best = math.inf
+        for h in (1e-5, 1e-4, 1e-3):
+            up, down = (s.gradient(prediction + sign * h * along, target) for sign in (1, -1))
+            want = (up - down) / (2 * h)
+            # A loss that computes in float32 inside cannot be differenced finely; below this nothing can be told.
+            noise = 1e-9 * float(up.abs().max()) / h
+            scale = max(float(want.abs().max()), float(second.abs().max()), float(up.abs().max()) * 1e-2, 1e-30)
+            best = min(best, max(0.0, float((second - want).abs().max()) - noise) / scale)
+        if best > 1e-2:
+            return failed(
+                f"The second derivative is off by {best:.2g} of its size.",
+                "Hessians and gradient penalties are silently wrong: write backward in differentiable operations of "
+                "the saved inputs, or mark it once_differentiable.",
+                relative_error=best,
+            )
+        return passed(f"Agrees with differences of the gradient (error {_error(best)}).", relative_error=best)
 
-
-def _line(e: BaseException) -> str:
-    text = str(e).strip().splitlines()
-    return (text[0] if text else type(e).__name__)[:160]
+    return s.judged(test, *s.sample(3))
 
 
 def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
@@ -141,6 +205,7 @@ def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
     prediction, target = s.sample()
     sign = torch.where(prediction > 0, 1.0, -1.0).double()
     points = [
+        ("random predictions", prediction, target, False),
         ("huge predictions", s.task.huge * sign, target, False),
         ("predictions all equal", torch.zeros_like(prediction), target, False),
     ]
@@ -151,6 +216,8 @@ def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
         elif not s.task.link:
             far = best / best.abs().max() * s.task.huge
             points += [("sure and right", far, target, False), ("sure and wrong", -far, target, False)]
+    if s.task.name == "binary_probabilities" and s.task.perfect is not None:  # in float32
+        points.append(("predictions of exactly 0 and 1, and right", 10 * s.task.perfect(target), target, False))
     if target.is_floating_point() and s.task.name == "regression":
         points.append(("a target of 0", prediction, torch.zeros_like(target), False))
     if target.is_floating_point() and s.task.name in ("probabilities", "kl"):
@@ -172,104 +239,145 @@ def _exponential(s: Subject) -> bool:
     )
 
 
+# What the point is, in part: what to do.
+STABLE = {
+    "masked": "use log_softmax over what is left, and give a masked class no share of the target (label smoothing).",
+    "equal to the target": "the slope of sqrt() and norm() at 0 is infinite: add a small number inside.",
+    "target of 0": "divide by max(|target|, a small number).",
+    "exactly 0 and 1": "log(0) is infinite and 0 * log(0) is nan: use xlogy() or logits, or clamp inside log().",
+    "": "use the stable form (log_softmax, logsumexp, softplus, logaddexp, log1p), or keep what is inside log(), "
+    "sqrt(), powers and divisions away from 0.",
+}
+
+
 def finite(s: Subject) -> Finding:
-    name = "finite"
     tried: list[str] = []
     excused: Finding | None = None
     for what, prediction, target, may in _hard_points(s):
-        p32 = prediction.float()
+        exponential = what in ("huge predictions", "sure and wrong") and functools.partial(_exponential, s)
 
-        def broken(p: Tensor, t: Tensor) -> bool:
+        def test(p: Tensor, t: Tensor, what: str = what, may: bool = may, grows: Any = exponential) -> Finding:
             value, grad = s.value_and_gradient(p, t)
-            return not (math.isfinite(value) and bool(grad.isfinite().all()))
+            if (math.isfinite(value) and bool(grad.isfinite().all())) or (what == "huge predictions" and not p.any()):
+                return passed("")
+            count, excuse = int((~grad.isfinite()).sum()), bool(grows and grows())
+            gradient_is = f"not finite in {count} of {grad.numel()} entries" if count else "finite"
+            return (warned if may or excuse else failed)(
+                f"With {what} the value is {value:.4g}, the gradient {gradient_is} (float32)."
+                + (" The loss itself grows exponentially." if excuse else ""),
+                "One such sample turns every parameter into nan: " + next(v for k, v in STABLE.items() if k in what),
+                value=value,
+                nonfinite_gradients=count,
+            )
 
         tried.append(what)
-        if not broken(p32, target):
-            continue
-        exponential = what in ("huge predictions", "sure and wrong") and _exponential(s)
-        p, t = s.shrink(p32, target, broken)
-        value, grad = s.value_and_gradient(p, t)
-        finding = Finding(
-            name,
-            "warning" if may or exponential else "failure",
-            f"With {what} the value is {value:.4g} and the gradient has {int((~grad.isfinite()).sum())} entries that "
-            "are not finite (float32)." + (" The loss itself grows exponentially." if exponential else ""),
-            {"value": value, "nonfinite_gradients": int((~grad.isfinite()).sum())},
-            example(p, t),
-            "One such sample turns every parameter into nan: use the stable form (log_softmax, logsumexp, logaddexp, "
-            "log1p), or add a small number inside sqrt, log and divisions.",
-        )
-        if finding.status == "failure":
-            return finding
-        excused = excused or finding
-    return excused or passed(name, f"Value and gradient are finite with {', '.join(tried)}.")
+        found = s.judged(test, prediction.float(), target)
+        if found.status == "failure":
+            return found
+        if found.bad:
+            excused = excused or found
+    return excused or passed(f"Value and gradient are finite with {', '.join(tried)}.")
 
 
 def half_precision(s: Subject) -> Finding:
-    name = "half precision"
-    trouble: list[tuple[str, torch.dtype, float, float, Tensor, Tensor]] = []
     tried: list[str] = []
     refused: list[str] = []
+    excused: Finding | None = None
     for dtype in (torch.float16, torch.bfloat16):
-        moderate = [("random", *s.sample())]
         prediction, target = s.sample()
+        moderate = [("random", prediction, target)]
         if s.task.name == "regression":
-            moderate += [
-                ("residuals of 300", target + 300, target),
-                ("residuals of 1/1000", (target + 1e-3), target),
-            ]
+            moderate += [("residuals of 300", target + 300, target), ("residuals of 1/1000", target + 1e-3, target)]
+        elif s.task.name == "binary_probabilities" and s.task.perfect is not None:
+            moderate.append(("probabilities of exactly 0 and 1, and right", 10 * s.task.perfect(target), target))
         elif s.task.huge > 60:
             moderate.append(("logits of 60", 30 * prediction.clamp(-2, 2), target))
         for what, p, t in moderate:
-            p, t = p.to(dtype), (t.to(dtype) if t.is_floating_point() else t)
-            try:
+
+            def test(p: Tensor, t: Tensor, what: str = what, dtype: torch.dtype = dtype) -> Finding:
                 value, grad = s.value_and_gradient(p, t)
+                want, _ = s.value_and_gradient(p.double(), t.double() if t.is_floating_point() else t)
+                fits = math.isfinite(want) and abs(want) < torch.finfo(dtype).max
+                if not fits or (math.isfinite(value) and bool(grad.isfinite().all())):
+                    return passed("")
+                return (failed if what == "random" else warned)(
+                    f"In {_dtype(dtype)} with {what} the value is {value:.4g} (in float64 {want:.6g}), the gradient "
+                    f"{'finite' if grad.isfinite().all() else 'not finite'}.",
+                    "Mixed-precision training meets this: convert to float32 inside the loss, or keep what is between "
+                    "small.",
+                    value=value,
+                    float64=want,
+                )
+
+            try:
+                found = s.judged(test, p.to(dtype), t.to(dtype) if t.is_floating_point() else t)
             except NoGradientError:
                 raise
             except Exception as e:
                 refused.append(f"{_dtype(dtype)}: {_line(e)}")
                 break
-            want, _ = s.value_and_gradient(p.double(), t.double() if t.is_floating_point() else t)
+            if found.status == "failure":
+                return found
+            excused = excused or (found if found.bad else None)
             tried.append(f"{what} in {_dtype(dtype)}")
-            fits = math.isfinite(want) and abs(want) < torch.finfo(dtype).max
-            if fits and not (math.isfinite(value) and bool(grad.isfinite().all())):
-                trouble.append((what, dtype, value, want, p, t))
-    if trouble:
-        what, dtype, value, want, p, t = trouble[0]
-        plain = what == "random"
-        return Finding(
-            name,
-            "failure" if plain else "warning",
-            f"In {_dtype(dtype)} with {what} the value is {value:.4g} (in float64 {want:.6g}) or the gradient is not "
-            "finite.",
-            {"value": value, "float64": want},
-            example(p[:1], t[:1]),
-            "Mixed-precision training meets this: convert to float32 inside the loss, or keep what is between small.",
-        )
+    if excused:
+        return excused
     if not tried:
-        return skipped(name, f"Not offered on this device. {refused[0]}")
-    return passed(name, f"Finite: {', '.join(tried)}.{' Not offered: ' + refused[0] if refused else ''}")
+        return skipped(f"Not offered on this device. {refused[0]}")
+    return passed(f"Finite: {', '.join(tried)}.{' Not offered: ' + refused[0] if refused else ''}")
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+PRECISION = {torch.float32: (200.0, 1e4), torch.float16: (32.0, 300.0), torch.bfloat16: (16.0, 100.0)}  # warn, fail
 
 
 def precision(s: Subject) -> Finding:
-    name = "precision"
-    prediction, target = s.sample(512 if s.samples < 512 else s.samples)
+    why = "Digits are lost: sum in float32, subtract the maximum before exp, avoid differences of large numbers."
+    prediction, target = s.sample(s.many(max(512, s.samples)))
     if prediction.numel() < 2048 * 3 and prediction[0].numel() < 64:
-        prediction, target = s.sample(2048)
+        prediction, target = s.sample(s.many(2048))
+    errors = _errors(s, prediction, target)
+    if not errors:
+        return skipped("No dtype could be compared with float64.")
+    numbers: dict[str, Any] = {"samples": len(prediction)}
+    parts = []
+    for dtype, (value_error, grad_error, beside) in errors.items():
+        text = f"{_dtype(dtype)} {value_error:.2g} (value) and {grad_error:.2g} (gradient)"
+        numbers.update({f"{_dtype(dtype)}_value": value_error, f"{_dtype(dtype)}_gradient": grad_error})
+        if beside is not None:
+            text += f", reference {beside:.2g}"
+            numbers[f"{_dtype(dtype)}_reference"] = beside
+        parts.append(text)
+    evidence = (
+        f"Error against float64 where 1 is a rounding of the dtype, {len(prediction)} samples: {'; '.join(parts)}."
+    )
+    if s.rounds_to is not None:
+        status = failed if s.rounds_to is torch.float16 else warned
+        return status(f"The value of float64 predictions has no more digits than {_dtype(s.rounds_to)}.", why)
+    worst = max((_verdict(dtype, max(e[:2])) for dtype, e in errors.items()))
+    if not worst:
+        return passed(evidence, **numbers)
+    if worst == 2 and len(prediction) > s.samples:
+        small = _errors(s, *s.sample()).items()
+        if not any(_verdict(dtype, max(e[:2])) for dtype, e in small) and not any(
+            math.isnan(e) for es in errors.values() for e in es[:2]
+        ):
+            return warned(f"{evidence} {s.samples} samples are fine.", why, **numbers)
+    if not all(math.isfinite(e) for es in errors.values() for e in es[:2]):
+        why = "log(0), 0/0 or an overflow that float64 does not have: convert to float32 inside the loss."
+    return (failed if worst == 2 else warned)(evidence, why, **numbers)
+
+
+def _verdict(dtype: torch.dtype, error: float) -> int:
+    warn, fail = PRECISION[dtype]
+    return 2 if not error <= fail else 1 if error > warn else 0
+
+
+def _errors(s: Subject, prediction: Tensor, target: Tensor) -> dict[torch.dtype, tuple[float, float, float | None]]:
+    """Of value, gradient and the reference's value, in units of each dtype's precision."""
     if s.task.name == "regression":  # a relative error at a target near 0 measures the target's rounding
         target = torch.where(target < 0, -1.0, 1.0) * target.abs().clamp(min=0.1)
-    parts: list[str] = []
-    numbers: dict[str, float] = {}
-    worst = "pass"
-    for dtype, warn, fail in (
-        (torch.float32, 200.0, 1e4),
-        (torch.float16, 32.0, 300.0),
-        (torch.bfloat16, 16.0, 100.0),
-    ):
+    errors = {}
+    for dtype in PRECISION:
         p, t = prediction.to(dtype), (target.to(dtype) if target.is_floating_point() else target)
         exact = (p.double(), t.double() if t.is_floating_point() else t)
         try:
@@ -282,67 +390,87 @@ def precision(s: Subject) -> Finding:
         if not math.isfinite(want) or abs(want) > torch.finfo(dtype).max / 4:
             continue
         eps = torch.finfo(dtype).eps
-        value_error = abs(value - want) / (eps * max(abs(want), 1e-30))
         # Entries below the dtype's smallest step cannot be better than that. And not the largest error, but the 99th
         # percentile: an entry beside a kink may fall on its other side.
         off = ((grad.double() - want_grad).abs() - torch.finfo(dtype).smallest_normal * eps).clamp(min=0)
-        grad_error = float(torch.quantile(off.reshape(-1)[:1_000_000], 0.99)) / (
-            eps * max(float(want_grad.abs().max()), 1e-30)
-        )
-        text = f"{_dtype(dtype)} {value_error:.2g} (value) and {grad_error:.2g} (gradient)"
+        beside = None
         if s.reference is not None:
             reference = s.raw(p, t, fn=s.reference)
             beside = abs(float(reference.double().sum()) - want) / (eps * max(abs(want), 1e-30))
-            text += f", reference {beside:.2g}"
-            numbers[f"{_dtype(dtype)}_reference"] = beside
-        parts.append(text)
-        numbers[f"{_dtype(dtype)}_value"], numbers[f"{_dtype(dtype)}_gradient"] = value_error, grad_error
-        error = max(value_error, grad_error)
-        if not error <= fail:
-            worst = "failure"
-        elif error > warn and worst == "pass":
-            worst = "warning"
-    evidence = f"Error against float64 in units of the dtype's precision: {'; '.join(parts)}."
-    if not parts:
-        return skipped(name, "No dtype could be compared with float64.")
-    why = "Digits are lost: sum in float32, subtract the maximum before exp, avoid differences of large numbers."
-    return Finding(name, worst, evidence, numbers, None, why if worst != "pass" else "")
+        errors[dtype] = (
+            abs(value - want) / (eps * max(abs(want), 1e-30)),
+            float(torch.quantile(off.reshape(-1)[:1_000_000], 0.99)) / (eps * max(float(want_grad.abs().max()), 1e-30)),
+            beside,
+        )
+    return errors
 
 
 def useful_gradient(s: Subject) -> Finding:
-    name, zero, total = "useful gradient", 0, 0
     why = (
         "Nothing can be learnt where the gradient is zero: counts, argmax, round, sign and comparisons are metrics; "
         "train on a smooth surrogate (cross entropy for accuracy) and keep the metric for evaluation."
     )
-    for salt in range(8):
-        prediction, target = s.sample(salt=salt)
+
+    pairs = [s.sample(salt=salt) for salt in range(s.some(8, 2))]
+    everything = torch.cat([p for p, _ in pairs]), torch.cat([t for _, t in pairs])
+
+    def zero_share(prediction: Tensor, target: Tensor) -> float:
         try:
             grad = s.gradient(prediction, target)
         except NoGradientError:
-            return Finding(
-                name,
-                "failure",
-                "The result has no gradient with respect to the prediction.",
-                {"zero_share": 1.0},
-                example(prediction[:1], target[:1]),
-                why,
+            return math.inf
+        return float((grad.reshape(len(grad), -1).abs().amax(1) == 0).double().mean())
+
+    share = zero_share(*everything)
+    evidence = f"Samples without any gradient: {100 * min(share, 1):.0f} % of {len(everything[0])} random ones."
+    if share > 1:
+        evidence = "The result has no gradient with respect to the prediction."
+        why = (
+            "Something cuts it off from the prediction: .item(), float(), numpy, detach(), a new torch.tensor(...), or "
+            "argmax and comparisons, which have no slope (accuracy is a metric: train on cross entropy)."
+        )
+
+    def test(prediction: Tensor, target: Tensor) -> Finding:
+        if zero_share(prediction, target) > 0.9:
+            return failed(evidence, why, zero_share=min(share, 1.0))
+        return passed(evidence, zero_share=share)
+
+    found = s.judged(test, *everything)
+    if found.bad:
+        return found
+    if s.task.classes and not everything[1].is_floating_point() and everything[1].shape == everything[0][:, 0].shape:
+        grad = s.gradient(*everything).movedim(1, -1)
+        for c in range(everything[0].shape[1]):
+            rows = grad[everything[1] == c]
+            if c != s.ignore_index and len(rows) >= 4 and not rows.any():
+                return warned(
+                    f"No sample of class {c} has a gradient.",
+                    "That class is not learnt: look for target > 0, range(1, C) or a mask; fine if it is a background "
+                    "that is to be ignored.",
+                    target=c,
+                )
+    if s.task.decided is not None and s.task.perfect is not None:
+
+        def wrong(prediction: Tensor, target: Tensor) -> Finding:
+            if s.gradient(prediction, target).any():
+                return passed("")
+            return warned(
+                "The gradient is exactly zero where the prediction is sure and wrong.",
+                "The worst mistakes are not corrected: take clamp() out (log_softmax, logsigmoid need none), or make "
+                "its limits far smaller.",
             )
-        flat = grad.reshape(len(grad), -1).abs().amax(1)
-        zero, total = zero + int((flat == 0).sum()), total + len(flat)
-    share = zero / total
-    evidence = f"Samples without any gradient: {100 * share:.0f} % of {total} at random predictions."
-    if share > 0.9:
-        return Finding(name, "failure", evidence, {"zero_share": share}, example(prediction[:1], target[:1]), why)
-    return passed(name, evidence, zero_share=share)
+
+        _, target = s.sample()
+        flat = s.judged(wrong, -0.5 * s.task.perfect(target), target)
+        if flat.bad:
+            return flat
+    return found
 
 
-def _bisect(f: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
-    """Follow the larger change into ever smaller intervals: (place, change that is left)."""
+def _bisect(f: Callable[[float], float], low: float, high: float, enough: float) -> tuple[float, float]:
+    """Follow the larger change into ever smaller intervals: (place, change that is left), until less than enough."""
     a, b = f(low), f(high)
-    for _ in range(40):
-        if high - low < 1e-11:
-            break
+    while high - low > 1e-11 and abs(b - a) > enough:
         middle = (low + high) / 2
         m = f(middle)
         if abs(m - a) >= abs(b - m):
@@ -352,61 +480,135 @@ def _bisect(f: Callable[[float], float], low: float, high: float) -> tuple[float
     return (low + high) / 2, abs(b - a)
 
 
+def _jump_at(s: Subject, enough: float, prediction: Tensor, target: Tensor) -> Finding:
+    """Whether the value jumps when one entry moves by a billionth."""
+    step, jump = 1e-9 * max(1.0, float(prediction.abs().max())), 0.0
+    for i in range(prediction.numel()):
+        ends = [prediction.clone(), prediction.clone()]
+        for p, sign in zip(ends, (1, -1), strict=True):
+            p.view(-1)[i] += sign * step
+        a, b = (s.value(p, target) for p in ends)
+        if abs(a - b) > jump:
+            jump, shown, before, after = abs(a - b), i, b, a
+    if jump <= max(enough, 1e-6 * abs(after) if jump else 0.0):
+        return passed("")
+    return failed(
+        f"The value jumps from {before:.6g} to {after:.6g} when prediction number {shown} moves by {2 * step:.0e}.",
+        "A gradient does not see a jump, so descent can walk over it: look for comparisons, rounding, argmax, or a "
+        "mask that depends on the prediction.",
+        jump=jump,
+        entry=shown,
+    )
+
+
+def _jumps(
+    value: Callable[[float], float], grid: list[float], values: list[float], suspects: int
+) -> tuple[float, list[tuple[float, float]]]:
+    """What counts as one, and (size, place) of each found in the most suspicious intervals."""
+    enough = max(1e-4 * (max(values) - min(values)), 1e-6 * max(map(abs, values)))
+    steps = sorted(range(len(grid) - 1), key=lambda i: -abs(values[i + 1] - values[i]))[:suspects]
+    # A small jump hides in the interval with the sharpest change of slope, a large one in that with the largest step.
+    bends = sorted(range(1, len(grid) - 1), key=lambda i: -abs(values[i + 1] - 2 * values[i] + values[i - 1]))
+    bends = [] if suspects == 1 else [j for i in bends[:suspects] for j in (i - 1, i)]
+    found = (_bisect(value, grid[i], grid[i + 1], enough) for i in sorted({*steps, *bends}))
+    return enough, [(left, place) for place, left in found if left > enough]
+
+
 def continuity(s: Subject) -> Finding:
     """Values along lines; what is left of a step when the interval shrinks to nothing is a jump."""
-    name = "continuous"
     kinks: list[float] = []
-    grid = torch.linspace(-2, 2, 201).tolist()
-    for salt in range(3):
+    lines, cells, suspects = s.some(3), s.some(200, 10), s.some(4)
+    grid = torch.linspace(-2, 2, cells + 1).tolist()
+    if s.effort > 0.1:
+        _curve_of_one_entry(s)
+    for salt in range(lines):
         prediction, target = s.sample(salt=salt)
         direction = torch.randn(prediction.shape, generator=s.generator(100 + salt)).double()
 
         def value(t: float, p: Tensor = prediction, y: Tensor = target, d: Tensor = direction) -> float:
             return s.value(p + t * d, y)
 
-        def slope(t: float, p: Tensor = prediction, y: Tensor = target, d: Tensor = direction) -> float:
+        def both(t: float, p: Tensor = prediction, y: Tensor = target, d: Tensor = direction) -> tuple[float, float]:
             try:
-                return float((s.gradient(p + t * d, y) * d).sum())
+                value, grad = s.value_and_gradient(p + t * d, y)
+                return value, float((grad * d).sum())
             except NoGradientError:
-                return math.nan
+                return s.value(p + t * d, y), math.nan
 
-        values, slopes = [value(t) for t in grid], [slope(t) for t in grid]
+        values, slopes = (list(x) for x in zip(*(both(t) for t in grid), strict=True))
+        curve = Curve("Along a random line through the predictions", "step along the line", grid, values, slopes)
         if salt == 0:
-            s.curves.append(Curve("Along a random line", "step along the line", grid, values, slopes))
+            s.curves.append(curve)
         spread = max(values) - min(values)
         if not math.isfinite(spread):
             continue
-        steps = sorted(range(200), key=lambda i: -abs(values[i + 1] - values[i]))[:4]
-        # A kink hides in the interval with the sharpest change of slope, a jump in the one with the largest step.
-        curved = sorted(range(1, 200), key=lambda i: -abs(values[i + 1] - 2 * values[i] + values[i - 1]))[:4]
-        for i in dict.fromkeys([*steps, *curved]):
-            for low, high in {(grid[i], grid[i + 1]), (grid[max(i - 1, 0)], grid[i])}:
-                place, left = _bisect(value, low, high)
-                if left > 1e-4 * spread and left > 1e-6 * max(map(abs, values)):
-                    return Finding(
-                        name,
-                        "failure",
-                        f"The value jumps by {left:.4g} within {4e-11:.0e} of one step (line {salt}, at "
-                        f"{place:.4g} of the direction's length).",
-                        {"jump": left, "at": place, "line": salt},
-                        example(prediction + place * direction, target),
-                        "A gradient does not see a jump, so descent can walk over it: look for comparisons, rounding, "
-                        "argmax, or a mask that depends on the prediction.",
-                    )
-        bends = sorted(range(200), key=lambda i: -abs(slopes[i + 1] - slopes[i]))[:2]
+        enough, jumps = _jumps(value, grid, values, suspects)
+        curve.marks = [(place, "jump") for _, place in jumps]
+        if jumps:
+            left, place = max(jumps)
+            return _jump(s, prediction + place * direction, target, enough, left)
+        bends = sorted(range(cells), key=lambda i: -abs(slopes[i + 1] - slopes[i]))[: suspects // 2]
         top = max((abs(v) for v in slopes if math.isfinite(v)), default=0.0)
         for i in bends:
             if math.isfinite(slopes[i]) and math.isfinite(slopes[i + 1]):
-                place, left = _bisect(slope, grid[i], grid[i + 1])
+                place, left = _bisect(lambda t: both(t)[1], grid[i], grid[i + 1], 1e-3 * top)
                 if left > 1e-3 * top:
                     kinks.append(place)
+                    curve.marks.append((place, "kink"))
     text = f"{len(kinks)} kinks located (fine, as in L1 at zero)" if kinks else "no kinks"
-    return passed(name, f"No jump along 3 random lines, {text}.", kinks=kinks)
+    return passed(f"No jump along {lines} random line{'s' * (lines > 1)}, {text}.", kinks=kinks)
 
 
-def _descend(s: Subject, prediction: Tensor, target: Tensor, steps: int = 250) -> Tensor:
+def _curve_of_one_entry(s: Subject) -> None:
+    """For the page: one sample's loss while one entry of its prediction moves, the right class's if there is one."""
+    prediction, target = s.sample()
+    p, t = prediction[:1].clone(), target[:1]
+    if s.task.classes:
+        entry = (
+            int(t.reshape(-1)[0]) * (p[0].numel() // p.shape[1]) if not t.is_floating_point() else int(t[0].argmax())
+        )
+    else:
+        entry = 0
+    aim = float(t.reshape(-1)[0]) if s.task.name == "regression" else None
+    x = ((aim or 0.0) + torch.linspace(-6, 6, 121)).tolist()
+
+    def both(v: float) -> tuple[float, float]:
+        p.view(-1)[entry] = v
+        value, grad = s.value_and_gradient(p, t)
+        return value, float(grad.reshape(-1)[entry])
+
+    try:
+        values, slopes = (list(y) for y in zip(*map(both, x), strict=True))
+    except Exception:  # no gradient, or no batch of one: said elsewhere
+        return
+    xlabel = "logit of the right class" if s.task.classes else "logit" if s.task.decided else "prediction"
+    curve = Curve("One sample while one entry of its prediction moves", xlabel, x, values, slopes, "gradient")
+    if all(map(math.isfinite, values)):
+        curve.marks = [(place, "jump") for _, place in _jumps(lambda v: both(v)[0], x, values, 4)[1]]
+    curve.marks += [(aim, "target")] if aim is not None else []
+    s.curves.append(curve)
+
+
+def _jump(s: Subject, prediction: Tensor, target: Tensor, enough: float, left: float) -> Finding:
+    """The jump at this place, at the smallest input that has it."""
+    small = s.judged(functools.partial(_jump_at, s, enough), prediction, target)
+    if small.bad:
+        return small
+
+    def here(p: Tensor, t: Tensor) -> Finding:  # only along the line, where many entries move at once
+        return failed(
+            f"The value jumps by {left:.4g} within 1e-11 of one step along a random line, here.",
+            "A gradient does not see a jump, so descent can walk over it: look for comparisons, rounding, argmax, or "
+            "a mask that depends on the prediction.",
+            jump=left,
+        )
+
+    return s.shown(here(prediction, target), prediction, target)
+
+
+def _descend(s: Subject, prediction: Tensor, target: Tensor, steps: int) -> Tensor:
     leaf = prediction.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([leaf], lr=0.2)
+    optimizer = torch.optim.Adam([leaf], lr=0.2 * 250 / steps)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-4)
     for _ in range(steps):
         _, grad = s.value_and_gradient(leaf, target)
@@ -419,62 +621,102 @@ def _descend(s: Subject, prediction: Tensor, target: Tensor, steps: int = 250) -
 
 
 def optimum(s: Subject) -> Finding:
-    name = "optimum"
-    perfect = s.task.perfect
-    if perfect is None:
-        return skipped(name, "The task does not say what a perfect prediction is.")
+    if s.task.perfect is None:
+        return skipped("The task does not say what a perfect prediction is.")
+    steps = min(250, int(2.0 / max(s.cost, 1e-9)))
     prediction, target = s.sample()
-    best = perfect(target)
+    found = s.judged(functools.partial(_least_at_target, s), prediction, target)
+    if found.bad:
+        return found
+    if steps < 100:  # a descent that is too short proves nothing
+        return passed(f"{found.evidence} Descent is left out, the loss is too slow.", **found.numbers)
+    descent = _decided_after_descent if s.task.decided is not None else _approached
+    return s.judged(functools.partial(descent, s, steps), prediction, target)
+
+
+LEAST = (
+    "Training makes the loss smaller, whatever it means: it must be least where the prediction is right. Check the "
+    "sign, the order of arguments, log-probabilities against logits, and that differences cannot become negative."
+)
+
+
+def _levels(s: Subject, prediction: Tensor, target: Tensor) -> tuple[Tensor, float, float, float]:
+    """The perfect prediction, the value at the given one, at the perfect one, and what is no difference."""
+    assert s.task.perfect is not None
+    best = s.task.perfect(target)
     start, least = s.value(prediction, target), s.value(best, target)
-    why = (
-        "Training makes the loss smaller, whatever it means: it must be least where the prediction is right. Check the "
-        "sign, the order of arguments, log-probabilities against logits, and that differences cannot become negative."
-    )
-    end_point = _descend(s, prediction, target)
-    end = s.value(end_point, target)
+    return best, start, least, 1e-6 * max(abs(least), abs(start - least)) + 1e-12
+
+
+def _least_at_target(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    best, start, least, slack = _levels(s, prediction, target)
+    numbers = {"random": start, "perfect": least}
     if not (math.isfinite(start) and math.isfinite(least)):
-        return Finding(
-            name,
-            "failure",
-            f"The value is {least:.4g} at the perfect prediction ({start:.4g} at a random one).",
-            {"perfect": least, "random": start},
-            example(best[:1], target[:1]),
-            why,
+        return failed(
+            f"The value is {least:.4g} at the perfect prediction ({start:.4g} at a random one).", LEAST, **numbers
         )
-    numbers = {"random": start, "perfect": least, "after_descent": end}
-    range_ = abs(start - least)
-    slack = 1e-6 * max(abs(least), range_) + 1e-12
-
-    def failure(text: str, p: Tensor) -> Finding:
-        shown = s.shrink(p, target, lambda q, t: s.value(q, t) < s.value(perfect(t), t) - 1e-6)
-        return Finding(name, "failure", text, numbers, example(*shown), why)
-
     if start <= least + slack:
-        return failure(f"A random prediction costs {start:.6g}, a perfect one {least:.6g}.", prediction)
+        return failed(f"A random prediction costs {start:.6g}, a perfect one {least:.6g}.", LEAST, **numbers)
     if s.task.decided is not None:
-        right = s.task.decided(end_point, target)
-        counted = torch.ones_like(right) if s.ignore_index is None else target != s.ignore_index
-        share = float(right[counted].double().mean())
         far = s.value(50 * best, target)
         if far < least - 10 * (abs(start) + 1):
-            return failure(
+            return failed(
                 f"Not bounded below: {least:.4g} for sure and right predictions, {far:.4g} for 50 times those.",
-                50 * best,
+                LEAST,
+                **numbers,
             )
-        if share < 1:
-            return Finding(
-                name,
-                "failure" if share < 0.9 else "warning",
-                f"Descent from a random start ends with {100 * share:.0f} % right decisions (value {start:.4g} to "
-                f"{end:.4g}).",
-                {**numbers, "right": share},
-                example(end_point[:1], target[:1]),
-                why,
-            )
-        return passed(name, f"Descent from {start:.4g} ends at {end:.4g} with every decision right.", **numbers)
+    return passed(f"A random prediction costs {start:.4g}, a perfect one {least:.4g}.", **numbers)
+
+
+def _decided_after_descent(s: Subject, steps: int, prediction: Tensor, target: Tensor) -> Finding:
+    assert s.task.decided is not None
+    best, start, least, _ = _levels(s, prediction, target)
+    end_point = _descend(s, prediction, target, steps)
+    end = s.value(end_point, target)
+    right = s.task.decided(end_point, target)
+    counted = torch.ones_like(right) if s.ignore_index is None else target != s.ignore_index
+    share = float(right[counted].double().mean())
+    numbers = {"random": start, "perfect": least, "after_descent": end, "right": share}
+    if share < 1:
+        found = (failed if share < 0.9 else warned)(
+            f"Descent from here ends with {100 * share:.0f} % right decisions (value {start:.4g} to {end:.4g}).",
+            LEAST,
+            **numbers,
+        )
+        found.example = {"after descent": end_point.tolist()}
+        return found
+    undecided, floor = s.value(torch.zeros_like(prediction), target), min(end, least, s.value(50 * best, target))
+    if floor > 0.5 * undecided > 0:
+        return warned(
+            f"A prediction that is sure and right still costs {floor:.4g}, {100 * floor / undecided:.0f} % of an "
+            f"undecided one ({undecided:.4g}).",
+            "Is softmax or sigmoid applied twice? The loss may take logits already, or a clamp cut them off. (Fine for "
+            "strong label smoothing.)",
+            **numbers,
+        )
+    return passed(f"Descent from {start:.4g} ends at {end:.4g} with every decision right.", **numbers)
+
+
+def _approached(s: Subject, steps: int, prediction: Tensor, target: Tensor) -> Finding:
+    best, start, least, slack = _levels(s, prediction, target)
+    end_point = _descend(s, prediction, target, steps)
+    end = s.value(end_point, target)
+    numbers = {"random": start, "perfect": least, "after_descent": end}
+    range_ = abs(start - least)
     excess = (least - end) / (abs(start - end) + 1e-30)
+
+    def with_point(found: Finding, what: str, point: Tensor) -> Finding:
+        found.example = {what: point.tolist()}
+        return found
+
     if excess > 0.25 or not math.isfinite(end):
-        return failure(f"The value at prediction = target is {least:.6g}, yet descent reaches {end:.6g}.", end_point)
+        return with_point(
+            failed(
+                f"The value at prediction = target is {least:.6g}, yet descent reaches {end:.6g}.", LEAST, **numbers
+            ),
+            "after descent",
+            end_point,
+        )
     near = [
         best + h * torch.randn(best.shape, generator=s.generator(20 + i)).double()
         for i, h in enumerate((1e-3, 1e-2, 0.1, 1.0, 10.0))
@@ -483,63 +725,104 @@ def optimum(s: Subject) -> Finding:
     lowest = min(near, key=lambda p: s.value(p, target))
     below = least - s.value(lowest, target)
     if below > slack and below > 0.05 * range_:
-        return failure(f"The value at prediction = target is {least:.6g}, beside it {least - below:.6g}.", lowest)
+        text = f"The value at prediction = target is {least:.6g}, beside it {least - below:.6g}."
+        return with_point(failed(text, LEAST, **numbers), "beside", lowest)
     if excess > 0.05 or below > slack:
-        return Finding(
-            name,
-            "warning",
+        return warned(
             f"The value at prediction = target is {least:.6g}, but {min(end, least - below):.6g} can be reached.",
-            numbers,
-            example(lowest[:1], target[:1]),
             "The least loss lies beside the target, which is what smoothing and priors do; otherwise it is a bug.",
+            **numbers,
         )
     if end - least > 0.02 * range_:
-        return Finding(
-            name,
-            "warning",
-            f"Descent from a random start stops at {end:.4g}, above {least:.4g} at prediction = target.",
-            numbers,
-            example(end_point[:1], target[:1]),
-            "Flat regions or local minima hold training back: look at the slope far from the target.",
+        return with_point(
+            warned(
+                f"Descent stops at {end:.4g}, above {least:.4g} at prediction = target.",
+                "Flat regions or local minima hold training back: look at the slope far from the target.",
+                **numbers,
+            ),
+            "after descent",
+            end_point,
         )
-    return passed(
-        name, f"Least at prediction = target ({least:.4g}); descent from {start:.4g} reaches {end:.4g}.", **numbers
-    )
+    reached = f"Least at prediction = target ({least:.4g}); descent from {start:.4g} reaches {end:.4g}"
+    apart = float((end_point - best).abs().max())
+    if s.task.name == "regression" and apart > 0.5 * float((prediction - best).abs().max()):
+        blind = [
+            what
+            for what, p in (("scale", 2 * prediction), ("offset", prediction + 0.7))
+            if abs(s.value(p, target) - start) <= 1e-6 * abs(start)
+        ]
+        if not blind:
+            return with_point(
+                failed(
+                    f"Descent reaches the least value {end:.4g} {apart:.4g} away from the target.",
+                    "Wrong predictions cost nothing: every entry has to count, on both sides of the target, before "
+                    "differences are summed.",
+                    **numbers,
+                ),
+                "after descent",
+                end_point,
+            )
+        reached += f" (does not see the {' and '.join(blind)} of predictions)"
+    return passed(reached + ".", **numbers)
 
 
 def shift_invariance(s: Subject) -> Finding:
-    name = "shift invariance"
-    if not s.task.classes:
-        return skipped(name, "Predictions are not classes.")
+    if not s.task.classes or s.task.link is not None:
+        return skipped("Predictions are not logits of classes.")
     prediction, target = s.sample()
     if not s.shifts:
+        for dim in (d for d in range(prediction.dim()) if d != 1 and prediction.shape[d] > 1):
+            found = s.judged(functools.partial(_wrong_softmax, s, dim), prediction, target)
+            if found.bad:
+                return found
         evidence = "A constant added to all logits of a row changes the value"
-        if s.shift_invariant:
-            return Finding(
-                name,
-                "failure",
-                evidence + ", though softmax is meant.",
-                {},
-                example(prediction[:1], target[:1]),
+        if not s.shift_invariant:
+            return skipped(evidence + ": no softmax (fine if none is meant).")
+
+        def constant(p: Tensor, t: Tensor) -> Finding:
+            before, after = s.value(p, t), s.value(p + 0.5, t)
+            if abs(before - after) <= 1e-6 * max(abs(before), 1e-3):
+                return passed("")
+            return failed(
+                f"{evidence} from {before:.6g} to {after:.6g} (+0.5), though softmax is meant.",
                 "Softmax ignores a common shift: normalise over the class dimension (dim=1), every class included.",
             )
-        return skipped(name, evidence + ": no softmax (fine if none is meant).")
-    p32 = prediction.float()
-    before = s.value(p32, target)
-    for shift in (-2000.0, 2000.0):
-        # A power of two beyond the logits costs some of their digits; the same rounding is given to both.
-        rounded = (p32 + shift) - shift
-        after, want = s.value(rounded + shift, target), s.value(rounded, target)
-        if not abs(after - want) <= 1e-3 * max(abs(want), abs(before), 1e-6):
-            return Finding(
-                name,
-                "failure",
-                f"Logits shifted by {shift:g} give {after:.6g} instead of {want:.6g} (float32).",
-                {"value": after, "expected": want},
-                example((rounded + shift)[:1], target[:1]),
-                "exp over- or underflows: subtract the row's maximum first, as log_softmax and logsumexp do.",
-            )
-    return passed(name, "Logits shifted by ±2000 give the same value (float32).")
+
+        return s.judged(constant, prediction, target)
+
+    def shifted(p32: Tensor, t: Tensor) -> Finding:
+        before = s.value(p32, t)
+        for shift in (-2000.0, 2000.0):
+            # A power of two beyond the logits costs some of their digits; the same rounding is given to both.
+            rounded = (p32 + shift) - shift
+            after, want = s.value(rounded + shift, t), s.value(rounded, t)
+            if not abs(after - want) <= 1e-3 * max(abs(want), abs(before), 1e-6):
+                return failed(
+                    f"Logits shifted by {shift:g} give {after:.6g} instead of {want:.6g} (float32).",
+                    "exp over- or underflows: subtract the row's maximum first, as log_softmax and logsumexp do.",
+                    shift=shift,
+                    value=after,
+                    expected=want,
+                )
+        return passed("Logits shifted by ±2000 give the same value (float32).")
+
+    return s.judged(shifted, prediction.float(), target)
+
+
+def _wrong_softmax(s: Subject, dim: int, prediction: Tensor, target: Tensor) -> Finding:
+    """Numbers that are constant along this dimension, added to the logits, change nothing: softmax is over it."""
+    shape = [1 if d == dim else n for d, n in enumerate(prediction.shape)]
+    added = torch.randn(shape, generator=s.generator(13)).double()
+    before, after = s.value(prediction, target), s.value(prediction + added, target)
+    other = s.value(prediction + torch.randn(prediction.shape, generator=s.generator(14)).double(), target)
+    size = abs(before)
+    if prediction.shape[dim] < 2 or abs(before - after) > 1e-9 * size or abs(before - other) < 1e-3 * size:
+        return passed("")
+    return failed(
+        f"Logits may be shifted along dim {dim} without changing the value, but not along the classes (dim 1).",
+        "Softmax is taken over the wrong dimension: classes compete within a sample, pass dim=1.",
+        dim=dim,
+    )
 
 
 PROPERTIES = {

@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Sequence
-
-import torch
+from typing import Any
 
 from . import KINDS, check
+
+
+def load(path: str) -> Any:
+    """``package.module:name`` or ``file.py:name``; raises with what there is instead."""
+    place, _, name = path.rpartition(":") if ":" in path else (path, "", "")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules beside the caller, also where the command is an installed script
+    if place.endswith(".py"):
+        sys.path.insert(0, os.path.dirname(os.path.abspath(place)))  # what it imports from beside it
+        spec = importlib.util.spec_from_file_location(os.path.basename(place)[:-3], place)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as e:
+            hint = " (a file is named with its .py, directories with /)" if e.name == place.partition(".")[0] else ""
+            raise ModuleNotFoundError(f"{e}{hint}") from e
+    loss: Any = module
+    for part in name.split(".") if name else []:
+        loss = getattr(loss, part, None)
+    if not name or loss is None:
+        offered = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        own = [k for k in offered if getattr(vars(module)[k], "__module__", "") == module.__name__]
+        near = difflib.get_close_matches(name, offered, 5) or sorted(own or offered)[:8] or ["nothing to call"]
+        raise AttributeError(
+            f"{place} has no {name!r}, but {', '.join(near)}"
+            if name
+            else f"name the loss, too, as in {place}:{near[0]}"
+        )
+    return loss
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         epilog=f"kinds:\n{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("loss", help="package.module:name of a function, a module or a module's class")
+    parser.add_argument("loss", help="package.module:name or file.py:name, a function, an nn.Module or its class")
     parser.add_argument("--kind", choices=[*KINDS], help="what the loss is fed with (default: guessed)")
     parser.add_argument("--classes", type=int, default=5)
     parser.add_argument("--samples", type=int, default=6)
@@ -29,17 +63,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ignore-index", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--inductor", action="store_true", help="torch.compile generates code, too (several seconds)")
     parser.add_argument("--strict", action="store_true", help="warnings count as failures")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--save", metavar="PAGE.html", help="write a page with plots")
     args = parser.parse_args(argv)
-    module, _, name = args.loss.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # modules beside the caller, also where the command is an installed script
     try:
-        loss = getattr(importlib.import_module(module), name)
-        if isinstance(loss, type) and issubclass(loss, torch.nn.Module):
-            loss = loss()
+        loss = load(args.loss)
         report = check(
             loss,
             args.kind,
@@ -48,12 +78,12 @@ def main(argv: Sequence[str]) -> int:
             shape=None if args.shape is None else tuple(args.shape),
             ignore_index=args.ignore_index,
             seed=args.seed,
-            compile=not args.no_compile,
+            compile="inductor" if args.inductor else not args.no_compile,
         )
+        if args.save:
+            report.save(args.save)
     except Exception as e:
         print(f"{args.loss} could not be examined: {type(e).__name__}: {e}", file=sys.stderr)
         return 2
     print(report.to_json() if args.json else report)
-    if args.save:
-        report.save(args.save)
     return 1 if args.strict and report.named("warning") else report.exit_status

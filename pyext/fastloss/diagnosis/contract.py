@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calculus import _dtype, _line
-from .report import Finding
-from .subject import NoGradientError, Subject, example, passed, skipped
+from .calculus import _dtype, _line, ramp
+from .report import Finding, failed, passed, skipped, warned
+from .subject import NoGradientError, Subject, slope
+
+Test = Callable[[Subject, Tensor, Tensor], Finding]
+Property = Callable[[Subject], Finding]
+
+
+def at_random(samples: int | None = None) -> Callable[[Test], Property]:
+    """Make a property of a test: at a random input, and if that shows a fault at the smallest that does."""
+
+    def with_test(test: Test) -> Property:
+        return lambda s: s.judged(functools.partial(test, s), *s.sample(samples))
+
+    return with_test
 
 
 def _close(a: float, b: float, tolerance: float = 1e-5) -> bool:
     return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-8) or (math.isnan(a) and math.isnan(b))
+
+
+def _off(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
 def _is_root(none: Tensor, total: float) -> bool:
@@ -25,52 +46,46 @@ def _is_root(none: Tensor, total: float) -> bool:
 
 
 def reductions(s: Subject) -> Finding:
-    name = "reductions"
     if "reduction" not in s.options:
-        return skipped(name, "The loss has no option 'reduction'.")
+        return skipped("The loss has no option 'reduction'.")
     prediction, target = s.sample()
     if s.ignore_index is not None and not target.is_floating_point():
         target = target.clone()
         target.view(-1)[0] = s.ignore_index
+    return s.judged(functools.partial(_reductions_at, s), prediction, target)
+
+
+def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     with torch.no_grad():
-        none = s.result(prediction, target, reduction="none")
+        none = s.result(prediction, target, reduction="none").double()
     total, mean = (s.value(prediction, target, reduction=r) for r in ("sum", "mean"))
-    parts = float(none.double().sum())
+    parts = float(none.sum())
     numbers = {"sum_of_none": parts, "sum": total, "mean": mean}
     why = "A learning rate tuned with one reduction is wrong with another: divide by the number of samples that count."
-    if _is_root(none.double(), total):  # a norm, as RMSE's: its squares are what adds up
+    if _is_root(none, total):  # a norm, as RMSE's: its squares are what adds up
         if any(_close(total, mean * math.sqrt(d)) for d in (none.numel(), len(prediction))):
-            return passed(
-                name, "A norm: the squares of 'none' add up to that of 'sum', 'mean' divides them.", **numbers
-            )
-        return Finding(
-            name,
-            "failure",
-            f"'sum' is the norm of 'none' ({total:.6g}), but 'mean' is {mean:.6g}.",
-            numbers,
-            example(prediction[:1], target[:1]),
-            why,
+            return passed("A norm: the squares of 'none' add up to that of 'sum', 'mean' divides them.", **numbers)
+        return failed(f"'sum' is the norm of 'none' ({total:.6g}), but 'mean' is {mean:.6g}.", why, **numbers)
+    if none.dim() == 0 and _close(total, mean) and _close(total, parts):
+        if isinstance(s.fn, torch.nn.Module):
+            return skipped("The module's attribute 'reduction' has no effect once it is constructed.")
+        return failed(f"It is ignored: 'none', 'sum' and 'mean' all return {mean:.6g}.", why, **numbers)
+    if none.dim() and len(none) not in (len(prediction), target.numel(), prediction.numel()):
+        return failed(
+            f"'none' returns shape {list(none.shape)} for {len(prediction)} samples.",
+            "One loss per sample (or element) is what 'none' is for: look for a sum over the wrong dim.",
+            **numbers,
         )
     if not _close(parts, total):
-        return Finding(
-            name,
-            "failure",
-            f"The elements of 'none' add up to {parts:.8g}, 'sum' says {total:.8g}.",
-            numbers,
-            example(prediction[:1], target[:1]),
-            why,
-        )
+        return failed(f"The elements of 'none' add up to {parts:.8g}, 'sum' says {total:.8g}.", why, **numbers)
     if none.dim() == 0:
-        return Finding(
-            name,
-            "warning",
+        return warned(
             "'none' returns a scalar.",
-            numbers,
-            None,
             "Per-sample losses are what 'none' is for (weighting, hard-example mining).",
+            **numbers,
         )
     counted = target != s.ignore_index if s.ignore_index is not None else torch.ones_like(target, dtype=torch.bool)
-    divisors = {float(none.numel()), float(len(prediction)), float(prediction.numel())}
+    divisors = {float(none.numel()), float(len(prediction))}
     weight = s.options.get("weight")
     if isinstance(weight, Tensor) and s.task.classes and not target.is_floating_point():
         divisors.add(float(weight.double()[target.clamp(min=0)][counted].sum()))
@@ -79,181 +94,211 @@ def reductions(s: Subject) -> Finding:
     if not counted.all():
         divisors = {d for d in divisors if d not in (none.numel(), len(prediction))} | {float(counted.sum())}
     if not any(_close(total, mean * d) for d in divisors):
-        return Finding(
-            name,
-            "failure",
+        return failed(
             f"'mean' is 'sum' divided by {total / mean if mean else math.nan:.6g}; "
             f"{' or '.join(f'{d:g}' for d in sorted(divisors))} would make sense.",
-            numbers,
-            example(prediction[:1], target[:1]),
             why,
+            **numbers,
         )
-    return passed(
-        name, f"'none' adds up to 'sum'; 'mean' is that divided by {total / mean if mean else 1:g}.", **numbers
-    )
+    return passed(f"'none' adds up to 'sum'; 'mean' is that divided by {total / mean if mean else 1:g}.", **numbers)
 
 
 def batch_size(s: Subject) -> Finding:
-    name = "batch size"
     prediction, target = s.sample()
-    single, double = (
-        s.value(*pair) for pair in ((prediction, target), (torch.cat([prediction] * 2), torch.cat([target] * 2)))
-    )
-    ratio = double / single if single else 1.0
+    found = s.judged(functools.partial(_twice, s), prediction, target)
+    if found.bad:
+        return found
+
+    def single(p: Tensor, t: Tensor) -> Finding:
+        why = (
+            "The last batch of an epoch may hold one sample: squeeze() drops its dimension, a deviation over it is nan."
+        )
+        try:
+            value = s.value(p, t)
+        except Exception as e:
+            return failed(f"A batch of one raises {type(e).__name__}: {_line(e)}", why)
+        return passed("") if math.isfinite(value) else failed(f"A batch of one costs {value}.", why)
+
+    alone = s.judged(single, prediction[:1], target[:1])
+    return alone if alone.bad else found
+
+
+def _twice(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    once, twice = s.value(prediction, target), s.value(torch.cat([prediction] * 2), torch.cat([target] * 2))
+    if not (math.isfinite(once) and once):
+        return skipped(f"The batch costs {once:g}.")
+    ratio = twice / once
     if any(_close(ratio, r) for r in (1.0, 2.0)):
         how = "a mean" if _close(ratio, 1.0) else "a sum"
-        return passed(name, f"Behaves as {how} over samples: the batch twice over costs {ratio:g} times.", ratio=ratio)
-    return Finding(
-        name,
-        "warning" if _close(ratio, math.sqrt(2)) else "failure",
-        f"The same batch twice over costs {ratio:.6g} times as much, neither 1 (a mean) nor 2 (a sum).",
-        {"ratio": ratio},
-        example(prediction, target),
+        said = s.options.get("reduction")
+        if said in ("mean", "sum") and said not in how:
+            return failed(
+                f"It says reduction={said!r}, but the same batch twice over costs {ratio:g} times {once:.6g}, as {how} "
+                "does.",
+                "A learning rate that suits one batch size does not suit another: reduce over samples (dim 0), and "
+                "count them.",
+                ratio=ratio,
+            )
+        cost = "the same" if _close(ratio, 1.0) else "twice as much"
+        return passed(f"Behaves as {how} over samples: the batch twice over costs {cost}.", ratio=ratio)
+    return (warned if _close(ratio, math.sqrt(2)) else failed)(
+        f"{once:.6g} for this batch, but {ratio:.6g} times as much for the same twice over, neither 1 (a mean) nor 2 "
+        "(a sum).",
         "The loss, and so the learning rate that suits, depends on the batch size: divide by the number of samples.",
+        ratio=ratio,
     )
 
 
-def sample_order(s: Subject) -> Finding:
-    name = "sample order"
-    prediction, target = s.sample()
-    order = torch.randperm(len(prediction), generator=s.generator(3))
-    with torch.no_grad():
-        before, after = s.result(prediction, target).double(), s.result(prediction[order], target[order]).double()
-    if before.dim() and len(before) == len(order):
-        before = before[order]
-    difference = float((before - after).abs().max())
-    if not difference <= 1e-6 * max(float(before.abs().max()), 1e-6):
-        return Finding(
-            name,
-            "failure",
-            f"The same samples in another order change the value by {difference:.4g}.",
-            {"difference": difference, "order": order.tolist()},
-            example(prediction, target),
-            "Samples of a batch have no order: look for indices by position, cumulative sums, or rolled targets.",
-        )
-    return passed(name, "Permuted samples give the same value.")
+@at_random()
+def sample_order(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    n = len(prediction)
+    if n < 2:
+        return skipped("One sample.")
+    for order in (torch.randperm(n, generator=s.generator(3)), torch.arange(n).flip(0), torch.arange(n).roll(1)):
+        with torch.no_grad():
+            before, after = s.result(prediction, target).double(), s.result(prediction[order], target[order]).double()
+        if before.dim() and len(before) == n:
+            before = before[order]
+        difference = _off(before, after)
+        if not difference <= 1e-6 * max(float(before.abs().max()), 1e-6):
+            return failed(
+                f"The same samples in the order {order.tolist()} change the value by {difference:.4g}.",
+                "Samples of a batch have no order: look for indices by position, cumulative sums, or rolled targets.",
+                difference=difference,
+                order=order.tolist(),
+            )
+    return passed("Permuted samples give the same value.")
 
 
-def leaks(s: Subject) -> Finding:
-    name = "no leak between samples"
-    prediction, target = s.sample()
+@at_random()
+def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     why = (
         "A sample's loss then depends on its neighbours in the batch; look for a statistic over dim 0, a softmax over "
         "the wrong dim, or broadcasting (N) with (N, 1). Fine if it is meant (contrastive and batch-wise Dice losses)."
     )
     leaf = prediction.clone().requires_grad_()
     each = s.result(leaf, target, **s.reduced("none"))
-    if not each.requires_grad:
-        raise NoGradientError
     if each.dim() and len(each) == len(prediction):
-        (grad,) = torch.autograd.grad(each[0].sum(), leaf)
+        grad = slope(each[0].sum(), leaf)
         leaked = float(grad[1:].abs().max())
         if leaked > 1e-9 * max(float(grad.abs().max()), 1e-30):
-            return Finding(
-                name,
-                "failure",
-                f"Sample 0's loss has a gradient of {leaked:.4g} with respect to another sample.",
-                {"gradient": leaked},
-                example(prediction, target),
-                why,
+            return failed(
+                f"Sample 0's loss has a gradient of {leaked:.4g} with respect to another sample.", why, gradient=leaked
             )
     # The gradients of the other samples may change by a common factor only (as under a root of the mean).
     before = s.gradient(prediction, target)[1:].reshape(-1)
-    moved, other = prediction.clone(), target.clone()
+    moved, far, other = prediction.clone(), prediction.clone(), target.clone()
     moved[0] += torch.randn(moved[0].shape, generator=s.generator(4)).double()
+    far[0] += 10 * torch.randn(moved[0].shape, generator=s.generator(5)).double()
     different = [i for i in range(len(target)) if not torch.equal(target[i], target[0])]
     other[0] = target[different[0] if different else 0]
-    for what, p, t in (("prediction", moved, target), ("target", prediction, other)):
+    for what, p, t in (("prediction", moved, target), ("prediction", far, target), ("target", prediction, other)):
         after = s.gradient(p, t)[1:].reshape(-1)
+        if bool(before.any()) != bool(after.any()):
+            return warned(f"Another {what} for sample 0 decides whether the other samples have any gradient.", why)
         norms = float(before.norm() * after.norm())
         apart = float((before / before.norm() - after / after.norm()).norm()) if norms > 0 else 0.0
         if apart > 1e-5:
-            return Finding(
-                name,
-                "warning",
+            return warned(
                 f"Another {what} for sample 0 turns the gradient of the other samples by {apart:.3g} rad.",
-                {"angle": apart},
-                example(prediction, target),
                 why,
+                angle=apart,
             )
-    return passed(name, "A sample's prediction and target do not touch the other samples' loss and gradient.")
-
-
-def _weight_forms(s: Subject, prediction: Tensor, target: Tensor) -> Iterator[tuple[str, str, Callable[..., Tensor]]]:
-    """(option, what it weights, weight tensor -> factor of each sample's or element's loss), each that may fit."""
-    n = len(prediction)
-    if "weight" in s.options:
-        if s.task.classes:
-            classes = prediction.shape[1]
-            if not target.is_floating_point():
-                yield "weight", "class", lambda g: torch.rand(classes, generator=g).double() + 0.5
-        else:
-            yield "weight", "element", lambda g: torch.rand(prediction.shape, generator=g).double() + 0.5
-        yield "weight", "sample", lambda g: torch.rand(n, generator=g).double() + 0.5
-    if "sample_weight" in s.options:
-        yield "sample_weight", "sample", lambda g: torch.rand(n, generator=g).double() + 0.5
+    return passed("A sample's prediction and target do not touch the other samples' loss and gradient.")
 
 
 def weights(s: Subject) -> Finding:
-    name = "weights"
+    forms = list(s.weight_forms())
+    if not forms and "pos_weight" not in s.options:
+        return skipped("The loss has no option 'weight' or 'sample_weight'.")
     checked: list[str] = []
-    tried: set[str] = set()
+    tried: dict[str, None] = {}
     prediction, target = s.sample(4 if not s.task.classes else 6)
-    bare: dict[str, Any] = {k: None for k in ("weight", "sample_weight") if k in s.options}
-    why = "Weights are how rare classes and unreliable samples are balanced; multiply each loss before reducing."
-
-    def failure(text: str, **numbers: Any) -> Finding:
-        return Finding(name, "failure", text, numbers, example(prediction, target), why)
-
-    for option, what, make in _weight_forms(s, prediction, target):
+    if "pos_weight" in s.options and not s.task.classes:
+        forms.append(("pos_weight", "positive", lambda p, t: (p.shape[-1],)))
+    for option, what, shape in forms:
+        tried[option] = None
         if any(c.startswith(option + " ") for c in checked):
             continue
-        g = s.generator(6)
-        w, v = make(g), make(g)
+        found = s.judged(functools.partial(_weight_at, s, option, what, shape), prediction, target)
+        if found.bad:
+            return found
+        if found.status == "pass":
+            checked.append(f"{option} per {what}")
+    if checked:
+        return passed(f"Act linearly, ones change nothing, zeros give no gradient: {', '.join(checked)}.")
+    return skipped(f"Of another form than per class, sample or element: {', '.join(tried)}.")
 
-        def call(weight: Tensor | None, option: str = option, **more: Any) -> float:
-            return s.value(prediction, target, **{**bare, option: weight, **more})
 
-        tried.add(option)
-        try:
-            plain, unit, weighted = call(None), call(torch.ones_like(w)), call(w)
-        except Exception:
-            continue  # not the form of this loss's weight
-        if not _close(plain, unit):
-            return failure(f"{option} of all ones changes the value from {plain:.8g} to {unit:.8g}.", value=unit)
-        if _close(unit, weighted, 1e-9):
-            return failure(f"{option} is ignored: random weights give the same value {unit:.8g}.", value=unit)
-        linear = s.reduced("sum")
-        if linear:
-            whole, *two = (call(x, **linear) for x in (2 * w + 3 * v, w, v))
-            with torch.no_grad():
-                root = _is_root(
-                    s.result(prediction, target, **{**bare, "reduction": "none"}).double(), call(None, **linear)
-                )
-            parts = math.hypot(math.sqrt(2) * two[0], math.sqrt(3) * two[1]) if root else 2 * two[0] + 3 * two[1]
-            if not _close(whole, parts):
-                return failure(f"{option} does not act linearly: {whole:.8g} instead of {parts:.8g}.", value=whole)
+def _weight_at(
+    s: Subject, option: str, what: str, shape: Callable[..., tuple[int, ...]], prediction: Tensor, target: Tensor
+) -> Finding:
+    """Whether one option weights what it should; skipped if the loss does not take it in this form."""
+    w = ramp(*shape(prediction, target))
+    v = 2 - w.flip(0) ** 2
+    bare: dict[str, Any] = {name: None for name, *_ in s.weight_forms()}
+    why = "Weights are how rare classes and unreliable samples are balanced; multiply each loss before reducing."
+
+    def call(weight: Tensor | None, **more: Any) -> float:
+        return s.value(prediction, target, **{**bare, option: weight, **more})
+
+    def fault(text: str, status: Callable[..., Finding] = failed, **numbers: Any) -> Finding:
+        found = status(text, why, **numbers)
+        found.example = {option: w.tolist()}
+        return found
+
+    try:
+        plain, unit, weighted = call(None), call(torch.ones_like(w)), call(w)
+    except Exception:
+        return skipped("")
+    if not _close(plain, unit):
+        return fault(f"{option} of all ones changes the value from {plain:.8g} to {unit:.8g}.", value=unit)
+    if _close(unit, weighted, 1e-9):
+        return fault(f"{option} is ignored: other weights than 1 give the same value {unit:.8g}.", value=unit)
+    summed = s.reduced("sum")
+    linear = bool(summed) or what == "positive"  # a mean may divide by the weights
+    if linear and what == "positive":
+        one, two, three = (call(torch.full_like(w, x), **summed) for x in (1.0, 2.0, 3.0))
+        if not _close(three - two, two - one):
+            return fault(f"{option} does not act linearly: {one:.8g}, {two:.8g}, {three:.8g} for 1, 2, 3.")
+    elif linear:
+        whole, *two_parts = (call(x, **summed) for x in (2 * w + 3 * v, w, v))
+        with torch.no_grad():
+            none = s.result(prediction, target, **{**bare, "reduction": "none"}).double()
+        root = _is_root(none, call(None, **summed))
+        parts = (
+            math.hypot(math.sqrt(2) * two_parts[0], math.sqrt(3) * two_parts[1])
+            if root
+            else 2 * two_parts[0] + 3 * two_parts[1]
+        )
+        if not _close(whole, parts):
+            return fault(f"{option} does not act linearly: {whole:.8g} instead of {parts:.8g}.", value=whole)
+    zeroed = w.clone()
+    if what == "positive":
+        zeroed[...] = 0
+        off = target > 0.5
+    else:
+        zeroed[0] = 0
+        off = (target == 0) if what == "class" else torch.arange(len(target)) == 0
+    grads = (s.gradient(prediction, target, **{**bare, option: x}) for x in (zeroed, torch.ones_like(w)))
+    sizes = [
+        (g.movedim(1, -1)[off] if what == "class" else g[0].reshape(-1)[:1] if what == "element" else g[off]).abs()
+        for g in grads
+    ]
+    left, unit_size = (float(g.max()) if g.numel() else 0.0 for g in sizes)
+    # With label smoothing the other classes' weights leave a small part.
+    if left > 1e-12 and not (what == "class" and left < 0.5 * unit_size):
+        w = zeroed
+        return fault(f"Where {option} is 0 the gradient is {left:.4g}: the weight of another {what} is taken, or none.")
+    if what != "positive":
         ratio = call(3 * w) / weighted
         if not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
-            return failure(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
+            return fault(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
         problem = _weighted_mean(s, prediction, target, bare, option, what, w, call)
         if problem:
             # Without 'sum', smoothing over weighted classes cannot be told from a mistake.
-            return replace(failure(problem), status="failure" if linear else "warning")
-        zeroed = w.clone()
-        zeroed[0] = 0
-        off = (target == 0) if what == "class" else torch.arange(len(target)) == 0
-        grads = (s.gradient(prediction, target, **{**bare, option: x}) for x in (zeroed, torch.ones_like(w)))
-        left, unit_size = (float((g.movedim(1, -1)[off] if what == "class" else g[off]).abs().max()) for g in grads)
-        # With label smoothing the other classes' weights leave a small part.
-        if left > 1e-12 and not (what == "class" and left < 0.5 * unit_size):
-            return failure(f"Where {option} is 0 the gradient is {left:.4g}.")
-        checked.append(f"{option} per {what}")
-    if checked:
-        return passed(name, f"Act linearly, ones change nothing, zeros give no gradient: {', '.join(checked)}.")
-    if tried:
-        return skipped(name, f"Of another form than per class, sample or element: {', '.join(sorted(tried))}.")
-    return skipped(name, "The loss has no option 'weight' or 'sample_weight'.")
+            return fault(problem, failed if linear else warned)
+    return passed("")
 
 
 def _weighted_mean(
@@ -285,7 +330,7 @@ def _weighted_mean(
     if s.reduced("sum"):
         total = call(w, reduction="sum")
         if what == "sample" and not _close(total, call(None, reduction="sum") / plain * float((factor * each).mean())):
-            return f"Sum with random {option}: {total:.8g} is not the sum of weight times loss."
+            return f"Sum with this {option}: {total:.8g} is not the sum of weight times loss."
     divisors = [float(each.numel()), float(factor.sum()), float(prediction.numel())]
     if what == "sample" and not s.task.classes:
         divisors.append(divisors[1] * prediction[0].numel())
@@ -293,172 +338,155 @@ def _weighted_mean(
     if any(_close(found, a) for a in allowed):
         return ""
     return (
-        f"Mean with random {option}: {found:.8g}, where sum(w * loss) / sum(w) or / N would be "
+        f"Mean with this {option}: {found:.8g}, where sum(w * loss) / sum(w) or / N would be "
         f"{' or '.join(f'{a:.8g}' for a in sorted(allowed))}."
     )
 
 
 def ignored_targets(s: Subject) -> Finding:
-    name = "ignored targets"
     if s.ignore_index is None or not s.task.classes:
-        return skipped(name, "The loss has no option 'ignore_index'.")
+        return skipped("The loss has no option 'ignore_index'.")
     prediction, target = s.sample()
     if target.is_floating_point():
-        return skipped(name, "Targets are probabilities.")
-    classes = prediction.shape[1]
-    if 0 <= s.ignore_index < classes:
-        target = torch.where(target == s.ignore_index, (s.ignore_index + 1) % classes, target)
+        return skipped("Targets are probabilities.")
+    ignored, classes = s.ignore_index, prediction.shape[1]
+    if 0 <= ignored < classes:
+        target = torch.where(target == ignored, (ignored + 1) % classes, target)
     some = target.clone()
-    some[::2] = s.ignore_index
-    kept = torch.arange(len(target)) % 2 == 1
+    some[::2] = ignored
     why = "Padding then trains the model, or changes the weight of what is not padding."
-    grad = s.gradient(prediction, some)
-    numbers = {"gradient": float(grad[~kept].abs().max())}
-    if numbers["gradient"] != 0:
-        return Finding(
-            name,
-            "failure",
-            f"Ignored targets carry a gradient of {numbers['gradient']:.4g}.",
-            numbers,
-            example(prediction[:1], some[:1]),
-            why,
-        )
-    found, want = s.value(prediction, some), s.value(prediction[kept], target[kept])
-    if not _close(found, want):
-        return Finding(
-            name,
-            "failure",
-            f"With ignored samples the value is {found:.8g}, without those samples {want:.8g}.",
-            {"value": found, "expected": want},
-            example(prediction, some),
-            why + " Divide by the number of targets that count.",
-        )
-    if not float(s.gradient(prediction, target).reshape(len(target), -1).abs().amax(1).min()) > 0:
-        return Finding(
-            name,
-            "warning",
+
+    def carried(p: Tensor, t: Tensor) -> Finding:
+        out, kept = t == ignored, (t != ignored).reshape(len(t), -1).any(1)
+        if not kept.any():
+            return passed("")  # a case of its own
+        left = s.gradient(p, t).movedim(1, -1)[out]
+        size = float(left.abs().max()) if left.numel() else 0.0
+        if size:
+            return failed(f"Ignored targets carry a gradient of {size:.4g}.", why, gradient=size)
+        found, want = s.value(p, t), s.value(p[kept], t[kept])
+        if not _close(found, want):
+            return failed(
+                f"With ignored samples the value is {found:.8g}, without those samples {want:.8g}.",
+                why + " Divide by the number of targets that count.",
+                value=found,
+                expected=want,
+            )
+        return passed("")
+
+    def reached(p: Tensor, t: Tensor) -> Finding:
+        if float(s.gradient(p, t).reshape(len(t), -1).abs().amax(1).min()) > 0:
+            return passed("")
+        return warned(
             "A sample that is not ignored has no gradient.",
-            {},
-            example(prediction, target),
             "A class may be ignored by mistake (compare target == ignore_index, not <= or !=).",
         )
-    value, grad = s.value_and_gradient(prediction, torch.full_like(target, s.ignore_index))
-    if not (math.isfinite(value) and bool(grad.isfinite().all())):
-        return Finding(
-            name,
-            "warning",
+
+    def alone(p: Tensor, t: Tensor) -> Finding:
+        try:
+            value, grad = s.value_and_gradient(p, torch.full_like(t, ignored))
+        except NoGradientError:
+            return failed(
+                "A batch in which everything is ignored returns a number without a gradient: backward() raises.",
+                "One such batch stops training: return prediction.sum() * 0, or divide by max(count, 1).",
+            )
+        if math.isfinite(value) and bool(grad.isfinite().all()):
+            return passed("No value, count or gradient from ignored targets; an all-ignored batch is finite.")
+        return warned(
             f"A batch in which everything is ignored has value {value:.4g}, gradient "
             f"{'finite' if grad.isfinite().all() else 'not finite'}.",
-            {"value": value},
-            {"prediction": "any", "target": f"all {s.ignore_index}"},
             "0/0, as in torch: one such batch makes every parameter nan if the gradient is nan; skip it or divide by "
             "max(count, 1).",
+            value=value,
         )
-    return passed(name, "No value, count or gradient from ignored targets; an all-ignored batch is finite.")
+
+    found = passed("")
+    for test, t in ((carried, some), (reached, target), (alone, torch.full_like(target, ignored))):
+        found = s.judged(test, prediction, t)
+        if found.bad:
+            break
+    return found
 
 
-def inputs_untouched(s: Subject) -> Finding:
-    name = "inputs untouched"
-    prediction, target = s.sample()
-    for grad in (True, False):
-        leaf = prediction.clone().requires_grad_(grad)
+@at_random()
+def inputs_untouched(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    why = (
+        "Whoever uses the tensor afterwards (metrics, a second loss) gets other numbers: avoid op_() and out= on "
+        "arguments."
+    )
+    module = s.fn if isinstance(s.fn, torch.nn.Module) else torch.nn.Module()
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    for scale, grad in itertools.product((1.0, 10.0), (True, False)):
+        given = s.linked(scale * prediction)
+        leaf = given.clone().requires_grad_(grad)
         p, t = leaf.clone(), target.clone()
         versions = p._version, t._version
         with torch.set_grad_enabled(grad):
-            out = s.raw(p, t)
+            out = _first(s.call(p, t))
             if isinstance(out, Tensor) and out.requires_grad:
-                out.sum().backward()
-        for what, now, then, old in (("prediction", p, prediction, versions[0]), ("target", t, target, versions[1])):
-            if s.task.link is not None and what == "prediction":
-                continue
+                torch.autograd.grad(out.sum(), leaf, allow_unused=True)
+        for what, now, then, old in (("prediction", p, given, versions[0]), ("target", t, target, versions[1])):
             if not torch.equal(now.detach(), then) or now._version != old:
-                return Finding(
-                    name,
-                    "failure",
+                return failed(
                     f"The {what} is overwritten by the call{'' if grad else ' (without gradient)'}.",
-                    {"largest_change": float((now.detach() - then).abs().max())},
-                    example(prediction[:1], target[:1]),
-                    "Whoever uses the tensor afterwards (metrics, a second loss) gets other numbers: avoid op_() and "
-                    "out= on arguments.",
+                    why,
+                    largest_change=float((now.detach() - then).abs().max()),
                 )
-    return passed(name, "Prediction and target are the same after forward and backward.")
+    for what, then in state.items():
+        if not torch.equal(module.state_dict()[what].nan_to_num(), then.nan_to_num()):
+            return warned(f"The module's own {what} is overwritten by the call.", why)
+    return passed("Prediction and target are the same after forward and backward.")
 
 
-def repeatable(s: Subject) -> Finding:
-    name = "repeatable"
-    prediction, target = s.sample(64)
+@at_random()
+def repeatable(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     p = prediction.float()
-    first = s.result(p, target).detach()
-    grads = [s.gradient(p, target)]
-    for _ in range(4):
-        again = s.result(p, target).detach()
-        if not torch.equal(first.nan_to_num(), again.nan_to_num()):
-            difference = float((first - again).abs().max())
-            return Finding(
-                name,
-                "failure",
-                f"Called again with the same input the value differs by {difference:.4g}.",
-                {"difference": difference},
-                example(prediction[:1], target[:1]),
-                "State or randomness in a loss makes runs incomparable: look for counters, running means, dropout.",
-            )
-        grads.append(s.gradient(p, target))
-    if any(not torch.equal(grads[0].nan_to_num(), g.nan_to_num()) for g in grads[1:]):
-        return Finding(
-            name,
-            "failure",
-            "Called again with the same input the gradient differs.",
-            {"difference": max(float((grads[0] - g).abs().max()) for g in grads)},
-            example(prediction[:1], target[:1]),
-            "State or randomness in backward makes runs incomparable.",
-        )
-    return passed(name, "Five calls give the same value and gradient, bit for bit.")
+    first, grad = s.result(p, target).detach(), s.gradient(p, target)
+    for _ in range(s.some(4, 2)):
+        again, other = s.result(p, target).detach(), s.gradient(p, target)
+        for what, a, b in (("value", first, again), ("gradient", grad, other)):
+            if not torch.equal(a.nan_to_num(), b.nan_to_num()):
+                return failed(
+                    f"Called again with the same input the {what} differs by {_off(a, b):.4g}.",
+                    "State or randomness in a loss makes runs incomparable: look for counters, running means, dropout.",
+                    difference=_off(a, b),
+                )
+    return passed("Further calls give the same value and gradient, bit for bit.")
 
 
-def grad_output(s: Subject) -> Finding:
-    name = "grad_output"
-    prediction, target = s.sample()
+@at_random()
+def grad_output(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     leaf = prediction.clone().requires_grad_()
     out = s.result(leaf, target)
-    if not out.requires_grad:
-        raise NoGradientError
     why = "Loss scaling, weighted sums of losses and gradient accumulation multiply it: backward must too."
-    (unit,) = torch.autograd.grad(out, leaf, torch.ones_like(out), retain_graph=True)
-    (again,) = torch.autograd.grad(out, leaf, torch.ones_like(out), retain_graph=True)
+    unit, again = (slope(out, leaf, torch.ones_like(out), retain_graph=True) for _ in (0, 1))
     if not torch.equal(unit.nan_to_num(), again.nan_to_num()):
-        return Finding(
-            name,
-            "failure",
+        return failed(
             "A second backward through the same graph (retain_graph) gives another gradient.",
-            {"difference": float((unit - again).abs().max())},
-            example(prediction[:1], target[:1]),
             "Backward overwrites what it saved: work on a copy.",
+            difference=_off(unit, again),
         )
     for factor in (3.0, -2.0, 0.0):
-        (scaled,) = torch.autograd.grad(out, leaf, factor * torch.ones_like(out), retain_graph=True)
-        error = float((scaled - factor * unit).abs().max())
-        if not error <= 1e-9 * max(float(unit.abs().max()), 1e-30):
-            return Finding(
-                name,
-                "failure",
+        scaled = slope(out, leaf, factor * torch.ones_like(out), retain_graph=True)
+        error = _off(scaled, factor * unit)
+        if not error <= 2e-3 * max(float(unit.abs().max()), 1e-30):  # it may compute in half precision
+            return failed(
                 f"With grad_output {factor:g} the gradient is off by {error:.4g} (of {unit.abs().max():.4g}).",
-                {"grad_output": factor, "error": error},
-                example(prediction[:1], target[:1]),
                 why,
+                grad_output=factor,
+                error=error,
             )
     each = s.result(leaf, target, **s.reduced("none"))
     if each.dim():
-        g = torch.randn(each.shape, generator=s.generator(8)).double()
-        h = torch.randn(each.shape, generator=s.generator(9)).double()
-        a, b, both = (torch.autograd.grad(each, leaf, x.to(each.dtype), retain_graph=True)[0] for x in (g, h, g + h))
-        if float((a + b - both).abs().max()) > 1e-6 * max(float(both.abs().max()), 1e-30):
-            return Finding(name, "failure", "Backward is not linear in grad_output of reduction 'none'.", {}, None, why)
-    return passed(name, "Gradients scale with grad_output; backward can be repeated with retain_graph.")
+        g, h = (torch.randn(each.shape, generator=s.generator(i)).double() for i in (8, 9))
+        a, b, both = (slope(each, leaf, x.to(each.dtype), retain_graph=True) for x in (g, h, g + h))
+        if _off(a + b, both) > 2e-3 * max(float(both.abs().max()), 1e-30):
+            return failed("Backward is not linear in grad_output of reduction 'none'.", why)
+    return passed("Gradients scale with grad_output; backward can be repeated with retain_graph.")
 
 
-def layouts(s: Subject) -> Finding:
-    name = "layouts"
-    prediction, target = s.sample()
+@at_random()
+def layouts(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     want, want_grad = s.value_and_gradient(prediction, target)
 
     def strided(x: Tensor) -> Tensor:
@@ -473,154 +501,126 @@ def layouts(s: Subject) -> Finding:
         leaf = view(prediction).detach().requires_grad_()
         try:
             # Not through result(), whose copies may be contiguous.
-            out = s.raw(leaf * torch.ones_like(leaf) if what == "transposed" else leaf, view(target))
-            out = out[0] if isinstance(out, (tuple, list)) else out
-            if not out.requires_grad:
+            out = _first(s.raw(leaf * torch.ones_like(leaf) if what == "transposed" else leaf, view(target)))
+            if not isinstance(out, Tensor):
                 raise NoGradientError
-            (grad,) = torch.autograd.grad(out.sum(), leaf)
+            grad = slope(out.sum(), leaf)
         except NoGradientError:
             raise
         except Exception as e:
-            return Finding(
-                name,
-                "failure",
+            return failed(
                 f"Raises for {what} inputs: {type(e).__name__}: {_line(e)}",
-                {},
-                example(prediction[:1], target[:1]),
                 "Slices and transposes are common: use reshape() instead of view(), strides in kernels.",
             )
         value = float(out.detach().sum())
-        if not _close(value, want) or float((grad - want_grad).abs().max()) > 1e-6 * float(want_grad.abs().max()):
-            return Finding(
-                name,
-                "failure",
-                f"For {what} inputs of the same numbers the value is {value:.8g} instead of {want:.8g}, or the "
-                "gradient differs.",
-                {"value": value, "expected": want},
-                example(prediction, target),
+        if not _close(value, want) or _off(grad, want_grad) > 1e-6 * float(want_grad.abs().max()):
+            return failed(
+                f"For {what} inputs of the same numbers "
+                + (
+                    f"the gradient differs by {_off(grad, want_grad):.4g}."
+                    if _close(value, want)
+                    else f"the value is {value:.8g} instead of {want:.8g}."
+                ),
                 "Memory is read in the wrong order: respect strides, or call contiguous().",
+                value=value,
+                expected=want,
             )
-    return passed(name, "Strided and transposed inputs give the same value and gradient.")
+    return passed("Strided and transposed inputs give the same value and gradient.")
 
 
 def empty(s: Subject) -> Finding:
-    name = "empty batch"
     prediction, target = s.sample(2)
+    why = "The last batch of a filtered data set may be empty; torch's losses return 0 or nan."
     try:
         value, grad = s.value_and_gradient(prediction[:0], target[:0])
     except NoGradientError:
+        if s.differentiable:
+            return warned("The result of no sample has no gradient: backward() raises.", why)
         raise
     except Exception as e:
-        return Finding(
-            name,
-            "warning",
-            f"Raises {type(e).__name__}: {_line(e)}",
-            {},
-            None,
-            "The last batch of a filtered data set may be empty; torch's losses return 0 or nan.",
-        )
+        return warned(f"Raises {type(e).__name__}: {_line(e)}", why)
     if value != 0 and not math.isnan(value):
-        return Finding(
-            name, "warning", f"The value of no sample is {value:.4g}.", {"value": value}, None, "0 or nan is."
-        )
-    return passed(name, f"No samples: value {value:g}, gradient of shape {list(grad.shape)}.", value=value)
+        return warned(f"The value of no sample is {value:.4g}.", why, value=value)
+    return passed(f"No samples: value {value:g}, gradient of shape {list(grad.shape)}.", value=value)
 
 
 def result_type(s: Subject) -> Finding:
-    name = "result dtype and device"
     prediction, target = s.sample()
-    found = {}
+    found, several = {}, ""
     for dtype in (torch.float32, torch.float64):
         t = target.to(dtype) if target.is_floating_point() else target
         out = s.raw(prediction.to(dtype), t)
         if isinstance(out, (tuple, list)) and out:
+            several = f"The result is a {type(out).__name__} of {len(out)}; its first element is examined."
             out = out[0]
         if not isinstance(out, Tensor):
-            return Finding(
-                name,
-                "failure",
+            return failed(
                 f"The result is a {type(out).__name__}, not a tensor.",
-                {},
-                None,
                 "There is nothing to call backward() on: leave out .item(), float() and numpy.",
             )
         found[_dtype(dtype)] = _dtype(out.dtype)
         if out.dtype != dtype or out.device != prediction.device:
-            return Finding(
-                name,
-                "failure" if not out.is_floating_point() or dtype == torch.float64 else "warning",
+            return (failed if not out.is_floating_point() or dtype == torch.float64 else warned)(
                 f"For {_dtype(dtype)} predictions the result is {_dtype(out.dtype)} on {out.device}.",
-                {"result": found},
-                None,
                 "A fixed dtype inside (.float(), torch.tensor(0.0), numpy) loses digits or doubles memory: make "
                 "constants with new_tensor or like the prediction.",
+                result=found,
             )
     if torch.cuda.is_available():
         t = target.cuda()
-        out = s.raw(prediction.float().cuda(), t.float() if t.is_floating_point() else t)
+        out = _first(s.raw(prediction.float().cuda(), t.float() if t.is_floating_point() else t))
         if out.device.type != "cuda":
-            return Finding(
-                name,
-                "failure",
-                f"For predictions on CUDA the result is on {out.device}.",
-                {},
-                None,
-                "Make constants on the prediction's device.",
+            return failed(
+                f"For predictions on CUDA the result is on {out.device}.", "Make constants on the prediction's device."
             )
+    if several:
+        return warned(several, "Training loops call backward() on the loss itself: return one tensor.")
+    shape = "a scalar" if not out.dim() else f"of shape {list(out.shape)} (backward() needs .mean() or .sum() of it)"
     devices = "cpu and cuda" if torch.cuda.is_available() else "cpu (no GPU here)"
-    return passed(name, f"As the prediction's: float32 and float64, on {devices}.", **found)
+    return passed(f"As the prediction's: float32 and float64, on {devices}; {shape}.", **found)
 
 
-def autocast(s: Subject) -> Finding:
-    name = "autocast"
-    prediction, target = s.sample()
+@at_random()
+def autocast(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     p = prediction.float()
     want = s.value(p, target)
     with torch.autocast("cpu", torch.bfloat16):
         value, grad = s.value_and_gradient(p, target)
     error = abs(value - want) / max(abs(want), 1e-30)
     if not (error < 0.05 and grad.isfinite().all() and grad.dtype == p.dtype):
-        return Finding(
-            name,
-            "warning" if math.isfinite(value) else "failure",
+        return (warned if math.isfinite(value) else failed)(
             f"Under autocast (bfloat16) the value is {value:.6g} instead of {want:.6g}.",
-            {"value": value, "expected": want},
-            example(prediction[:1], target[:1]),
             "Mixed precision lowers matrix products and convolutions inside the loss: call .float() there.",
+            value=value,
+            expected=want,
         )
-    return passed(name, f"Right under autocast to bfloat16 (relative difference {error:.1e}).", error=error)
+    return passed(f"Right under autocast to bfloat16 (relative difference {error:.1e}).", error=error)
 
 
 def vmap(s: Subject) -> Finding:
-    name = "vmap"
     pairs = [s.sample(salt=i) for i in range(3)]
     predictions, targets = torch.stack([p for p, _ in pairs]), torch.stack([t for _, t in pairs])
     want = torch.tensor([s.value(p, t) for p, t in pairs], dtype=torch.float64)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.func.vmap(lambda p, t: s.raw(p, t).sum())(predictions, targets)
+        found = torch.func.vmap(lambda p, t: _first(s.raw(p, t)).sum())(predictions, targets)
     except Exception as e:
-        return Finding(
-            name,
-            "warning",
+        return warned(
             f"torch.func.vmap raises {type(e).__name__}: {_line(e)}",
-            {},
-            None,
             "Per-sample gradients (torch.func) are out of reach: avoid .item(), if on values, boolean masks and "
             "in-place writes.",
         )
-    error = float((found.double() - want).abs().max())
+    error = _off(found.double(), want)
     if not error <= 1e-6 * float(want.abs().max()):
-        return Finding(
-            name, "failure", f"Under vmap the value is off by {error:.4g}.", {"error": error}, None, "Wrong."
+        return failed(
+            f"Under vmap the value is off by {error:.4g}.",
+            "Per-sample losses (torch.func) are wrong: look for dimensions counted from the front, and state.",
+            error=error,
         )
-    return passed(name, "The same under torch.func.vmap.")
+    return passed("The same under torch.func.vmap.")
 
 
 def memory(s: Subject) -> Finding:
-    name = "kept for backward"
-    prediction, target = s.sample(256)
+    prediction, target = s.sample(s.many(256))
     leaf = prediction.float().requires_grad_()
     base = leaf.clone()
     storages: dict[int, int] = {}
@@ -630,7 +630,7 @@ def memory(s: Subject) -> Finding:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = s.raw(base, target.float() if target.is_floating_point() else target)
+        out = _first(s.raw(base, target.float() if target.is_floating_point() else target))
     if not (isinstance(out, Tensor) and out.requires_grad):
         raise NoGradientError
     own = {base.untyped_storage().data_ptr(), leaf.untyped_storage().data_ptr(), target.untyped_storage().data_ptr()}
@@ -638,51 +638,52 @@ def memory(s: Subject) -> Finding:
     multiple = kept / base.untyped_storage().nbytes()
     text = f"{multiple:.2g} times the prediction's bytes, beside the inputs."
     if multiple > 16:
-        return Finding(
-            name,
-            "warning",
+        return warned(
             text,
-            {"multiple": multiple},
-            None,
             "Memory limits the batch: combine steps in one autograd.Function, or use a fused loss.",
+            multiple=multiple,
         )
-    return passed(name, text, multiple=multiple)
+    return passed(text, multiple=multiple)
 
 
-def compiles(s: Subject) -> Finding:
-    name = "torch.compile"
-    prediction, target = s.sample()
-    want, want_grad = s.value_and_gradient(prediction, target)
-    leaf = prediction.clone().requires_grad_()
-    call = torch.compile(lambda p, t: s.raw(p, t), backend="aot_eager", fullgraph=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = call(leaf, target)
-            (grad,) = torch.autograd.grad(out.sum(), leaf)
-    except Exception as e:
-        return Finding(
-            name,
-            "warning",
-            f"Does not compile in one graph: {type(e).__name__}: {_line(e)}",
-            {},
-            None,
-            "The graph breaks at the loss: avoid .item(), printing, numpy and branches on values.",
-        )
-    value = float(out.detach().sum())
-    if not _close(value, want) or float((grad - want_grad).abs().max()) > 1e-6 * float(want_grad.abs().max()):
-        return Finding(
-            name,
-            "failure",
-            f"Compiled, the value is {value:.8g} instead of {want:.8g}, or the gradient differs.",
-            {"value": value, "expected": want},
-            example(prediction, target),
-            "Look for state and side effects that tracing does not see.",
-        )
-    return passed(name, "Compiles in one graph (backend aot_eager) to the same value and gradient.")
+def compiles(backend: str) -> Property:
+    """Under torch.compile with this backend: ``aot_eager`` traces but generates no code, ``inductor`` does."""
+
+    def with_backend(s: Subject) -> Finding:
+        prediction, target = s.sample()
+        want, want_grad = s.value_and_gradient(prediction, target)
+        leaf = prediction.clone().requires_grad_()
+
+        def call(p: Tensor, t: Tensor) -> Any:
+            return _first(s.raw(p, t))
+
+        # Another code object for each loss, since one may be compiled only so often in a process.
+        fresh = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+        try:
+            out = torch.compile(fresh, backend=backend, fullgraph=True)(leaf, target)
+            grad = slope(out.sum(), leaf)
+        except Exception as e:
+            return warned(
+                f"Does not compile in one graph: {type(e).__name__}: {_line(e)}",
+                "The graph breaks at the loss: avoid .item(), printing, numpy and branches on values.",
+            )
+        value = float(out.detach().sum())
+        if not _close(value, want) or _off(grad, want_grad) > 1e-6 * float(want_grad.abs().max()):
+            found = failed(
+                f"Compiled, the value is {value:.8g} instead of {want:.8g}, or the gradient differs.",
+                "Look for state and side effects that tracing does not see.",
+                value=value,
+                expected=want,
+            )
+            return s.shown(found, prediction, target)
+        how = "" if backend == "inductor" else "; traced, no code generated (compile='inductor' does)"
+        return passed(f"One graph with the same value and gradient (backend {backend}{how}).")
+
+    return with_backend
 
 
-PROPERTIES = {
+PROPERTIES: dict[str, Property] = {
+    "repeatable": repeatable,
     "reductions": reductions,
     "batch size": batch_size,
     "sample order": sample_order,
@@ -690,7 +691,6 @@ PROPERTIES = {
     "weights": weights,
     "ignored targets": ignored_targets,
     "inputs untouched": inputs_untouched,
-    "repeatable": repeatable,
     "grad_output": grad_output,
     "layouts": layouts,
     "empty batch": empty,

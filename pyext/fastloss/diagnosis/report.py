@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,16 +36,43 @@ class Finding:
     example: dict[str, Any] | None = None
     why: str = ""
 
+    @property
+    def bad(self) -> bool:
+        """A failure or a warning."""
+        return self.status in ("failure", "warning")
+
+
+def passed(evidence: str, **numbers: Any) -> Finding:
+    """A finding as the properties return it: :func:`fastloss.check` writes the name."""
+    return Finding("", "pass", evidence, numbers)
+
+
+def skipped(evidence: str) -> Finding:
+    return Finding("", "skipped", evidence)
+
+
+def failed(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "failure", evidence, numbers, None, why)
+
+
+def warned(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "warning", evidence, numbers, None, why)
+
 
 @dataclass
 class Curve:
-    """Value and slope of the loss along a line through the inputs, for the page's plots."""
+    """Value and slope of the loss along a line through the inputs, for the page's plots.
+
+    ``marks``: (place on the x axis, what is there), a dashed line each; the curve is interrupted at a jump.
+    """
 
     title: str
     xlabel: str
     x: list[float]
     value: list[float]
     slope: list[float]
+    slope_label: str = "slope along the line"
+    marks: list[tuple[float, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -58,9 +86,13 @@ class Report:
     seconds: float
     findings: list[Finding]
     curves: list[Curve] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Finding:
-        return next(f for f in self.findings if f.name == name)
+        found = [f for f in self.findings if f.name == name]
+        if not found:
+            raise KeyError(f"{name}: not examined, but {', '.join(f.name for f in self.findings)}")
+        return found[0]
 
     def named(self, status: str) -> list[str]:
         """The names of the properties with this status."""
@@ -85,7 +117,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(f.name) for f in self.findings), default=0)
-        lines = [f"{self.loss} on {self.task}: {self.inputs} (seed {self.seed}, {self.seconds:.1f} s)", ""]
+        columns = min(120, max(72, shutil.get_terminal_size((120, 24)).columns)) - 2
+        head = f"{self.loss} on {self.task}: {self.inputs} (seed {self.seed}, {self.seconds:.1f} s)"
+        lines = [part for text in (head, *self.notes) for part in textwrap.wrap(text, columns)] + [""]
         marks = {"failure": "FAIL", "warning": "warn", "pass": "ok", "skipped": "-"}
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             head = f"{marks[f.status]:<4}  {f.name:<{width}}  "
@@ -93,7 +127,7 @@ class Report:
             if f.example is not None and f.status in ("failure", "warning"):
                 text.append("Shown by: " + ", ".join(f"{k} = {_short(v)}" for k, v in f.example.items()))
             for part in filter(None, text):
-                lines += textwrap.wrap(part, 118, initial_indent=head, subsequent_indent=" " * len(head))
+                lines += textwrap.wrap(part, columns, initial_indent=head, subsequent_indent=" " * len(head))
                 head = " " * len(head)
         return "\n".join([*lines, "", self._summary()])
 
@@ -106,24 +140,40 @@ class Report:
         """Write one self-contained HTML page: the table and a plot of each curve."""
         rows = []
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
-            shown = f.example is not None and f.status in ("failure", "warning")
-            example = f"<pre>{html.escape(json.dumps(_plain(f.example)))}</pre>" if shown else ""
+            text = html.escape(f.evidence)
+            if f.bad:
+                text += f'<div class="why">{html.escape(f.why)}</div>' if f.why else ""
+                given = "\n".join(f"{k} = {json.dumps(_plain(v))}" for k, v in (f.example or {}).items())
+                text += f"<pre>{html.escape(given)}</pre>" if given else ""
             rows.append(
-                f'<tr><td style="color:{_COLORS[f.status]}"><b>{f.status}</b></td><td>{html.escape(f.name)}</td>'
-                f"<td>{html.escape(f.evidence)}<br><i>{html.escape(f.why)}</i>{example}</td></tr>"
+                f'<tr class="{f.status}"><td class="status">{f.status}</td><th>{html.escape(f.name)}</th>'
+                f"<td>{text}</td></tr>"
             )
-        title = f"fastloss.check: {html.escape(self.loss)}"
-        style = (
-            "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}"
-            "table{border-collapse:collapse}td{border-top:1px solid #ddd;padding:.4em .8em;vertical-align:top}"
-            "pre{white-space:pre-wrap;background:#f4f4f4;padding:.4em}svg{max-width:100%}"
-        )
+        notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in self.notes)
         page = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-            f"</head><body><h1>{title}</h1><p>{html.escape(self.task)}: {html.escape(self.inputs)}, seed {self.seed}. "
-            f"{self._summary()}.</p><table>{''.join(rows)}</table>{''.join(map(_plot, self.curves))}</body></html>\n"
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.loss)}: {self._summary()}</title><style>{_STYLE}</style></head><body>"
+            f"<h1>Is {html.escape(self.loss)} sound?</h1><p><b>{self._summary()}.</b> On {html.escape(self.task)}: "
+            f"{html.escape(self.inputs)}; seed {self.seed}, {self.seconds:.1f} s.</p>{notes}"
+            "<h2>Properties</h2><p class=note>A fault is shown by the smallest input found that has it.</p>"
+            f"<table>{''.join(rows)}</table>{''.join(map(_plot, self.curves))}</body></html>\n"
         )
         Path(path).write_text(page, encoding="utf-8")
+
+
+_STYLE = (
+    "body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:64em;padding:0 1em;color:#222;background:#fff}"
+    "h1{overflow-wrap:anywhere;font-size:1.7em}h2{font-size:1.2em;margin:1.6em 0 .4em}table{border-collapse:collapse;"
+    "width:100%}td,th{border-top:1px solid #ddd;padding:.4em .8em .4em 0;vertical-align:top;text-align:left;"
+    "overflow-wrap:anywhere}th{font-weight:600;width:11em}.status{font-weight:bold;width:5em}.why,.note{color:#555}"
+    ".note{margin:.3em 0}pre{white-space:pre-wrap;background:#f4f4f4;padding:.4em .6em;margin:.5em 0 .2em;"
+    "max-height:12em;overflow:auto}figure{margin:0;display:flex;flex-wrap:wrap;gap:1em}"
+    "svg{flex:1 1 20em;min-width:0;max-width:34em;height:auto}"
+    + "".join(f".{status} .status{{color:{color}}}" for status, color in _COLORS.items())
+    + "@media(max-width:40em){tr,td,th{display:block;width:auto;border:0;padding:.1em 0}tr{border-top:1px solid #ddd;"
+    "padding:.5em 0}.status{float:right;width:auto}}"
+)
 
 
 def _short(value: Any) -> str:
@@ -142,20 +192,29 @@ def _plain(value: Any) -> Any:
 
 
 def _plot(curve: Curve) -> str:
-    panels = [("loss", curve.value, "#1f5fa8"), ("slope (gradient along the line)", curve.slope, "#b9500e")]
-    figures = "".join(
-        _panel(curve.x, y, label, curve.xlabel, color) for label, y, color in panels if any(map(math.isfinite, y))
-    )
-    return f"<h2>{html.escape(curve.title)}</h2>{figures}" if figures else ""
+    panels = [("loss", curve.value, "#1f5fa8"), (curve.slope_label, curve.slope, "#b9500e")]
+    figures = "".join(_panel(curve, y, label, color) for label, y, color in panels if any(map(math.isfinite, y)))
+    return f"<h2>{html.escape(curve.title)}</h2><figure>{figures}</figure>" if figures else ""
 
 
-def _panel(x: Sequence[float], y: Sequence[float], label: str, xlabel: str, color: str) -> str:
-    """A line plot, 480 by 300, as inline SVG. Points that are not finite, and steps, interrupt the line."""
-    w, h, left, bottom, top, right = 480, 300, 66, 44, 26, 14
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers, four to nine of them."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 8)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+_MARKS = {"jump": "#c0392b", "kink": "#7d3c98"}
+
+
+def _panel(curve: Curve, y: Sequence[float], label: str, color: str) -> str:
+    """A line plot, 480 by 320, as inline SVG. Points that are not finite, and jumps, interrupt the line."""
+    w, h, left, bottom, top, right, x = 480, 320, 66, 48, 48, 14, curve.x
     finite = [v for v in y if math.isfinite(v)]
     low, high = min(finite), max(finite)
     if high - low < 1e-12 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
+    low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
 
     def px(v: float) -> float:
         return left + (v - x[0]) / (x[-1] - x[0]) * (w - left - right)
@@ -163,21 +222,43 @@ def _panel(x: Sequence[float], y: Sequence[float], label: str, xlabel: str, colo
     def py(v: float) -> float:
         return h - bottom - (v - low) / (high - low) * (h - bottom - top)
 
+    def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+        return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
+
+    def text(x: float, y: float, words: str, style: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{html.escape(words)}</text>'
+
+    parts = [text(left, 16, label, 'font-weight="bold"')]
+    parts += [text((left + w - right) / 2, h - 10, curve.xlabel, 'text-anchor="middle"')]
+    for v in _ticks(low, high):
+        parts.append(line(left, py(v), w - right, py(v), f'stroke="{"#888" if v == 0 else "#ddd"}"'))
+        parts.append(text(left - 6, py(v) + 4, f"{v:.4g}", 'text-anchor="end"'))
+    for v in _ticks(x[0], x[-1]):
+        parts.append(line(px(v), h - bottom, px(v), h - bottom + 4, 'stroke="#888"'))
+        parts.append(text(px(v), h - bottom + 17, f"{v:.4g}", 'text-anchor="middle"'))
+    kinds = list(dict.fromkeys(what for _, what in curve.marks))
+    for place, what in curve.marks:
+        style = f'stroke="{_MARKS.get(what, "#1e8449")}" stroke-dasharray="4 3"'
+        parts.append(line(px(place), top, px(place), h - bottom, style))
+    keys = [(label, f'stroke="{color}" stroke-width="2"')]
+    keys += [(k, f'stroke="{_MARKS.get(k, "#1e8449")}" stroke-dasharray="4 3"') for k in kinds]
+    for i, (words, style) in enumerate(keys if kinds else []):
+        at = left + sum(34 + 6.4 * len(k) for k, _ in keys[:i])
+        parts += [line(at, 31, at + 18, 31, style), text(at + 22, 35, words)]
     runs: list[list[str]] = [[]]
+    last = -math.inf
     for a, b in zip(x, y, strict=True):
+        if not math.isfinite(b) or any(what == "jump" and last < place <= a for place, what in curve.marks):
+            runs.append([])
         if math.isfinite(b):
             runs[-1].append(f"{px(a):.1f},{py(b):.1f}")
-        elif runs[-1]:
-            runs.append([])
-    parts = [f'<polyline points="{" ".join(r)}" fill="none" stroke="{color}" stroke-width="1.8"/>' for r in runs if r]
-    for i in range(5):
-        vx, vy = x[0] + i / 4 * (x[-1] - x[0]), low + i / 4 * (high - low)
-        parts.append(f'<line x1="{left}" x2="{w - right}" y1="{py(vy):.1f}" y2="{py(vy):.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{py(vy) + 4:.1f}" text-anchor="end">{vy:.3g}</text>')
-        parts.append(f'<text x="{px(vx):.1f}" y="{h - bottom + 16}" text-anchor="middle">{vx:.3g}</text>')
-    parts.append(f'<text x="{(left + w - right) / 2}" y="{h - 8}" text-anchor="middle">{html.escape(xlabel)}</text>')
-    parts.append(f'<text x="{left}" y="16" font-weight="bold">{html.escape(label)}</text>')
+        last = a
+    parts += [
+        f'<polyline points="{" ".join(r)}" fill="none" stroke="{color}" stroke-width="1.8"/>'
+        for r in runs
+        if len(r) > 1
+    ]
     return (
-        f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{html.escape(label)}" '
-        f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(label)}" '
+        f'font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
     )

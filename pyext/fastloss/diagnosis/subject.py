@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .report import Curve, Finding
-from .tasks import Task
+from .shrink import shrink
+from .tasks import KINDS, Task
 
-OPTIONS = ("reduction", "weight", "sample_weight", "pos_weight", "ignore_index")
+WEIGHTS = ("weight", "weights", "class_weight", "class_weights", "sample_weight", "sample_weights")
+OPTIONS = ("reduction", "ignore_index", "label_smoothing", "pos_weight", *WEIGHTS)
+
+
+Total = Callable[[Tensor], Tensor]  # a scalar of a result that may be none
 
 
 class NoGradientError(Exception):
     """The result does not depend differentiably on the prediction."""
+
+    def __str__(self) -> str:
+        return "the result has no gradient here, though it has one elsewhere: backward() raises"
 
 
 class Subject:
@@ -41,11 +52,57 @@ class Subject:
     ) -> None:
         self.fn, self.task, self.samples, self.seed = fn, task, samples, seed
         self.reference, self.shift_invariant = reference, shift_invariant
-        self.options = {name: default for name, default in _offered(fn) if name in OPTIONS}
+        # A weight that is a number balances terms of a loss, not samples.
+        self.options = {
+            name: default
+            for name, default in _offered(fn)
+            if name in OPTIONS and not (name in WEIGHTS and isinstance(default, (int, float)))
+        }
         offered = self.options.get("ignore_index") if task.classes else None
         self.ignore_index = ignore_index if ignore_index is not None else offered
         self.curves: list[Curve] = []
-        self._casts: dict[tuple[int, torch.dtype], torch.nn.Module] = {}
+        self.float32_only = False  # raises for float64: examined all the same
+        self.differentiable = False  # whether an ordinary result has a gradient
+        self.cost = 0.0  # seconds that a call with its gradient takes
+        self.tick: Callable[[], None] = lambda: None  # called with every call of the loss
+        self.last: tuple[Tensor, Tensor] | None = None  # the inputs of the last call
+        self._shrinking = 2.0  # seconds left for it
+        self._copies: dict[tuple[int, torch.device, torch.dtype], torch.nn.Module] = {}
+
+    # ---- effort
+    def measure(self) -> None:
+        """Time the loss, so that a slow one is examined with fewer calls."""
+        prediction, target = self.sample()
+        seconds: list[float] = []
+        for _ in range(5):
+            began = time.perf_counter()
+            with contextlib.suppress(NoGradientError):
+                self.gradient(prediction, target)
+                self.differentiable = True
+            seconds.append(time.perf_counter() - began)
+            if min(seconds) > 0.02 and len(seconds) > 1:
+                break
+        self.cost = min(seconds)
+
+    @property
+    def effort(self) -> float:
+        """1 for a loss that takes up to a millisecond, less for a slower one."""
+        return min(1.0, 1e-3 / max(self.cost, 1e-9))
+
+    def some(self, number: int, least: int = 1) -> int:
+        """That many tries, or fewer with a slow loss."""
+        return max(least, round(number * self.effort))
+
+    @functools.cached_property
+    def _seconds_per_sample(self) -> float:
+        prediction, target = self.sample(64)
+        began = time.perf_counter()
+        self.value(prediction, target)
+        return (time.perf_counter() - began) / 64
+
+    def many(self, samples: int) -> int:
+        """That many samples, or as many as take a loss that is slow with samples a twentieth of a second."""
+        return min(samples, max(64, int(0.05 / self._seconds_per_sample)))
 
     # ---- inputs
     def generator(self, salt: int = 0) -> torch.Generator:
@@ -73,24 +130,40 @@ class Subject:
     # ---- calls
     def raw(self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Whatever the loss returns, on exactly these tensors."""
+        return self.call(self.linked(prediction), target, fn, **options)
+
+    def linked(self, prediction: Tensor) -> Tensor:
+        """What the loss is given."""
+        return prediction if self.task.link is None else self.task.link(prediction)
+
+    def call(self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """The same of what is linked already."""
         fn = fn or self.fn
-        if self.task.link is not None:
-            prediction = self.task.link(prediction)
+        if self.float32_only and prediction.dtype == torch.float64:
+            target = target.float() if target.is_floating_point() else target
+            options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
+            out = self.call(prediction.float(), target, fn, **options)
+            out = out[0] if isinstance(out, (tuple, list)) and out else out
+            return out.double() if isinstance(out, Tensor) and out.is_floating_point() else out
         if isinstance(fn, torch.nn.Module):
-            return configured(self._as_dtype(fn, prediction.dtype), options)(prediction, target)
+            return configured(self._like(fn, prediction), options)(prediction, target)
         return fn(prediction, target, **options)
 
-    def _as_dtype(self, module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-        """The module itself, or a copy whose class weights and the like have the prediction's dtype, as after .to()."""
-        own = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and t.dtype != dtype]
-        if not own:
+    def _like(self, module: torch.nn.Module, prediction: Tensor) -> torch.nn.Module:
+        """The module itself, or a copy whose class weights and the like go with the prediction, as after .to()."""
+        device, dtype = prediction.device, prediction.dtype
+        own = [*module.parameters(), *module.buffers()]
+        if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in own):
             return module
-        if (id(module), dtype) not in self._casts:
-            self._casts[id(module), dtype] = copy.deepcopy(module).to(dtype)
-        return self._casts[id(module), dtype]
+        key = id(module), device, dtype
+        if key not in self._copies:
+            self._copies[key] = copy.deepcopy(module).to(device, dtype)
+        return self._copies[key]
 
     def result(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The same as a tensor, on copies."""
+        self.tick()
+        self.last = prediction, target
         if target.is_floating_point() and target.dtype == torch.float64:
             target = target.to(prediction.dtype)
         options = {k: v.to(prediction.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -99,28 +172,52 @@ class Subject:
             out = out[0]
         return out if isinstance(out, Tensor) else torch.as_tensor(out, dtype=torch.float64)
 
-    def value(self, prediction: Tensor, target: Tensor, **options: Any) -> float:
+    def value(self, prediction: Tensor, target: Tensor, total: Total = Tensor.sum, **options: Any) -> float:
         """The result, summed if it is no scalar."""
         with torch.no_grad():
-            return float(self.result(prediction, target, **options).double().sum())
+            return float(total(self.result(prediction, target, **options).double()))
 
     def gradient(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Of the summed result by the prediction, detached."""
         return self.value_and_gradient(prediction, target, **options)[1]
 
-    def value_and_gradient(self, prediction: Tensor, target: Tensor, **options: Any) -> tuple[float, Tensor]:
+    def value_and_gradient(
+        self, prediction: Tensor, target: Tensor, total: Total = Tensor.sum, **options: Any
+    ) -> tuple[float, Tensor]:
         leaf = prediction.detach().clone().requires_grad_()
         out = self.result(leaf, target, **options)
-        if not out.requires_grad:
-            raise NoGradientError
-        (grad,) = torch.autograd.grad(out.sum(), leaf, allow_unused=True)
-        if grad is None:
-            raise NoGradientError
-        return float(out.detach().double().sum()), grad
+        grad = slope(total(out), leaf)
+        return float(total(out.detach().double())), grad
 
     def reduced(self, reduction: str) -> dict[str, Any]:
         """Options that ask for this reduction, if the loss has any."""
         return {"reduction": reduction} if "reduction" in self.options else {}
+
+    def weight_forms(self) -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], tuple[int, ...]]]]:
+        """(option, what it weights, (prediction, target) -> the weight's shape), each form that may fit."""
+        _, target = self.sample(1)
+        for option in (o for o in self.options if o in WEIGHTS):
+            if not option.startswith("sample"):
+                if not self.task.classes:
+                    yield option, "element", lambda p, t: tuple(p.shape)
+                elif not target.is_floating_point():
+                    yield option, "class", lambda p, t: (p.shape[1],)
+            if not option.startswith("class"):
+                yield option, "sample", lambda p, t: (len(p),)
+
+    @functools.cached_property
+    def rounds_to(self) -> torch.dtype | None:
+        """float16 or float32 if values have no more digits than that though the prediction is float64."""
+        values = []
+        for salt in range(3):
+            prediction, target = self.sample(4, salt)  # a mean over 4 samples costs no digits
+            values.append(self.value(prediction, target) * (prediction.numel() // 4))
+            values.append(values[-1] * 4 / prediction.numel())
+        for dtype in (torch.float16, torch.float32):
+            for kept in (values[::2], values[1::2]):
+                if len({*kept}) > 1 and all(abs(v - float(torch.tensor(v).to(dtype))) <= 1e-12 * abs(v) for v in kept):
+                    return dtype
+        return None
 
     @functools.cached_property
     def shifts(self) -> bool:
@@ -132,52 +229,65 @@ class Subject:
         return abs(before - after) <= 1e-6 * max(abs(before), 1e-3)
 
     # ---- evidence
-    def shrink(
-        self, prediction: Tensor, target: Tensor, shows: Callable[[Tensor, Tensor], bool]
-    ) -> tuple[Tensor, Tensor]:
-        """Fewer samples and rounder numbers that still show it."""
+    def judged(self, test: Callable[[Tensor, Tensor], Finding], prediction: Tensor, target: Tensor) -> Finding:
+        """What the test says of this input; of a fault, what it says of the smallest input found that shows it, too."""
+        finding = test(prediction, target)
+        if not finding.bad:
+            return finding
+        latest = finding
 
-        def still(p: Tensor, t: Tensor) -> bool:
-            try:
-                return shows(p, t)
-            except Exception:
-                return False
+        def shows(p: Tensor, t: Tensor) -> bool:
+            nonlocal latest
+            found = test(p, t)
+            same = (found.status, found.why) == (finding.status, finding.why)
+            latest = found if same else latest
+            return same
 
-        for i in range(len(prediction)):
-            if still(prediction[i : i + 1], target[i : i + 1]):
-                prediction, target = prediction[i : i + 1], target[i : i + 1]
-                break
-        for digits in (0, 1, 2):
-            rounded = prediction.round(decimals=digits)
-            exact = target.round(decimals=digits) if target.is_floating_point() and not self.task.classes else target
-            for p, t in ((rounded, exact), (rounded, target), (prediction, exact)):
-                if still(p, t):
-                    return p, t
-        return prediction, target
+        began = time.perf_counter()
+        p, t = shrink(
+            prediction.detach(),
+            target,
+            shows,
+            classes=self.task.classes,
+            plain=self.task.name in KINDS,
+            seconds=min(1.0, self._shrinking),
+        )
+        self._shrinking = max(0.2, self._shrinking - (time.perf_counter() - began))
+        return self.shown(latest, p, t)
 
-
-def example(prediction: Tensor, target: Tensor) -> dict[str, Any]:
-    """For a finding."""
-    return {"prediction": prediction.tolist(), "target": target.tolist()}
-
-
-def passed(name: str, evidence: str, **numbers: Any) -> Finding:
-    return Finding(name, "pass", evidence, numbers)
+    def shown(self, finding: Finding, prediction: Tensor, target: Tensor) -> Finding:
+        """With this input, as the loss is given it."""
+        inputs = {"prediction": self.linked(prediction).tolist(), "target": target.tolist()}
+        return replace(finding, example={**inputs, **(finding.example or {})})
 
 
-def skipped(name: str, evidence: str) -> Finding:
-    return Finding(name, "skipped", evidence)
+def slope(out: Any, leaf: Tensor, grad_output: Tensor | None = None, **options: Any) -> Tensor:
+    """The gradient of the result with respect to the prediction, if it has any."""
+    if not (isinstance(out, Tensor) and out.requires_grad):
+        raise NoGradientError
+    (grad,) = torch.autograd.grad(out, leaf, grad_output, allow_unused=True, **options)
+    if grad is None:
+        raise NoGradientError
+    return grad
 
 
 def configured(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
     """The module with other attributes; the original is left alone."""
     if not options:
         return module
-    changed = copy.copy(module)
-    changed.__dict__["_buffers"] = dict(module._buffers)
+    inner = [m for m in module.modules() if m is not module and any(hasattr(m, name) for name in options)]
+    changed = copy.deepcopy(module) if inner else copy.copy(module)
+    changed.__dict__["_buffers"] = dict(changed._buffers)
     for name, option in options.items():
-        setattr(changed, name, option)
+        old = getattr(changed, name)
+        for m in changed.modules():  # also where the option was handed on to a loss inside
+            if m is changed or (hasattr(m, name) and _same(getattr(m, name), old)):
+                setattr(m, name, option)
     return changed
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
 def _offered(fn: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

@@ -50,7 +50,7 @@ def _argmax_right(prediction: Tensor, target: Tensor) -> Tensor:
 
 def make_task(kind: str, classes: int = 5, shape: tuple[int, ...] | None = None) -> Task:
     """The task of one of :data:`KINDS`. ``shape`` is what follows (samples,) or (samples, classes)."""
-    if kind in ("classification", "log_probabilities", "segmentation"):
+    if kind in ("classification", "class_probabilities", "log_probabilities", "segmentation"):
         inner = shape if shape is not None else ((3, 3) if kind == "segmentation" else ())
 
         def indices(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -60,6 +60,8 @@ def make_task(kind: str, classes: int = 5, shape: tuple[int, ...] | None = None)
             return 2 * _normal(g, n, classes, *inner), target.view(n, *inner)
 
         task = Task(kind, indices, perfect=lambda t: 20 * _one_hot(t, classes), decided=_argmax_right, classes=True)
+        if kind == "class_probabilities":
+            return replace(task, link=lambda x: x.softmax(1), huge=5.0)
         return replace(task, link=lambda x: x.log_softmax(1)) if kind == "log_probabilities" else task
     if kind in ("probabilities", "kl"):
         inner = shape if shape is not None else ()
@@ -112,6 +114,7 @@ def make_task(kind: str, classes: int = 5, shape: tuple[int, ...] | None = None)
 #: What each kind feeds the loss with.
 KINDS = {
     "classification": "logits (N, C), class indices (N)",
+    "class_probabilities": "probabilities (N, C), class indices (N)",
     "log_probabilities": "log-probabilities (N, C), class indices (N)",
     "segmentation": "logits (N, C, H, W), class indices (N, H, W)",
     "probabilities": "logits (N, C), probabilities (N, C)",

@@ -14,7 +14,7 @@ def assert_sound(
     *,
     allow: Collection[str] = (),
     warnings: bool = True,
-    compile: bool = False,
+    compile: bool | str = False,
     **options: Any,
 ) -> Report:
     """Raise AssertionError with the table of :func:`fastloss.check` if a property fails.
