@@ -50,7 +50,9 @@ def test_fastloss_trains_as_torch_does(tmp_path, capsys):
     for task in ("digits, weighted cross entropy", "diabetes, RMSE", "diabetes, L1"):
         assert out.count(task) >= 2  # in the table of results, and in that of the differences
     assert "DIFFERS" not in out
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curves", "curves-losses", "curves-landscape"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"{picture}.png" in out
 
 
 def test_rounding_is_no_difference(tmp_path, capsys):

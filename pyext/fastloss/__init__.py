@@ -1,6 +1,7 @@
 """Fused, drop-in losses for PyTorch on CPU and CUDA. ``import fastloss`` and use the names of torch.nn.functional."""
 
 from . import _library  # noqa: F401  first: it checks the versions of Python and torch
+from . import plot as plot
 from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode

@@ -1,4 +1,4 @@
-"""``python -m fastloss info``, ``python -m fastloss demo`` and ``python -m fastloss check package.module:loss``."""
+"""``python -m fastloss info``, ``demo``, ``check package.module:loss`` and ``plot curves package.module:loss``."""
 
 import importlib
 import sys
@@ -60,6 +60,10 @@ def main(argv: list[str]) -> int:
         from .diagnosis.command import main as check
 
         return check(rest)
+    if command == "plot":
+        from .plot._command import main as plot
+
+        return plot(rest)
     print(__doc__)
     return 0 if command in ("help", "-h", "--help") else 2
 

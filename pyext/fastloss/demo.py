@@ -18,12 +18,14 @@ another processor's rounding. Measured the other way, a gradient scaled by 1.001
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +59,8 @@ class Run:
 
     losses: list[float] = field(default_factory=list)  # per step
     batches: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (model output, target), some
+    checkpoints: list[dict[str, torch.Tensor]] = field(default_factory=list)  # at the beginning, and with the batches
+    model: torch.nn.Module | None = None
     metric: str = ""
 
 
@@ -143,7 +147,7 @@ def train(task: Task, loss_fn: Loss, dtype: torch.dtype, steps: int, seed: int, 
     optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9)
     x = task.inputs.to(dtype)
     y = task.target if task.target.dtype == torch.int64 else task.target.to(dtype)
-    run, progress = Run(), Progress(label, steps)
+    run, progress = Run(checkpoints=[copy.deepcopy(model.state_dict())], model=model), Progress(label, steps)
     for step in range(1, steps + 1):
         rows = torch.randint(len(x), (task.batch,), generator=generator).to(x.device)
         output, target = model(x[rows]), y[rows]
@@ -155,6 +159,7 @@ def train(task: Task, loss_fn: Loss, dtype: torch.dtype, steps: int, seed: int, 
         run.losses.append(loss.item())
         if step % max(1, steps // 20) == 0:
             run.batches.append((output.detach(), target))
+            run.checkpoints.append(copy.deepcopy(model.state_dict()))
         progress.step(step, run.losses[-1])
     with torch.no_grad():
         run.metric = task.metric(model)
@@ -231,6 +236,48 @@ def plot(results: list[tuple[Task, dict[torch.dtype, tuple[Run, Run]]]], path: s
     plt.close(figure)
 
 
+def plot_losses(path: str) -> None:
+    """The losses that the demo trains with, along one logit and along one residual."""
+    import matplotlib.pyplot as plt
+
+    from . import cross_entropy, l1_loss, plot, rmse_loss
+
+    figure = plt.figure(figsize=(10, 8.4), layout="constrained", dpi=110)
+    parts: Any = figure.subfigures(2, 1)
+    weight = torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64)
+    plot.curves(
+        {
+            "cross entropy": cross_entropy,
+            "of a class of weight 4, summed": lambda z, t: cross_entropy(z, t, weight, reduction="sum"),
+            "with label smoothing 0.2": lambda z, t: cross_entropy(z, t, label_smoothing=0.2),
+        },
+        "classification",
+        title="Cross entropy of one sample, three classes",
+        figure=parts[0],
+    )
+    plot.curves(
+        {"RMSE": rmse_loss, "L1": l1_loss},
+        at=(torch.tensor([0.0, 1.0, -0.5]), torch.zeros(3)),
+        title="RMSE and L1 of three samples, one residual varied, the others 1 and -0.5",
+        figure=parts[1],
+    )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def plot_landscape(task: Task, run: Run, path: str) -> None:
+    """The loss of the trained model on its training data, in the plane of the training run."""
+    import matplotlib.pyplot as plt
+
+    from .plot import measure_landscape
+
+    assert run.model is not None
+    batch = task.inputs.to(next(run.model.parameters()).dtype), task.target
+    measured = measure_landscape(run.model, task.our_loss, batch, points=25, checkpoints=run.checkpoints)
+    measured.title = f"{task.name}: the loss on the training data, in the plane of the training run"
+    plt.close(measured.draw(save=path))
+
+
 def _tasks(ours: Any, seed: int, device: torch.device) -> Iterator[Task]:
     yield digits(ours, seed, device)
     yield from diabetes(ours, seed, device)
@@ -304,7 +351,15 @@ def _run(args: argparse.Namespace, ours: Any, device: torch.device) -> int:
     print("Largest difference between the two training curves, relative to the largest loss; the limit is what")
     print(f"rounding, amplified {AMPLIFICATION}-fold by training, may come to.")
     plot(results, args.out)
-    print(f"Curves: {args.out}")
+    print(f"Training curves: {args.out}")
     if not agree:
         print("The curves differ by more than rounding: this is a fault in fastloss.", file=sys.stderr)
-    return 0 if agree else 1
+        return 1
+    out = Path(args.out)
+    losses, landscape = (out.with_stem(f"{out.stem}-{what}") for what in ("losses", "landscape"))
+    plot_losses(str(losses))
+    print(f"The losses and their gradients: {losses}")
+    task, runs = results[0]
+    plot_landscape(task, runs[torch.float32][1], str(landscape))
+    print(f"The digits model's loss around its training run: {landscape}")
+    return 0
