@@ -8,7 +8,7 @@
 //     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)
 //     V <= 65536, sm_90+  a cluster per row: 2, 4, 8 or 16 such blocks (16-bit types: V <= 49152; general: V <= 16384),
-//                         as many and with as many vectors per thread as row_exchange_cost likes best
+//                         as many and with as many vectors per thread as cluster_cost likes best
 //     beyond, and forward alone instead of a cluster where there are rows enough
 //                         streaming: blocks (few rows, sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
