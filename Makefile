@@ -11,7 +11,7 @@
 #
 # Parts of make test, by themselves: make build, lint, test-python, abi-audit, cuda-report (registers and spills of the
 # CUDA kernels), emulated-asan and emulated-tsan (CUDA kernels on the CPU), asan (the CPU core), judge (torch's own tests).
-# make mutants plants faults in the CUDA kernels and counts which the tests find; it takes half an hour.
+# make mutants plants faults in the CUDA kernels and counts which the tests find; it takes a quarter of an hour.
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv; FASTLOSS_CUDA and FASTLOSS_CUDA_ARCHS are read by setup.py.
 PYTHON ?= python3
@@ -31,7 +31,8 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 BUILD_NEEDS := setuptools wheel cmake ninja numpy torch
 DEMO_NEEDS := scikit-learn matplotlib
-TEST_NEEDS := pytest hypothesis expecttest mypy ruff clang-format pybind11
+TEST_NEEDS := pytest hypothesis expecttest mypy ruff clang-format pybind11 \
+  $(if $(WITH_CUDA),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
 SOURCES := $(shell find csrc -path csrc/numpy -prune -o -name '*.[ch]*' -print -o -name '*.cu*' -print) \
   CMakeLists.txt setup.py pyext/fastloss/_version.py tools/log_compile.sh
@@ -99,7 +100,7 @@ asan: build/asan/.built
 	PYTHONPATH=build/asan PYTHONDONTWRITEBYTECODE=1 $(PY) -m pytest --noconftest -p no:cacheprovider -q -s tests/core
 
 # The CUDA kernels run on the CPU (tests/emulate), under sanitizers, and with faults planted in them. test-python has
-# the plain build; all faults, with the sanitizers, take half an hour.
+# the plain build; all faults, with the sanitizers, take a quarter of an hour.
 build/emulated/%/.built: $(SOURCES) $(NUMPY_SOURCES) $(wildcard tests/emulate/*) $(VENV)/test.stamp
 	cmake -S tests/emulate -B build/emulated -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY)
 	cmake --build build/emulated -j$(JOBS) --target $*

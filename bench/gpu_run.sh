@@ -3,14 +3,22 @@
 #
 #   bench/gpu_run.sh FOLDER [SECONDS]
 #
-# builds for this GPU, checks every kernel against float64, times the kernels and the benchmark, runs the tests on CUDA,
-# the sanitizers and the judge. Each step has a time limit and a log of its own; none stops the next. What it leaves in
-# FOLDER: summary.txt and results.tar.gz with all logs. SECONDS (480) is for all of it: steps that find no time left are
-# named as not run, those named in SKIP ("build sweep") are left out.
+# checks every kernel against float64, times the kernels and the benchmark, runs the tests on CUDA, the sanitizers and
+# the judge. Each stage has a time limit and a log of its own; none stops the next. What it leaves in FOLDER: summary.txt
+# and a log per stage, both written as they come, and results.tar.gz with all of it.
 #
-# Taken if they are there: build/gpu/probe (bench/cuda/probe.cu, compiled elsewhere), build/gpu/opinfo_judge.py,
-# build/gpu/wheels/*.whl (Python packages that this machine lacks, for the judge), and an extension that
-# was built in place (pyext/fastloss/_C.abi3.so), which is then used at once while the build is tried beside it.
+# SECONDS (480) is for all of it: stages that find no time left are named as not run. Stages, in order of what their
+# answer is worth:
+#   build info sums check big pointwise policies | tests sanitizers judge build-here, beside each other
+#   | sweep probe-time bench
+# STAGES="sums check" takes these alone (an extension is built all the same where there is none), SKIP="judge" leaves
+# some out. With 30 minutes of a GPU in commands of 10, three commands see everything to its end, each with a FOLDER of
+# its own: STAGES="sums check big pointwise policies", then "tests sanitizers judge", then "sweep probe-time bench", with
+# BUDGET=2 to double the time that the times take. DRY=1 runs nothing and says what would be.
+#
+# Taken if they are there: an extension that was built in place (pyext/fastloss/_C.abi3.so), build/gpu/probe
+# (bench/cuda/probe.cu, compiled elsewhere), build/gpu/opinfo_judge.py, build/gpu/wheels/*.whl (Python packages that
+# this machine lacks, for the judge). Without an extension it is built first, and the probe with it.
 set -u
 cd "$(dirname "$0")/.." || exit
 out=$(realpath -m "${1:?usage: bench/gpu_run.sh FOLDER [SECONDS]}")
@@ -25,35 +33,46 @@ python=${PYTHON:-python3}
 
 say() { echo "$*" | tee -a "$summary"; }
 left() { echo $((total - SECONDS)); }
-# run NAME LIMIT LINES COMMAND...: the last LINES of its log go into the summary
+wanted() {
+  [[ $1 == info ]] || [[ " ${SKIP:-} " != *" $1 "* ]] && [[ -z ${STAGES:-} || " $STAGES " == *" $1 "* ]]
+}
+# run STAGE NAME LIMIT LINES COMMAND...: a step of a stage; the last LINES of its log go into the summary
 run() {
-  local name=$1 limit=$2 lines=$3 begun=$SECONDS status
-  shift 3
-  if [[ " ${SKIP:-} " == *" $name "* ]]; then say "== $name: skipped"; return 0; fi
+  local stage=$1 name=$2 limit=$3 lines=$4 begun=$SECONDS status
+  shift 4
+  wanted "$stage" || { [[ -n ${STAGES:-} ]] || say "== $name: skipped"; return 0; }
   ((limit = limit < $(left) - 6 ? limit : $(left) - 6))
   if ((limit < 5)); then say "== $name: NOT RUN, no time left"; return 1; fi
+  if [[ -n ${DRY:-} ]]; then say "== $name: up to $limit s: $*"; return 0; fi
   timeout -s "${signal:-TERM}" -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1
   status=$?
-  say "== $name: $([[ $status == 0 ]] && echo ok || { [[ $status == 124 || $status == 137 ]] && echo "STOPPED after $limit s" || echo "FAILED ($status)"; }), $((SECONDS - begun)) s (at $SECONDS s)"
-  tail -n "$lines" "$logs/$name.log" | cut -c1-220 | tee -a "$summary"
-  return $status
+  {
+    ((status == 137 && SECONDS - begun < limit)) && status="killed, for want of memory perhaps"
+    echo "== $name: $(case $status in 0) echo ok ;; 124 | 137) echo "STOPPED after $limit s" ;; *) echo "FAILED ($status)" ;; esac)," \
+      "$((SECONDS - begun)) s (at $SECONDS s)"
+    tail -n "$lines" "$logs/$name.log" | cut -c1-220
+  } >"$logs/$name.end"
+  tee -a "$summary" <"$logs/$name.end"  # at once: stages run beside each other
+  rm "$logs/$name.end"
+  [[ $status == 0 ]]
 }
 finish() {
   tar -czf "$out/results.tar.gz" -C "$out" logs summary.txt
-  rm -rf "$logs"
-  echo "== all: $SECONDS s"
+  say "== all: $SECONDS s"
 }
 trap finish EXIT
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader >"$logs/machine.log" 2>&1
 nproc >>"$logs/machine.log"
 say "== $(head -1 "$logs/machine.log"), $(nproc) processors, $(git rev-parse --short HEAD 2>/dev/null)"
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+[[ $arch =~ ^[0-9]+$ ]] || say "== no GPU answers: whatever needs one will fail"
+export arch
 
-# ---- build: with what was carried here, beside the first checks; else before everything
-arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+# ---- an extension
 site=$(mktemp -d)
-build() {
-  FASTLOSS_CUDA=1 FASTLOSS_CUDA_ARCHS=$arch run build 200 3 \
+build() {  # STAGE
+  FASTLOSS_CUDA=1 FASTLOSS_CUDA_ARCHS=$arch run "$1" "$1" 200 3 \
     "$python" -m pip install --no-index --no-build-isolation --no-deps --target "$site" .
 }
 compile_probe() {  # by itself, without torch or CMake
@@ -65,56 +84,62 @@ compile_probe() {  # by itself, without torch or CMake
     mkdir -p build/gpu && nvcc -arch="sm_$arch" "$objects"/*.o -o build/gpu/probe
 }
 export -f compile_probe
-export arch
 if [[ -f pyext/fastloss/_C.abi3.so ]]; then
+  carried=1
   export PYTHONPATH=$PWD/pyext
-  build &
-  builder=$!
 else
-  [[ -x build/gpu/probe ]] || run probe-build 200 3 bash -c compile_probe &
-  build
-  export PYTHONPATH=$site
+  carried=
+  STAGES=${STAGES:+$STAGES build} build build &
+  [[ -x build/gpu/probe ]] || run build probe-build 200 3 bash -c compile_probe
   wait
-  builder=
+  export PYTHONPATH=$site
 fi
-run info 30 12 "$python" -m fastloss info
+check=bench/cuda/check.py
+run info info 30 12 "$python" -m fastloss info
 
 # ---- right?
-run check 75 25 "$python" bench/cuda/check.py --budget 35
-[[ -n $builder ]] && wait "$builder"
+run sums sums 45 16 "$python" $check --sums --budget 25
+run check check 75 25 "$python" $check --budget 35
+run big big 90 10 "$python" -m pytest -q tests/test_big.py --device cuda --big -p no:cacheprovider --tb=short -rf
 
 # ---- fast? Nothing else runs meanwhile.
-[[ -x build/gpu/probe ]] && run probe-time 40 60 build/gpu/probe time
-run sweep 75 60 "$python" bench/cuda/sweep.py --budget 45
-run bench 250 60 "$python" bench/run.py --device cuda --budget "${BENCH:-120}" --out "$logs/bench"
+more=${BUDGET:-1}
+run pointwise pointwise $((90 * more)) 40 "$python" bench/run.py --device cuda --cases 512x512 --cases "256 Mi" \
+  --budget $((55 * more)) --out "$logs/bench-pointwise"
+run policies policies $((80 * more)) 60 "$python" bench/cuda/sweep.py --policies --budget $((64 * more))
 
-# ---- tests, sanitizers and the judge, beside each other
-sanitizers() {
-  local tool
-  for tool in memcheck racecheck synccheck initcheck; do
-    [[ -x build/gpu/probe ]] && run "sanitizer-$tool" 60 3 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --print-limit 5 build/gpu/probe few
-  done
-}
+# ---- tests, sanitizers, the judge and a build, beside each other
 tests() {
   local ignored=() file
-  for file in tests/core tests/emulate tests/test_{mutants,packaging,demo,bench_report,add_a_loss}.py; do
+  for file in tests/core tests/emulate tests/test_{mutants,machine_code,packaging,demo,bench_report,add_a_loss,big}.py; do
     ignored+=("--ignore=$file")
   done
   if "$python" -c 'import xdist' 2>/dev/null; then
     # Interrupted, pytest still tells what has failed.
-    signal=INT run tests 200 60 "$python" -m pytest -q -n 8 tests --device cuda "${ignored[@]}" -p no:cacheprovider \
+    signal=INT run tests tests 200 60 "$python" -m pytest -q -n 8 tests --device cuda "${ignored[@]}" -p no:cacheprovider \
       --tb=short -rf --junit-xml="$logs/tests.xml"
-  else
-    for file in tests/test_*.py; do
-      case $file in *mutants* | *packaging* | *demo* | *bench_report* | *add_a_loss*) continue ;; esac
-      run "$(basename "$file" .py)" 200 8 "$python" -m pytest -q "$file" --device cuda -p no:cacheprovider --tb=short -rf &
-    done
-    wait
+    return
   fi
+  for file in tests/test_*.py; do
+    [[ " ${ignored[*]} " == *"=$file "* ]] && continue
+    run tests "$(basename "$file" .py)" 200 8 "$python" -m pytest -q "$file" --device cuda -p no:cacheprovider \
+      --tb=short -rf &
+  done
+  wait
+}
+sanitizers() {
+  local tool
+  for tool in memcheck racecheck synccheck initcheck; do
+    [[ -x build/gpu/probe ]] && run sanitizers "sanitizer-$tool" 60 3 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --print-limit 5 build/gpu/probe few
+    # The pointwise kernels, and others, through Python.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizers "sanitizer-$tool-python" 90 4 compute-sanitizer --tool "$tool" \
+      --error-exitcode 9 --print-limit 5 "$python" $check --few --budget 20
+  done
 }
 judge() {
   local file=build/gpu/opinfo_judge.py wheels
+  wanted judge || return 0
   [[ -f $file ]] || file=../shared/judges/opinfo_judge.py
   [[ -f $file ]] || { say "== judge: NOT RUN, there is no $file"; return; }
   if compgen -G "build/gpu/wheels/*.whl" >/dev/null; then
@@ -122,10 +147,17 @@ judge() {
     "$python" -m pip install -q --no-index --no-deps --target "$wheels" build/gpu/wheels/*.whl
     export PYTHONPATH=$PYTHONPATH:$wheels
   fi
-  run judge 200 25 "$python" tools/judge.py "$file" --device cuda
+  run judge judge 200 25 "$python" tools/judge.py "$file" --device cuda
 }
 judge &
 sanitizers &
+[[ -n $carried ]] && build build-here &
 tests
 wait
-run big 90 10 "$python" -m pytest -q tests/test_big.py --device cuda --big -p no:cacheprovider --tb=short -rf
+
+# ---- the rest of the times
+if [[ -x build/gpu/probe ]]; then run probe-time probe-time 40 60 build/gpu/probe time; fi
+run sweep sweep $((75 * more)) 60 "$python" bench/cuda/sweep.py --budget $((45 * more))
+# What is begun within the budget is finished, and plotted.
+((budget = 120 * more < $(left) - 45 ? 120 * more : $(left) - 45))
+run bench bench 300 60 "$python" bench/run.py --device cuda --budget $((budget > 10 ? budget : 10)) --out "$logs/bench"

@@ -259,7 +259,7 @@ def case_facts(case: Case) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", help="only cases with this text in their name")
+    parser.add_argument("--cases", action="append", help="only cases with this text in their name; may be repeated")
     parser.add_argument("--systems", help="only these, separated by commas")
     parser.add_argument("--isa", choices=("avx2",), help="CPU: torch, torch.compile and fastloss with AVX2 alone")
     parser.add_argument("--quick", action="store_true", help="a few cases, less time each")
@@ -268,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     parser.add_argument("--module", default="fastloss", help="the module measured as fastloss")
     args = parser.parse_args(argv)
-    cases = [c for c in CASES[args.device] if (args.cases or "") in c.name and (c.quick or not args.quick)]
+    wanted = args.cases or [""]
+    cases = [c for c in CASES[args.device] if any(w in c.name for w in wanted) and (c.quick or not args.quick)]
     if not cases:
         parser.error(f"no case matches {args.cases!r}; there are: " + "; ".join(c.name for c in CASES[args.device]))
     names = args.systems.split(",") if args.systems else None

@@ -1,6 +1,7 @@
 """The pointwise losses: edges of their definitions, masks and weights, broadcasting, transforms, errors."""
 
 import functools
+import importlib
 import warnings
 
 import fastloss
@@ -117,6 +118,40 @@ def test_log_cosh_keeps_small_residuals_and_does_not_overflow(device):
 
 
 # --------------------------------------------------------------------------------------------------------------- RMSE
+
+
+@pytest.mark.parametrize("cached", (0, 1 << 20), ids=("gradient_in_forward", "gradient_in_backward"))
+def test_both_gradients_of_rmse(cached, device, monkeypatch):
+    """Large inputs take the gradient in forward, small ones in backward; here any size takes either."""
+    monkeypatch.setattr(importlib.import_module("fastloss.losses.rmse_loss"), "_CACHED", cached)
+    x, t = pair(3, 500, device=device)
+    t.requires_grad_()
+    weight, mask = pair(3, 500, device=device, seed=1)[1].abs(), t.detach() > -1
+    for options in (
+        {},
+        {"eps": 0.1},
+        {"reduction": "sum"},
+        {"weight": weight},
+        {"mask": mask},
+        {"sample_weight": weight[:, 0]},
+    ):
+        counts = torch.ones_like(weight) * mask if "mask" in options else torch.ones_like(weight)
+        counts = counts * options.get("weight", 1) * options.get("sample_weight", torch.ones(3, device=device))[:, None]
+        total = (counts * (x - t) ** 2).sum()
+        want = (total / (1 if "reduction" in options else counts.sum()) + options.get("eps", 0.0)).sqrt()
+        got = fastloss.rmse_loss(x, t, **options)
+        torch.testing.assert_close(got, want)
+        for g in (torch.tensor(1.0), torch.tensor(65536.0)):
+            g = g.to(got)
+            wanted = torch.autograd.grad(want, (x, t), g, retain_graph=True)
+            for _ in range(2):
+                torch.testing.assert_close(torch.autograd.grad(got, (x, t), g, retain_graph=True), wanted)
+        (first,) = torch.autograd.grad(got, x, create_graph=True)
+        (first_wanted,) = torch.autograd.grad(want, x, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), (x, t))
+        torch.testing.assert_close(second, torch.autograd.grad(first_wanted.square().sum(), (x, t), retain_graph=True))
+        (alone,) = torch.autograd.grad(fastloss.rmse_loss(x.detach(), t, **options), t)
+        torch.testing.assert_close(alone, torch.autograd.grad(want, t)[0])
 
 
 def test_rmse_of_residuals_of_all_sizes(device):

@@ -1,8 +1,10 @@
 """Cross entropy on a GPU against float64 on the same GPU: every launch policy, dtype and layout, value and gradient.
 
-    python bench/cuda/check.py [--budget 40] [--few]
+    python bench/cuda/check.py [--budget 40] [--few] [--sums]
 
---few is one case per kernel, small, for compute-sanitizer. The exit status is 1 if anything is wrong.
+--few is one case per kernel, small, for compute-sanitizer, pointwise losses included. --sums instead launches what many
+blocks add up over and over, to catch a partial sum that is read before it is there. The exit status is 1 if anything is
+wrong.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import fastloss
 import torch
+import torch.nn.functional as F
 from fastloss.testing.cross_entropy import reference
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
@@ -35,6 +38,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "everything": {"weight": True, "label_smoothing": 0.2, "softcap": 5.0, "logit_scale": 0.7, "stats": True},
     "probabilities": {"soft": True},
 }
+
+
+Loss = Callable[..., torch.Tensor]
 
 
 @dataclass
@@ -155,12 +161,80 @@ def run(case: Case, seed: int, device: str) -> tuple[float, str]:
     return worst
 
 
+def sums(device: str, budget: float, launches: int) -> int:
+    """Sums that the last of many blocks adds up, of two inputs in turn, so that a partial sum of the launch before is a
+    wrong one: the same bits each time, and right. Returns how many were not.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    large = torch.device(device).type == "cuda"
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def pointwise(name: str, **options: Any) -> Loss:
+        return lambda x: getattr(fastloss, name)(x, zero[: x.numel()].view_as(x), **options)
+
+    zero = torch.zeros(1 << 24 if large else 1 << 18, device=device)
+    row = [normal(zero.numel()) + shift for shift in (0, 3)]  # streaming, one row, as many blocks as there can be
+    few = [normal(30011) + shift for shift in (0, 3)]
+    groups = [normal(64, 50001 if large else 1001) + shift for shift in (0, 3)]
+    logits = [normal(16384 if large else 512, 1000) * scale for scale in (1, 3)]
+    long = [normal(2048 if large else 8, 65537) * scale for scale in (1, 3)]
+    mask = torch.rand(row[0].shape, generator=generator, device=device) < 0.5
+
+    def cross_entropy(f: Loss) -> Loss:
+        return lambda x: f(x, torch.arange(len(x), device=device) % x.shape[1])
+
+    work: dict[str, tuple[list[torch.Tensor], Loss, Loss]] = {
+        "l1, many blocks": (row, pointwise("l1_loss"), lambda x: x.abs().mean()),
+        "mse, few blocks": (few, pointwise("mse_loss"), lambda x: x.square().mean()),
+        "l1, masked": (row, pointwise("l1_loss", mask=mask), lambda x: x[mask].abs().mean()),
+        "rmse": (row, pointwise("rmse_loss"), lambda x: x.square().mean().sqrt()),
+        "rmse of groups": (groups, pointwise("rmse_loss", dim=1), lambda x: x.square().mean(1).sqrt().mean()),
+        "cross entropy": (logits, cross_entropy(fastloss.cross_entropy), cross_entropy(F.cross_entropy)),
+        "cross entropy, long rows": (long, cross_entropy(fastloss.cross_entropy), cross_entropy(F.cross_entropy)),
+    }
+    wrong, begun = 0, time.perf_counter()
+    for number, (name, (inputs, loss, plain)) in enumerate(work.items()):
+        results: list[list[torch.Tensor]] = [[], []]
+        while len(results[0]) < launches and time.perf_counter() - begun < budget * (number + 1) / len(work):
+            for _ in range(10):
+                for x, of_x in zip(inputs, results, strict=True):
+                    of_x.append(loss(x))
+            float(results[0][-1].sum())  # the host waits
+        for x, of_x in zip(inputs, results, strict=True):
+            exact = float(plain(x.double()))
+            different = sum(not torch.equal(r, of_x[0]) for r in of_x)
+            error = abs(float(of_x[0].double().mean()) / exact - 1)
+            wrong += different + (not error < 1e-5)
+            print(f"{name}: {len(of_x)} launches, {different} differ, error {error:.1g}", flush=True)
+    return wrong
+
+
+def pointwise_few(device: str) -> None:
+    """Every kernel of the pointwise losses once or twice, for compute-sanitizer."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((40000,), (3, 7001)):
+            x = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+            t = torch.randn(shape, device=device, dtype=dtype)
+            for name in ("l1_loss", "huber_loss", "rmse_loss"):
+                getattr(fastloss, name)(x, t).backward()
+                getattr(fastloss, name)(x.t(), t.t(), mask=(t > 0).t()).backward()
+            fastloss.mse_loss(x, t, reduction="none").sum().backward()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--budget", type=float, default=40)
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--device", default="cuda", help="cpu: to try this script")
+    parser.add_argument("--sums", action="store_true")
+    parser.add_argument("--launches", type=int, default=3000, help="of each sum and input")
     options = parser.parse_args()
+    if options.sums:
+        return int(sums(options.device, options.budget, options.launches) > 0)
+    if options.few:
+        pointwise_few(options.device)
     todo = list(cases(options.few))
     random.Random(0).shuffle(todo)
     begun, done, wrong = time.perf_counter(), 0, 0

@@ -1,15 +1,20 @@
 """Times of cross entropy on a GPU beside eager torch, over rows x classes, images and small batches: one line each.
 
-    python bench/cuda/sweep.py [--budget 60]
+    python bench/cuda/sweep.py [--budget 60] [--policies]
 
 Forward, value with gradient, and backward alone are given as fewest bytes / time over the bandwidth of a copy measured
 in the same run: the kernels' time in a CUDA graph, inputs cold. Small batches are given as wall time per step.
+
+--policies: forward and forward + backward of long rows alone, once for each of several launch policies.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +35,18 @@ ROWS = (
 )  # fmt: skip
 IMAGES = ((8, 21, 512, 512), (4, 150, 512, 512))
 SMALL = ((64, 10), (4096, 1000))
+
+# rows_to_stream, row_blocks, few_vectors of RowwiseTuning (cross_entropy_policy.h), in the order of their interest.
+POLICIES = {
+    "as it is": "",
+    "forward in clusters": "1000000000",
+    "fewer vectors a thread": "4,32,1",
+    "12 blocks": "4,12,0",
+}
+LONG_ROWS = (
+    (8192, 128256), (8192, 50257), (32768, 32768), (8192, 151936), (8192, 262144), (32768, 20000), (32768, 65536),
+    (1024, 128256), (600, 128256), (400, 128256), (128, 128256), (16384, 131072),
+)  # fmt: skip
 
 
 def seconds(function: Any, xs: list[torch.Tensor], **options: Any) -> float:
@@ -72,6 +89,47 @@ def line(shape: tuple[int, ...], dtype: torch.dtype, copy: float, weighted: bool
     )
 
 
+def long_rows(copy: float, budget: float) -> None:
+    """One policy: a line of JSON for each shape."""
+    begun = time.perf_counter()
+    for shape in LONG_ROWS:
+        for dtype in (torch.bfloat16, torch.float32):
+            if time.perf_counter() - begun > budget:
+                return
+            xs = copies(shape, dtype)
+            size, graph = xs[0].nbytes, xs[0].nbytes <= 1 << 28
+            t = torch.randint(shape[1], shape[:1], device="cuda")
+            forward = seconds(lambda x, t=t: fastloss.cross_entropy(x, t), xs, graph=graph)
+            leaves = [x.requires_grad_() for x in xs]
+            both = seconds(lambda x, t=t: fastloss.cross_entropy(x, t).backward(), leaves, graph=graph)
+            name = f"{str(dtype).removeprefix('torch.')} {shape[0]}x{shape[1]}"
+            print(json.dumps([name, size / forward / copy, 2 * size / both / copy]), flush=True)
+            del xs, leaves
+            torch.cuda.empty_cache()
+
+
+def policies(copy: float, budget: float) -> None:
+    """A process for each policy, which is read once; then all of them side by side."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    command = [sys.executable, __file__, "--one-policy", str(copy), "--budget", str(budget / len(POLICIES) - 6)]
+    for policy, tuning in POLICIES.items():
+        child = subprocess.Popen(
+            command, env=os.environ | {"FASTLOSS_ROWWISE_TUNING": tuning}, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout
+        for text in child.stdout:
+            name, forward, both = json.loads(text)
+            found.setdefault(name, {})[policy] = forward, both
+            print(f"{policy:24}{name:24} forward {forward:6.1%}  f+b {both:6.1%}", flush=True)
+        if child.wait():
+            print(f"{policy}: FAILED ({child.returncode})")
+    print("\nforward / f+b, of the copy")
+    print(f"{'':24}" + "".join(f"{policy:>24}" for policy in POLICIES))
+    for name, by in found.items():
+        shown = (f"{by[p][0]:.1%} / {by[p][1]:.1%}" if p in by else "" for p in POLICIES)
+        print(f"{name:24}" + "".join(f"{text:>24}" for text in shown))
+
+
 def wall(shape: tuple[int, int], f: Any) -> float:
     """Microseconds per forward + backward as a training loop sees them."""
     x, t = torch.randn(shape, device="cuda", requires_grad=True), torch.randint(shape[1], shape[:1], device="cuda")
@@ -82,10 +140,19 @@ def wall(shape: tuple[int, int], f: Any) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--budget", type=float, default=60)
-    budget = parser.parse_args().budget
+    parser.add_argument("--policies", action="store_true")
+    parser.add_argument("--one-policy", type=float, metavar="COPY", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    budget = options.budget
+    if options.one_policy:
+        long_rows(options.one_policy, budget)
+        return 0
     begun = time.perf_counter()
     copy = cuda_roofline()["copy"]
     print(f"{torch.cuda.get_device_name()}, copy {copy / 1e9:.0f} GB/s (read + written)", flush=True)
+    if options.policies:
+        policies(copy, budget)
+        return 0
     for small in SMALL:
         ours, eager = wall(small, fastloss.cross_entropy), wall(small, F.cross_entropy)
         print(f"{small} float32, forward + backward, wall: {ours:.1f} us, eager {eager:.1f} us", flush=True)

@@ -9,7 +9,7 @@ namespace fastloss {
 namespace FASTLOSS_ISA {
 
 // Results from here on are stored past the caches (stream): too large to be read back from them.
-constexpr int64_t kStreamBytes = int64_t(16) << 20;
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 // Uninitialised, vector-aligned scratch memory, padded by one vector so that kernels may read a whole one at the end.
 template <class T>

@@ -119,6 +119,21 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
         return std::pair(status.row, status.value);
       },
       "(row, value) of a bad target since the last call, or None.");
+  py::enum_<emulator::Fault> faults(m, "Fault");
+  for (auto [name, fault] : {std::pair("none", emulator::Fault::none),
+                             {"early_return", emulator::Fault::early_return},
+                             {"two_barriers", emulator::Fault::two_barriers},
+                             {"inactive_lanes", emulator::Fault::inactive_lanes},
+                             {"part_of_a_warp", emulator::Fault::part_of_a_warp},
+                             {"arrive_without_wait", emulator::Fault::arrive_without_wait},
+                             {"wait_without_arrive", emulator::Fault::wait_without_arrive},
+                             {"peer_has_left", emulator::Fault::peer_has_left},
+                             {"misaligned", emulator::Fault::misaligned},
+                             {"overrun", emulator::Fault::overrun}})
+    faults.value(name, fault);
+  m.def(
+      "provoke", [](emulator::Fault fault) { run_core([&] { return emulator::provoke(fault); }); }, py::arg("fault"),
+      "Run a kernel with a fault, for the test of the emulator.");
   bind_cross_entropy(m);
   bind_nll_loss(m);
   bind_pointwise(m);

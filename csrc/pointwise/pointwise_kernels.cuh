@@ -63,7 +63,7 @@ __device__ __forceinline__ void finish_row(const PointwiseParams& p, bool root, 
                                            double denominator) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 2 * kWarp);
-  block_barrier();  // the scratch may still be in use
+  // No barrier at either end: the two sums have a scratch each, so a barrier of one lies between two uses of the other.
   sum = block_sum(sum, scratch);
   denominator = block_sum(denominator, scratch + kWarp);
   if (p.parts > 1) {

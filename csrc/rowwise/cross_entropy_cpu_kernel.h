@@ -584,17 +584,20 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
   }
   int64_t b = 0;
   if constexpr (kSameAccum && sizeof(T) == 4) {
-    if (stride == 1 && classes >= 4)  // the last four may overlap those before
+    if (stride == 1 && classes >= 4) {  // the last four may overlap those before
+      const int64_t ahead = n * (offset[n - 1] - offset[0]) / (n > 1 ? n - 1 : 1);
       for (; b + 4 <= n; b += 4) {
         const S *p0 = x + offset[b] + c0, *p1 = x + offset[b + 1] + c0, *p2 = x + offset[b + 2] + c0,
                 *p3 = x + offset[b + 3] + c0;
         for (int64_t i = 0; i < classes; i += 4) {
           const int64_t c = min_of(i, classes - 4);
+          __builtin_prefetch(p0 + ahead + 4 * i, 0, 2);  // the next tile
           narrow<T> m[4] = {load4(p0 + c), load4(p1 + c), load4(p2 + c), load4(p3 + c)};
           transpose4(m);
           for (int j = 0; j < 4; ++j) __builtin_memcpy(tile + (c + j) * pitch + b, &m[j], sizeof m[j]);
         }
       }
+    }
   }
   for (; b < n; ++b) {
     const S* p = x + offset[b] + c0 * stride;
@@ -603,15 +606,16 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
   for (int64_t c = 0; c < classes; ++c)
     for (b = n; b < padded; ++b) tile[c * pitch + b] = T(0);
 }
-// The way back, for rows that are not adjacent.
+// The way back, for rows that are not adjacent: into x + offset[b] - from.
 template <class S, class T>
-inline void store_tile(S* x, const int64_t* offset, int64_t n, int64_t stride, int64_t c0, int64_t classes,
-                       const T* tile, int64_t pitch) {
+inline void store_tile(S* x, int64_t from, const int64_t* offset, int64_t n, int64_t stride, int64_t c0,
+                       int64_t classes, const T* tile, int64_t pitch) {
+  auto at = [&](int64_t b) { return x + (offset[b] - from) + c0 * stride; };
   int64_t b = 0;
   if constexpr (sizeof(T) == 4) {
     if (stride == 1 && classes >= 4)
       for (; b + 4 <= n; b += 4) {
-        S* const p[4] = {x + offset[b] + c0, x + offset[b + 1] + c0, x + offset[b + 2] + c0, x + offset[b + 3] + c0};
+        S* const p[4] = {at(b), at(b + 1), at(b + 2), at(b + 3)};
         for (int64_t i = 0; i < classes; i += 4) {
           const int64_t c = min_of(i, classes - 4);
           narrow<T> m[4];
@@ -622,9 +626,32 @@ inline void store_tile(S* x, const int64_t* offset, int64_t n, int64_t stride, i
       }
   }
   for (; b < n; ++b) {
-    S* p = x + offset[b] + c0 * stride;
+    S* p = at(b);
     for (int64_t c = 0; c < classes; ++c) p[c * stride] = from_accum<S, T>(tile[c * pitch + b]);
   }
+}
+
+// Whether rows of `classes` neighbours follow each other in memory.
+inline bool is_one_stretch(const int64_t* offset, int64_t n, int64_t classes) {
+  bool follows = true;
+  for (int64_t b = 1; b < n; ++b) follows &= offset[b] - offset[b - 1] == classes;
+  return follows;
+}
+
+// memcpy past the caches, but for the lines at both ends that it fills in part.
+inline void stream_bytes(void* to, const void* from, int64_t bytes) {
+  constexpr int64_t kStep = int64_t(sizeof(vec<float>));
+  char* p = static_cast<char*>(to);
+  const char* q = static_cast<const char*>(from);
+  int64_t i = min_of(bytes, int64_t(-uintptr_t(p) % kLineBytes));
+  __builtin_memcpy(p, q, i);
+  for (; i + kLineBytes <= bytes; i += kLineBytes)
+    for (int64_t at = i; at < i + kLineBytes; at += kStep) {
+      vec<float> v;
+      __builtin_memcpy(&v, q + at, sizeof v);
+      stream(reinterpret_cast<float*>(p + at), v);
+    }
+  __builtin_memcpy(p + i, q + i, bytes - i);
 }
 
 // How the tile path cuts a problem: rows per tile and classes held at a time. Depends on the shape alone.
@@ -718,11 +745,14 @@ inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lan
 }
 
 template <class T>
-struct Tiles {  // z, then its gradient; probabilities
-  Tiles(const TileShape& shape, bool soft)
-      : shape(shape), tile(shape.classes * shape.pitch), prob(soft ? shape.classes * shape.pitch : 1) {}
+struct Tiles {  // z, then its gradient; probabilities; the gradient once more, in the order of memory
+  Tiles(const TileShape& shape, bool soft, bool staged)
+      : shape(shape),
+        tile(shape.classes * shape.pitch),
+        prob(soft ? shape.classes * shape.pitch : 1),
+        stage(staged ? shape.classes * shape.rows : 1) {}
   const TileShape shape;
-  Scratch<T> tile, prob;
+  Scratch<T> tile, prob, stage;
 };
 
 template <Mode kMode, bool kTransform, class S>
@@ -800,7 +830,13 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
       });
     } else {
       gradient([tile, pitch](int64_t c, int64_t v, vec<T> g) { store(tile + c * pitch + v, g); });
-      store_tile(grad, s.grad_offset, n, stride, c0, classes, tile, pitch);
+      if (call.streamed && whole && stride == 1 && is_one_stretch(s.grad_offset, n, a.classes)) {
+        S* const stage = reinterpret_cast<S*>(tiles.stage.get());
+        store_tile(stage, s.grad_offset[0], s.grad_offset, n, stride, c0, classes, tile, pitch);
+        stream_bytes(grad + s.grad_offset[0], stage, n * a.classes * int64_t(sizeof(S)));
+      } else {
+        store_tile(grad, 0, s.grad_offset, n, stride, c0, classes, tile, pitch);
+      }
     }
   }
 }
@@ -902,7 +938,7 @@ inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, 
   Scratch<BlockSums> parts(batches > 0 ? batches : 1);
   parallel(parallel_for, batches, grain_for(shape.rows * a.classes), [&](int64_t begin, int64_t end) {
     RowBatch<T> s(shape.rows);
-    Tiles<T> tiles(shape, a.soft);
+    Tiles<T> tiles(shape, a.soft, call.streamed);
     KeptRows<T> exps(keep ? shape.rows : 0, a.classes);
     for (int64_t i = begin; i < end; ++i) {
       parts[i] = BlockSums{};

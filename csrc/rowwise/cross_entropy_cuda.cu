@@ -1,3 +1,5 @@
+#include <cstdio>
+#include <cstdlib>
 #include <mutex>
 
 #include "cross_entropy_cuda.h"
@@ -28,6 +30,17 @@ const DeviceProperties& policy_device(int device) {
     if (known[device].max_cluster > 1) known[device].max_cluster = largest_row_cluster(known[device].max_cluster);
   });
   return known[device];
+}
+
+// FASTLOSS_ROWWISE_TUNING=rows_to_stream,row_blocks,few_vectors is for bench/cuda/sweep.py.
+const RowwiseTuning& tuning() {
+  static const RowwiseTuning known = [] {
+    RowwiseTuning t;
+    if (const char* tried = std::getenv("FASTLOSS_ROWWISE_TUNING"))
+      std::sscanf(tried, "%d,%d,%d", &t.rows_to_stream, &t.row_blocks, &t.few_vectors);
+    return t;
+  }();
+  return known;
 }
 
 constexpr int64_t kTotalsBytes = kMaxTotals * 4 * sizeof(double), kCounterBytes = 128;
@@ -68,7 +81,7 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
                     a.logit_scale != 1 || (pass != Pass::backward && (a.argmax || a.accuracy)) || a.classes > INT32_MAX;
   problem.in_place = problem.has_grad && a.grad == a.logits;
   problem.pass = pass;
-  plan.config = rowwise_config(problem, device);
+  plan.config = rowwise_config(problem, device, tuning());
   const bool weighted_classes = a.weight && (a.label_smoothing > 0);
   if (pass == Pass::backward) {
     plan.totals = weighted_classes && !a.soft;

@@ -373,7 +373,7 @@ __device__ __forceinline__ double sum_partials(const double* partials, unsigned 
 }
 
 // The end of a forward kernel: partial sums of this block, one of `blocks` that come here; the last one to come adds
-// them up in order and writes the scalars.
+// them up in order and writes the scalars. Nothing has used the scratch before.
 template <class A>
 __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, LossSums sums, unsigned block,
                                             unsigned blocks, double* scratch) {
@@ -387,7 +387,6 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   }
   if (!p.partials) return;
   const bool with_z = p.k.z_loss != A(0);
-  block_barrier();  // the scratch may still be in use
   sums.nll = block_sum(sums.nll, scratch);
   if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
   if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
@@ -406,7 +405,7 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   sums = {sum_partials(p.partials, blocks), 0, 0};
   if (with_z) sums.z = sum_partials(p.partials + blocks, blocks);
   if (p.accuracy) sums.correct = sum_partials(p.partials + 2 * blocks, blocks);
-  block_barrier();
+  // The ticket's barrier lies between the two uses of the scratch.
   sums.nll = block_sum(sums.nll, scratch);
   if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
   if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
@@ -673,7 +672,9 @@ constexpr int row_blocks_per_multiprocessor(bool general, bool warp_rows, bool r
 
 template <class T, bool kGeneral, Pass kPass, bool kWarpRows, bool kResident, int kN>
 __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
-                                  row_blocks_per_multiprocessor(kGeneral, kWarpRows, kResident, kN, sizeof(accum_t<T>)))
+                                  row_blocks_per_multiprocessor(kGeneral, kWarpRows,
+                                                                kResident || kPass == Pass::forward, kN,
+                                                                sizeof(accum_t<T>)))
     cross_entropy_row_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kL = kLanes16<T>;
@@ -746,7 +747,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
         const index_t v = base + j * width;
-        if constexpr (kResident)
+        if constexpr (kResident || kPass == Pass::forward)  // not to be read again
           tile[j] = v < count ? load16_stream(x + column + v * kL) : minus_infinity<T>();
         else
           tile[j] = v < count ? load16(x + column + v * kL) : minus_infinity<T>();
@@ -965,7 +966,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
     }
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
-      if (k % kStep == 0 && k * lanes >= classes) break;
+      if (k % kStep == 0 && k * lanes >= classes) break;  // spares the rest
       const int c = thread + k * lanes;
       z[k] = active && c < classes ? to_accum(own[c]) : A(-INFINITY);
       s.max = max_of(s.max, z[k]);
@@ -976,7 +977,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
       const A ref = reference(s.max);
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
-        if (k % kStep == 0 && k * lanes >= classes) break;
+        if (k % kStep == 0 && k * lanes >= classes) break;  // where z ends
         z[k] = exp_of(z[k] - ref);
         s.others += z[k];
       }
@@ -988,7 +989,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
       if constexpr (kPass == Pass::backward) warp_barrier();  // the picked logit has been read by all
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
-        if (k % kStep == 0 && k * lanes >= classes) break;
+        if (k % kStep == 0 && k * lanes >= classes) break;  // spares the rest
         const int c = thread + k * lanes;
         const A e = kPass == Pass::backward ? exp_of(z[k] - r.ref) : z[k];
         if (active && c < classes) own[c] = from_accum<T>(e * r.softmax_scale);

@@ -61,7 +61,9 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
         case Regime::block_rows:
           return c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
                                 : row_kernel_of_pass<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
-        case Regime::streaming_rows: return cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
+        case Regime::streaming_rows:
+          return pass == Pass::forward ? cross_entropy_row_kernel<T, false, Pass::forward, false, false, 4>
+                                       : cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
         case Regime::tile: return tile_kernel_of_pass<T>(pass);
         case Regime::column:
           return c.vectors == kFewColumnClasses ? column_kernel_of_pass<T, kFewColumnClasses>(pass)

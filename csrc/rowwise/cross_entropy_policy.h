@@ -7,9 +7,10 @@
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
 //     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)
-//     V <= 65536, sm_90+  a cluster per row: 2 to 8 blocks of 8 vectors per thread, then up to 16 of 16 (16-bit types,
-//                         from V = 2049 on: 2 to 16 of 8, then 12, V <= 49152; general: 4, V <= 16384)
-//     beyond              streaming: the same blocks (sm_90+: clusters) walk along the row
+//     V <= 65536, sm_90+  a cluster per row: 2, 4, 8 or 16 such blocks (16-bit types: V <= 49152; general: V <= 16384),
+//                         as many and with as many vectors per thread as cluster_cost likes best
+//     beyond, and forward alone instead of a cluster where there are rows enough
+//                         streaming: blocks (few rows, sm_90+: clusters) walk along the row
 //     backward alone      needs no statistics: parts of a row are independent blocks, whatever its length
 //   C <= 24, inner axis contiguous and 4-byte aligned
 //                         columns: a thread has 4 bytes of every class
@@ -20,6 +21,7 @@
 // logit_scale, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid out differently from
 // the logits.
 #pragma once
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -72,6 +74,13 @@ struct RowwiseConfig {
   int64_t grid = 0;
 };
 
+// What the policy takes for the best until a measurement says otherwise. Benchmarks try other values.
+struct RowwiseTuning {
+  int rows_to_stream = 4;  // per multiprocessor: from there on, forward alone needs no clusters
+  int row_blocks = 32;     // of block, cluster and streaming rows per multiprocessor, at most; each takes several rows
+  int few_vectors = 0;     // 1: few vectors per thread wherever a cluster can hold the row so, whatever the cost
+};
+
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // [outer, classes, inner] tensors whose outer and inner axes can be walked as one; then inner becomes 1. Transposed
@@ -98,7 +107,23 @@ inline void merge_axes(int64_t* outer, int64_t classes, int64_t* inner, Strides*
   }
 }
 
-inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DeviceProperties& device) {
+// Vectors of a part of a row: parts start on 128-byte lines of an aligned row.
+inline int64_t row_slice(int64_t vectors, int parts) { return div_up(div_up(vectors, parts), 8) * 8; }
+
+inline int row_threads(int64_t slice, int per_thread) {
+  const int64_t needed = div_up(div_up(slice, per_thread), 32) * 32;
+  return static_cast<int>(needed < kMaxRowThreads ? needed : kMaxRowThreads);
+}
+// What a row in a cluster costs a multiprocessor beside its bytes, in microseconds: the blocks wait for each other, and
+// meanwhile only other blocks of the multiprocessor move data. The wait is that of an H100, fitted to kernel times; see
+// "Clusters" in docs/architecture.md.
+inline double cluster_cost(int64_t slice, int parts, int per_thread, bool general) {
+  const int warps = !general && per_thread == 8 ? 25 : 16;  // of 80 and of 128 registers a thread
+  return (1.2 + 0.14 * parts) * parts / (warps / (row_threads(slice, per_thread) / 32));
+}
+
+inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DeviceProperties& device,
+                                    const RowwiseTuning& tuning = {}) {
   RowwiseConfig c;
   const int lanes16 = 16 / p.element_bytes;
   const int64_t rows = p.rows();
@@ -179,37 +204,41 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
   }
 
   c.regime = Regime::block_rows;
-  const int few = c.general ? 4 : 8;  // vectors per thread that leave room for three blocks on a multiprocessor
+  const int few = c.general ? 4 : 8;
   // 16-bit vectors take more registers to work on, so a thread holds fewer of them. Backward is not built for more.
   const int many = c.general || p.pass == Pass::backward ? few : p.element_bytes == 2 ? 12 : 16;
-  auto fits = [&](int per_thread, int parts) { return vectors <= int64_t(kMaxRowThreads) * per_thread * parts; };
   c.vectors = few;
   if (!together) {
     c.parts = static_cast<int>(div_up(vectors, int64_t(kMaxRowThreads / 2) * few));
-  } else if (!fits(few, 1)) {
-    const int middle = device.max_cluster < 8 ? device.max_cluster : 8;
-    // A block of 12 vectors of a 16-bit type per thread has a multiprocessor to itself: only where nothing else holds
-    // the row.
-    const int preferred = p.element_bytes == 2 ? device.max_cluster : middle;
-    if (fits(many, 1) && (p.element_bytes != 2 || preferred == 1)) {
-      c.vectors = many;
-    } else if (fits(few, preferred)) {
-      while (!fits(few, c.parts)) c.parts *= 2;
-    } else if (fits(many, device.max_cluster)) {
-      c.vectors = many;
-      while (!fits(many, c.parts)) c.parts *= 2;
-    } else {
+  } else if (vectors > few * kMaxRowThreads) {
+    c.vectors = many;
+    c.parts = vectors <= many * kMaxRowThreads ? 1 : 0;  // 0: not found yet
+    double least = INFINITY;
+    for (int parts = 2; parts <= device.max_cluster && c.parts != 1; parts *= 2) {
+      const int64_t slice = row_slice(vectors, parts);
+      for (int per_thread : {few, many}) {
+        if (slice > per_thread * kMaxRowThreads) continue;
+        const double cost =
+            tuning.few_vectors ? per_thread * 100 + parts : cluster_cost(slice, parts, per_thread, c.general);
+        if (cost < least) least = cost, c.parts = parts, c.vectors = per_thread;
+      }
+    }
+    // Forward alone keeps nothing of a row, so one block can walk along it, whatever its length: no cluster, as long as
+    // there are rows for every multiprocessor. The general kernels have too little in flight for that.
+    const bool alone =
+        p.pass == Pass::forward && !c.general && rows >= int64_t(tuning.rows_to_stream) * device.multiprocessors;
+    if (c.parts == 0 || (alone && c.parts > 1)) {
       c.regime = Regime::streaming_rows;
       c.vectors = !c.general ? 4 : p.element_bytes == 4 ? 1 : 2;  // what stays in registers on every architecture
-      c.parts = middle;
+      c.parts = alone ? 1 : device.max_cluster < 8 ? device.max_cluster : 8;
     }
     c.cluster = c.parts > 1;
   }
-  c.slice = div_up(div_up(vectors, c.parts), 8) * 8;  // parts start on 128-byte lines of an aligned row
-  const int64_t needed = div_up(div_up(c.slice, c.vectors), 32) * 32;
-  c.threads = static_cast<int>(needed < kMaxRowThreads ? needed : kMaxRowThreads);
-  // A block takes several rows, so that what it does once (the totals, its partial sums) weighs little.
-  const int64_t blocks = int64_t(device.multiprocessors) * (c.cluster ? 12 : 32);
+  c.slice = row_slice(vectors, c.parts);
+  c.threads = row_threads(c.slice, c.vectors);
+  // A block takes several rows, so that what it does once (the totals, its partial sums) weighs little; ten blocks
+  // after one another in every place leave little of the GPU idle at the end.
+  const int64_t blocks = int64_t(device.multiprocessors) * tuning.row_blocks;
   const int64_t most = together ? div_up(blocks, c.parts) : INT32_MAX / c.parts;
   c.grid = (rows < most ? rows : most) * c.parts;
   return c;

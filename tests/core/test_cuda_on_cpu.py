@@ -27,6 +27,8 @@ EVERYTHING = {
     "softcap": 3.0,
     "logit_scale": 0.7,
 }
+# The same, but what pads a row is now the largest that a logit can be.
+NEGATIVE = EVERYTHING | {"logit_scale": -0.7}
 # What the kernels that are not general take.
 COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01}
 
@@ -93,6 +95,7 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
     """
     logits, target, options, x, t = problem(shape, dtype, features, soft=soft is not None)
     if soft is not None:
+        t[::2] = (np.exp(x) / np.exp(x).sum(1, keepdims=True))[::2]  # the same largest class as the logits
         target = stored(t.reshape(shape), soft)
         t = exact(target).reshape(t.shape)
         p = lay_out(shape, soft, layout)
@@ -144,6 +147,7 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
         z = cap * np.tanh(z / cap)
     z = z.transpose(0, 2, 1).reshape(rows, -1)
     close(got["lse"], np.logaddexp.reduce(z, 1), accum)
+    close(got["saved"][:rows], z.max(1), accum)  # what the sums are relative to
     if stats:
         best = exact(logits).reshape(x.shape).argmax(1).reshape(-1)
         assert (got["argmax"] == best).all()
@@ -208,7 +212,8 @@ ROWS = [
     ("tiles of rows", 80, 4200, 1, 0, "contiguous", {}, False),
     ("tiles of rows", 80, 33, 2, 1, "contiguous", {"reduction": "none", "weight": True}, True),
     ("tiles of rows", 80, 150, 5, 1, "contiguous", COMMON, True),
-    ("tiles of rows", 80, 19, 11, 1, "contiguous", COMMON, True),
+    ("tiles of rows", 80, 40, 2, 0, "contiguous", {}, True),
+    ("tiles of rows", 80, 400, 11, 1, "contiguous", COMMON, True),
     ("warp rows", 80, 70, 0, 1, "off by one", COMMON, False),
     ("warp rows", 80, 4200, 9, 0, "contiguous", {}, False),
     ("warp rows", 80, 33, 3, 1, "off by one", COMMON, True),
@@ -220,19 +225,21 @@ ROWS = [
     ("block rows", 80, 40, 260, 0, "contiguous", {}, False),
     ("block rows", 80, 3, 1100, 3, "rows apart", COMMON, False),
     ("block rows", 80, 2, 2100, 1, "contiguous", {"reduction": "none"}, False),
-    ("streaming rows", 80, 2, 4097, 1, "off by one", COMMON, True),
+    ("streaming rows", 80, 2, 4500, 1, "off by one", COMMON, True),
     ("streaming rows", 80, 34, 4100, 0, "contiguous", {}, False),
     ("cluster rows", 90, 3, 4097, 1, "off by one", COMMON, True),
+    ("cluster rows", 90, 9, 4097, 1, "contiguous", {"weight": True}, True),
+    ("cluster rows", 90, 17, 4097, 0, "contiguous", {}, False),
     ("cluster rows", 90, 2, 9000, 0, "contiguous", {}, False),
     ("cluster rows", 120, 1, 20000, 1, "rows apart", {"reduction": "sum"}, False),
-    ("cluster rows", 90, 2, 40000, 3, "contiguous", COMMON, False),
+    ("cluster rows", 90, 3, 40000, 3, "contiguous", COMMON, False),
     ("streaming rows", 120, 1, 33000, 1, "contiguous", COMMON, False),
     ("warp rows, general", 80, 70, 0, 1, "contiguous", EVERYTHING, True),
     ("warp rows, general", 80, 33, 3, 1, "off by one", EVERYTHING, False),
     ("warp rows, general", 80, 6, 100, 1, "rows apart", {"label_smoothing": 0.1, "weight": True}, False),
-    ("block rows, general", 80, 3, 129, 1, "off by one", EVERYTHING, True),
+    ("block rows, general", 80, 3, 129, 1, "off by one", NEGATIVE, True),
     ("block rows, general", 80, 40, 130, 0, "contiguous", {"softcap": 3.0}, False),
-    ("streaming rows, general", 80, 2, 1030, 1, "off by one", EVERYTHING, True),
+    ("streaming rows, general", 80, 2, 1500, 1, "off by one", EVERYTHING, True),
     ("cluster rows, general", 90, 3, 1025, 1, "off by one", EVERYTHING, True),
     ("cluster rows, general", 90, 2, 9000, 1, "contiguous", {"label_smoothing": 0.2, "reduction": "sum"}, False),
     ("streaming rows, general", 120, 2, 8200, 1, "contiguous", EVERYTHING, False),
@@ -257,6 +264,15 @@ def test_rows(kernel, sm, rows, vectors, extra, layout, features, dtype):
     assert run_schedules(sm, (rows, classes), dtype, features, layout) == kernel
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("rows, kernel", ((3, "cluster rows"), (5, "streaming rows")))
+def test_forward_alone(rows, kernel, dtype):
+    """Rows that need a cluster for the gradient are streamed without one, if there are enough of them."""
+    shape = (rows, 5000 * 16 // ITEM_SIZE[dtype] + 1)
+    assert run_schedules(90, shape, dtype, {"reduction": "none", **COMMON}, "off by one") == kernel
+    assert run_schedules(80, shape, dtype, {"reduction": "none", **COMMON}) == "streaming rows"
+
+
 # ---- planes: classes not adjacent
 PLANES = [
     # kernel, shape, layout, features, in the short form
@@ -266,18 +282,19 @@ PLANES = [
     ("columns", (50, 24), "transposed", {"reduction": "none"}, False),
     ("planes, 8 bytes", (2, 25, 64), "contiguous", COMMON, True),
     ("planes, 8 bytes", (1, 29, 520), "contiguous", {"reduction": "sum"}, False),
-    ("planes, 8 bytes", (2, 175, 32), "contiguous", COMMON, True),
+    ("planes, 8 bytes", (2, 161, 32), "contiguous", COMMON, True),
     ("planes, any strides", (2, 26, 33), "contiguous", COMMON, True),
     ("planes, any strides", (51, 27), "transposed", {"reduction": "none"}, False),
     ("planes, any strides", (3, 28, 64), "classes apart", {}, False),
-    ("planes, any strides", (1, 301, 9), "off by one", COMMON, True),
+    ("planes, any strides", (1, 241, 9), "off by one", COMMON, True),
+    ("planes, any strides", (25, 26, 69), "contiguous", COMMON, True),
     ("planes, 8 bytes, general", (2, 21, 64), "contiguous", EVERYTHING, True),
     ("planes, 8 bytes, general", (1, 90, 32), "contiguous", {"label_smoothing": 0.1}, False),
-    ("planes, any strides, general", (2, 21, 33), "contiguous", EVERYTHING, True),
+    ("planes, any strides, general", (2, 21, 33), "contiguous", NEGATIVE, True),
     ("planes, any strides, general", (70, 95, 3), "contiguous", EVERYTHING, False),
     ("planes, any strides, general", (2, 21, 65), "contiguous", EVERYTHING, False),
     ("tiles of rows", (3, 19, 10), "classes last", COMMON, False),
-    ("warp rows, general", (3, 19, 10), "classes last, apart", {}, True),
+    ("warp rows, general", (9, 19, 10), "classes last, apart", {}, True),
     ("block rows, general", (2, 2000, 3), "classes last, apart", {"weight": True}, False),
 ]
 
@@ -303,7 +320,7 @@ GENERAL_SHAPES = [(9, 40), (3, 2050), (2, 21, 33), (2, 13, 64)]
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16") if SHORT else DTYPES)
-@pytest.mark.parametrize("shape", GENERAL_SHAPES[1:3] if SHORT else GENERAL_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", (*(GENERAL_SHAPES[1:3] if SHORT else GENERAL_SHAPES), (3, 9001)), ids=str)
 def test_probability_targets(shape, dtype):
     for soft in DTYPES[:1] if SHORT else DTYPES:
         run_schedules(90, shape, dtype, EVERYTHING, soft=soft, stats=True)
@@ -329,7 +346,7 @@ def test_gradient_laid_out_differently(dtype):
 
 @pytest.mark.parametrize("index_dtype", ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"))
 def test_target_dtypes(index_dtype):
-    logits, target, _, x, _ = problem((40, 33), "float32", {})
+    logits, target, _, x, _ = problem((300, 33), "float32", {})  # more than the totals kernel has threads
     target = np.abs(target % 33).astype(index_dtype)
     got = emulated.cross_entropy_forward(logits, guarded(target), grad=True)
     want_loss, want_grad, _ = reference(x, target.astype("int64"))
@@ -340,12 +357,13 @@ def test_target_dtypes(index_dtype):
 BAD_SHAPES = [(80, (40, 33)), (80, (9, 5000)), (90, (3, 17001)), (80, (4, 21, 10)), (80, (2, 21, 32))]
 
 
-@pytest.mark.parametrize("value", (33333, -1, -(2**63), 2**63 - 1))
+@pytest.mark.parametrize("value", ("classes", -1, -(2**63), 2**63 - 1))
 @pytest.mark.parametrize("sm, shape", BAD_SHAPES, ids=str)
 def test_bad_target(sm, shape, value):
     """The row has loss nan and gradient 0, the others are as ever; the record names it; nothing is out of bounds."""
     emulated.set_device(sm)
     logits, target, *_ = problem(shape, "float32", {})
+    value = shape[1] if value == "classes" else value
     bad = len(target) // 2
     target[bad] = 0
     good = emulated.cross_entropy_forward(guarded(logits), guarded(target), loss=True, reduction="none", saved=True)
@@ -429,12 +447,13 @@ def test_nll_loss(dtype, reduction):
 
 def test_nll_loss_bad_target():
     x, target, *_ = problem((6, 5), "float32", {})
-    target[3] = 5
+    target[:] = 4, -100, 4, 5, 4, 3  # 5 is one past the last class
     assert np.isnan(emulated.nll_loss_forward(guarded(x), guarded(target))["loss"])
     assert emulated.take_bad_target() == (3, 5)
     one = np.ones((), "float32")
     back = emulated.nll_loss_backward(guarded(x), guarded(target), one.reshape(1), one, reduction="sum")
-    assert (back["grad"][3] == 0).all()
+    want = -np.eye(6)[target * (target > 0) % 6][:, :5] * (target == target.clip(0, 4))[:, None]
+    assert (back["grad"] == want).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -449,6 +468,12 @@ def test_scale_grad(dtype):
         before = memory.array.copy()
         emulated.scale_grad(memory.array, guarded(np.array(1.0)), out=memory.array)
         same(memory.written(), before)
+        # With a scale of 1 nothing is touched, or signalling nans would have become quiet ones.
+        bits = memory.array.view(f"uint{8 * memory.array.itemsize}")
+        bits[...] = {"bfloat16": 0x7F81, "float16": 0x7C01, "float32": 0x7F800001, "float64": 0x7FF0000000000001}[dtype]
+        before = bits.tobytes()
+        emulated.scale_grad(memory.array, guarded(np.array(1.0)), out=memory.array)
+        assert bits.tobytes() == before
 
 
 # ---- the launch policy, a pure function
@@ -493,6 +518,13 @@ def test_launch_policy(element_bytes, max_cluster, multiprocessors):
                             together = pass_ != "backward" or in_place
                             assert c["cluster"] or c["parts"] == 1 or not together
                             assert c["general"] >= general
+                            # Forward alone has nothing to keep: no cluster, unless the rows leave the GPU idle.
+                            if pass_ == "forward" and not c["general"] and rows >= 4 * multiprocessors:
+                                assert not c["cluster"]
+                            if together:  # each block takes a share of the rows
+                                assert c["grid"] <= 32 * multiprocessors + c["parts"]
+                            # Blocks of 8 vectors have 80 registers a thread, others at most 128.
+                            assert c["threads"] * (80 if c["vectors"] == 8 else 128) <= 65536
                             if c["regime"] == "warp_rows":
                                 assert c["lanes"] in (1, 2, 4, 8, 16, 32)
                             if c["regime"] == "tile":  # 32 / lanes rows without gaps, each tile on the grid
@@ -503,6 +535,40 @@ def test_launch_policy(element_bytes, max_cluster, multiprocessors):
                                 start = offset + row * classes * element_bytes
                                 assert covered_once(c, rows, classes, 1, element_bytes, start), (classes, c)
     assert seen == {"warp_rows", "block_rows", "streaming_rows", "tile"}
+
+
+@pytest.mark.parametrize(
+    "element_bytes, classes, pass_, rows, kernel",
+    (
+        # (regime, blocks per row, vectors per thread, threads) on an H100
+        (2, 16384, "forward_grad", 32768, ("block_rows", 1, 8, 256)),
+        (2, 20000, "forward_grad", 32768, ("block_rows", 1, 12, 224)),
+        (2, 32768, "forward_grad", 32768, ("block_rows", 2, 8, 256)),
+        (2, 50257, "forward_grad", 8192, ("block_rows", 4, 8, 224)),
+        (2, 128256, "forward_grad", 8192, ("block_rows", 8, 8, 256)),
+        (2, 151936, "forward_grad", 8192, ("block_rows", 8, 12, 224)),
+        (2, 262144, "forward_grad", 8192, ("block_rows", 16, 8, 256)),
+        (4, 16384, "forward_grad", 32768, ("block_rows", 1, 16, 256)),
+        (4, 32768, "forward_grad", 32768, ("block_rows", 2, 16, 256)),
+        (4, 65536, "forward_grad", 32768, ("block_rows", 4, 16, 256)),
+        (4, 262144, "forward_grad", 8192, ("block_rows", 16, 16, 256)),
+        (4, 300000, "forward_grad", 8192, ("streaming_rows", 8, 4, 256)),
+        (2, 128256, "forward", 8192, ("streaming_rows", 1, 4, 256)),
+        (2, 128256, "forward", 528, ("streaming_rows", 1, 4, 256)),
+        (2, 128256, "forward", 527, ("block_rows", 8, 8, 256)),
+        (4, 16384, "forward", 32768, ("block_rows", 1, 16, 256)),
+        (4, 300000, "forward", 8192, ("streaming_rows", 1, 4, 256)),
+        (4, 300000, "forward", 100, ("streaming_rows", 8, 4, 256)),
+    ),
+)
+def test_policy_of_long_rows(element_bytes, classes, pass_, rows, kernel):
+    """The choices that docs/architecture.md gives reasons for."""
+    strides = (classes, 1, 0)
+    c = emulated.rowwise_config(
+        rows, classes, element_bytes=element_bytes, logits=strides, grad=strides if pass_ == "forward_grad" else None,
+        pass_=pass_, multiprocessors=132, max_cluster=16,
+    )  # fmt: skip
+    assert (c["regime"], c["parts"], c["vectors"], c["threads"]) == kernel
 
 
 @pytest.mark.parametrize("element_bytes", (2, 4, 8))

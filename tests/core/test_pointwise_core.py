@@ -172,7 +172,7 @@ def test_many_blocks_in_any_schedule(kernels, loss):
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
-@pytest.mark.parametrize("count", (1, 7, 8, 1023, 4096, 4097, 16384, 20_491 if SHORT else 65_539))
+@pytest.mark.parametrize("count", (1, 7, 8, 1023, 1024, 2048, 4096, 4097, 16384, 20_491 if SHORT else 65_539))
 def test_streaming_takes_every_count(kernels, count, dtype):
     """Tails of vectors, tiles and blocks; forward with gradient and backward alone."""
     x, t = operands((count,), dtype, seed=10)

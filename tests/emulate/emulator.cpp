@@ -9,15 +9,9 @@
 
 #ifdef FASTLOSS_UNDER_TSAN
 #include <sanitizer/tsan_interface.h>
-// Volatile accesses, which in CUDA are relaxed atomics: never a race.
 extern "C" {
 void __tsan_ignore_thread_begin();
 void __tsan_ignore_thread_end();
-void __tsan_volatile_read4(void*) {}
-void __tsan_volatile_read8(void*) {}
-void __tsan_volatile_write1(void*) {}
-void __tsan_volatile_write4(void*) {}
-void __tsan_volatile_write8(void*) {}
 }
 #else
 // Happens-before, as ThreadSanitizer takes it: an acquire sees what came before the releases of the same address.
@@ -66,6 +60,7 @@ struct Thread {
   uint64_t given = 0, received = 0;  // in a shuffle
   bool arrived = false;              // at the cluster's barrier, not yet waited
   unsigned phase = 0;                // which it arrived in
+  bool volatile_writes = false;      // since its last fence
   char* last_fence = nullptr;
   std::vector<char*> seen_fences;  // by its atomics
 };
@@ -444,6 +439,7 @@ void fence() {
   Thread& t = *current->running;
   for (char* seen : t.seen_fences) __tsan_acquire(seen);
   t.seen_fences.clear();
+  t.volatile_writes = false;
   {
     const Unseen unseen;
     current->fences.push_back(std::make_unique<char>());
@@ -460,6 +456,15 @@ void before_atomic(const void* location) {
   std::vector<char*>& known = current->fences_at[location];
   t.seen_fences.insert(t.seen_fences.end(), known.begin(), known.end());
   if (t.last_fence) known.push_back(t.last_fence);
+}
+
+// Volatile accesses are relaxed atomics in CUDA, never a race. But one to where there have been atomic operations
+// announces something: what was written before it has to be ordered by a fence.
+[[maybe_unused]] static void volatile_write(const void* p) {
+  if (!current) return;  // the host's own
+  Thread& t = *current->running;
+  if (t.volatile_writes && current->fences_at.count(p)) current->fail("announces what no fence has ordered");
+  t.volatile_writes = true;
 }
 
 void access16(const void* p, Site site) {
@@ -506,3 +511,14 @@ DeviceProperties device(int index) {
 }
 
 }  // namespace fastloss::emulator
+
+#ifdef FASTLOSS_UNDER_TSAN
+// What the compiler calls at volatile accesses (--param=tsan-distinguish-volatile).
+extern "C" {
+void __tsan_volatile_read4(void*) {}
+void __tsan_volatile_read8(void*) {}
+void __tsan_volatile_write1(void*) {}
+void __tsan_volatile_write4(void* p) { fastloss::emulator::volatile_write(p); }
+void __tsan_volatile_write8(void* p) { fastloss::emulator::volatile_write(p); }
+}
+#endif

@@ -15,7 +15,8 @@
 //   different barriers; a cluster arrive or wait without its counterpart; a peer's shared memory mapped after that
 //   block has left; misaligned 128-bit accesses; writes past the end of the shared memory
 // Left to others
-//   data races, missing fences: ThreadSanitizer, which sees a thread in every fiber, synchronised as CUDA promises
+//   data races, missing fences: ThreadSanitizer, which sees a thread in every fiber, synchronised as CUDA promises (a
+//             volatile write that announces others before any fence is reported there too)
 //   accesses out of bounds: AddressSanitizer (shared memory is a heap block of its own)
 // Not modelled
 //   memory reordering (x86 order at best), speed, occupancy, the rounding of approximate instructions
@@ -45,6 +46,21 @@ constexpr int kDevices = 3;
 DeviceProperties device(int index);
 const std::string& last_error();             // what the last failed launch reported
 const std::vector<LaunchShape>& launches();  // since the seed was set
+
+// One launch of a kernel with a fault.
+enum class Fault {
+  none,
+  early_return,
+  two_barriers,
+  inactive_lanes,
+  part_of_a_warp,
+  arrive_without_wait,
+  wait_without_arrive,
+  peer_has_left,
+  misaligned,
+  overrun
+};
+Status provoke(Fault fault);
 
 // ---- for primitives_emulated.h
 struct Site {  // of a call in the kernel's source

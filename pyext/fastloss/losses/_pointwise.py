@@ -6,8 +6,8 @@ calls :func:`pointwise_loss`. Two ways to a gradient:
 
 - *fused* (scalar reductions): the gradient is computed with the value, 2 reads and 1 write in all. Where its factor is
   known beforehand (a sum, a mean over all elements) backward scales it by grad_output, or returns it untouched when
-  that is 1; where it is known at the end only (a mean over a mask or by weights), it is scaled once, in place;
-- *recomputing* (reduction ``none``, roots, float16, saved tensor hooks, torch.compile, torch.func, forward mode):
+  that is 1; where it is known at the end only (a mean over a mask or by weights, a root), it is scaled once, in place;
+- *recomputing* (reduction ``none``, small roots, float16, saved tensor hooks, torch.compile, torch.func, forward mode):
   forward keeps nothing but the factor; backward reads the operands again and writes the gradient.
 
 Operands are never copied to be broadcast or made contiguous: the kernels take strides.
@@ -29,6 +29,7 @@ from ._common import DTYPE_CODES, REDUCTIONS
 NONE, MEAN, SUM = 0, 1, 2
 GRAD_INPUT, GRAD_TARGET = 1, 2  # bits of `flags`, as in pointwise_torch.cpp
 NUMBERS: dict[str, int] = {name: i for i, name in enumerate(ops.pointwise_losses().split())}
+_ROOTS = frozenset((NUMBERS["rmse_loss"],))
 MAX_DIMS = 24
 LOSS_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
@@ -207,7 +208,7 @@ def _jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: Any) -> 
     return ops.pointwise_second(None, *tensors, input_t, target_t, *ctx.options)[0], None
 
 
-class _Fused(Function):
+class Fused(Function):
     """Gradient in forward. Kept outside the saved tensors: the operands may then change, as torch allows."""
 
     @staticmethod
@@ -217,36 +218,41 @@ class _Fused(Function):
         ctx.grads = grad_input, grad_target if flags & GRAD_TARGET else None
         ctx.options = o
         # The factor is in the gradient already where it is known beforehand.
-        ctx.factor = None if o.reduction == SUM or (mask is None and o.weight_denominator == 0) else factor
+        known = o.reduction == SUM or (mask is None and o.weight_denominator == 0)
+        ctx.factor = None if known and o.loss not in _ROOTS else factor
         ctx.save_for_backward(input, target, weight, mask, factor)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any) -> Any:
-        """Scales what forward has computed."""
-        if ctx.grads is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the gradient of this loss was given away the "
-                "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
-            )
-        grad_input, grad_target = ctx.grads
-        keep = _common.keeps_graph()
-        if not keep:
-            ctx.grads = None
-        if torch.is_grad_enabled():
-            return _backward(ctx, grad_output, ctx.saved_tensors)
-        scale = grad_output if ctx.factor is None else grad_output * ctx.factor
-        if keep or _common.is_batched(grad_output):
-            grad_input = ops.scale_grad(grad_input, scale)
-            grad_target = None if grad_target is None else ops.scale_grad(grad_target, scale)
-        else:
-            ops.scale_grad_(grad_input, scale)
-            if grad_target is not None:
-                ops.scale_grad_(grad_target, scale)
-        return grad_input, grad_target, None, None, None
+        return fused_backward(ctx, grad_output, _backward)
 
 
-_apply_fused = _common.direct_apply(_Fused)
+def fused_backward(ctx: Any, grad_output: Tensor, again: Any) -> tuple[Any, ...]:
+    """Scales what forward has computed; ``again`` gives a gradient that can be differentiated."""
+    if ctx.grads is None:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: the gradient of this loss was given away the "
+            "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
+        )
+    grad_input, grad_target = ctx.grads
+    keep = _common.keeps_graph()
+    if not keep:
+        ctx.grads = None
+    if torch.is_grad_enabled():
+        return again(ctx, grad_output, ctx.saved_tensors)
+    scale = grad_output if ctx.factor is None else grad_output * ctx.factor
+    if keep or _common.is_batched(grad_output):
+        grad_input = ops.scale_grad(grad_input, scale)
+        grad_target = None if grad_target is None else ops.scale_grad(grad_target, scale)
+    else:
+        ops.scale_grad_(grad_input, scale)
+        if grad_target is not None:
+            ops.scale_grad_(grad_target, scale)
+    return grad_input, grad_target, None, None, None
+
+
+_apply_fused = _common.direct_apply(Fused)
 
 
 class _Recompute(Function):
@@ -304,10 +310,10 @@ def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | Non
         return _ForwardMode.apply(*args)[0]
     if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
         return ops.pointwise_forward(input, target, weight, mask, *o)[0]
-    return _apply_fused(*args) if _is_fused(input, target, o) else _Recompute.apply(*args)[0]
+    return _apply_fused(*args) if is_fused(input, target, o) else _Recompute.apply(*args)[0]
 
 
-def _is_fused(input: Tensor, target: Tensor, o: Options) -> bool:
+def is_fused(input: Tensor, target: Tensor, o: Options) -> bool:
     """Whether the gradient is computed in forward."""
     if o.reduction == NONE or o.row_dims or not input.requires_grad or torch.compiler.is_compiling():
         return False

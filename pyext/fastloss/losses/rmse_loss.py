@@ -13,6 +13,8 @@ from . import _common, _pointwise
 from ._common import DTYPE_CODES
 from ._pointwise import MEAN, NONE, NUMBERS, SUM, Operands, Options
 
+_CACHED = 1 << 20  # elements
+
 
 def _safe_root(square: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0."""
@@ -58,12 +60,16 @@ def _again(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
     return (*(next(found) if needed else None for needed in need), None, None, None)
 
 
-class _Recompute(Function):
-    """Forward keeps 1 / (2 D L) of each root; backward reads the operands again and writes the gradient.
+class _Fused(_pointwise.Fused):
+    """The gradient of the squares in forward; backward scales it by grad_output / (2 D L)."""
 
-    A gradient taken in forward would have to be scaled by this factor: 2 reads, 1 write, then 1 read, 1 write. This way
-    it is 2 reads, then 2 reads and 1 write, the same, and nothing of the operands' size is held in between.
-    """
+    @staticmethod
+    def backward(ctx: Any, grad_output: Any) -> Any:
+        return _pointwise.fused_backward(ctx, grad_output, _again)
+
+
+class _Recompute(Function):
+    """Forward keeps 1 / (2 D L) of each root; backward reads the operands again and writes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, input: Any, target: Any, weight: Any, mask: Any, o: Any) -> Any:
@@ -82,7 +88,7 @@ class _Recompute(Function):
         return (*_pointwise.wanted(flags, *grads), None, None, None)
 
 
-_apply = _common.direct_apply(_Recompute)
+_apply_fused, _apply_recompute = _common.direct_apply(_Fused), _common.direct_apply(_Recompute)
 
 
 def _roots(x: Operands, row_dims: int, eps: float) -> Tensor:
@@ -95,7 +101,10 @@ def _roots(x: Operands, row_dims: int, eps: float) -> Tensor:
         return ops.pointwise_forward(*args[:4], *o)[0]
     if torch.compiler.is_compiling():
         return _composed(*args)
-    return _apply(*args)
+    # Both move 5 times the input's bytes. What is still in the cache is read again sooner than a gradient is scaled.
+    if x.input.numel() > _CACHED and _pointwise.is_fused(x.input, x.target, o):
+        return _apply_fused(*args)
+    return _apply_recompute(*args)
 
 
 def rmse_loss(
@@ -143,7 +152,8 @@ def rmse_loss(
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Squares are summed in float64, in an order fixed by the shape: the same bits whatever the number of threads. Without
-    ``dim`` backward reads the operands once more, since every element's gradient needs the root of them all.
+    ``dim`` the gradient of more than 2**20 squares is computed in the same pass and scaled once, in backward, by what
+    the root is; that of fewer is computed in backward.
     """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
