@@ -314,7 +314,10 @@ def _principal(
     if len(share) < 2 or share[1] < 1e-12:  # a straight path has no second direction
         other = _flat(_random(weights, generator), weights)
         other -= (other @ plane[0]) * plane[0]
-        plane, labels[1:] = torch.stack([plane[0], other / other.norm().clamp_min(1e-300)]), ["random direction: the path is straight"]
+        plane, labels[1:] = (
+            torch.stack([plane[0], other / other.norm().clamp_min(1e-300)]),
+            ["random direction: the path is straight"],
+        )
     # The sign of a component means nothing: the run begins on the left, below.
     plane *= torch.where(moved[0] @ plane.T > 0, -1.0, 1.0).double()[:, None]
     sizes = [w.numel() for w in weights.values()]
