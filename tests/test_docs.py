@@ -18,7 +18,7 @@ PASSED = re.compile(r"^ok .*?(?=^\S|\Z)", re.M | re.S)  # a property in a report
 
 
 def same(printed, quoted):
-    """Equal but for times, line breaks, rounding errors, and the last digits of numbers, which depend on the machine."""
+    """Equal but for times, line breaks, rounding errors and the last digits of numbers: they depend on the machine."""
     passed = (PASSED.sub(lambda m: NUMBER.sub("#", m[0]), text) for text in (printed, quoted))
     printed, quoted = (" ".join(TIME.sub("s)", text).split()) for text in passed)
     numbers = zip(*(map(float, NUMBER.findall(text)) for text in (printed, quoted)), strict=False)
