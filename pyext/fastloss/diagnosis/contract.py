@@ -37,6 +37,11 @@ def _off(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
+def _same(value: float, want: float, grad: Tensor, want_grad: Tensor) -> bool:
+    """The same value and gradient, but for the order of sums."""
+    return _close(value, want) and not _off(grad, want_grad) > 1e-6 * float(want_grad.abs().max())
+
+
 def _first(out: Any) -> Any:
     return out[0] if isinstance(out, (tuple, list)) and out else out
 
@@ -513,7 +518,7 @@ def layouts(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
                 "Slices and transposes are common: use reshape() instead of view(), strides in kernels.",
             )
         value = float(out.detach().sum())
-        if not _close(value, want) or _off(grad, want_grad) > 1e-6 * float(want_grad.abs().max()):
+        if not _same(value, want, grad, want_grad):
             return failed(
                 f"For {what} inputs of the same numbers "
                 + (
@@ -668,7 +673,7 @@ def compiles(backend: str) -> Property:
                 "The graph breaks at the loss: avoid .item(), printing, numpy and branches on values.",
             )
         value = float(out.detach().sum())
-        if not _close(value, want) or _off(grad, want_grad) > 1e-6 * float(want_grad.abs().max()):
+        if not _same(value, want, grad, want_grad):
             found = failed(
                 f"Compiled, the value is {value:.8g} instead of {want:.8g}, or the gradient differs.",
                 "Look for state and side effects that tracing does not see.",
