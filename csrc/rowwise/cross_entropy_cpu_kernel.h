@@ -388,20 +388,21 @@ class RowBatch {
   lane_int* const lane_target = lane_target_.get();
 
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
+    // Copies of the members: stores to integers could change those, as far as the compiler knows, and it would not
+    // use vectors.
     const int64_t ignored = a.ignore_index, pitch = pitch_;
-    int64_t* const to = target;
+    int64_t *const to = target, *const best_of = best;
+    lane_int* const lanes = lane_target;
     for (int64_t b = a.soft ? 0 : n; b < pitch; ++b) to[b] = -1;
     if (!a.soft)
-      with_index(a.index_type, [&](auto* tag) {
+      with_index(a.index_type, [=, &a](auto* tag) {
         const auto* t = static_cast<decltype(tag)>(a.target) + first;
-        const int64_t count = n, mark = ignored;
-        int64_t* const into = to;
-        for (int64_t b = 0; b < count; ++b) into[b] = int64_t(t[b]) == mark ? -1 : int64_t(t[b]);
+        for (int64_t b = 0; b < n; ++b) to[b] = int64_t(t[b]) == ignored ? -1 : int64_t(t[b]);
       });
-    lane_int* const lanes = lane_target;
-    for (int64_t b = 0; b < pitch; ++b) lanes[b] = lane_int(to[b]);
-    int64_t* const starts = best;
-    for (int64_t b = 0; b < pitch; ++b) starts[b] = 0;
+    for (int64_t b = 0; b < pitch; ++b) {
+      lanes[b] = lane_int(to[b]);
+      best_of[b] = 0;
+    }
     for (int64_t b = n; b < pitch_; ++b)  // lanes that are computed and not used
       ref[b] = others[b] = dot[b] = mass[b] = picked[b] = T(0);
   }
