@@ -469,11 +469,16 @@ inline V log_of(V x) {
 }
 
 // log(1 + u) for u >= 0 without losing a small u: the rounding error of 1 + u is corrected by u / ((1 + u) - 1).
+// From w = 1 + u, rounded, and its logarithm.
+template <class V>
+inline V log1p_from(V u, V w, V log_w) {
+  const V d = w - lane_t<V>(1);
+  return d == lane_t<V>(0) ? u : log_w * (u / d);
+}
 template <class V>
 inline V log1p_of(V u) {
   const V w = lane_t<V>(1) + u;
-  const V d = w - lane_t<V>(1);
-  return d == lane_t<V>(0) ? u : log_of(w) * (u / d);
+  return log1p_from(u, w, log_of(w));
 }
 
 template <class V>

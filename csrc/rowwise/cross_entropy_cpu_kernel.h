@@ -24,7 +24,7 @@ constexpr int64_t kChunk = 1024;           // classes per chunk of the row path
 constexpr int64_t kKeptBytes = 262144;     // exponentials of a row that are kept for its gradient
 constexpr int64_t kStreamRowBytes = 2048;  // shorter rows are mostly parts of lines: not streamed
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kTileBytes = 32768;
+constexpr int64_t kTileBytes = 8192;
 constexpr int64_t kTileBytesMax = 262144;  // past this a tile holds only part of the classes
 
 struct Denominators {
@@ -439,7 +439,8 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
     const vec<T> picked = load(s.picked + v), d = picked - ref;
     const vec<T> e = target >= 0 ? exp_of(d) : vec<T>{}, sum = others + e;
-    const vec<T> log_sum = log_of(sum), lse = ref + log_sum;
+    const bool wants_lse = kMode != Mode::index || k.z_loss != T(0) || a.lse;
+    const vec<T> log_sum = wants_lse ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
     vec<T> w_t = splat(T(1));
     if (kMode != Mode::soft && call.weight)
       for (int64_t b = 0; b < m; ++b)
@@ -452,7 +453,9 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
       if constexpr (kMode == Mode::soft)
         nll = soft_row_nll(log_sum, dot, mass);
       else {
-        vec<T> nll_t = target_nll(others, e, log_sum, d, log1p_of(others / e));
+        // Either form of target_nll from one logarithm.
+        const vec<T> ratio = others / e, w = others < e ? T(1) + ratio : sum, log_w = log_of(w);
+        vec<T> nll_t = target_nll(others, e, log_w, d, log1p_from(ratio, w, log_w));
         if (a.zero_times_inf) nll_t = w_t == T(0) ? vec<T>{} : nll_t;
         nll = index_row_nll(k, nll_t, log_sum, dot, w_t);
       }
@@ -573,10 +576,7 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
       const S* p = x + offset[0] + (c0 + c) * stride;
       T* d = tile + c * pitch;
       if constexpr (kSameAccum) {
-        for_vectors<T>(0, n, [&](int64_t b, int64_t m) {
-          __builtin_prefetch(p + n + b, 0, 2);  // the next tile: too short a stretch of each class for the hardware
-          store(d + b, load_n(p + b, m, T(0)));
-        });
+        for_vectors<T>(0, n, [&](int64_t b, int64_t m) { store(d + b, load_n(p + b, m, T(0))); });
       } else {
         for (int64_t b = 0; b < padded; ++b) d[b] = b < n ? T(to_accum(p[b])) : T(0);
       }
@@ -586,13 +586,11 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
   int64_t b = 0;
   if constexpr (kSameAccum && sizeof(T) == 4) {
     if (stride == 1 && classes >= 4) {  // the last four may overlap those before
-      const int64_t ahead = n * (offset[n - 1] - offset[0]) / (n > 1 ? n - 1 : 1);
       for (; b + 4 <= n; b += 4) {
         const S *p0 = x + offset[b] + c0, *p1 = x + offset[b + 1] + c0, *p2 = x + offset[b + 2] + c0,
                 *p3 = x + offset[b + 3] + c0;
         for (int64_t i = 0; i < classes; i += 4) {
           const int64_t c = min_of(i, classes - 4);
-          __builtin_prefetch(p0 + ahead + 4 * i, 0, 2);  // the next tile
           narrow<T> m[4] = {load4(p0 + c), load4(p1 + c), load4(p2 + c), load4(p3 + c)};
           transpose4(m);
           for (int j = 0; j < 4; ++j) __builtin_memcpy(tile + (c + j) * pitch + b, &m[j], sizeof m[j]);
@@ -655,6 +653,37 @@ inline void stream_bytes(void* to, const void* from, int64_t bytes) {
   __builtin_memcpy(p + i, q + i, bytes - i);
 }
 
+// Fetches what the next tile will be made of, a vector at a call, while the exponentials of this one are computed: its
+// pieces (a class, or all rows at once where classes are neighbours) are too short for the hardware to run ahead, and
+// so reading and computing take place at the same time.
+class NextTile {
+  const char* p_ = nullptr;
+  int64_t step_ = 0, piece_ = 0, jump_ = 0, left_ = 0;
+
+ public:
+  NextTile() = default;
+  // Of rows at offset[0], ..., offset[n - 1], tiled `classes` of all_classes at a time; c0 are those of this tile.
+  template <class S>
+  NextTile(const S* x, const int64_t* offset, bool adjacent, int64_t n, int64_t stride, int64_t c0, int64_t classes,
+           int64_t all_classes)
+      : step_(kLanes<accum_t<S>> * int64_t(sizeof(S))) {
+    const int64_t rows = adjacent ? n : n > 1 ? n * (offset[n - 1] - offset[0]) / (n - 1) : 0;
+    const bool same_rows = classes < all_classes, by_class = adjacent || same_rows;
+    p_ = reinterpret_cast<const char*>(x + offset[0] + (same_rows ? (c0 + classes) * stride : rows));
+    left_ = piece_ = (by_class ? n : n * classes) * int64_t(sizeof(S));
+    jump_ = by_class ? stride * int64_t(sizeof(S)) - piece_ : 0;
+  }
+  void fetch() {
+    __builtin_prefetch(p_, 0, 2);
+    p_ += step_;
+    left_ -= step_;
+    if (left_ <= 0) {
+      p_ += jump_ + left_;
+      left_ = piece_;
+    }
+  }
+};
+
 // How the tile path cuts a problem: rows per tile and classes held at a time. Depends on the shape alone.
 struct TileShape {
   int64_t rows, pitch, classes;
@@ -662,37 +691,59 @@ struct TileShape {
 template <class T>
 inline TileShape tile_shape(const CrossEntropyArgs& a) {
   constexpr int64_t lanes = kLanes<T>, element = int64_t(sizeof(T));
-  const int64_t fit = kTileBytes / element / (a.classes > 0 ? a.classes : 1) / lanes * lanes;
+  const int64_t fit = kTileBytes / element / (a.classes > 0 ? a.classes : 1) / 64 * 64;
   const int64_t rows = clamp_to(fit, 64, 512);
   const int64_t pitch = rows + lanes;  // rows are powers of two times lanes: keep columns out of one cache set
   return {rows, pitch, clamp_to(kTileBytesMax / element / pitch, 1, a.classes > 0 ? a.classes : 1)};
 }
 
-// Adds classes to the statistics of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref).
+// Brings the maximum of a tile's rows, and what has been summed relative to it, up to date with further classes. For
+// class indices z_t is not in the tile but in `picked` (see tile_path), so that nothing need be compared with the target.
+template <Mode kMode, class T>
+inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t pitch, int64_t c0, int64_t classes) {
+  constexpr int kTogether = 4;  // independent maxima: one alone would wait for itself
+  for (int64_t v = 0; v < lanes; v += kTogether * kLanes<T>) {
+    vec<T> top[kTogether];
+    for (int i = 0; i < kTogether; ++i) {
+      top[i] = load(s.max + v + i * kLanes<T>);
+      if constexpr (kMode == Mode::index) top[i] = max_of(load(s.picked + v + i * kLanes<T>), top[i]);
+    }
+    for (int64_t c = 0; c < classes; ++c)
+      for (int i = 0; i < kTogether; ++i) top[i] = max_of(load(tile + c * pitch + v + i * kLanes<T>), top[i]);
+    for (int i = 0; i < kTogether; ++i) {
+      const int64_t at = v + i * kLanes<T>;
+      const vec<T> max = top[i], ref = max > -kInf<T> ? max : vec<T>{};
+      if (c0 > 0) {
+        const vec<T> shift = load(s.ref + at) - ref, others = load(s.others + at);
+        store(s.others + at, load(s.max + at) > -kInf<T> ? others * exp_of(shift) : others);
+        if constexpr (kMode != Mode::index) store(s.dot + at, load(s.dot + at) + load(s.mass + at) * shift);
+      }
+      store(s.max + at, max);
+      store(s.ref + at, ref);
+    }
+  }
+}
+
+// Adds classes to the sums of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref).
 template <Mode kMode, bool kKeep, class T>
-inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob, int64_t pitch,
-                            int64_t c0, int64_t classes) {
+inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob, int64_t pitch,
+                      int64_t c0, int64_t classes, NextTile next, NextTile next_prob) {
   const RowConstants<T>& k = call.k;
   const bool zero_inf = call.a.zero_times_inf;
   for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-    const vec<T> old_max = load(s.max + v), old_ref = load(s.ref + v);
-    vec<T> max = old_max;
-    for (int64_t c = 0; c < classes; ++c) max = max_of(load(tile + c * pitch + v), max);
-    const vec<T> ref = max > -kInf<T> ? max : vec<T>{};
+    const vec<T> ref = load(s.ref + v);
     vec<T> others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
     ivec<T> target;
     __builtin_memcpy(&target, s.lane_target + v, sizeof target);
     target -= typename bits_of<T>::type(c0);
-    if (c0 > 0) {
-      vec<T> shift = old_ref - ref;
-      others = old_max > -kInf<T> ? others * exp_of(shift) : others;
-      if constexpr (kMode != Mode::index) dot += mass * shift;
-    }
     for (int64_t c = 0; c < classes; ++c) {
+      next.fetch();
+      if constexpr (kMode == Mode::soft) next_prob.fetch();
       vec<T> d = load(tile + c * pitch + v) - ref;
       vec<T> e = exp_of(d);
       if constexpr (kKeep) store(tile + c * pitch + v, e);
-      if constexpr (kMode != Mode::soft) e = target == typename bits_of<T>::type(c) ? vec<T>{} : e;
+      if constexpr (kMode == Mode::smooth || kMode == Mode::smooth_weighted)
+        e = target == typename bits_of<T>::type(c) ? vec<T>{} : e;
       others += e;
       if constexpr (kMode == Mode::smooth) {
         dot += d;
@@ -709,18 +760,23 @@ inline void tile_statistics(const Call<T>& call, RowBatch<T>& s, int64_t lanes, 
         mass += q;
       }
     }
-    store(s.max + v, max);
-    store(s.ref + v, ref);
     store(s.others + v, others);
     store(s.dot + v, dot);
     store(s.mass + v, mass);
   }
 }
 
-// The gradient from z[c][b], or with kKept from e^(z - ref): put(c, v, g) for the vector v of class c0 + c.
-template <Mode kMode, bool kTransform, bool kKept, class T, class F>
+// What a tile holds when its gradient is due.
+enum class Held {
+  logits,        // z
+  exponentials,  // e^(z - ref)
+  quotients,     // the gradient over softmax_scale: e^(z - ref), and -others for the target (class indices, no z-loss)
+};
+
+// put(c, v, g) for the vector v of the gradient of class c0 + c.
+template <Mode kMode, bool kTransform, Held kHeld, class T, class F>
 inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, const T* tile, const T* prob,
-                          int64_t pitch, int64_t c0, int64_t classes, const F& put) {
+                          int64_t pitch, int64_t c0, int64_t classes, NextTile next, NextTile next_prob, const F& put) {
   using lane_int = typename bits_of<T>::type;
   const RowConstants<T> k = call.k;
   const T *const ref = s.ref, *const softmax_scale = s.softmax_scale, *const q_scale = s.q_scale;
@@ -729,13 +785,15 @@ inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lan
   for (int64_t c = 0; c < classes; ++c) {
     const T w = call.weight ? call.weight[c0 + c] : T(1);
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      if constexpr (kHeld == Held::logits) next.fetch();
+      if constexpr (kHeld == Held::logits && kMode == Mode::soft) next_prob.fetch();
       const vec<T> z = load(tile + c * pitch + v);
-      vec<T> g = (kKept ? z : exp_of(z - load(ref + v))) * load(softmax_scale + v);
+      vec<T> g = (kHeld == Held::logits ? exp_of(z - load(ref + v)) : z) * load(softmax_scale + v);
       if constexpr (kMode == Mode::smooth) g -= load(q_scale + v);
       if constexpr (kMode == Mode::smooth_weighted) g -= load(q_scale + v) * w;
       if constexpr (kMode == Mode::soft) g -= load(q_scale + v) * soft_q<T>(k, load(prob + c * pitch + v), splat(w));
       if constexpr (kTransform) g *= transform_slope(k, z);
-      if constexpr (kMode != Mode::soft) {
+      if constexpr (kMode != Mode::soft && kHeld != Held::quotients) {
         ivec<T> target;
         __builtin_memcpy(&target, lane_target + v, sizeof target);
         g = target == lane_int(c0 + c) ? load(target_grad + v) : g;
@@ -783,39 +841,78 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
       });
   };
 
+  auto next = [&](int64_t c0, int64_t classes) {
+    return NextTile(x, s.offset, adjacent, n, a.logits_strides.cls, c0, classes, a.classes);
+  };
+  auto next_prob = [&](int64_t c0, int64_t classes) {
+    if constexpr (kMode != Mode::soft)
+      return NextTile();
+    else
+      return with_storage(a.prob_type, [&](auto* tag) {
+        return NextTile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob_offset, prob_adjacent, n,
+                        a.target_strides.cls, c0, classes, a.classes);
+      });
+  };
+  // f(b, where the tile holds the logit or gradient of row b's target), for rows whose target it holds.
+  auto at_targets = [&](int64_t c0, int64_t classes, const auto& f) {
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t c = s.target[b] - c0;
+      if (s.target[b] >= 0 && uint64_t(c) < uint64_t(classes)) f(b, tile + c * pitch + b);
+    }
+  };
+
   const bool whole = step >= a.classes;
   // With a transform the gradient needs z itself once more; classes that come in parts are read again.
   const bool keep = whole && !kTransform && !call.backward && a.grad;
   s.set_targets(a, first, n);
+  for (int64_t v = 0; v < lanes; v += kLanes<T>)
+    store(s.picked + v, kMode == Mode::index ? splat(-kInf<T>) : vec<T>{});  // where there is no target
   if (whole) load_classes(0, a.classes);
-  for (int64_t b = 0; b < lanes; ++b) {
-    const int64_t t = s.target[b];
-    s.picked[b] = t < 0   ? T(0)
-                  : whole ? tile[t * pitch + b]
-                          : transform_scalar<kTransform, T>(k, T(to_accum(x[s.offset[b] + t * a.logits_strides.cls])));
-  }
+  auto pick = [&](int64_t c0, int64_t classes) {
+    at_targets(c0, classes, [&](int64_t b, T* z) {
+      s.picked[b] = *z;
+      if (kMode == Mode::index && !call.backward) *z = -kInf<T>;  // e^-inf adds nothing to the others' sum
+    });
+  };
   if (call.backward) {
     s.restore(call, first, n);
+    if (whole) pick(0, a.classes);
+    for (int64_t b = 0; b < n && !whole; ++b)
+      if (s.target[b] >= 0)
+        s.picked[b] = transform_scalar<kTransform, T>(k, T(to_accum(x[s.offset[b] + s.target[b] * a.logits_strides.cls])));
   } else {
     s.clear_statistics(lanes);
     for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
       const int64_t classes = min_of(step, a.classes - c0);
       if (!whole) load_classes(c0, classes);
-      keep ? tile_statistics<kMode, true, T>(call, s, lanes, tile, prob, pitch, c0, classes)
-           : tile_statistics<kMode, false, T>(call, s, lanes, tile, prob, pitch, c0, classes);
+      pick(c0, classes);
+      tile_reference<kMode, T>(s, lanes, tile, pitch, c0, classes);
+      auto add = [&](auto kept) {
+        tile_sums<kMode, decltype(kept)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes, next(c0, classes),
+                                                   next_prob(c0, classes));
+      };
+      keep ? add(constant<true>{}) : add(constant<false>{});
     }
     for (int64_t b = 0; b < lanes; ++b)
       s.others[b] += s.max[b] > -kInf<T> ? T(0) : kNan<T>;  // nothing but -inf (or nan): no softmax
   }
   finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
   if (!a.grad) return;
+  // Without z-loss the gradient of an index loss is softmax_scale times e_c, but -others for the target.
+  const bool quotients = keep && kMode == Mode::index && k.z_loss == T(0);
+  if (quotients) at_targets(0, a.classes, [&](int64_t b, T* e) { *e = -s.others[b]; });
   const bool grad_adjacent = place_rows(first, n, a.inner, a.grad_strides, s.grad_offset);
   for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
     const int64_t classes = min_of(step, a.classes - c0);
     if (!whole) load_classes(c0, classes);
     auto gradient = [&](const auto& put) {
-      keep ? tile_gradient<kMode, kTransform, true, T>(call, s, lanes, tile, prob, pitch, c0, classes, put)
-           : tile_gradient<kMode, kTransform, false, T>(call, s, lanes, tile, prob, pitch, c0, classes, put);
+      auto from = [&](auto held) {
+        tile_gradient<kMode, kTransform, decltype(held)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes,
+                                                                   next(c0, classes), next_prob(c0, classes), put);
+      };
+      if constexpr (kMode == Mode::index)
+        if (quotients) return from(constant<Held::quotients>{});
+      keep ? from(constant<Held::exponentials>{}) : from(constant<Held::logits>{});
     };
     S* const grad = static_cast<S*>(a.grad);
     const int64_t stride = a.grad_strides.cls;
