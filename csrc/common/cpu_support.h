@@ -59,9 +59,9 @@ template <class S>
 struct strip_pointer<S*> {
   using type = S;
 };
-template <auto kValue>
+template <bool kValue>
 struct constant {
-  static constexpr auto value = kValue;
+  static constexpr bool value = kValue;
 };
 
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }

@@ -259,7 +259,9 @@ inline void store(float16* p, vec<float> v) {
 #endif
 }
 
-// Four elements, for transposing; and a 4 x 4 transpose.
+// A vector of floats as fours: load_fours(p, stride) takes four neighbours at each of p, p + stride, ...; store_fours
+// is the way back. transpose_fours transposes each 4 x 4 of m[j][4 q + i] (j, i < 4): rows 4 q + j with classes i
+// become classes j with rows 4 q + i.
 template <class T>
 using narrow = typename vector_type<T, 16>::type;
 inline narrow<float> load4(const float* p) {
@@ -291,14 +293,65 @@ inline void store4(float16* p, narrow<float> v) {
   for (int i = 0; i < 4; ++i) p[i] = from_accum<float16, float>(v[i]);
 #endif
 }
-template <class V>
-inline void transpose4(V (&m)[4]) {
-  const V a = __builtin_shufflevector(m[0], m[1], 0, 4, 1, 5), b = __builtin_shufflevector(m[2], m[3], 0, 4, 1, 5);
-  const V c = __builtin_shufflevector(m[0], m[1], 2, 6, 3, 7), d = __builtin_shufflevector(m[2], m[3], 2, 6, 3, 7);
-  m[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  m[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  m[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-  m[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+template <class S>
+inline vec<float> load_fours(const S* p, int64_t stride) {
+#if defined(__AVX512F__)
+  const auto low = __builtin_shufflevector(load4(p), load4(p + stride), 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(load4(p + 2 * stride), load4(p + 3 * stride), 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(load4(p), load4(p + stride), 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  (void)stride;
+  return load4(p);
+#endif
+}
+template <class S>
+inline void store_fours(S* p, int64_t stride, vec<float> v) {
+  narrow<float> parts[kLanes<float> / 4];
+  __builtin_memcpy(parts, &v, sizeof v);
+  for (int i = 0; i < kLanes<float> / 4; ++i) store4(p + i * stride, parts[i]);
+}
+// Of every four lanes of a and b: a0 b0 a1 b1, a2 b2 a3 b3, a0 a1 b0 b1, a2 a3 b2 b3.
+#if defined(__AVX512F__)
+inline vec<float> low_pairs(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+inline vec<float> high_pairs(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+inline vec<float> low_halves(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+}
+inline vec<float> high_halves(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+#elif defined(__AVX2__)
+inline vec<float> low_pairs(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+}
+inline vec<float> high_pairs(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+}
+inline vec<float> low_halves(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+}
+inline vec<float> high_halves(vec<float> a, vec<float> b) {
+  return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+#else
+inline vec<float> low_pairs(vec<float> a, vec<float> b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline vec<float> high_pairs(vec<float> a, vec<float> b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline vec<float> low_halves(vec<float> a, vec<float> b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
+inline vec<float> high_halves(vec<float> a, vec<float> b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
+#endif
+inline void transpose_fours(vec<float> (&m)[4]) {
+  const vec<float> a = low_pairs(m[0], m[1]), b = low_pairs(m[2], m[3]);
+  const vec<float> c = high_pairs(m[0], m[1]), d = high_pairs(m[2], m[3]);
+  m[0] = low_halves(a, b);
+  m[1] = high_halves(a, b);
+  m[2] = low_halves(c, d);
+  m[3] = high_halves(c, d);
 }
 
 // A store past the caches, for results too large to be read back from them: it saves reading the line first. Falls back

@@ -339,20 +339,26 @@ inline int64_t prob_argmax(const CrossEntropyArgs& a, int64_t offset) {
 
 // ----------------------------------------------------------------------------------------------- a batch of rows
 
-// Where the rows first, ..., first + n - 1 of a tensor start; true if they are adjacent elements.
-inline bool place_rows(int64_t first, int64_t n, int64_t inner, Strides s, int64_t* offset) {
-  const int64_t step = inner == 1 ? s.outer : s.inner;
-  int64_t o = first / inner, i = first % inner;
-  if (inner == 1 || i + n <= inner) {
-    for (int64_t b = 0; b < n; ++b) offset[b] = o * s.outer + i * s.inner + b * step;
-    return step == 1;
+// Where the rows first, ..., first + n - 1 of a tensor start.
+class Rows {
+  int64_t outer_ = 0, place_ = 0, inner_ = 1;
+  Strides strides_{};
+
+ public:
+  int64_t step = 0;  // from each row to the next, 0 if that varies
+
+  Rows() = default;
+  Rows(int64_t first, int64_t n, int64_t inner, Strides s)
+      : outer_(first / inner), place_(first % inner), inner_(inner), strides_(s) {
+    const int64_t next = inner == 1 ? s.outer : s.inner;
+    if (inner == 1 || place_ + n <= inner || s.outer == inner * s.inner) step = next;
   }
-  for (int64_t b = 0; b < n; ++b) {
-    offset[b] = o * s.outer + i * s.inner;
-    if (++i == inner) i = 0, ++o;
+  int64_t operator[](int64_t b) const {
+    if (step != 0) return outer_ * strides_.outer + place_ * strides_.inner + b * step;
+    const int64_t at = place_ + b;
+    return (outer_ + at / inner_) * strides_.outer + at % inner_ * strides_.inner;
   }
-  return false;
-}
+};
 
 struct BlockSums {  // of one batch; doubles so that rows can be added in order without loss
   double nll = 0, z = 0, correct = 0;
@@ -362,29 +368,26 @@ struct BlockSums {  // of one batch; doubles so that rows can be added in order 
 template <class T>
 class RowBatch {
   using lane_int = typename bits_of<T>::type;
-  static constexpr int64_t kValues = 9, kOffsets = 5;
+  static constexpr int64_t kValues = 10;
   const int64_t pitch_;
   Scratch<T> values_;
-  Scratch<int64_t> offsets_;
+  Scratch<int64_t> indices_;
   Scratch<lane_int> lane_target_;
 
  public:
   explicit RowBatch(int64_t rows)
-      : pitch_(round_up(rows, kLanes<T>)),
-        values_(kValues * pitch_),
-        offsets_(kOffsets * pitch_),
-        lane_target_(pitch_) {}
+      : pitch_(round_up(rows, kLanes<T>)), values_(kValues * pitch_), indices_(2 * pitch_), lane_target_(pitch_) {}
   T* value(int i) { return values_.get() + i * pitch_; }
-  int64_t* index(int i) { return offsets_.get() + i * pitch_; }
+  int64_t* index(int i) { return indices_.get() + i * pitch_; }
 
   T *const max = value(0), *const ref = value(1), *const others = value(2);  // statistics: see RowStats
   T *const dot = value(3), *const mass = value(4);
-  T* const picked = value(5);                                    // z_t
+  T *const picked = value(5), *const target_exp = value(9);      // z_t, e^(z_t - ref)
   T *const softmax_scale = value(6), *const q_scale = value(7);  // gradient: per e^(z - ref), per q
   T* const target_grad = value(8);                               // the target's own, complete
   int64_t* const target = index(0);                              // class index, -1: ignored or none
-  int64_t *const offset = index(1), *const prob_offset = index(2), *const grad_offset = index(3);
-  int64_t* const best = index(4);  // where to look for the maximum
+  int64_t* const best = index(1);                                // where to look for the maximum
+  Rows logits, prob, grad;
   lane_int* const lane_target = lane_target_.get();
 
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
@@ -397,6 +400,8 @@ class RowBatch {
     if (!a.soft)
       with_index(a.index_type, [=, &a](auto* tag) {
         const auto* t = static_cast<decltype(tag)>(a.target) + first;
+        for (int64_t b = 0; b < n; b += kLineBytes / int64_t(sizeof *t))
+          __builtin_prefetch(t + n + b);  // the next batch
         for (int64_t b = 0; b < n; ++b) to[b] = int64_t(t[b]) == ignored ? -1 : int64_t(t[b]);
       });
     for (int64_t b = 0; b < pitch; ++b) {
@@ -431,6 +436,8 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
   const RowConstants<T>& k = call.k;
   const T per_d = call.per_d(), per_dn = call.per_dn();
   vec_double nll_sum{}, z_sum{};
+  // In a loop of its own: one long chain of operations per vector would leave the processor waiting.
+  for (int64_t v = 0; v < n; v += kLanes<T>) store(s.target_exp + v, exp_of(load(s.picked + v) - load(s.ref + v)));
   for (int64_t v = 0; v < n; v += kLanes<T>) {
     const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
     ivec<T> target;
@@ -438,7 +445,7 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     const auto counts = kMode == Mode::soft ? iota<T>() < T(m) : target >= 0;
     const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
     const vec<T> picked = load(s.picked + v), d = picked - ref;
-    const vec<T> e = target >= 0 ? exp_of(d) : vec<T>{}, sum = others + e;
+    const vec<T> e = target >= 0 ? load(s.target_exp + v) : vec<T>{}, sum = others + e;
     const bool wants_lse = kMode != Mode::index || k.z_loss != T(0) || a.lse;
     const vec<T> log_sum = wants_lse ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
     vec<T> w_t = splat(T(1));
@@ -474,14 +481,14 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
       if (a.lse) store_n(static_cast<T*>(a.lse) + row, m, lse);
       if (a.argmax || a.accuracy)
         for (int64_t b = 0; b < m; ++b) {
-          const S* x = static_cast<const S*>(a.logits) + s.offset[v + b];
+          const S* x = static_cast<const S*>(a.logits) + s.logits[v + b];
           // No nan in it: the sum was not to be had because all is -inf, or something +inf.
           if (a.lse && sum[b] != sum[b] && !row_has_nan(x, a.logits_strides.cls, a.classes))
             static_cast<T*>(a.lse)[row + b] = ref[b] > T(0) ? kInf<T> : -kInf<T>;
           const int64_t top = row_argmax<kTransform, S, T>(k, x, a.logits_strides.cls, a.classes, s.max[v + b],
                                                            sum[b] != sum[b], s.best[v + b]);
           if (a.argmax) a.argmax[row + b] = top;
-          sums->correct += top == (kMode == Mode::soft ? prob_argmax(a, s.prob_offset[v + b]) : s.target[v + b]);
+          sums->correct += top == (kMode == Mode::soft ? prob_argmax(a, s.prob[v + b]) : s.target[v + b]);
         }
     }
     if (!a.grad) continue;
@@ -533,13 +540,13 @@ inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Kept
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const S* logits = static_cast<const S*>(a.logits);
-  place_rows(first, n, a.inner, a.logits_strides, s.offset);
-  if constexpr (kMode == Mode::soft) place_rows(first, n, a.inner, a.target_strides, s.prob_offset);
+  s.logits = {first, n, a.inner, a.logits_strides};
+  if constexpr (kMode == Mode::soft) s.prob = {first, n, a.inner, a.target_strides};
   s.set_targets(a, first, n);
   if (call.backward) s.restore(call, first, n);
   const bool ignored_matter = call.backward || a.grad || a.saved || a.lse || a.argmax || a.accuracy;
   for (int64_t b = 0; b < n; ++b) {
-    const S* x = logits + s.offset[b];
+    const S* x = logits + s.logits[b];
     s.picked[b] = s.target[b] >= 0 ? transform_scalar<kTransform, T>(call.k, T(to_accum(x[s.target[b]]))) : T(0);
     if (call.backward) continue;
     if (kMode != Mode::soft && s.target[b] < 0 && !ignored_matter) {  // nothing depends on this row
@@ -547,7 +554,7 @@ inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Kept
       continue;
     }
     RowStats<T> st =
-        row_stats<kMode, kTransform, kKeep, S, T>(call, x, s.prob_offset[b], s.target[b], &s.best[b], exps.row(b));
+        row_stats<kMode, kTransform, kKeep, S, T>(call, x, s.prob[b], s.target[b], &s.best[b], exps.row(b));
     s.max[b] = s.ref[b] = st.ref;
     s.others[b] = st.others;
     s.dot[b] = st.dot;
@@ -555,25 +562,27 @@ inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Kept
   }
   finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
   if (!a.grad) return;
-  place_rows(first, n, a.inner, a.grad_strides, s.grad_offset);
+  s.grad = {first, n, a.inner, a.grad_strides};
   for (int64_t b = 0; b < n; ++b)
-    row_grad<kMode, kTransform, kKeep, S, T>(call, logits + s.offset[b], s.prob_offset[b], s.ref[b], s.softmax_scale[b],
+    row_grad<kMode, kTransform, kKeep, S, T>(call, logits + s.logits[b], s.prob[b], s.ref[b], s.softmax_scale[b],
                                              s.q_scale[b], s.target[b], s.target_grad[b], exps.row(b),
-                                             static_cast<S*>(a.grad) + s.grad_offset[b]);
+                                             static_cast<S*>(a.grad) + s.grad[b]);
 }
 
 // --------------------------------------------------------------------------------------------------- tile path
 
-// tile[c][b] at tile + c * pitch + b, for n rows; lanes past them hold 0. The class stride of x is `stride`.
-// Classes next to each other are transposed 4 by 4, rows next to each other are copied, anything else is gathered.
+// tile[c][b] at tile + c * pitch + b, for n rows; lanes past them hold 0. The class stride of x is `stride`. Classes
+// next to each other are transposed, rows next to each other are copied, anything else is gathered.
 template <class S, class T>
-inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t n, int64_t stride, int64_t c0,
-                      int64_t classes, T* tile, int64_t pitch) {
+inline void load_tile(const S* x, const Rows& rows, int64_t n, int64_t stride, int64_t c0, int64_t classes, T* tile,
+                      int64_t pitch) {
   const int64_t padded = round_up(n, kLanes<T>);
   constexpr bool kSameAccum = sizeof(accum_t<S>) == sizeof(T);
-  if (adjacent) {
+  const int64_t step = rows.step;
+  const S* first = x + rows[0] + c0 * stride;
+  if (step == 1) {
     for (int64_t c = 0; c < classes; ++c) {
-      const S* p = x + offset[0] + (c0 + c) * stride;
+      const S* p = first + c * stride;
       T* d = tile + c * pitch;
       if constexpr (kSameAccum) {
         for_vectors<T>(0, n, [&](int64_t b, int64_t m) { store(d + b, load_n(p + b, m, T(0))); });
@@ -585,56 +594,44 @@ inline void load_tile(const S* x, const int64_t* offset, bool adjacent, int64_t 
   }
   int64_t b = 0;
   if constexpr (kSameAccum && sizeof(T) == 4) {
-    if (stride == 1 && classes >= 4) {  // the last four may overlap those before
-      for (; b + 4 <= n; b += 4) {
-        const S *p0 = x + offset[b] + c0, *p1 = x + offset[b + 1] + c0, *p2 = x + offset[b + 2] + c0,
-                *p3 = x + offset[b + 3] + c0;
+    if (step != 0 && stride == 1 && classes >= 4)
+      for (; b + kLanes<T> <= n; b += kLanes<T>)
         for (int64_t i = 0; i < classes; i += 4) {
-          const int64_t c = min_of(i, classes - 4);
-          narrow<T> m[4] = {load4(p0 + c), load4(p1 + c), load4(p2 + c), load4(p3 + c)};
-          transpose4(m);
-          for (int j = 0; j < 4; ++j) __builtin_memcpy(tile + (c + j) * pitch + b, &m[j], sizeof m[j]);
+          const int64_t c = min_of(i, classes - 4);  // the last four may overlap those before
+          vec<T> m[4];
+          for (int j = 0; j < 4; ++j) m[j] = load_fours(first + (b + j) * step + c, 4 * step);
+          transpose_fours(m);
+          for (int j = 0; j < 4; ++j) store(tile + (c + j) * pitch + b, m[j]);
         }
-      }
-    }
   }
   for (; b < n; ++b) {
-    const S* p = x + offset[b] + c0 * stride;
+    const S* p = x + rows[b] + c0 * stride;
     for (int64_t c = 0; c < classes; ++c) tile[c * pitch + b] = T(to_accum(p[c * stride]));
   }
   for (int64_t c = 0; c < classes; ++c)
     for (b = n; b < padded; ++b) tile[c * pitch + b] = T(0);
 }
-// The way back, for rows that are not adjacent: into x + offset[b] - from.
+// The way back, for rows that are not adjacent; first[0] is class c0 of the first of them.
 template <class S, class T>
-inline void store_tile(S* x, int64_t from, const int64_t* offset, int64_t n, int64_t stride, int64_t c0,
-                       int64_t classes, const T* tile, int64_t pitch) {
-  auto at = [&](int64_t b) { return x + (offset[b] - from) + c0 * stride; };
+inline void store_tile(S* first, const Rows& rows, int64_t n, int64_t stride, int64_t classes, const T* tile,
+                       int64_t pitch) {
+  const int64_t step = rows.step;
   int64_t b = 0;
   if constexpr (sizeof(T) == 4) {
-    if (stride == 1 && classes >= 4)
-      for (; b + 4 <= n; b += 4) {
-        S* const p[4] = {at(b), at(b + 1), at(b + 2), at(b + 3)};
+    if (step != 0 && stride == 1 && classes >= 4)
+      for (; b + kLanes<T> <= n; b += kLanes<T>)
         for (int64_t i = 0; i < classes; i += 4) {
           const int64_t c = min_of(i, classes - 4);
-          narrow<T> m[4];
-          for (int j = 0; j < 4; ++j) __builtin_memcpy(&m[j], tile + (c + j) * pitch + b, sizeof m[j]);
-          transpose4(m);
-          for (int j = 0; j < 4; ++j) store4(p[j] + c, m[j]);
+          vec<T> m[4];
+          for (int j = 0; j < 4; ++j) m[j] = load(tile + (c + j) * pitch + b);
+          transpose_fours(m);
+          for (int j = 0; j < 4; ++j) store_fours(first + (b + j) * step + c, 4 * step, m[j]);
         }
-      }
   }
   for (; b < n; ++b) {
-    S* p = at(b);
+    S* p = first + (rows[b] - rows[0]);
     for (int64_t c = 0; c < classes; ++c) p[c * stride] = from_accum<S, T>(tile[c * pitch + b]);
   }
-}
-
-// Whether rows of `classes` neighbours follow each other in memory.
-inline bool is_one_stretch(const int64_t* offset, int64_t n, int64_t classes) {
-  bool follows = true;
-  for (int64_t b = 1; b < n; ++b) follows &= offset[b] - offset[b - 1] == classes;
-  return follows;
 }
 
 // memcpy past the caches, but for the lines at both ends that it fills in part.
@@ -662,14 +659,12 @@ class NextTile {
 
  public:
   NextTile() = default;
-  // Of rows at offset[0], ..., offset[n - 1], tiled `classes` of all_classes at a time; c0 are those of this tile.
+  // Of n rows of x, in tiles of `classes` out of all_classes, of which this begins with c0.
   template <class S>
-  NextTile(const S* x, const int64_t* offset, bool adjacent, int64_t n, int64_t stride, int64_t c0, int64_t classes,
-           int64_t all_classes)
+  NextTile(const S* x, const Rows& rows, int64_t n, int64_t stride, int64_t c0, int64_t classes, int64_t all_classes)
       : step_(kLanes<accum_t<S>> * int64_t(sizeof(S))) {
-    const int64_t rows = adjacent ? n : n > 1 ? n * (offset[n - 1] - offset[0]) / (n - 1) : 0;
-    const bool same_rows = classes < all_classes, by_class = adjacent || same_rows;
-    p_ = reinterpret_cast<const char*>(x + offset[0] + (same_rows ? (c0 + classes) * stride : rows));
+    const bool same_rows = classes < all_classes, by_class = rows.step == 1 || same_rows;
+    p_ = reinterpret_cast<const char*>(x + rows[0] + (same_rows ? (c0 + classes) * stride : n * rows.step));
     left_ = piece_ = (by_class ? n : n * classes) * int64_t(sizeof(S));
     jump_ = by_class ? stride * int64_t(sizeof(S)) - piece_ : 0;
   }
@@ -698,7 +693,8 @@ inline TileShape tile_shape(const CrossEntropyArgs& a) {
 }
 
 // Brings the maximum of a tile's rows, and what has been summed relative to it, up to date with further classes. For
-// class indices z_t is not in the tile but in `picked` (see tile_path), so that nothing need be compared with the target.
+// class indices z_t is not in the tile but in `picked` (see tile_path), so that nothing need be compared with the
+// target.
 template <Mode kMode, class T>
 inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t pitch, int64_t c0, int64_t classes) {
   constexpr int kTogether = 4;  // independent maxima: one alone would wait for itself
@@ -766,15 +762,8 @@ inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* til
   }
 }
 
-// What a tile holds when its gradient is due.
-enum class Held {
-  logits,        // z
-  exponentials,  // e^(z - ref)
-  quotients,     // the gradient over softmax_scale: e^(z - ref), and -others for the target (class indices, no z-loss)
-};
-
-// put(c, v, g) for the vector v of the gradient of class c0 + c.
-template <Mode kMode, bool kTransform, Held kHeld, class T, class F>
+// The gradient from z[c][b], or with kKept from e^(z - ref): put(c, v, g) for the vector v of class c0 + c.
+template <Mode kMode, bool kTransform, bool kKept, class T, class F>
 inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, const T* tile, const T* prob,
                           int64_t pitch, int64_t c0, int64_t classes, NextTile next, NextTile next_prob, const F& put) {
   using lane_int = typename bits_of<T>::type;
@@ -785,15 +774,15 @@ inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lan
   for (int64_t c = 0; c < classes; ++c) {
     const T w = call.weight ? call.weight[c0 + c] : T(1);
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-      if constexpr (kHeld == Held::logits) next.fetch();
-      if constexpr (kHeld == Held::logits && kMode == Mode::soft) next_prob.fetch();
+      if constexpr (!kKept) next.fetch();
+      if constexpr (!kKept && kMode == Mode::soft) next_prob.fetch();
       const vec<T> z = load(tile + c * pitch + v);
-      vec<T> g = (kHeld == Held::logits ? exp_of(z - load(ref + v)) : z) * load(softmax_scale + v);
+      vec<T> g = (kKept ? z : exp_of(z - load(ref + v))) * load(softmax_scale + v);
       if constexpr (kMode == Mode::smooth) g -= load(q_scale + v);
       if constexpr (kMode == Mode::smooth_weighted) g -= load(q_scale + v) * w;
       if constexpr (kMode == Mode::soft) g -= load(q_scale + v) * soft_q<T>(k, load(prob + c * pitch + v), splat(w));
       if constexpr (kTransform) g *= transform_slope(k, z);
-      if constexpr (kMode != Mode::soft && kHeld != Held::quotients) {
+      if constexpr (kMode != Mode::soft) {
         ivec<T> target;
         __builtin_memcpy(&target, lane_target + v, sizeof target);
         g = target == lane_int(c0 + c) ? load(target_grad + v) : g;
@@ -823,11 +812,11 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
   const int64_t step = tiles.shape.classes, pitch = tiles.shape.pitch, lanes = round_up(n, kLanes<T>);
   const S* x = static_cast<const S*>(a.logits);
   T *const tile = tiles.tile.get(), *const prob = tiles.prob.get();
-  const bool adjacent = place_rows(first, n, a.inner, a.logits_strides, s.offset);
-  const bool prob_adjacent = a.soft && place_rows(first, n, a.inner, a.target_strides, s.prob_offset);
+  s.logits = {first, n, a.inner, a.logits_strides};
+  if constexpr (kMode == Mode::soft) s.prob = {first, n, a.inner, a.target_strides};
 
   auto load_classes = [&](int64_t c0, int64_t classes) {
-    load_tile(x, s.offset, adjacent, n, a.logits_strides.cls, c0, classes, tile, pitch);
+    load_tile(x, s.logits, n, a.logits_strides.cls, c0, classes, tile, pitch);
     if constexpr (kTransform)
       for (int64_t c = 0; c < classes; ++c)
         for (int64_t v = 0; v < lanes; v += kLanes<T>) {
@@ -836,28 +825,28 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
         }
     if constexpr (kMode == Mode::soft)
       with_storage(a.prob_type, [&](auto* tag) {
-        load_tile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob_offset, prob_adjacent, n,
-                  a.target_strides.cls, c0, classes, prob, pitch);
+        load_tile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob, n, a.target_strides.cls, c0,
+                  classes, prob, pitch);
       });
   };
 
   auto next = [&](int64_t c0, int64_t classes) {
-    return NextTile(x, s.offset, adjacent, n, a.logits_strides.cls, c0, classes, a.classes);
+    return NextTile(x, s.logits, n, a.logits_strides.cls, c0, classes, a.classes);
   };
   auto next_prob = [&](int64_t c0, int64_t classes) {
     if constexpr (kMode != Mode::soft)
       return NextTile();
     else
       return with_storage(a.prob_type, [&](auto* tag) {
-        return NextTile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob_offset, prob_adjacent, n,
-                        a.target_strides.cls, c0, classes, a.classes);
+        return NextTile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob, n, a.target_strides.cls,
+                        c0, classes, a.classes);
       });
   };
   // f(b, where the tile holds the logit or gradient of row b's target), for rows whose target it holds.
-  auto at_targets = [&](int64_t c0, int64_t classes, const auto& f) {
+  auto at_targets = [tile, pitch, n, target = s.target](int64_t c0, int64_t classes, const auto& f) {
     for (int64_t b = 0; b < n; ++b) {
-      const int64_t c = s.target[b] - c0;
-      if (s.target[b] >= 0 && uint64_t(c) < uint64_t(classes)) f(b, tile + c * pitch + b);
+      const int64_t c = target[b] - c0;
+      if (target[b] >= 0 && uint64_t(c) < uint64_t(classes)) f(b, tile + c * pitch + b);
     }
   };
 
@@ -868,10 +857,11 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
   for (int64_t v = 0; v < lanes; v += kLanes<T>)
     store(s.picked + v, kMode == Mode::index ? splat(-kInf<T>) : vec<T>{});  // where there is no target
   if (whole) load_classes(0, a.classes);
+  const bool apart = kMode == Mode::index && !call.backward;
   auto pick = [&](int64_t c0, int64_t classes) {
-    at_targets(c0, classes, [&](int64_t b, T* z) {
-      s.picked[b] = *z;
-      if (kMode == Mode::index && !call.backward) *z = -kInf<T>;  // e^-inf adds nothing to the others' sum
+    at_targets(c0, classes, [picked = s.picked, apart](int64_t b, T* z) {
+      picked[b] = *z;
+      if (apart) *z = -kInf<T>;  // e^-inf adds nothing to the others' sum
     });
   };
   if (call.backward) {
@@ -879,7 +869,8 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
     if (whole) pick(0, a.classes);
     for (int64_t b = 0; b < n && !whole; ++b)
       if (s.target[b] >= 0)
-        s.picked[b] = transform_scalar<kTransform, T>(k, T(to_accum(x[s.offset[b] + s.target[b] * a.logits_strides.cls])));
+        s.picked[b] =
+            transform_scalar<kTransform, T>(k, T(to_accum(x[s.logits[b] + s.target[b] * a.logits_strides.cls])));
   } else {
     s.clear_statistics(lanes);
     for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
@@ -898,26 +889,21 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
   }
   finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
   if (!a.grad) return;
-  // Without z-loss the gradient of an index loss is softmax_scale times e_c, but -others for the target.
-  const bool quotients = keep && kMode == Mode::index && k.z_loss == T(0);
-  if (quotients) at_targets(0, a.classes, [&](int64_t b, T* e) { *e = -s.others[b]; });
-  const bool grad_adjacent = place_rows(first, n, a.inner, a.grad_strides, s.grad_offset);
+  s.grad = {first, n, a.inner, a.grad_strides};
   for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
     const int64_t classes = min_of(step, a.classes - c0);
     if (!whole) load_classes(c0, classes);
     auto gradient = [&](const auto& put) {
-      auto from = [&](auto held) {
-        tile_gradient<kMode, kTransform, decltype(held)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes,
+      auto from = [&](auto kept) {
+        tile_gradient<kMode, kTransform, decltype(kept)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes,
                                                                    next(c0, classes), next_prob(c0, classes), put);
       };
-      if constexpr (kMode == Mode::index)
-        if (quotients) return from(constant<Held::quotients>{});
-      keep ? from(constant<Held::exponentials>{}) : from(constant<Held::logits>{});
+      keep ? from(constant<true>{}) : from(constant<false>{});
     };
     S* const grad = static_cast<S*>(a.grad);
     const int64_t stride = a.grad_strides.cls;
-    if (grad_adjacent) {
-      S* const base = grad + s.grad_offset[0] + c0 * stride;
+    if (s.grad.step == 1) {
+      S* const base = grad + s.grad[0] + c0 * stride;
       const bool streamed = call.streamed;
       gradient([base, stride, n, streamed](int64_t c, int64_t v, vec<T> g) {
         S* const to = base + c * stride + v;
@@ -928,12 +914,12 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
       });
     } else {
       gradient([tile, pitch](int64_t c, int64_t v, vec<T> g) { store(tile + c * pitch + v, g); });
-      if (call.streamed && whole && stride == 1 && is_one_stretch(s.grad_offset, n, a.classes)) {
+      if (call.streamed && whole && stride == 1 && s.grad.step == a.classes) {
         S* const stage = reinterpret_cast<S*>(tiles.stage.get());
-        store_tile(stage, s.grad_offset[0], s.grad_offset, n, stride, c0, classes, tile, pitch);
-        stream_bytes(grad + s.grad_offset[0], stage, n * a.classes * int64_t(sizeof(S)));
+        store_tile(stage, s.grad, n, stride, classes, tile, pitch);
+        stream_bytes(grad + s.grad[0], stage, n * a.classes * int64_t(sizeof(S)));
       } else {
-        store_tile(grad, 0, s.grad_offset, n, stride, c0, classes, tile, pitch);
+        store_tile(grad + s.grad[0] + c0 * stride, s.grad, n, stride, classes, tile, pitch);
       }
     }
   }
