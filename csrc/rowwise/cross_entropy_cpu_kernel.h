@@ -842,14 +842,6 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
                         c0, classes, a.classes);
       });
   };
-  // f(b, where the tile holds the logit or gradient of row b's target), for rows whose target it holds.
-  auto at_targets = [tile, pitch, n, target = s.target](int64_t c0, int64_t classes, const auto& f) {
-    for (int64_t b = 0; b < n; ++b) {
-      const int64_t c = target[b] - c0;
-      if (target[b] >= 0 && uint64_t(c) < uint64_t(classes)) f(b, tile + c * pitch + b);
-    }
-  };
-
   const bool whole = step >= a.classes;
   // With a transform the gradient needs z itself once more; classes that come in parts are read again.
   const bool keep = whole && !kTransform && !call.backward && a.grad;
@@ -857,12 +849,16 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
   for (int64_t v = 0; v < lanes; v += kLanes<T>)
     store(s.picked + v, kMode == Mode::index ? splat(-kInf<T>) : vec<T>{});  // where there is no target
   if (whole) load_classes(0, a.classes);
-  const bool apart = kMode == Mode::index && !call.backward;
-  auto pick = [&](int64_t c0, int64_t classes) {
-    at_targets(c0, classes, [picked = s.picked, apart](int64_t b, T* z) {
+  // z_t of the rows whose target is in the tile; -inf in its place adds nothing to the sum of the others.
+  auto pick = [tile, pitch, n, target = s.target, picked = s.picked, apart = kMode == Mode::index && !call.backward](
+                  int64_t c0, int64_t classes) {
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t c = target[b] - c0;
+      if (target[b] < 0 || uint64_t(c) >= uint64_t(classes)) continue;
+      T* const z = tile + c * pitch + b;
       picked[b] = *z;
-      if (apart) *z = -kInf<T>;  // e^-inf adds nothing to the others' sum
-    });
+      if (apart) *z = -kInf<T>;
+    }
   };
   if (call.backward) {
     s.restore(call, first, n);

@@ -4,14 +4,15 @@
 
 namespace fastloss {
 
-// Classes fewer than this go through tiles even when they are contiguous: a row would hardly fill a vector.
-constexpr int64_t kRowPathClasses = 32;
+// Classes fewer than this go through tiles even when they are contiguous: a row of them is a few vectors, with a
+// maximum, a sum and a tail each. Measured; rows of doubles are transposed one by one and leave tiles earlier.
+constexpr int64_t kRowPathClasses = 96, kRowPathClassesF64 = 32;
 
 // Row path (vectors along the classes) or tile path (vectors along the rows), see cross_entropy_cpu_kernel.h.
 inline bool takes_row_path(const CrossEntropyArgs& a) {
   const bool contiguous =
       a.logits_strides.cls == 1 && (!a.grad || a.grad_strides.cls == 1) && (!a.soft || a.target_strides.cls == 1);
-  return contiguous && a.classes >= kRowPathClasses;
+  return contiguous && a.classes >= (a.logits_type == DType::f64 ? kRowPathClassesF64 : kRowPathClasses);
 }
 
 }  // namespace fastloss
