@@ -16,7 +16,7 @@ import torch
 
 from .calculus import _dtype, _line
 from .report import Finding, failed
-from .subject import NoGradientError, Subject
+from .subject import NoGradientError, Subject, shapes
 from .tasks import KINDS, Task, make_task
 
 Loss = Callable[..., Any]
@@ -111,7 +111,7 @@ def _level(fn: Loss, task: Task, prediction: torch.Tensor, target: torch.Tensor)
 def examine(s: Subject) -> Finding | None:
     """What is wrong with the plainest call, or None."""
     prediction, target = s.sample()
-    given = f"prediction {list(prediction.shape)} and target {list(target.shape)} ({_dtype(target.dtype)})"
+    given = f"{shapes(prediction, target)} ({_dtype(target.dtype)})"
     try:
         out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
     except Exception as e:
