@@ -378,7 +378,9 @@ def precision(s: Subject) -> Finding:
         e = _rounding(s, worst.dtype, p, t)
         if e is None or e.verdict < worst.verdict:
             return passed("")
-        found = status(f"Shown in {_dtype(e.dtype)}, errors {e.value_error:.2g} and {e.slope_error:.2g}.", why)
+        found = status(
+            f"Shown by {len(p)} in {_dtype(e.dtype)}: {e.value_error:.2g} (value), {e.slope_error:.2g} (gradient).", why
+        )
         found.example = {"value": e.value, "in float64": e.exact, "slope": e.slope, "slope in float64": e.exact_slope}
         return found
 
@@ -489,16 +491,23 @@ def useful_gradient(s: Subject) -> Finding:
     if found.bad:
         return found
     if s.task.classes and not everything[1].is_floating_point() and everything[1].shape == everything[0][:, 0].shape:
-        grad = s.gradient(*everything).movedim(1, -1)
         for c in range(everything[0].shape[1]):
-            rows = grad[everything[1] == c]
-            if c != s.ignore_index and len(rows) >= 4 and not rows.any():
+
+            def unlearnt(prediction: Tensor, target: Tensor, c: int = c) -> Finding:
+                rows = s.gradient(prediction, target).movedim(1, -1)[target == c]
+                if not len(rows) or rows.any():
+                    return passed("")
                 return warned(
                     f"No sample of class {c} has a gradient.",
                     "That class is not learnt: look for target > 0, range(1, C) or a mask; fine if it is a background "
                     "that is to be ignored.",
                     target=c,
                 )
+
+            if c != s.ignore_index and int((everything[1] == c).sum()) >= 4:
+                missing = s.judged(unlearnt, *everything)
+                if missing.bad:
+                    return missing
     if s.task.decided is not None and s.task.perfect is not None:
 
         def wrong(prediction: Tensor, target: Tensor) -> Finding:
@@ -737,14 +746,38 @@ def _decided_after_descent(s: Subject, steps: int, prediction: Tensor, target: T
         return found
     undecided, floor = s.value(torch.zeros_like(prediction), target), min(end, least, s.value(50 * best, target))
     if floor > 0.5 * undecided > 0:
-        return warned(
+        costs = (
             f"A prediction that is sure and right still costs {floor:.4g}, {100 * floor / undecided:.0f} % of an "
-            f"undecided one ({undecided:.4g}).",
+            f"undecided one ({undecided:.4g})"
+        )
+        if _softmax_of_probabilities(s, prediction, target):
+            return failed(
+                f"{costs}, and a constant added to all probabilities changes nothing.",
+                "Softmax is taken of what are probabilities already: leave it out (nll_loss of their logarithm), or "
+                "pass logits.",
+                **numbers,
+            )
+        return warned(
+            f"{costs}.",
             "Is softmax or sigmoid applied twice? The loss may take logits already, or a clamp cut them off. (Fine for "
             "strong label smoothing.)",
             **numbers,
         )
     return passed(f"Descent from {start:.4g} ends at {end:.4g} with every decision right.", **numbers)
+
+
+def _softmax_of_probabilities(s: Subject, prediction: Tensor, target: Tensor) -> bool:
+    given = s.linked(prediction)
+    if s.task.name == "class_probabilities":
+        moved = given + 0.1
+    elif s.task.name == "log_probabilities":
+        moved = (given.exp() + 0.1).log()
+    else:
+        return False
+    with torch.no_grad():
+        outs = [s.call(x, target) for x in (given, moved)]
+    before, after = (float((x[0] if isinstance(x, (tuple, list)) else x).double().sum()) for x in outs)
+    return abs(before - after) <= 1e-9 * abs(before)
 
 
 def _approached(s: Subject, steps: int, prediction: Tensor, target: Tensor) -> Finding:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .calculus import _dtype, _line, ramp
 from .report import Finding, failed, passed, skipped, warned
@@ -176,12 +177,49 @@ def sample_order(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     return passed("Permuted samples give the same value.")
 
 
-@at_random()
-def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
-    why = (
-        "A sample's loss then depends on its neighbours in the batch; look for a statistic over dim 0, a softmax over "
-        "the wrong dim, or broadcasting (N) with (N, 1). Fine if it is meant (contrastive and batch-wise Dice losses)."
-    )
+LEAK = (
+    "A sample's loss then depends on its neighbours in the batch; look for a statistic over dim 0, a softmax over the "
+    "wrong dim, or broadcasting (N) with (N, 1). Fine if it is meant (contrastive and batch-wise Dice losses)."
+)
+
+
+def leaks(s: Subject) -> Finding:
+    prediction, target = s.sample()
+    found = s.judged(functools.partial(_leaks_at, s), prediction, target)
+    if found.bad:
+        return found
+    # A number of samples that no other dimension has.
+    n = next(n for n in itertools.count(s.samples) if n not in prediction.shape[1:])
+    met = s.judged(functools.partial(_all_meet_at, s), *s.sample(n))
+    return met if met.bad else found
+
+
+class _Pairs(TorchDispatchMode):
+    """Notes operations that pair all samples with all, where broadcasting has put a dimension before the samples'."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples, self.found = samples, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        shapes = [list(x.shape) for x in args if isinstance(x, Tensor)]
+        if isinstance(out, Tensor) and list(out.shape[:2]) == [self.samples] * 2 and len(shapes) == 2:
+            if any(shape[:1] == [self.samples] and len(shape) < out.dim() for shape in shapes):
+                self.found = f"{shapes[0]} and {shapes[1]} are broadcast to {list(out.shape)}"
+        return out
+
+
+def _all_meet_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    n = len(prediction)
+    if n < 2 or n in prediction.shape[1:]:
+        return skipped("")
+    with _Pairs(n) as pairs:
+        s.value(prediction, target)
+    return warned(f"Every sample meets every other: {pairs.found}.", LEAK) if pairs.found else passed("")
+
+
+def _leaks_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     leaf = prediction.clone().requires_grad_()
     each = s.result(leaf, target, **s.reduced("none"))
     if each.dim() and len(each) == len(prediction):
@@ -189,7 +227,7 @@ def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         leaked = float(grad[1:].abs().max())
         if leaked > 1e-9 * max(float(grad.abs().max()), 1e-30):
             return failed(
-                f"Sample 0's loss has a gradient of {leaked:.4g} with respect to another sample.", why, gradient=leaked
+                f"Sample 0's loss has a gradient of {leaked:.4g} with respect to another sample.", LEAK, gradient=leaked
             )
     # The gradients of the other samples may change by a common factor only (as under a root of the mean).
     before = s.gradient(prediction, target)[1:].reshape(-1)
@@ -201,13 +239,13 @@ def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     for what, p, t in (("prediction", moved, target), ("prediction", far, target), ("target", prediction, other)):
         after = s.gradient(p, t)[1:].reshape(-1)
         if bool(before.any()) != bool(after.any()):
-            return warned(f"Another {what} for sample 0 decides whether the other samples have any gradient.", why)
+            return warned(f"Another {what} for sample 0 decides whether the other samples have any gradient.", LEAK)
         norms = float(before.norm() * after.norm())
         apart = float((before / before.norm() - after / after.norm()).norm()) if norms > 0 else 0.0
         if apart > 1e-5:
             return warned(
                 f"Another {what} for sample 0 turns the gradient of the other samples by {apart:.3g} rad.",
-                why,
+                LEAK,
                 angle=apart,
             )
     return passed("A sample's prediction and target do not touch the other samples' loss and gradient.")
@@ -678,7 +716,9 @@ def memory(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     kept = sum(size for pointer, size in storages.items() if pointer not in own)
     size = base.untyped_storage().nbytes()
     multiple = kept / size
-    text = f"{multiple:.2g} times the prediction's bytes, beside the inputs: {kept} for {size} ({shapes(base, target)})."
+    text = (
+        f"{multiple:.2g} times the prediction's bytes, beside the inputs: {kept} for {size} ({shapes(base, target)})."
+    )
     if multiple <= 16:
         return passed(text, multiple=multiple, kept=kept)
     found = warned(
@@ -687,7 +727,10 @@ def memory(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         multiple=multiple,
         kept=kept,
     )
-    found.example = {"prediction": f"float32 {list(base.shape)}", "target": f"{_dtype(target.dtype)} {list(target.shape)}"}
+    found.example = {
+        "prediction": f"float32 {list(base.shape)}",
+        "target": f"{_dtype(target.dtype)} {list(target.shape)}",
+    }
     return found
 
 
