@@ -368,11 +368,10 @@ def precision(s: Subject) -> Finding:
         return passed(evidence, **numbers)
     status = failed if worst.verdict == 2 else warned
     finite = all(math.isfinite(x) for e in errors for x in (e.value_error, e.slope_error))
-    if status is failed and finite and len(prediction) > s.samples:
-        if not any(e.verdict for e in _errors(s, *inputs(s.samples))):
-            status, evidence = warned, f"{evidence} {s.samples} samples are fine."
     if not finite:
         why = "log(0), 0/0 or an overflow that float64 does not have: convert to float32 inside the loss."
+    elif worst.verdict == 2 and not any(e.verdict for e in _errors(s, *inputs(s.samples))):
+        status, evidence = warned, f"{evidence} {s.samples} samples are fine."
 
     def at_worst(p: Tensor, t: Tensor) -> Finding:
         e = _rounding(s, worst.dtype, p, t)

@@ -204,17 +204,16 @@ class _Pairs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         shapes = [list(x.shape) for x in args if isinstance(x, Tensor)]
-        if isinstance(out, Tensor) and list(out.shape[:2]) == [self.samples] * 2 and len(shapes) == 2:
-            if any(shape[:1] == [self.samples] and len(shape) < out.dim() for shape in shapes):
-                self.found = f"{shapes[0]} and {shapes[1]} are broadcast to {list(out.shape)}"
+        square = isinstance(out, Tensor) and list(out.shape[:2]) == [self.samples] * 2
+        if square and any(shape[:1] == [self.samples] and len(shape) < out.dim() for shape in shapes):
+            self.found = self.found or f"{' and '.join(map(str, shapes))} are broadcast to {list(out.shape)}"
         return out
 
 
 def _all_meet_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
-    n = len(prediction)
-    if n < 2 or n in prediction.shape[1:]:
-        return skipped("")
-    with _Pairs(n) as pairs:
+    if len(prediction) < 2:
+        return skipped("One sample.")
+    with _Pairs(len(prediction)) as pairs:
         s.value(prediction, target)
     return warned(f"Every sample meets every other: {pairs.found}.", LEAK) if pairs.found else passed("")
 
