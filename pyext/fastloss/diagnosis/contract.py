@@ -689,10 +689,10 @@ def _vmap_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 
 
 class _Saved:
-    """What the graph holds of a saved tensor; gone with the graph."""
+    """What the graph holds of a saved tensor; gone with the graph, of which it must not hold anything itself."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 @at_random(128)
