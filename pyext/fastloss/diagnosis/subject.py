@@ -270,8 +270,9 @@ class Subject:
 
 
 def _reason(finding: Finding) -> tuple[str, str, str]:
-    """What a smaller input has to show, too: the same words. nan and inf are words, each its own fault."""
-    return finding.status, _NUMBERS.sub("#", finding.evidence), finding.why
+    """What a smaller input has to show, too: the same words, and where nan or inf was found not a number."""
+    evidence = re.sub(r"[-+]?\binf\b", "nan", finding.evidence)
+    return finding.status, _NUMBERS.sub("#", evidence), finding.why
 
 
 def shapes(prediction: Tensor, target: Tensor) -> str:
