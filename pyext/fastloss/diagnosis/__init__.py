@@ -15,7 +15,7 @@ import torch
 from . import calculus, contract, plain_call
 from .calculus import _line
 from .report import Curve, Finding, Report, failed, skipped
-from .subject import NoGradientError, Subject
+from .subject import NoGradientError, Subject, shapes
 from .tasks import KINDS, Task, make_task
 
 __all__ = ["KINDS", "Curve", "Finding", "Report", "Task", "check", "make_task"]
@@ -82,8 +82,8 @@ def check(
         shift_invariant=shift_invariant,
     )
     prediction, target = subject.sample()
-    shapes = f"prediction {list(prediction.shape)}, target {list(target.shape)}"
-    report = Report(title, task.name, f"{KINDS.get(task.name, 'inputs of your own')}; {shapes}", seed, 0.0, [])
+    inputs = f"{KINDS.get(task.name, 'inputs of your own')}; {shapes(prediction, target)}"
+    report = Report(title, task.name, inputs, seed, 0.0, [])
     report.notes = [note] if note else []
     properties = {"repeatable": contract.repeatable, **calculus.PROPERTIES, **contract.PROPERTIES}
     if compile:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -327,82 +328,132 @@ def half_precision(s: Subject) -> Finding:
     return passed(f"Finite: {', '.join(tried)}.{' Not offered: ' + refused[0] if refused else ''}")
 
 
-PRECISION = {torch.float32: (200.0, 1e4), torch.float16: (32.0, 300.0), torch.bfloat16: (16.0, 100.0)}  # warn, fail
-
-
 def precision(s: Subject) -> Finding:
     why = "Digits are lost: sum in float32, subtract the maximum before exp, avoid differences of large numbers."
-    prediction, target = s.sample(s.many(max(512, s.samples)))
+
+    def inputs(samples: int) -> tuple[Tensor, Tensor]:
+        prediction, target = s.sample(samples)
+        if s.task.name == "regression":  # a relative error at a target near 0 measures the target's rounding
+            target = torch.where(target < 0, -1.0, 1.0) * target.abs().clamp(min=0.1)
+        return prediction, target
+
+    prediction, target = inputs(s.many(max(512, s.samples)))
     if prediction.numel() < 2048 * 3 and prediction[0].numel() < 64:
-        prediction, target = s.sample(s.many(2048))
+        prediction, target = inputs(s.many(2048))
     errors = _errors(s, prediction, target)
     if not errors:
         return skipped("No dtype could be compared with float64.")
     numbers: dict[str, Any] = {"samples": len(prediction)}
     parts = []
-    for dtype, (value_error, grad_error, beside) in errors.items():
-        text = f"{_dtype(dtype)} {value_error:.2g} (value) and {grad_error:.2g} (gradient)"
-        numbers.update({f"{_dtype(dtype)}_value": value_error, f"{_dtype(dtype)}_gradient": grad_error})
-        if beside is not None:
-            text += f", reference {beside:.2g}"
-            numbers[f"{_dtype(dtype)}_reference"] = beside
+    for e in errors:
+        dtype = _dtype(e.dtype)
+        text = f"{dtype} {e.value_error:.2g} (value) and {e.slope_error:.2g} (gradient)"
+        numbers.update({f"{dtype}_value": e.value_error, f"{dtype}_gradient": e.slope_error})
+        if e.reference_error is not None:
+            text += f", reference {e.reference_error:.2g}"
+            numbers[f"{dtype}_reference"] = e.reference_error
         parts.append(text)
     evidence = (
         f"Error against float64 where 1 is a rounding of the dtype, {len(prediction)} samples: {'; '.join(parts)}."
     )
     if s.rounds_to is not None:
-        status = failed if s.rounds_to is torch.float16 else warned
-        return status(f"The value of float64 predictions has no more digits than {_dtype(s.rounds_to)}.", why)
-    worst = max((_verdict(dtype, max(e[:2])) for dtype, e in errors.items()))
-    if not worst:
-        return passed(evidence, **numbers)
-    if worst == 2 and len(prediction) > s.samples:
-        small = _errors(s, *s.sample()).items()
-        if not any(_verdict(dtype, max(e[:2])) for dtype, e in small) and not any(
-            math.isnan(e) for es in errors.values() for e in es[:2]
-        ):
-            return warned(f"{evidence} {s.samples} samples are fine.", why, **numbers)
-    if not all(math.isfinite(e) for es in errors.values() for e in es[:2]):
-        why = "log(0), 0/0 or an overflow that float64 does not have: convert to float32 inside the loss."
-    return (failed if worst == 2 else warned)(evidence, why, **numbers)
-
-
-def _verdict(dtype: torch.dtype, error: float) -> int:
-    warn, fail = PRECISION[dtype]
-    return 2 if not error <= fail else 1 if error > warn else 0
-
-
-def _errors(s: Subject, prediction: Tensor, target: Tensor) -> dict[torch.dtype, tuple[float, float, float | None]]:
-    """Of value, gradient and the reference's value, in units of each dtype's precision."""
-    if s.task.name == "regression":  # a relative error at a target near 0 measures the target's rounding
-        target = torch.where(target < 0, -1.0, 1.0) * target.abs().clamp(min=0.1)
-    errors = {}
-    for dtype in PRECISION:
-        p, t = prediction.to(dtype), (target.to(dtype) if target.is_floating_point() else target)
-        exact = (p.double(), t.double() if t.is_floating_point() else t)
-        try:
-            value, grad = s.value_and_gradient(p, t)
-        except NoGradientError:
-            raise
-        except Exception:
-            continue
-        want, want_grad = s.value_and_gradient(*exact)
-        if not math.isfinite(want) or abs(want) > torch.finfo(dtype).max / 4:
-            continue
-        eps = torch.finfo(dtype).eps
-        # Entries below the dtype's smallest step cannot be better than that. And not the largest error, but the 99th
-        # percentile: an entry beside a kink may fall on its other side.
-        off = ((grad.double() - want_grad).abs() - torch.finfo(dtype).smallest_normal * eps).clamp(min=0)
-        beside = None
-        if s.reference is not None:
-            reference = s.raw(p, t, fn=s.reference)
-            beside = abs(float(reference.double().sum()) - want) / (eps * max(abs(want), 1e-30))
-        errors[dtype] = (
-            abs(value - want) / (eps * max(abs(want), 1e-30)),
-            float(torch.quantile(off.reshape(-1)[:1_000_000], 0.99)) / (eps * max(float(want_grad.abs().max()), 1e-30)),
-            beside,
+        found = (failed if s.rounds_to is torch.float16 else warned)(
+            f"The value of float64 predictions has no more digits than {_dtype(s.rounds_to)}.", why
         )
-    return errors
+        one = s.sample(1)
+        found.example = {"value": s.value(*one)}
+        return s.shown(found, *one)
+    worst = max(errors, key=lambda e: e.verdict)
+    if not worst.verdict:
+        return passed(evidence, **numbers)
+    status = failed if worst.verdict == 2 else warned
+    finite = all(math.isfinite(x) for e in errors for x in (e.value_error, e.slope_error))
+    if not finite:
+        why = "log(0), 0/0 or an overflow that float64 does not have: convert to float32 inside the loss."
+    elif worst.verdict == 2 and not any(e.verdict for e in _errors(s, *inputs(s.samples))):
+        status, evidence = warned, f"{evidence} {s.samples} samples are fine."
+
+    def at_worst(p: Tensor, t: Tensor) -> Finding:
+        e = _rounding(s, worst.dtype, p, t)
+        if e is None or e.verdict < worst.verdict:
+            return passed("")
+        found = status(
+            f"Shown by {len(p)} in {_dtype(e.dtype)}: {e.value_error:.2g} (value), {e.slope_error:.2g} (gradient).", why
+        )
+        found.example = {"value": e.value, "in float64": e.exact, "slope": e.slope, "slope in float64": e.exact_slope}
+        return found
+
+    # The sample with the largest error first: if it shows the fault alone, it is the smallest input.
+    order = worst.samples
+    p, t = (x[order].to(worst.dtype) if x.is_floating_point() else x[order] for x in (prediction, target))
+    shown = s.judged(at_worst, p, t)
+    return replace(status(f"{evidence} {shown.evidence}".strip(), why, **numbers), example=shown.example)
+
+
+PRECISION = {torch.float32: (200.0, 1e4), torch.float16: (32.0, 300.0), torch.bfloat16: (16.0, 100.0)}  # warn, fail
+
+
+class Rounding(NamedTuple):
+    """Of value and gradient in a dtype, errors against float64 in units of the dtype's precision."""
+
+    dtype: torch.dtype
+    value: float
+    exact: float
+    value_error: float
+    slope: float  # the gradient's entry that counts
+    exact_slope: float
+    slope_error: float
+    reference_error: float | None
+    samples: Tensor  # indices, the largest error of the gradient first
+
+    @property
+    def verdict(self) -> int:
+        """0, 1 for a warning, 2 for a failure."""
+        warn, fail = PRECISION[self.dtype]
+        return max(2 if not e <= fail else 1 if e > warn else 0 for e in (self.value_error, self.slope_error))
+
+
+def _errors(s: Subject, prediction: Tensor, target: Tensor) -> list[Rounding]:
+    found = (_rounding(s, dtype, prediction, target) for dtype in PRECISION)
+    return [e for e in found if e is not None]
+
+
+def _rounding(s: Subject, dtype: torch.dtype, prediction: Tensor, target: Tensor) -> Rounding | None:
+    """None where the dtype is not taken or the value does not fit it."""
+    p, t = prediction.to(dtype), (target.to(dtype) if target.is_floating_point() else target)
+    try:
+        value, grad = s.value_and_gradient(p, t)
+    except NoGradientError:
+        raise
+    except Exception:
+        return None
+    exact, exact_grad = s.value_and_gradient(p.double(), t.double() if t.is_floating_point() else t)
+    if not math.isfinite(exact) or abs(exact) > torch.finfo(dtype).max / 4:
+        return None
+    eps = torch.finfo(dtype).eps
+    # Entries below the dtype's smallest step cannot be better than that. And not the largest error, but the 99th
+    # percentile: an entry beside a kink may fall on its other side.
+    off = ((grad.double() - exact_grad).abs() - torch.finfo(dtype).smallest_normal * eps).clamp(min=0)
+    ranked = off.reshape(-1).argsort(descending=True)  # nan first
+    counts = 0 if off.isnan().any() else off.numel() // 100
+    entry = int(ranked[counts])
+    of_sample = off.reshape(len(off), -1).amax(1)
+    of_sample = torch.where(of_sample > off.view(-1)[entry], 0.0, of_sample)
+    beside = None
+    if s.reference is not None:
+        reference = s.raw(p, t, fn=s.reference)
+        beside = abs(float(reference.double().sum()) - exact) / (eps * max(abs(exact), 1e-30))
+    return Rounding(
+        dtype,
+        value,
+        exact,
+        abs(value - exact) / (eps * max(abs(exact), 1e-30)),
+        float(grad.reshape(-1)[entry]),
+        float(exact_grad.reshape(-1)[entry]),
+        float(off.reshape(-1)[entry]) / (eps * max(float(exact_grad.abs().max()), 1e-30)),
+        beside,
+        of_sample.argsort(descending=True),
+    )
 
 
 def useful_gradient(s: Subject) -> Finding:
@@ -439,16 +490,23 @@ def useful_gradient(s: Subject) -> Finding:
     if found.bad:
         return found
     if s.task.classes and not everything[1].is_floating_point() and everything[1].shape == everything[0][:, 0].shape:
-        grad = s.gradient(*everything).movedim(1, -1)
         for c in range(everything[0].shape[1]):
-            rows = grad[everything[1] == c]
-            if c != s.ignore_index and len(rows) >= 4 and not rows.any():
+
+            def unlearnt(prediction: Tensor, target: Tensor, c: int = c) -> Finding:
+                rows = s.gradient(prediction, target).movedim(1, -1)[target == c]
+                if not len(rows) or rows.any():
+                    return passed("")
                 return warned(
                     f"No sample of class {c} has a gradient.",
                     "That class is not learnt: look for target > 0, range(1, C) or a mask; fine if it is a background "
                     "that is to be ignored.",
                     target=c,
                 )
+
+            if c != s.ignore_index and int((everything[1] == c).sum()) >= 4:
+                missing = s.judged(unlearnt, *everything)
+                if missing.bad:
+                    return missing
     if s.task.decided is not None and s.task.perfect is not None:
 
         def wrong(prediction: Tensor, target: Tensor) -> Finding:
@@ -687,14 +745,38 @@ def _decided_after_descent(s: Subject, steps: int, prediction: Tensor, target: T
         return found
     undecided, floor = s.value(torch.zeros_like(prediction), target), min(end, least, s.value(50 * best, target))
     if floor > 0.5 * undecided > 0:
-        return warned(
+        costs = (
             f"A prediction that is sure and right still costs {floor:.4g}, {100 * floor / undecided:.0f} % of an "
-            f"undecided one ({undecided:.4g}).",
+            f"undecided one ({undecided:.4g})"
+        )
+        if _softmax_of_probabilities(s, prediction, target):
+            return failed(
+                f"{costs}, and a constant added to all probabilities changes nothing.",
+                "Softmax is taken of what are probabilities already: leave it out (nll_loss of their logarithm), or "
+                "pass logits.",
+                **numbers,
+            )
+        return warned(
+            f"{costs}.",
             "Is softmax or sigmoid applied twice? The loss may take logits already, or a clamp cut them off. (Fine for "
             "strong label smoothing.)",
             **numbers,
         )
     return passed(f"Descent from {start:.4g} ends at {end:.4g} with every decision right.", **numbers)
+
+
+def _softmax_of_probabilities(s: Subject, prediction: Tensor, target: Tensor) -> bool:
+    given = s.linked(prediction)
+    if s.task.name == "class_probabilities":
+        moved = given + 0.1
+    elif s.task.name == "log_probabilities":
+        moved = (given.exp() + 0.1).log()
+    else:
+        return False
+    with torch.no_grad():
+        outs = [s.call(x, target) for x in (given, moved)]
+    before, after = (float((x[0] if isinstance(x, (tuple, list)) else x).double().sum()) for x in outs)
+    return abs(before - after) <= 1e-9 * abs(before)
 
 
 def _approached(s: Subject, steps: int, prediction: Tensor, target: Tensor) -> Finding:

@@ -6,15 +6,17 @@ import functools
 import itertools
 import math
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .calculus import _dtype, _line, ramp
 from .report import Finding, failed, passed, skipped, warned
-from .subject import NoGradientError, Subject, slope
+from .subject import NoGradientError, Subject, shapes, slope
 
 Test = Callable[[Subject, Tensor, Tensor], Finding]
 Property = Callable[[Subject], Finding]
@@ -175,12 +177,48 @@ def sample_order(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     return passed("Permuted samples give the same value.")
 
 
-@at_random()
-def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
-    why = (
-        "A sample's loss then depends on its neighbours in the batch; look for a statistic over dim 0, a softmax over "
-        "the wrong dim, or broadcasting (N) with (N, 1). Fine if it is meant (contrastive and batch-wise Dice losses)."
-    )
+LEAK = (
+    "A sample's loss then depends on its neighbours in the batch; look for a statistic over dim 0, a softmax over the "
+    "wrong dim, or broadcasting (N) with (N, 1). Fine if it is meant (contrastive and batch-wise Dice losses)."
+)
+
+
+def leaks(s: Subject) -> Finding:
+    prediction, target = s.sample()
+    found = s.judged(functools.partial(_leaks_at, s), prediction, target)
+    if found.bad:
+        return found
+    # A number of samples that no other dimension has.
+    n = next(n for n in itertools.count(s.samples) if n not in prediction.shape[1:])
+    met = s.judged(functools.partial(_all_meet_at, s), *s.sample(n))
+    return met if met.bad else found
+
+
+class _Pairs(TorchDispatchMode):
+    """Notes operations that pair all samples with all, where broadcasting has put a dimension before the samples'."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples, self.found = samples, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        shapes = [list(x.shape) for x in args if isinstance(x, Tensor)]
+        square = isinstance(out, Tensor) and list(out.shape[:2]) == [self.samples] * 2
+        if square and any(shape[:1] == [self.samples] and len(shape) < out.dim() for shape in shapes):
+            self.found = self.found or f"{' and '.join(map(str, shapes))} are broadcast to {list(out.shape)}"
+        return out
+
+
+def _all_meet_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    if len(prediction) < 2:
+        return skipped("One sample.")
+    with _Pairs(len(prediction)) as pairs:
+        s.value(prediction, target)
+    return warned(f"Every sample meets every other: {pairs.found}.", LEAK) if pairs.found else passed("")
+
+
+def _leaks_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     leaf = prediction.clone().requires_grad_()
     each = s.result(leaf, target, **s.reduced("none"))
     if each.dim() and len(each) == len(prediction):
@@ -188,7 +226,7 @@ def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         leaked = float(grad[1:].abs().max())
         if leaked > 1e-9 * max(float(grad.abs().max()), 1e-30):
             return failed(
-                f"Sample 0's loss has a gradient of {leaked:.4g} with respect to another sample.", why, gradient=leaked
+                f"Sample 0's loss has a gradient of {leaked:.4g} with respect to another sample.", LEAK, gradient=leaked
             )
     # The gradients of the other samples may change by a common factor only (as under a root of the mean).
     before = s.gradient(prediction, target)[1:].reshape(-1)
@@ -200,13 +238,13 @@ def leaks(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     for what, p, t in (("prediction", moved, target), ("prediction", far, target), ("target", prediction, other)):
         after = s.gradient(p, t)[1:].reshape(-1)
         if bool(before.any()) != bool(after.any()):
-            return warned(f"Another {what} for sample 0 decides whether the other samples have any gradient.", why)
+            return warned(f"Another {what} for sample 0 decides whether the other samples have any gradient.", LEAK)
         norms = float(before.norm() * after.norm())
         apart = float((before / before.norm() - after / after.norm()).norm()) if norms > 0 else 0.0
         if apart > 1e-5:
             return warned(
                 f"Another {what} for sample 0 turns the gradient of the other samples by {apart:.3g} rad.",
-                why,
+                LEAK,
                 angle=apart,
             )
     return passed("A sample's prediction and target do not touch the other samples' loss and gradient.")
@@ -258,7 +296,10 @@ def _weight_at(
         return skipped("")
     if not _close(plain, unit):
         return fault(f"{option} of all ones changes the value from {plain:.8g} to {unit:.8g}.", value=unit)
-    if _close(unit, weighted, 1e-9):
+    # Where all samples have the same weight, a mean that divides by the weights does not show it.
+    given = w[target[target >= 0]] if what == "class" else w
+    seen = bool((target > 0.5).any()) if what == "positive" else len(given.unique()) > 1
+    if seen and _close(unit, weighted, 1e-9):
         return fault(f"{option} is ignored: other weights than 1 give the same value {unit:.8g}.", value=unit)
     summed = s.reduced("sum")
     linear = bool(summed) or what == "positive"  # a mean may divide by the weights
@@ -278,6 +319,9 @@ def _weight_at(
         )
         if not _close(whole, parts):
             return fault(f"{option} does not act linearly: {whole:.8g} instead of {parts:.8g}.", value=whole)
+    ratio = call(3 * w) / weighted
+    if what != "positive" and not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
+        return fault(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
     zeroed = w.clone()
     if what == "positive":
         zeroed[...] = 0
@@ -293,12 +337,15 @@ def _weight_at(
     left, unit_size = (float(g.max()) if g.numel() else 0.0 for g in sizes)
     # With label smoothing the other classes' weights leave a small part.
     if left > 1e-12 and not (what == "class" and left < 0.5 * unit_size):
+        taken = f"the weight of another {what} is taken, or none"
+        if what == "class":
+            w[...] = 1
+            w[prediction.movedim(1, -1)[off].argmax(-1)] = 0
+            if not s.gradient(prediction, target, **{**bare, option: w}).movedim(1, -1)[off].any():
+                taken = "the weight of the predicted class is taken"
         w = zeroed
-        return fault(f"Where {option} is 0 the gradient is {left:.4g}: the weight of another {what} is taken, or none.")
+        return fault(f"Where {option} is 0 the gradient is {left:.4g}: {taken}.")
     if what != "positive":
-        ratio = call(3 * w) / weighted
-        if not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
-            return fault(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
         problem = _weighted_mean(s, prediction, target, bare, option, what, w, call)
         if problem:
             # Without 'sum', smoothing over weighted classes cannot be told from a mistake.
@@ -428,7 +475,7 @@ def inputs_untouched(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         versions = p._version, t._version
         with torch.set_grad_enabled(grad):
             out = _first(s.call(p, t))
-            if isinstance(out, Tensor) and out.requires_grad:
+            if grad and isinstance(out, Tensor) and out.requires_grad:
                 torch.autograd.grad(out.sum(), leaf, allow_unused=True)
         for what, now, then, old in (("prediction", p, given, versions[0]), ("target", t, target, versions[1])):
             if not torch.equal(now.detach(), then) or now._version != old:
@@ -535,22 +582,27 @@ def layouts(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 
 def empty(s: Subject) -> Finding:
     prediction, target = s.sample(2)
+    return s.judged(functools.partial(_empty_at, s), prediction[:0], target[:0])
+
+
+def _empty_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     why = "The last batch of a filtered data set may be empty; torch's losses return 0 or nan."
+    given = f"No sample ({shapes(prediction, target)})"
     try:
-        value, grad = s.value_and_gradient(prediction[:0], target[:0])
+        value, grad = s.value_and_gradient(prediction, target)
     except NoGradientError:
         if s.differentiable:
-            return warned("The result of no sample has no gradient: backward() raises.", why)
+            return warned(f"{given}: the result has no gradient, backward() raises.", why)
         raise
     except Exception as e:
-        return warned(f"Raises {type(e).__name__}: {_line(e)}", why)
+        return warned(f"{given} raises {type(e).__name__}: {_line(e)}", why)
     if value != 0 and not math.isnan(value):
-        return warned(f"The value of no sample is {value:.4g}.", why, value=value)
+        return warned(f"{given}: the value is {value:.4g}.", why, value=value)
     return passed(f"No samples: value {value:g}, gradient of shape {list(grad.shape)}.", value=value)
 
 
-def result_type(s: Subject) -> Finding:
-    prediction, target = s.sample()
+@at_random()
+def result_type(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     found, several = {}, ""
     for dtype in (torch.float32, torch.float64):
         t = target.to(dtype) if target.is_floating_point() else target
@@ -603,59 +655,89 @@ def autocast(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 
 
 def vmap(s: Subject) -> Finding:
-    pairs = [s.sample(salt=i) for i in range(3)]
-    predictions, targets = torch.stack([p for p, _ in pairs]), torch.stack([t for _, t in pairs])
-    want = torch.tensor([s.value(p, t) for p, t in pairs], dtype=torch.float64)
+    return s.judged(functools.partial(_vmap_at, s), *s.sample(2 * s.samples))
+
+
+def _vmap_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    if len(prediction) % 2:
+        return skipped("The samples do not make two batches.")
+    predictions, targets = (x.unflatten(0, (2, -1)) for x in (prediction, target))
+    want = torch.tensor([s.value(p, t) for p, t in zip(predictions, targets, strict=True)], dtype=torch.float64)
+
     try:
-        found = torch.func.vmap(lambda p, t: _first(s.raw(p, t)).sum())(predictions, targets)
+        values = torch.func.vmap(lambda p, t: _first(s.raw(p, t)).sum())(predictions, targets)
     except Exception as e:
-        return warned(
-            f"torch.func.vmap raises {type(e).__name__}: {_line(e)}",
+        found = warned(
+            f"torch.func.vmap over two batches raises {type(e).__name__}: {_line(e)}",
             "Per-sample gradients (torch.func) are out of reach: avoid .item(), if on values, boolean masks and "
             "in-place writes.",
         )
-    error = _off(found.double(), want)
-    if not error <= 1e-6 * float(want.abs().max()):
-        return failed(
-            f"Under vmap the value is off by {error:.4g}.",
+    else:
+        error = _off(values.double(), want)
+        if error <= 1e-6 * float(want.abs().max()):
+            return passed("The same under torch.func.vmap.")
+        found = failed(
+            f"Under vmap over two batches the value is off by {error:.4g}.",
             "Per-sample losses (torch.func) are wrong: look for dimensions counted from the front, and state.",
             error=error,
         )
-    return passed("The same under torch.func.vmap.")
+    found.example = {
+        "prediction": torch.stack([s.linked(p) for p in predictions]).tolist(),
+        "target": targets.tolist(),
+    }
+    return found
 
 
-def memory(s: Subject) -> Finding:
-    prediction, target = s.sample(s.many(256))
+class _Saved:
+    """What the graph holds of a saved tensor; gone with the graph, of which it must not hold anything itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+@at_random(128)
+def memory(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     leaf = prediction.float().requires_grad_()
-    base = leaf.clone()
-    storages: dict[int, int] = {}
+    base, target = leaf.clone(), target.float() if target.is_floating_point() else target
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    def pack(x: Tensor) -> _Saved:
+        saved.add(holder := _Saved(x))
+        return holder
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = _first(s.raw(base, target.float() if target.is_floating_point() else target))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        out = _first(s.raw(base, target))
     if not (isinstance(out, Tensor) and out.requires_grad):
         raise NoGradientError
-    own = {base.untyped_storage().data_ptr(), leaf.untyped_storage().data_ptr(), target.untyped_storage().data_ptr()}
+    # What has been saved for a result that was dropped is not kept.
+    storages = {x.data_ptr(): x.nbytes() for x in (holder.tensor.untyped_storage() for holder in saved)}
+    own = {x.untyped_storage().data_ptr() for x in (base, leaf, target)}
     kept = sum(size for pointer, size in storages.items() if pointer not in own)
-    multiple = kept / base.untyped_storage().nbytes()
-    text = f"{multiple:.2g} times the prediction's bytes, beside the inputs."
-    if multiple > 16:
-        return warned(
-            text,
-            "Memory limits the batch: combine steps in one autograd.Function, or use a fused loss.",
-            multiple=multiple,
-        )
-    return passed(text, multiple=multiple)
+    size = base.untyped_storage().nbytes()
+    multiple = kept / size
+    text = (
+        f"{multiple:.2g} times the prediction's bytes, beside the inputs: {kept} for {size} ({shapes(base, target)})."
+    )
+    if multiple <= 16:
+        return passed(text, multiple=multiple, kept=kept)
+    found = warned(
+        text,
+        "Memory limits the batch: combine steps in one autograd.Function, or use a fused loss.",
+        multiple=multiple,
+        kept=kept,
+    )
+    found.example = {
+        "prediction": f"float32 {list(base.shape)}",
+        "target": f"{_dtype(target.dtype)} {list(target.shape)}",
+    }
+    return found
 
 
 def compiles(backend: str) -> Property:
     """Under torch.compile with this backend: ``aot_eager`` traces but generates no code, ``inductor`` does."""
 
-    def with_backend(s: Subject) -> Finding:
-        prediction, target = s.sample()
+    @at_random()
+    def with_backend(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         want, want_grad = s.value_and_gradient(prediction, target)
         leaf = prediction.clone().requires_grad_()
 
@@ -674,13 +756,12 @@ def compiles(backend: str) -> Property:
             )
         value = float(out.detach().sum())
         if not _same(value, want, grad, want_grad):
-            found = failed(
+            return failed(
                 f"Compiled, the value is {value:.8g} instead of {want:.8g}, or the gradient differs.",
                 "Look for state and side effects that tracing does not see.",
                 value=value,
                 expected=want,
             )
-            return s.shown(found, prediction, target)
         how = "" if backend == "inductor" else "; traced, no code generated (compile='inductor' does)"
         return passed(f"One graph with the same value and gradient (backend {backend}{how}).")
 

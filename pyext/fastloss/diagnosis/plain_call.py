@@ -15,14 +15,18 @@ from typing import Any
 import torch
 
 from .calculus import _dtype, _line
-from .report import Finding, failed
-from .subject import NoGradientError, Subject
+from .report import Finding, failed, passed
+from .subject import NoGradientError, Subject, shapes
 from .tasks import KINDS, Task, make_task
 
 Loss = Callable[..., Any]
 OWN = os.path.dirname(os.path.dirname(__file__))
 GUESSES: tuple[str, ...] = ("classification", "class_probabilities", "regression", "binary", "probabilities", "sign")
 GUESSES += ("kl", "binary_probabilities")
+FLOAT32_ONLY = (
+    "It takes float32 only, and everything else is examined in float64: make constants with "
+    "prediction.new_tensor(...) or .to(prediction.dtype), and leave .float() out."
+)
 
 
 def callable_loss(loss_fn: Any) -> Loss:
@@ -111,18 +115,27 @@ def _level(fn: Loss, task: Task, prediction: torch.Tensor, target: torch.Tensor)
 def examine(s: Subject) -> Finding | None:
     """What is wrong with the plainest call, or None."""
     prediction, target = s.sample()
-    given = f"prediction {list(prediction.shape)} and target {list(target.shape)} ({_dtype(target.dtype)})"
+    given = f"{shapes(prediction, target)} ({_dtype(target.dtype)})"
+
+    def called(p: torch.Tensor, t: torch.Tensor) -> Any:
+        return s.raw(p.clone().requires_grad_().clone(), t.clone())
+
     try:
-        out = s.raw(prediction.clone().requires_grad_().clone(), target.clone())
+        out = called(prediction, target)
     except Exception as e:
-        if isinstance(e, RuntimeError) and _takes_float32(s):
-            found = _fault(
-                f"Raises {type(e).__name__} for float64 predictions: {_line(e)}",
-                "It takes float32 only, and everything else is examined in float64: make constants with "
-                "prediction.new_tensor(...) or .to(prediction.dtype), and leave .float() out.",
-            )
-            return replace(found, name="result dtype and device")
-        return _fault(f"Raises {type(e).__name__} for {given}{_place(e)}: {_line(e)}", _hint(s, e))
+        float32_only = isinstance(e, RuntimeError) and _takes_float32(s)
+        why = FLOAT32_ONLY if float32_only else _hint(s, e)
+
+        def raises(p: torch.Tensor, t: torch.Tensor) -> Finding:
+            try:
+                called(p, t)
+            except Exception as e:
+                what = "float64 predictions" if float32_only else f"{shapes(p, t)} ({_dtype(t.dtype)}){_place(e)}"
+                return _fault(f"Raises {type(e).__name__} for {what}: {_line(e)}", why)
+            return passed("")
+
+        found = s.judged(raises, prediction, target)
+        return replace(found, name="result dtype and device") if float32_only else found
     first = out[0] if isinstance(out, (tuple, list)) and out else out
     if first is None:
         return _fault("Returns None.", "Is 'return' missing at the end of the function?")

@@ -50,7 +50,7 @@ def shrink(
             without = _without_class(*best, c)
             if without is not None:
                 tried(*without)
-    if plain:
+    if plain and prediction.numel():
         _plainer_target(lambda: best, classes, tried)
         _plainer_prediction(lambda: best, tried)
     return best
