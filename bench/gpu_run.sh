@@ -128,11 +128,13 @@ tests() {
   wait
 }
 sanitizers() {
-  local tool
-  for tool in memcheck racecheck synccheck initcheck; do
+  local tool tools=(memcheck racecheck synccheck initcheck)
+  for tool in "${tools[@]}"; do
     [[ -x build/gpu/probe ]] && run sanitizers "sanitizer-$tool" 60 3 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       --print-limit 5 build/gpu/probe few
-    # The pointwise kernels, and others, through Python.
+  done
+  # The pointwise kernels, and others, through Python, whose start takes longest: after the quick ones.
+  for tool in "${tools[@]}"; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizers "sanitizer-$tool-python" 90 4 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 --print-limit 5 "$python" $check --few --budget 20
   done
