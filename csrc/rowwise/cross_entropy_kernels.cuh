@@ -700,8 +700,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   }
   LossSums& sums = shared.sums[kWarpRows ? threadIdx.x : 0];  // in shared memory: registers are dear
   if (kWarpRows || threadIdx.x == 0) sums = {0, 0, 0};
-  // Two sets of partials, so that one barrier per row, of the block and of the cluster, is enough: who writes a set anew
-  // has passed the barrier of the row between, to which the others came after they had read it.
+  // Two sets of partials, so that one barrier per row, of the block and of the cluster, is enough: who writes a set
+  // anew has passed the barrier of the row between, to which the others came after they had read it.
   int flip = 0;
 
   // Rows on two axes are stepped along without a 64-bit division: the grid, unlike the rows, counts in 32 bits.
