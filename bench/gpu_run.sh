@@ -30,6 +30,8 @@ summary=$out/summary.txt
 : >"$summary"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 python=${PYTHON:-python3}
+# nvcc and compute-sanitizer, where they are not in PATH.
+export PATH=$PATH:${CUDA_HOME:-${CUDA_PATH:-/usr/local/cuda}}/bin
 
 say() { echo "$*" | tee -a "$summary"; }
 left() { echo $((total - SECONDS)); }
@@ -44,7 +46,7 @@ run() {
   ((limit = limit < $(left) - 6 ? limit : $(left) - 6))
   if ((limit < 5)); then say "== $name: NOT RUN, no time left"; return 1; fi
   if [[ -n ${DRY:-} ]]; then say "== $name: up to $limit s: $*"; return 0; fi
-  timeout -s "${signal:-TERM}" -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1
+  timeout -s "${signal:-TERM}" -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
   status=$?
   {
     ((status == 137 && SECONDS - begun < limit)) && status="killed, for want of memory perhaps"
@@ -106,12 +108,14 @@ run big big 90 10 "$python" -m pytest -q tests/test_big.py --device cuda --big -
 more=${BUDGET:-1}
 run pointwise pointwise $((90 * more)) 40 "$python" bench/run.py --device cuda --cases 512x512 --cases "256 Mi" \
   --budget $((55 * more)) --out "$logs/bench-pointwise"
-run policies policies $((80 * more)) 60 "$python" bench/cuda/sweep.py --policies --budget $((64 * more))
+run policies policies $((90 * more)) 60 "$python" bench/cuda/sweep.py --policies --budget $((64 * more))
 
 # ---- tests, sanitizers, the judge and a build, beside each other
 tests() {
   local ignored=() file
-  for file in tests/core tests/emulate tests/test_{mutants,machine_code,packaging,demo,bench_report,add_a_loss,big}.py; do
+  # Those that have nothing to do with a GPU take minutes.
+  for file in tests/core tests/emulate tests/test_{mutants,machine_code,packaging,demo,bench_report,add_a_loss,big}.py \
+    tests/test_{check,docs,plot}.py; do
     ignored+=("--ignore=$file")
   done
   if "$python" -c 'import xdist' 2>/dev/null; then
@@ -128,11 +132,13 @@ tests() {
   wait
 }
 sanitizers() {
-  local tool
-  for tool in memcheck racecheck synccheck initcheck; do
+  local tool tools=(memcheck racecheck synccheck initcheck)
+  for tool in "${tools[@]}"; do
     [[ -x build/gpu/probe ]] && run sanitizers "sanitizer-$tool" 60 3 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       --print-limit 5 build/gpu/probe few
-    # The pointwise kernels, and others, through Python.
+  done
+  # The pointwise kernels, and others, through Python, whose start takes longest: after the quick ones.
+  for tool in "${tools[@]}"; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run sanitizers "sanitizer-$tool-python" 90 4 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 --print-limit 5 "$python" $check --few --budget 20
   done

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +176,14 @@ class Bench:
         return Clock(self.device, xs, step, prepare=restore if system.inplace else None, graph=master.nbytes <= LARGE)
 
 
+class OutOfTime(BaseException):
+    """The budget is spent, or somebody sent SIGTERM: what has been measured is kept."""
+
+
+def out_of_time(number: int, frame: object) -> None:
+    raise OutOfTime
+
+
 def progress(text: str) -> None:
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="", flush=True)
@@ -210,14 +219,16 @@ def run(
     data["cases"] = {case.name: case_facts(case) for case in cases}
     data["results"] = []
     for number, case in enumerate(cases, 1):
-        if time.perf_counter() - begun > budget:
+        rows: list[dict[str, Any]] = []
+        try:
+            if time.perf_counter() - begun > budget:
+                raise OutOfTime
+            for row in bench.case(case):
+                rows.append(row)
+        except OutOfTime:
             data["left_out"] += [left.name for left in cases[number - 1 :]]
             data["complete"] = False
             break
-        rows: list[dict[str, Any]] = []
-        try:
-            for row in bench.case(case):
-                rows.append(row)
         except Exception as failure:  # out of memory, say: the next case may still do
             rows.append({"case": case.name, "mode": FORWARD, "system": "all", "status": f"failed: {failure}"})
         data["results"] += rows
@@ -275,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.systems.split(",") if args.systems else None
     if args.isa:
         limit_isa(args.isa, argv)
+    signal.signal(signal.SIGTERM, out_of_time)
     data = run(
         args.device,
         args.threads,

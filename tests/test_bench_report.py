@@ -1,13 +1,17 @@
 """The benchmark's tables, goals and README blocks, from results made up here: no clock is read."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import report
+import run
 
 GOALS = {"forward": {"eager": 8, "compile": 2}, "forward+backward": {"eager": 9, "peak": 2.1}}
 
@@ -179,3 +183,23 @@ def test_plots(tmp_path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG") and picture in (
             tmp_path / "cuda.md"
         ).read_text()
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has(monkeypatch):
+    """SIGTERM in the second of three cases."""
+    cases = run.CASES["cpu"][:3]
+
+    def measure(bench, case):
+        if case is cases[1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield result("fastloss", 0.020, case=case.name)
+
+    monkeypatch.setattr(run.Bench, "case", measure)
+    monkeypatch.setattr(run, "cpu_roofline", lambda threads: {"copy": 20e9})
+    before = signal.signal(signal.SIGTERM, run.out_of_time)
+    try:
+        found = run.run("cpu", torch.get_num_threads(), cases)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [r["case"] for r in found["results"]] == [cases[0].name]
+    assert found["left_out"] == [case.name for case in cases[1:]] and not found["complete"]

@@ -10,8 +10,10 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,14 @@ def disassembler() -> Path | None:
 
 
 CUOBJDUMP = disassembler()
+
+
+def run(*command, **options) -> str:
+    environment = os.environ | {"PATH": f"{CUOBJDUMP.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=True, **options)
+    return done.stdout
+
+
 pytestmark = [
     pytest.mark.skipif(not OBJECTS, reason="no objects of the CUDA kernels: run `make build` with nvcc"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump with nvdisasm: pip install nvidia-cuda-cuobjdump "
@@ -40,18 +50,55 @@ pytestmark = [
 ]  # fmt: skip
 
 
-def kernels(disassembly: str) -> Iterator[tuple[int, str, set[str]]]:
-    """Architecture, demangled name and the instructions of every kernel."""
-    pieces = re.split(r"^\s*(?:arch = sm_(\d+)|Function : (\S+))\s*$", disassembly, flags=re.MULTILINE)
-    found, arch = [], 0
-    for number, mangled, text in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-        arch = int(number) if number else arch
-        if mangled:
-            found.append((arch, mangled, set(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+)", text, re.M))))
-    names = subprocess.run(["c++filt", "--no-params"], input="\n".join(f[1] for f in found), text=True,
-                           capture_output=True, check=True).stdout.splitlines()  # fmt: skip
-    for (arch, _, instructions), name in zip(found, names, strict=True):
-        yield arch, name.removeprefix("void ").replace("fastloss::", ""), instructions
+def code_of(cubin: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """Mangled name and instructions, 16 bytes each, of the kernels in an ELF file."""
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]
+    for name, _, _, _, offset, length in headers:
+        at = headers[names][4] + name
+        section = cubin[at : cubin.index(b"\0", at)].decode()
+        if section.startswith(".text."):
+            yield section.removeprefix(".text."), [cubin[i : i + 16] for i in range(offset, offset + length, 16)]
+
+
+def disassemble(arch: int, words: list[bytes], folder: Path) -> dict[bytes, str]:
+    """What each instruction is called, with all that follows it after a dot."""
+    raw = folder / f"sm_{arch}.bin"
+    raw.write_bytes(b"".join(words))
+    text = run("nvdisasm", "-ndf", "-b", f"SM{arch}", raw)
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+)", text, re.M)
+    return dict(zip(words, names, strict=True))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict[Path, list[tuple[int, str, set[str]]]]:
+    """Architecture, demangled name and the instructions of every kernel in every object.
+
+    The disassembler takes some 13 us for an instruction, and there are millions; each that is the same to the last bit
+    is shown to it once.
+    """
+    folder = tmp_path_factory.mktemp("cubins")
+    found: list[tuple[Path, int, str, set[bytes]]] = []
+    words: dict[int, set[bytes]] = {}
+    for path in OBJECTS:
+        run("cuobjdump", "-xelf", "all", path, cwd=folder)
+        for cubin in folder.glob("*.cubin"):
+            arch = int(re.search(r"\.sm_(\d+)\.cubin$", cubin.name)[1])
+            for mangled, code in code_of(cubin.read_bytes()):
+                found.append((path, arch, mangled, set(code)))
+                words.setdefault(arch, set()).update(code)
+            cubin.unlink()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tables = pool.map(lambda arch: disassemble(arch, list(words[arch]), folder), words)
+        names = dict(zip(words, tables, strict=True))
+    demangled = subprocess.run(["c++filt", "--no-params"], input="\n".join(f[2] for f in found), text=True,
+                               capture_output=True, check=True).stdout.splitlines()  # fmt: skip
+    kernels: dict[Path, list[tuple[int, str, set[str]]]] = {path: [] for path in OBJECTS}
+    for (path, arch, _, code), name in zip(found, demangled, strict=True):
+        short = name.removeprefix("void ").replace("fastloss::", "")
+        kernels[path].append((arch, short, {names[arch][word] for word in code}))
+    return kernels
 
 
 def expected(name: str) -> tuple[int, int, bool]:
@@ -79,15 +126,11 @@ def widest(instructions: set[str], kind: str) -> int:
 
 
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name.removesuffix(".cu.o"))
-def test_machine_code(path):
+def test_machine_code(path, kernels):
     """128-bit accesses in what streams, nothing in local memory, the cluster's barriers where clusters run and only
     there."""
-    environment = os.environ | {"PATH": f"{CUOBJDUMP.parent}:{os.environ['PATH']}"}
-    text = subprocess.run(
-        [CUOBJDUMP, "-sass", path], env=environment, text=True, capture_output=True, check=True
-    ).stdout
     seen, problems = set(), []
-    for arch, name, instructions in kernels(text):
+    for arch, name, instructions in kernels[path]:
         seen.add(name.partition("<")[0])
         load, store, cluster = expected(name)
         cluster &= arch >= CLUSTERS_FROM

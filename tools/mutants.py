@@ -79,7 +79,6 @@ def plant(source: Path, target: Path) -> list[Mutant]:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     mutants: list[Mutant] = []
-    late: list[int] = []  # cluster_arrive and cluster_wait that stand apart: one without the other is no use
     for path in sorted(p for pattern in KERNELS for p in target.glob(pattern)):
         lines = path.read_text().splitlines()
         begin = next((i for i, line in enumerate(lines) if COMMON_FROM in line), 0)
@@ -99,22 +98,13 @@ def plant(source: Path, target: Path) -> list[Mutant]:
                 return f"{match[0]} + fastloss::bound_shift({up}, {down})"
 
             def removable(match: re.Match[str]) -> str:
-                numbers = []
-                pair = "cluster_wait();" if match[1] == "cluster_arrive" else "cluster_arrive();"
-                beside = lines[i + 1 if match[1] == "cluster_arrive" else i - 1]  # noqa: B023
-                if match[1] in ("cluster_arrive", "cluster_wait"):
-                    if pair not in beside:
-                        if not late:
-                            late.append(new(0, "every cluster_arrive and cluster_wait that stand apart"))
-                        numbers.append(late[0])
-                    elif match[1] == "cluster_arrive":
-                        numbers.append(new(0, text + " " + pair))  # noqa: B023
-                    else:
-                        numbers.append(len(mutants))  # the pair, just made
+                if match[1] == "cluster_wait":  # goes with the arrive before it, just made: alone neither is any use
+                    assert "cluster_arrive();" in lines[i - 1], text  # noqa: B023
+                    number = len(mutants)
                 else:
                     following = "" if "//" in text else " " + lines[i + 1].strip()  # noqa: B023
-                    numbers.append(new(0, text + following))  # noqa: B023
-                return f"if (!fastloss::removed({numbers[0]})) {match[0]}"
+                    number = new(0, text + following)  # noqa: B023
+                return f"if (!fastloss::removed({number})) {match[0]}"
 
             code = SYNC.sub(removable, code)
             code = BOUND.sub(bound, code)

@@ -540,6 +540,14 @@ static void check_few() {
       k.argmax = true;
       check(k);
     }
+    if (type == DType::bf16) {  // forward alone streams where there are more than four rows for each multiprocessor
+      Case k;
+      k.type = type;
+      k.outer = 800;
+      k.classes = 3100 * l + 1;
+      k.what = "few long rows";
+      check(k);
+    }
     for (const auto& shape : std::vector<std::array<int64_t, 3>>{
              {2, 5, 66}, {2, 21, 64}, {2, 21, 33}, {2, 30, 64}, {2, 30, 33}, {1, 170, 64}, {1, 170, 33}}) {
       Case k;

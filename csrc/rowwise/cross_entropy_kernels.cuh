@@ -700,7 +700,9 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   }
   LossSums& sums = shared.sums[kWarpRows ? threadIdx.x : 0];  // in shared memory: registers are dear
   if (kWarpRows || threadIdx.x == 0) sums = {0, 0, 0};
-  int flip = 0;  // two sets of partials, so that one barrier per row is enough
+  // Two sets of partials, so that one barrier per row, of the block and of the cluster, is enough: who writes a set
+  // anew has passed the barrier of the row between, to which the others came after they had read it.
+  int flip = 0;
 
   // Rows on two axes are stepped along without a 64-bit division: the grid, unlike the rows, counts in 32 bits.
   int64_t inner_at = 0, outer_at = 0, inner_step = 0, outer_step = 0;
@@ -817,7 +819,6 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
             reduce_best(best, kWarp);
             reduce_best(best_prob[0], kWarp);
           }
-          cluster_arrive();  // this block has read; see the wait below
         }
       }
     }
@@ -833,10 +834,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     }
     const RowResult<A> r = finish_row<kGeneral>(p, call, pass, row, target, s, z_target, best, best_prob[0],
                                                 active && leader_thread, &sums);
-    if (pass == Pass::forward) {
-      if (!kWarpRows && parts > 1) cluster_wait();
-      continue;
-    }
+    if (pass == Pass::forward) continue;
 
     // ---- gradient
     T* grad = static_cast<T*>(p.grad) + row_offset<kGeneral>(p.grad_strides, o, i);
@@ -901,10 +899,12 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
       if (kGeneral && p.transform) g *= transform_slope(p.k, z_target);
       grad[target.index * grad_stride] = from_accum<T>(g);
     }
-    // No block overwrites its part's statistics, or leaves, before all have read them.
-    if (!kWarpRows && parts > 1 && pass != Pass::backward) cluster_wait();
   }
   if (pass == Pass::backward) return;
+  if (!kWarpRows && parts > 1) {  // no block leaves before all have read its statistics
+    cluster_arrive();
+    cluster_wait();
+  }
   if (part == 0) {
     const unsigned block = (blockIdx.x ^ p.zero) / unsigned(parts);
     finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, block, gridDim.x / unsigned(parts),

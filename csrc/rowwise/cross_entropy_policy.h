@@ -7,7 +7,8 @@
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
 //     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)
-//     V <= 65536, sm_90+  a cluster per row: 2, 4, 8 or 16 such blocks (16-bit types: V <= 49152; general: V <= 16384),
+//     V <= 65536, sm_90+  a cluster per row: 2, 4, 8 or 16 such blocks (16-bit types: V <= 49152; general: V <= 16384;
+//                         float64, of 8 blocks at most: V <= 8192),
 //                         as many and with as many vectors per thread as cluster_cost likes best
 //     beyond, and forward alone instead of a cluster where there are rows enough
 //                         streaming: blocks (few rows, sm_90+: clusters) walk along the row
@@ -214,7 +215,9 @@ inline RowwiseConfig rowwise_config(const RowwiseProblem& p, const DevicePropert
     c.vectors = many;
     c.parts = vectors <= many * kMaxRowThreads ? 1 : 0;  // 0: not found yet
     double least = INFINITY;
-    for (int parts = 2; parts <= device.max_cluster && c.parts != 1; parts *= 2) {
+    // A block of float64 has a multiprocessor to itself. Not every device has 16 of them side by side; all have 8.
+    const int most_parts = p.element_bytes == 8 && device.max_cluster > 8 ? 8 : device.max_cluster;
+    for (int parts = 2; parts <= most_parts && c.parts != 1; parts *= 2) {
       const int64_t slice = row_slice(vectors, parts);
       for (int per_thread : {few, many}) {
         if (slice > per_thread * kMaxRowThreads) continue;

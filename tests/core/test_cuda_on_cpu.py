@@ -261,6 +261,8 @@ def row_cases():
 @pytest.mark.parametrize("kernel, sm, rows, vectors, extra, layout, features, dtype", list(row_cases()))
 def test_rows(kernel, sm, rows, vectors, extra, layout, features, dtype):
     classes = vectors * 16 // ITEM_SIZE[dtype] + extra
+    if dtype == "float64" and vectors > 8192:  # would take 16 blocks, each with a multiprocessor to itself
+        kernel = kernel.replace("cluster", "streaming")
     assert run_schedules(sm, (rows, classes), dtype, features, layout) == kernel
 
 
@@ -512,7 +514,9 @@ def test_launch_policy(element_bytes, max_cluster, multiprocessors):
                             seen.add(c["regime"])
                             assert 32 <= c["threads"] <= 256 and c["threads"] % 32 == 0
                             assert 0 < c["grid"] < 2**31 and c["grid"] % c["parts"] == 0
-                            assert c["parts"] <= max_cluster or not c["cluster"]
+                            # float64 takes a multiprocessor per block: no more than any device has together.
+                            most = min(max_cluster, 8) if element_bytes == 8 else max_cluster
+                            assert c["parts"] <= most or not c["cluster"]
                             assert c["parts"] & (c["parts"] - 1) == 0 or not c["cluster"]
                             # Blocks of a row that wait for each other are a cluster.
                             together = pass_ != "backward" or in_place
