@@ -1,6 +1,7 @@
 """torch.func, torch.compile, the operators' registrations, autocast."""
 
 import functools
+import itertools
 
 import fastloss
 import pytest
@@ -333,10 +334,10 @@ def operator_calls(device):
                 yield ops.cross_entropy_forward_inplace, (*arguments, 0)
                 yield ops.cross_entropy_forward_inplace, (*arguments, STATS)
         for reduction in (NONE, MEAN, SUM):
-            yield ops.nll_loss_forward, (x, t, w, reduction, -100)
-            total = ops.nll_loss_forward(x, t, w, reduction, -100)[1]
+            yield ops.nll_loss_forward, (x, t, w, reduction, 0, -100)
+            total = ops.nll_loss_forward(x, t, w, reduction, 0, -100)[1]
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
-            yield ops.nll_loss_backward, (g, x, t, w, total, reduction, -100)
+            yield ops.nll_loss_backward, (g, x, t, w, total, reduction, 0, -100)
         u, mask = torch.linspace(-1, 1, x.numel(), device=device).view_as(x), x > 0.1
         for reduction, extra in ((NONE, (w.view(-1, *[1] * (x.dim() - 2)).expand_as(x), mask)), (MEAN, (None, None))):
             options = (ops.pointwise_losses().split().index("huber_loss"), 0.5, reduction, 0, 0.0, 0)
@@ -416,11 +417,18 @@ def test_autocast_nll_loss(device):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         x, t = problem(6, 5, device=device, dtype=dtype)
         x.requires_grad_()
-        with torch.autocast(device, torch.bfloat16):
-            got, want = fastloss.nll_loss(x, t), F.nll_loss(x, t)
-        assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+        # Autocast makes float32 of 16-bit arguments, each by itself: their dtypes may differ then.
+        weights = [
+            torch.rand(5, device=device).to(w)
+            for w in ([dtype] if dtype == torch.float64 else (torch.bfloat16, torch.float16, torch.float32))
+        ]
+        for weight, reduction in itertools.product((None, *weights), ("mean", "none")):
+            with torch.autocast(device, torch.bfloat16):
+                got, want = (f(x, t, weight, reduction=reduction) for f in (fastloss.nll_loss, F.nll_loss))
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want)
+            up = torch.rand_like(got)
+            torch.testing.assert_close(torch.autograd.grad(got, x, up), torch.autograd.grad(want, x, up))
 
 
 def test_autocast_of_a_training_step(device):

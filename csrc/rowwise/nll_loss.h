@@ -16,10 +16,11 @@ struct NllLossArgs {
   int64_t ignore_index = -100;
   Reduction reduction = Reduction::mean;
 
-  void* loss = nullptr;          // [] or [rows], input_type
+  DType loss_type = DType::f32;  // of loss and grad_output
+  void* loss = nullptr;          // [] or [rows]
   void* total_weight = nullptr;  // [1] accum_of(input_type): D; written by forward, read by backward
 
-  const void* grad_output = nullptr;  // [] or [rows], input_type
+  const void* grad_output = nullptr;  // [] or [rows]
   bool grad_output_per_row = false;
   void* grad = nullptr;  // [outer, classes, inner], input_type; every element is written
   Strides grad_strides;

@@ -45,14 +45,14 @@ Status nll_forward(const NllLossArgs& a, ParallelFor parallel_for) {
       p.weight += w;
       p.loss += loss;
     }
-    if (a.reduction == Reduction::none) store_scalar(a.loss, a.input_type, row, loss + 0.0);
+    if (a.reduction == Reduction::none) store_scalar(a.loss, a.loss_type, row, loss + 0.0);
   });
   constexpr int64_t stride = sizeof(NllPart) / sizeof(double);
   const double total = pairwise_sum(&parts[0].loss, blocks, stride);
   const double total_weight = pairwise_sum(&parts[0].weight, blocks, stride);
   if (a.total_weight) *static_cast<T*>(a.total_weight) = T(total_weight);
-  if (a.reduction == Reduction::mean) store_scalar(a.loss, a.input_type, 0, total / total_weight);
-  if (a.reduction == Reduction::sum) store_scalar(a.loss, a.input_type, 0, total);
+  if (a.reduction == Reduction::mean) store_scalar(a.loss, a.loss_type, 0, total / total_weight);
+  if (a.reduction == Reduction::sum) store_scalar(a.loss, a.loss_type, 0, total);
   return {};
 }
 
@@ -81,7 +81,7 @@ Status nll_backward(const NllLossArgs& a, ParallelFor parallel_for) {
         const int64_t row = o * a.inner + i, t = load_index(a.target, a.index_type, row);
         if (t == a.ignore_index) continue;
         const double w = weight ? double(weight[t]) : 1.0;
-        const double up = load_scalar(a.grad_output, a.input_type, a.grad_output_per_row ? row : 0);
+        const double up = load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0);
         p[t * g.cls + i * g.inner] = from_accum<S, double>(-w * up / total);
       }
     }

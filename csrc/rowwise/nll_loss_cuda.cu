@@ -50,6 +50,7 @@ NllLossParams<accum_t<T>> params_of(const NllLossArgs& a) {
   p.rows = a.rows();
   p.ignore_index = a.ignore_index;
   p.index_type = a.index_type;
+  p.loss_type = a.loss_type;
   p.reduction = a.reduction;
   p.grad_output_per_row = a.grad_output_per_row;
   return p;

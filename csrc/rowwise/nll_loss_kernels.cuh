@@ -30,6 +30,7 @@ struct NllLossParams {
   Strides input_strides, grad_strides;
   int64_t outer, classes, inner, rows, ignore_index;
   IndexType index_type;
+  DType loss_type;  // of loss and grad_output
   Reduction reduction;
   bool grad_output_per_row;
 };
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kNllThreads) nll_loss_forward_kernel(const Nll
       loss_sum += loss;
       record_bad_target(p.record, row, t);
     }
-    if (p.reduction == Reduction::none) static_cast<T*>(p.loss)[row] = from_accum<T>(accum_t<T>(loss + 0.0));
+    if (p.reduction == Reduction::none) store_as(p.loss, p.loss_type, row, accum_t<T>(loss + 0.0));
   }
   if (!p.partials) return;
   loss_sum = block_sum(loss_sum, scratch);
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kNllThreads) nll_loss_finish_kernel(const NllL
   if (threadIdx.x != 0) return;
   if (p.total_weight) *p.total_weight = A(weight);
   if (p.reduction != Reduction::none)
-    *static_cast<T*>(p.loss) = from_accum<T>(A(p.reduction == Reduction::mean ? loss / weight : loss));
+    store_as(p.loss, p.loss_type, 0, A(p.reduction == Reduction::mean ? loss / weight : loss));
 }
 
 template <class T>
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kNllThreads) nll_loss_scatter_kernel(const Nll
     const int64_t t = load_index(p.target, p.index_type, row);
     if (t < 0 || t >= p.classes || t == p.ignore_index) continue;
     const double w = p.weight ? double(p.weight[t]) : 1.0;
-    const double g = double(to_accum(static_cast<const T*>(p.grad_output)[p.grad_output_per_row ? row : 0]));
+    const double g = load_as<double>(p.grad_output, p.loss_type, p.grad_output_per_row ? row : 0);
     static_cast<T*>(p.grad)[element_offset(p.grad_strides, row, p.inner, t)] =
         from_accum<T>(accum_t<T>(-w * g * per_total));
   }

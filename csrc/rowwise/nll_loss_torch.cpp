@@ -11,7 +11,7 @@ namespace fastloss {
 namespace {
 
 NllLossArgs arguments(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
-                      int64_t ignore_index, const Tensor& layout_of) {
+                      int64_t loss_dtype, int64_t ignore_index, const Tensor& layout_of) {
   if (input.dim() < 2) throw std::invalid_argument("input: expected [N, C, ...]");
   NllLossArgs a;
   const Collapsed c = collapse({&input, &layout_of});
@@ -31,6 +31,8 @@ NllLossArgs arguments(const Tensor& input, const Tensor& target, const std::opti
     a.weight = weight->data_ptr();
   }
   a.reduction = Reduction(reduction);
+  if (loss_dtype < 0 || loss_dtype > int64_t(DType::bf16)) throw std::invalid_argument("loss_dtype: unknown");
+  a.loss_type = DType(loss_dtype);
   a.ignore_index = ignore_index;
   return a;
 }
@@ -43,12 +45,12 @@ Status on_cuda(Status (*kernel)(const NllLossArgs&, const CudaContext&), const N
 #endif
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                                   int64_t reduction, int64_t ignore_index) {
-  NllLossArgs a = arguments(input, target, weight, reduction, ignore_index, input);
+                                   int64_t reduction, int64_t loss_dtype, int64_t ignore_index) {
+  NllLossArgs a = arguments(input, target, weight, reduction, loss_dtype, ignore_index, input);
   int64_t sizes[64], strides[64];
   const int64_t dim = a.reduction == Reduction::none ? target.dim() : 0;
   for (int64_t d = 0; d < dim; ++d) sizes[d] = target.size(d), strides[d] = target.stride(d);
-  Tensor loss = allocate(input, sizes, strides, dim, input.scalar_type());
+  Tensor loss = allocate(input, sizes, strides, dim, scalar_type_of(a.loss_type));
   Tensor total_weight = allocate_scalar(input, scalar_type_of(accum_of(a.input_type)));
   a.loss = loss.data_ptr();
   a.total_weight = total_weight.data_ptr();
@@ -64,12 +66,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& target, co
 }
 
 Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                const std::optional<Tensor>& weight, const Tensor& total_weight, int64_t reduction,
+                const std::optional<Tensor>& weight, const Tensor& total_weight, int64_t reduction, int64_t loss_dtype,
                 int64_t ignore_index) {
   Tensor grad = allocate_like(input);
-  NllLossArgs a = arguments(input, target, weight, reduction, ignore_index, grad);
+  NllLossArgs a = arguments(input, target, weight, reduction, loss_dtype, ignore_index, grad);
   const bool per_row = a.reduction == Reduction::none;
-  require_vector(grad_output, "grad_output", per_row ? a.rows() : 1, input.scalar_type(), input);
+  require_vector(grad_output, "grad_output", per_row ? a.rows() : 1, scalar_type_of(a.loss_type), input);
   require_vector(total_weight, "total_weight", 1, scalar_type_of(accum_of(a.input_type)), input);
   a.grad_output = grad_output.data_ptr();
   a.grad_output_per_row = per_row;
@@ -90,11 +92,12 @@ Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& ta
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   m.def(
-      "nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index) -> (Tensor, "
-      "Tensor)");
+      "nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int loss_dtype, int ignore_index) "
+      "-> "
+      "(Tensor, Tensor)");
   m.def(
       "nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor total_weight, int "
-      "reduction, int ignore_index) -> Tensor");
+      "reduction, int loss_dtype, int ignore_index) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
   m.impl("nll_loss_forward", TORCH_BOX(&forward));

@@ -139,6 +139,13 @@ def test_nll_loss(dtype, reduction):
         want_grad = np.where(counted[:, None], np.eye(shape[1])[target % shape[1]], 0) * by_row[:, None]
         outer, classes, inner = exact_x.shape
         close(back, want_grad.reshape(outer, inner, classes).transpose(0, 2, 1), dtype)
+        wide = "float64" if dtype == "float64" else "float32"  # as under autocast
+        got = core.nll_loss_forward(x, target, reduction=reduction, loss_dtype=wide, **options)
+        close(got["loss"], want, wide)
+        grad_output = np.asarray(exact(grad_output), wide)
+        options["loss_dtype"] = wide
+        again = core.nll_loss_backward(x, target, got["total_weight"], grad_output, reduction=reduction, **options)
+        assert (again["grad"] == back).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

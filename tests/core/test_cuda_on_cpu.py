@@ -444,6 +444,13 @@ def test_nll_loss(dtype, reduction):
             grad = grad.written()
             close(grad, want_grad, dtype)
             bits.append(got["loss"].tobytes() + grad.tobytes())
+        wide = "float64" if dtype == "float64" else "float32"  # as under autocast
+        got = emulated.nll_loss_forward(memory.array, guarded(target), reduction=reduction, loss_dtype=wide, **options)
+        close(got["loss"], want, wide)
+        options |= {"reduction": reduction, "loss_dtype": wide}
+        up = np.asarray(exact(grad_output), wide)
+        again = emulated.nll_loss_backward(memory.array, guarded(target), got["total_weight"], up, **options)["grad"]
+        assert (again == grad).all()
         assert len(set(bits)) == 1
 
 

@@ -17,6 +17,7 @@ from .._library import cuda_built
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # Codes of the C++ enum DType.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 INDEX_DTYPES = frozenset(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
@@ -49,10 +50,10 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def under_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for this device; torch's losses then return float32 for float16 and bfloat16."""
+def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What torch's losses compute with: float32 instead of float16 and bfloat16 where autocast is on for the device."""
     kind = device.type
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return torch.float32 if dtype in HALVES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else dtype
 
 
 def as_int(function: str, name: str, value: Any) -> int:

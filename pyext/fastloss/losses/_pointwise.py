@@ -24,14 +24,13 @@ from torch.autograd.function import once_differentiable
 
 from .._library import loop_vmap, ops
 from . import _common
-from ._common import DTYPE_CODES, REDUCTIONS
+from ._common import DTYPE_CODES, DTYPES, REDUCTIONS
 
 NONE, MEAN, SUM = 0, 1, 2
 GRAD_INPUT, GRAD_TARGET = 1, 2  # bits of `flags`, as in pointwise_torch.cpp
 NUMBERS: dict[str, int] = {name: i for i, name in enumerate(ops.pointwise_losses().split())}
 _ROOTS = frozenset((NUMBERS["rmse_loss"],))
 MAX_DIMS = 24
-LOSS_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class Options(NamedTuple):
@@ -58,8 +57,8 @@ def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def _fake_loss(input: Tensor, o: Options) -> Tensor:
     if o.reduction == NONE:
-        return _like(input, LOSS_DTYPES[o.loss_dtype])
-    return input.new_empty(input.shape[: o.row_dims], dtype=LOSS_DTYPES[o.loss_dtype])
+        return _like(input, DTYPES[o.loss_dtype])
+    return input.new_empty(input.shape[: o.row_dims], dtype=DTYPES[o.loss_dtype])
 
 
 def _fake_grads(input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
@@ -449,8 +448,8 @@ def check(
     shape = input.shape
 
     cast = weight is None or not torch_weight or keeps_input_dtype  # torch's weighted L1 and MSE are not on the list
-    if cast and dtype in _common.HALVES and _common.under_autocast(input.device):
-        dtype = torch.float32
+    if cast:
+        dtype = _common.autocast_dtype(dtype, input.device)
     denominator = 0.0
     if weight is not None:
         floating = weight.is_floating_point()

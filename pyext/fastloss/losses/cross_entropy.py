@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import errors
 from .._library import loop_vmap, ops
 from . import _common
-from ._common import DTYPE_CODES, INDEX_DTYPES
+from ._common import DTYPE_CODES, DTYPES, INDEX_DTYPES
 
 # Bits of `flags`, as in cross_entropy_torch.cpp.
 SAVE, GRAD, ALL_IGNORED_ZERO, ZERO_TIMES_INF, STATS = 1, 2, 4, 8, 16
@@ -70,12 +70,9 @@ def _saved_count(logits: Tensor, target: Tensor) -> int:
     return (3 if target.is_floating_point() else 2) * rows + 2
 
 
-_LOSS_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-
-
 def _fake_loss(logits: Tensor, options: _Options) -> Tensor:
     shape = _row_shape(logits) if options.reduction == NONE else []
-    return logits.new_empty(shape, dtype=_LOSS_DTYPES[options.loss_dtype])
+    return logits.new_empty(shape, dtype=DTYPES[options.loss_dtype])
 
 
 def _fake_saved_grad(logits: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
@@ -235,7 +232,7 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
 def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
     logits, target, weight, sample_weight, _ = _common.saved_for_jvp(ctx)
     o: _Options = ctx.options
-    ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=_LOSS_DTYPES[o.loss_dtype])
+    ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
     f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
     total: Any = 0
     if logits_t is not None:
@@ -245,7 +242,7 @@ def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: T
     if weight_t is not None and f_weight is not None:
         total = total + f_weight * weight_t.view(-1, *[1] * (logits.dim() - 2))
     result = total.sum(1) if o.reduction == NONE else total.sum()
-    return result.to(_LOSS_DTYPES[o.loss_dtype])
+    return result.to(DTYPES[o.loss_dtype])
 
 
 # --------------------------------------------------------------------------------------------------- autograd
@@ -722,8 +719,7 @@ def cross_entropy(
                 "use reduction='none' and multiply"
             )
         sample_weight = sample_weight.to(accum).contiguous()
-    if loss_dtype in _common.HALVES and _common.under_autocast(input.device):
-        loss_dtype = torch.float32
+    loss_dtype = _common.autocast_dtype(loss_dtype, input.device)
     if inplace_grad and input.requires_grad and torch.is_grad_enabled():
         if input.is_leaf:
             raise RuntimeError(

@@ -13,20 +13,28 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import errors
 from .._library import loop_vmap, ops
 from . import _common, cross_entropy
+from ._common import DTYPE_CODES, DTYPES
 from .cross_entropy import MEAN, NONE
 
 _SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
 @torch.library.register_fake("fastloss::nll_loss_forward")
-def _(input: Any, target: Any, weight: Any, reduction: Any, ignore_index: Any) -> Any:
-    loss = input.new_empty(target.shape if reduction == NONE else [])
+def _(input: Any, target: Any, weight: Any, reduction: Any, loss_dtype: Any, ignore_index: Any) -> Any:
+    loss = input.new_empty(target.shape if reduction == NONE else [], dtype=DTYPES[loss_dtype])
     return loss, input.new_empty([], dtype=_common.accum_dtype(input.dtype))
 
 
 @torch.library.register_fake("fastloss::nll_loss_backward")
 def _(
-    grad_output: Any, input: Any, target: Any, weight: Any, total_weight: Any, reduction: Any, ignore_index: Any
+    grad_output: Any,
+    input: Any,
+    target: Any,
+    weight: Any,
+    total_weight: Any,
+    reduction: Any,
+    loss_dtype: Any,
+    ignore_index: Any,
 ) -> Any:
     return torch.empty_like(input)
 
@@ -36,10 +44,10 @@ torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_los
 
 
 def _row_factors(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int]
+    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
     """Class index (ignored ones replaced) and -w_t / D of every row, [N, 1, d1, ...]: the loss is linear in input."""
-    reduction, ignore_index = options
+    reduction, _, ignore_index = options
     target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
     counted = (target != ignore_index).unsqueeze(1)
     index = torch.where(target != ignore_index, target, 0).unsqueeze(1)
@@ -61,21 +69,21 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output
         rows = (factor * upstream).to(input.dtype)
         grad = _common.attach(grad, torch.zeros_like(input).scatter(1, index, rows))
-    return grad, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
     input, target, weight, _ = _common.saved_for_jvp(ctx)
     index, factor = _row_factors(input, target, weight, ctx.options)
-    rows = (factor * input_t.gather(1, index)).squeeze(1).to(input.dtype)
+    rows = (factor * input_t.gather(1, index)).squeeze(1).to(DTYPES[ctx.options[1]])
     return (rows if ctx.options[0] == NONE else rows.sum()), None
 
 
 class _NllLoss(Function):
     @staticmethod
-    def forward(ctx: Any, input: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
-        loss, total_weight = ops.nll_loss_forward(input, target, weight, reduction, ignore_index)
-        ctx.options = reduction, ignore_index
+    def forward(ctx: Any, input: Any, target: Any, weight: Any, *options: int) -> Any:
+        loss, total_weight = ops.nll_loss_forward(input, target, weight, *options)
+        ctx.options = options
         ctx.save_for_backward(input, target, weight, total_weight)
         ctx.save_for_forward(input, target, weight, total_weight)  # vmap wants the same as for backward
         ctx.mark_non_differentiable(total_weight)
@@ -96,8 +104,8 @@ class _NllLossTransformed(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
-        return ops.nll_loss_forward(input, target, weight, reduction, ignore_index)
+    def forward(input: Any, target: Any, weight: Any, *options: int) -> Any:
+        return ops.nll_loss_forward(input, target, weight, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
@@ -179,14 +187,12 @@ def nll_loss(
     target = _common.index_target(target)
     if not cross_entropy._mergeable(input):
         input = input.contiguous()
-    weight_dtype = input.dtype
-    if input.dtype in _common.HALVES and _common.under_autocast(input.device):
-        input = input.float()
+    loss_dtype = _common.autocast_dtype(input.dtype, input.device)
     if weight is not None:
         cross_entropy._check_weight(weight, input.shape[1], "nll_loss")
-        if weight.dtype is not weight_dtype:
+        if _common.autocast_dtype(weight.dtype, input.device) is not loss_dtype:
             raise RuntimeError(
-                f"expected scalar type {_SCALAR_TYPES[weight_dtype]} but found "
+                f"expected scalar type {_SCALAR_TYPES[input.dtype]} but found "
                 f"{_SCALAR_TYPES.get(weight.dtype, weight.dtype)}: "
                 "nll_loss(): weight needs the dtype of the "
                 "input; call weight.to(input.dtype)"
@@ -198,7 +204,7 @@ def nll_loss(
             )
         weight = weight.to(_common.accum_dtype(input.dtype)).contiguous()
 
-    options = (red, ignore_index)
+    options = (red, DTYPE_CODES[loss_dtype], ignore_index)
     if _common.functorch_active():
         loss = _NllLossTransformed.apply(input, target, weight, *options)[0]
     elif _common.forward_mode_active():

@@ -47,7 +47,7 @@ def _composed(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor
             total = counted.sum(cols, dtype=torch.float64) if cols else counted.double()
         nothing = total == 0  # nan, but without a gradient
         square = torch.where(nothing, torch.nan, square / torch.where(nothing, 1.0, total))
-    return _safe_root(square + o.param).to(_pointwise.LOSS_DTYPES[o.loss_dtype])
+    return _safe_root(square + o.param).to(_common.DTYPES[o.loss_dtype])
 
 
 def _again(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
