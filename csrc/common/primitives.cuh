@@ -7,6 +7,9 @@
 //   load16, load16_stream, store16, store16_stream  one 128-bit access; stream = global memory, evict first: the data
 //                                        are used once
 //   load8_stream, store8_stream          the same of 64 bits
+//   VecWide, load_wide_stream, store_wide_stream  kWideParts Vec16 next to each other: two from sm_100 on, in one
+//   256-bit
+//                                        access where the address allows it
 //   exp2_fast(float)                     2^x, 2 ulp, results below 2^-126 flushed to 0
 //   reciprocal_fast(float)               1/x, 1 ulp
 //   shared_memory()                      the block's dynamic shared memory, 16-byte aligned; there is no static one
@@ -70,6 +73,43 @@ __device__ __forceinline__ Vec8 load8_stream(const void* p) {
 }
 __device__ __forceinline__ void store8_stream(void* p, Vec8 v) {
   __stcs(static_cast<uint2*>(p), make_uint2(v.word[0], v.word[1]));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kWideParts = 2;
+#else
+constexpr int kWideParts = 1;
+#endif
+struct VecWide {
+  Vec16 part[kWideParts];
+};
+// `aligned`: the address is a multiple of 32 bytes.
+__device__ __forceinline__ VecWide load_wide_stream(const void* p, bool aligned) {
+  VecWide v;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (aligned) {
+    uint32_t (&a)[4] = v.part[0].word, (&b)[4] = v.part[1].word;
+    asm volatile("ld.global.cs.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]), "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "l"(__cvta_generic_to_global(p))
+                 : "memory");
+    return v;
+  }
+#endif
+  for (int i = 0; i < kWideParts; ++i) v.part[i] = load16_stream(static_cast<const Vec16*>(p) + i);
+  return v;
+}
+__device__ __forceinline__ void store_wide_stream(void* p, const VecWide& v, bool aligned) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (aligned) {
+    const uint32_t (&a)[4] = v.part[0].word, (&b)[4] = v.part[1].word;
+    asm volatile("st.global.cs.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3])
+                 : "memory");
+    return;
+  }
+#endif
+  for (int i = 0; i < kWideParts; ++i) store16_stream(static_cast<Vec16*>(p) + i, v.part[i]);
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

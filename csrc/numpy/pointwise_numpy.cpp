@@ -66,9 +66,9 @@ class Results {
     a_.factor = static_cast<double*>(const_cast<void*>(factor.data()));
     results_["factor"] = factor;
   }
-  void want_grads(bool input, bool target) {
-    if (input) want_grad(a_.grad_input, input_, "grad_input");
-    if (target) want_grad(a_.grad_target, target_, "grad_target");
+  void want_grads(const py::object& input, const py::object& target) {
+    want_grad(input, a_.grad_input, input_, "grad_input");
+    want_grad(target, a_.grad_target, target_, "grad_target");
   }
   template <class F>
   py::dict run(const F& f) {
@@ -78,10 +78,9 @@ class Results {
   }
 
  private:
-  void want_grad(PointwiseOperand& o, const py::dtype& type, const char* name) {
-    const py::array grad(type, shape_);
-    set_operand(a_, o, grad, name);
-    results_[name] = grad;
+  void want_grad(const py::object& wanted, PointwiseOperand& o, const py::dtype& type, const char* name) {
+    Output(wanted, type, shape_, name).put(results_, name);
+    if (results_.contains(name)) set_operand(a_, o, results_[name], name);
   }
 
   PointwiseArgs& a_;
@@ -102,7 +101,7 @@ void set_grad_output(PointwiseArgs& a, const py::array& grad_output) {
 
 py::dict forward(const py::array& input, const py::array& target, const std::string& loss, double param,
                  const std::string& reduction, int row_dims, const py::object& weight, const py::object& mask,
-                 double weight_denominator, bool grad_input, bool grad_target) {
+                 double weight_denominator, const py::object& grad_input, const py::object& grad_target) {
   PointwiseArgs a = pointwise_args(input, target, loss, param, reduction, row_dims, weight, mask, weight_denominator);
   Results results(a, input, target);
   results.want_loss();
@@ -114,7 +113,7 @@ py::dict forward(const py::array& input, const py::array& target, const std::str
 py::dict backward(const py::array& grad_output, const py::array& factor, const py::array& input,
                   const py::array& target, const std::string& loss, double param, const std::string& reduction,
                   int row_dims, const py::object& weight, const py::object& mask, double weight_denominator,
-                  bool grad_input, bool grad_target) {
+                  const py::object& grad_input, const py::object& grad_target) {
   PointwiseArgs a = pointwise_args(input, target, loss, param, reduction, row_dims, weight, mask, weight_denominator);
   set_factor(a, factor);
   set_grad_output(a, grad_output);
@@ -134,7 +133,7 @@ py::dict second(const py::array& grad_output, const py::array& factor, const py:
   Results results(a, input, target);
   if (gradients) {
     set_grad_output(a, grad_output);
-    results.want_grads(true, true);
+    results.want_grads(py::bool_(true), py::bool_(true));
   } else {
     results.want_loss();
   }
@@ -155,7 +154,8 @@ void bind_pointwise(py::module_& m) {
   m.def("pointwise_forward", &forward, py::arg("input"), py::arg("target"), py::kw_only(), py::arg("loss"),
         py::arg("param") = 0.0, py::arg("reduction") = "mean", py::arg("row_dims") = 0, py::arg("weight") = none,
         py::arg("mask") = none, py::arg("weight_denominator") = 0.0, py::arg("grad_input") = false,
-        py::arg("grad_target") = false, "A dict of loss, factor and the gradients wanted.");
+        py::arg("grad_target") = false,
+        "A dict of loss, factor and the gradients wanted: False, True, or an array to write to.");
   m.def("pointwise_backward", &backward, py::arg("grad_output"), py::arg("factor"), py::arg("input"), py::arg("target"),
         py::kw_only(), py::arg("loss"), py::arg("param") = 0.0, py::arg("reduction") = "mean", py::arg("row_dims") = 0,
         py::arg("weight") = none, py::arg("mask") = none, py::arg("weight_denominator") = 0.0,

@@ -13,7 +13,9 @@ int64_t counter_bytes(const PointwiseArgs& a) { return (a.rows * 4 + 15) / 16 * 
 
 Status run(const PointwiseArgs& a, const CudaContext& context, PointwisePass pass) {
   const PointwiseConfig config = pointwise_config(a, pass);
-  PointwiseParams p{a, pass, config.parts, nullptr, nullptr, 1 / double(config.parts), {}};
+  PointwiseParams p{a, pass, config.parts, nullptr, nullptr, 1 / double(config.parts), {}, false};
+  const auto at_32_bytes = [](const PointwiseOperand& o) { return reinterpret_cast<uintptr_t>(o.data) % 32 == 0; };
+  p.wide = at_32_bytes(a.input) && at_32_bytes(a.target) && at_32_bytes(a.grad_input);
   for (int k = 0; k < a.dim; ++k) p.inverse_sizes[k] = 1 / double(a.sizes[k]);
   if (a.rows == 0 || (a.count() == 0 && !sums(a, pass))) return {};
   if (config.parts > 1 && sums(a, pass)) {

@@ -1,6 +1,6 @@
 // The pointwise losses on the GPU: see pointwise.h; pointwise_policy.h says which kernel takes what.
 //   pointwise_streaming_kernel  one row of contiguous operands: value, value and gradient, or gradient alone; each
-//                               operand is read once by 16-byte loads, the gradient written once
+//                               operand is read once by 16-byte loads (32 from sm_100 on), the gradient written once
 //   pointwise_general_kernel    any strides, dtypes, weights, masks, per-element results, second order
 // Sums: floats within the few elements of a tile, doubles from there; one partial sum per block, added up in order by
 // the last block to come. No atomics on floats, nothing that depends on the device.
@@ -43,6 +43,7 @@ struct PointwiseParams {
   double* partials;    // [2][rows * parts]: sums, denominators
   unsigned* counters;  // [rows], zeroed: parts that have written their partials; null when parts is 1
   double inverse_parts, inverse_sizes[kPointwiseDims];
+  bool wide;  // the operands of the streaming kernel begin at multiples of 32 bytes
 };
 
 // i / n and i % n for 0 <= i < 2^52 by the reciprocal of n: a 64-bit division is a subroutine of a hundred
@@ -122,7 +123,7 @@ __device__ __forceinline__ auto value_of(A x, A t, A param) {
 template <class Loss, class T, bool kSum, bool kGrad>
 __global__ void __launch_bounds__(kPointwiseThreads) pointwise_streaming_kernel(const PointwiseParams p) {
   using A = accum_t<T>;
-  constexpr int kL = kLanes16<T>, kV = kPointwiseTile / kL;
+  constexpr int kPart = kLanes16<T>, kL = kPart * kWideParts, kV = kPointwiseTile / kL;
   const T* input = static_cast<const T*>(p.a.input.data);
   const T* target = static_cast<const T*>(p.a.target.data);
   T* grad = static_cast<T*>(p.a.grad_input.data);
@@ -130,34 +131,39 @@ __global__ void __launch_bounds__(kPointwiseThreads) pointwise_streaming_kernel(
   const int64_t vectors = p.a.cols / kL, tile = int64_t(kPointwiseThreads) * kV;
   double sum = 0;
   for (int64_t base = blockIdx.x * tile + threadIdx.x; base < vectors; base += gridDim.x * tile) {
-    Vec16 x[kV], t[kV];  // all loads go out before the first is used
+    VecWide x[kV], t[kV];  // all loads go out before the first is used
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
       const int64_t at = base + j * kPointwiseThreads;
       if (at < vectors) {
-        x[j] = load16_stream(input + at * kL);
-        t[j] = load16_stream(target + at * kL);
+        x[j] = load_wide_stream(input + at * kL, p.wide);
+        t[j] = load_wide_stream(target + at * kL, p.wide);
       }
     }
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
       const int64_t at = base + j * kPointwiseThreads;
       if (at >= vectors) continue;
-      A xs[kL], ts[kL];
-      unpack<T>(x[j], xs);
-      unpack<T>(t[j], ts);
-      if constexpr (kSum) {
-        decltype(value_of<Loss>(xs[0], ts[0], param)) part = 0;
+      VecWide out;
 #pragma unroll
-        for (int i = 0; i < kL; ++i) part += value_of<Loss>(xs[i], ts[i], param);
-        sum += double(part);
-      }
-      if constexpr (kGrad) {
-        A g[kL];
+      for (int h = 0; h < kWideParts; ++h) {
+        A xs[kPart], ts[kPart];
+        unpack<T>(x[j].part[h], xs);
+        unpack<T>(t[j].part[h], ts);
+        if constexpr (kSum) {
+          decltype(value_of<Loss>(xs[0], ts[0], param)) part = 0;
 #pragma unroll
-        for (int i = 0; i < kL; ++i) g[i] = scale * gpu::jet<Loss>(xs[i], ts[i], param).x;
-        store16_stream(grad + at * kL, pack<T>(g));
+          for (int i = 0; i < kPart; ++i) part += value_of<Loss>(xs[i], ts[i], param);
+          sum += double(part);
+        }
+        if constexpr (kGrad) {
+          A g[kPart];
+#pragma unroll
+          for (int i = 0; i < kPart; ++i) g[i] = scale * gpu::jet<Loss>(xs[i], ts[i], param).x;
+          out.part[h] = pack<T>(g);
+        }
       }
+      if constexpr (kGrad) store_wide_stream(grad + at * kL, out, p.wide);
     }
   }
   for (int64_t i = vectors * kL + blockIdx.x * blockDim.x + threadIdx.x; i < p.a.cols; i += gridDim.x * blockDim.x) {

@@ -127,14 +127,28 @@ def test_second_order_is_the_derivative_of_the_first(kernels, loss, reduction):
         np.testing.assert_allclose(hessian[name], (up[name] - down[name]) / (2 * h), rtol=1e-5, atol=1e-7)
 
 
+def placed(array, offset):
+    """A copy that begins `offset` elements after a multiple of 64 bytes."""
+    memory = np.empty(array.size + 64, array.dtype)
+    first = -memory.ctypes.data % 64 // array.itemsize + offset
+    memory[first : first + array.size] = array
+    return memory[first : first + array.size]
+
+
 def test_more_than_one_block(kernels):
-    """Partial sums of several blocks, and the same bits every time."""
+    """Partial sums of several blocks, and the same bits every time; wherever the operands begin."""
     x, t = operands((20_600 if SHORT else 70_000,), "float32", seed=7)
-    x = np.concatenate([np.zeros(1, np.float32), x])[1:]  # off the 16-byte grid
-    for array in (x, np.ascontiguousarray(x)):
-        runs = [kernels.pointwise_forward(array, t, loss="l1_loss", grad_input=True) for _ in range(2)]
-        np.testing.assert_allclose(runs[0]["loss"], np.abs(exact(x) - exact(t)).mean(), rtol=2e-7)
-        assert all((runs[0][name] == runs[1][name]).all() for name in ("loss", "grad_input"))
+    sign = np.sign(exact(x) - exact(t)) / x.size
+    for offsets in ((0, 0, 0), (4, 0, 0), (0, 8, 4), (1, 0, 0), (0, 0, 1)):  # 0 or 8: 32 bytes; 4: 16
+        placed_x, placed_t, grad = (placed(a, offset) for a, offset in zip((x, t, x), offsets, strict=True))
+        runs = []
+        for _ in range(2):
+            grad[:] = np.nan
+            loss = kernels.pointwise_forward(placed_x, placed_t, loss="l1_loss", grad_input=grad)["loss"]
+            np.testing.assert_allclose(loss, np.abs(exact(x) - exact(t)).mean(), rtol=2e-7)
+            np.testing.assert_allclose(grad, sign, rtol=2e-7)
+            runs.append(loss.tobytes() + grad.tobytes())
+        assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("loss", ("l1_loss", ROOT))

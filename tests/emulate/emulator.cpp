@@ -467,8 +467,9 @@ void before_atomic(const void* location) {
   t.volatile_writes = true;
 }
 
-void access16(const void* p, Site site) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) current->fail("a misaligned 128-bit access, " + place(site));
+void access_vector(const void* p, int bytes, Site site) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
+    current->fail("a misaligned " + std::to_string(8 * bytes) + "-bit access, " + place(site));
   current->give_way_by_chance();
 }
 

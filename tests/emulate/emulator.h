@@ -85,7 +85,7 @@ const unsigned char* cluster_map(const void* p, int rank, Site site);
 uint64_t shuffle_xor(unsigned mask, uint64_t bits, int lane_mask, Site site);
 void fence();
 void before_atomic(const void* location);
-void access16(const void* p, Site site);  // checks the alignment
+void access_vector(const void* p, int bytes, Site site);  // checks the alignment
 
 }  // namespace emulator
 }  // namespace fastloss

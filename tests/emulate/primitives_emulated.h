@@ -70,15 +70,34 @@ struct [[gnu::may_alias]] alignas(16) Memory16 {  // whatever lies there
 };
 
 inline Vec16 load16(const void* p, FASTLOSS_HERE) {
-  emulator::access16(p, site);
+  emulator::access_vector(p, 16, site);
   return static_cast<const Memory16*>(p)->v;
 }
 inline Vec16 load16_stream(const void* p, FASTLOSS_HERE) { return load16(p, site); }
 inline void store16(void* p, Vec16 v, FASTLOSS_HERE) {
-  emulator::access16(p, site);
+  emulator::access_vector(p, 16, site);
   static_cast<Memory16*>(p)->v = v;
 }
 inline void store16_stream(void* p, Vec16 v, FASTLOSS_HERE) { store16(p, v, site); }
+
+#ifdef FASTLOSS_EMULATE_SM100
+constexpr int kWideParts = 2;
+#else
+constexpr int kWideParts = 1;
+#endif
+struct VecWide {
+  Vec16 part[kWideParts];
+};
+inline VecWide load_wide_stream(const void* p, bool aligned, FASTLOSS_HERE) {
+  if (aligned) emulator::access_vector(p, int(sizeof(VecWide)), site);
+  VecWide v;
+  for (int i = 0; i < kWideParts; ++i) v.part[i] = load16(static_cast<const Vec16*>(p) + i, site);
+  return v;
+}
+inline void store_wide_stream(void* p, const VecWide& v, bool aligned, FASTLOSS_HERE) {
+  if (aligned) emulator::access_vector(p, int(sizeof(VecWide)), site);
+  for (int i = 0; i < kWideParts; ++i) store16(static_cast<Vec16*>(p) + i, v.part[i], site);
+}
 
 inline Vec8 load8_stream(const void* p) { return static_cast<const Memory8*>(p)->v; }
 inline void store8_stream(void* p, Vec8 v) { static_cast<Memory8*>(p)->v = v; }
