@@ -39,9 +39,24 @@ __device__ __forceinline__ int64_t element_offset(const Strides& s, int64_t row,
   return row / inner * s.outer + row % inner * s.inner + c * s.cls;
 }
 
-// Sums of doubles in a fixed order: each block over a fixed share of the rows.
+// The loss and grad_output have the input's dtype, or float32 for 16-bit input (autocast).
 template <class T>
-__global__ void __launch_bounds__(kNllThreads) nll_loss_forward_kernel(const NllLossParams<accum_t<T>> p) {
+__device__ __forceinline__ bool is_float_loss(const NllLossParams<accum_t<T>>& p) {
+  return sizeof(T) == 2 && p.loss_type == DType::f32;
+}
+template <class T>
+__device__ __forceinline__ void store_loss(const NllLossParams<accum_t<T>>& p, int64_t i, double v) {
+  const accum_t<T> loss = accum_t<T>(v);
+  if (is_float_loss<T>(p))
+    static_cast<float*>(p.loss)[i] = float(loss);
+  else
+    static_cast<T*>(p.loss)[i] = from_accum<T>(loss);
+}
+
+// Sums of doubles in a fixed order: each block over a fixed share of the rows. Four blocks per multiprocessor are
+// enough for it to stay busy; unasked, the compiler spills to have eight.
+template <class T>
+__global__ void __launch_bounds__(kNllThreads, 4) nll_loss_forward_kernel(const NllLossParams<accum_t<T>> p) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const T* x = static_cast<const T*>(p.input);
   double loss_sum = 0, weight_sum = 0;
@@ -59,7 +74,7 @@ __global__ void __launch_bounds__(kNllThreads) nll_loss_forward_kernel(const Nll
       loss_sum += loss;
       record_bad_target(p.record, row, t);
     }
-    if (p.reduction == Reduction::none) store_as(p.loss, p.loss_type, row, accum_t<T>(loss + 0.0));
+    if (p.reduction == Reduction::none) store_loss<T>(p, row, loss + 0.0);
   }
   if (!p.partials) return;
   loss_sum = block_sum(loss_sum, scratch);
@@ -83,8 +98,7 @@ __global__ void __launch_bounds__(kNllThreads) nll_loss_finish_kernel(const NllL
   weight = block_sum(weight, scratch + kWarp);
   if (threadIdx.x != 0) return;
   if (p.total_weight) *p.total_weight = A(weight);
-  if (p.reduction != Reduction::none)
-    store_as(p.loss, p.loss_type, 0, A(p.reduction == Reduction::mean ? loss / weight : loss));
+  if (p.reduction != Reduction::none) store_loss<T>(p, 0, p.reduction == Reduction::mean ? loss / weight : loss);
 }
 
 template <class T>
@@ -105,7 +119,9 @@ __global__ void __launch_bounds__(kNllThreads) nll_loss_scatter_kernel(const Nll
     const int64_t t = load_index(p.target, p.index_type, row);
     if (t < 0 || t >= p.classes || t == p.ignore_index) continue;
     const double w = p.weight ? double(p.weight[t]) : 1.0;
-    const double g = load_as<double>(p.grad_output, p.loss_type, p.grad_output_per_row ? row : 0);
+    const int64_t at = p.grad_output_per_row ? row : 0;
+    const double g = is_float_loss<T>(p) ? double(static_cast<const float*>(p.grad_output)[at])
+                                         : double(to_accum(static_cast<const T*>(p.grad_output)[at]));
     static_cast<T*>(p.grad)[element_offset(p.grad_strides, row, p.inner, t)] =
         from_accum<T>(accum_t<T>(-w * g * per_total));
   }
