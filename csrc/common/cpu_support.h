@@ -11,6 +11,9 @@ namespace FASTLOSS_ISA {
 // Results from here on are stored past the caches (stream): too large to be read back from them.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
+// How many bytes ahead loops that only stream ask for what they will read: the hardware does not prefetch past a page.
+constexpr int64_t kAhead = 2048;
+
 // Uninitialised, vector-aligned scratch memory, padded by one vector so that kernels may read a whole one at the end.
 template <class T>
 class Scratch {

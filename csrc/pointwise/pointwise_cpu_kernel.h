@@ -14,7 +14,6 @@ namespace fastloss {
 namespace FASTLOSS_ISA {
 
 constexpr int64_t kChunk = 1024, kBlock = 16 * kChunk;
-constexpr int64_t kAhead = 2048;  // bytes; the hardware does not prefetch past a page
 
 // ---- chunks in and out
 
