@@ -267,6 +267,7 @@ inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
     auto gradient = [&](int64_t i, int64_t n) {
       vec<T> z{}, r;
+      if constexpr (!kKept) __builtin_prefetch(x + i + kChunk);
       if constexpr (!kKept || kTransform) z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
       if constexpr (kKept)
         r = load(kept.exps + i) * scale;
