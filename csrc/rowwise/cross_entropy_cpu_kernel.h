@@ -138,6 +138,8 @@ template <class T>
 inline void load_probabilities(const CrossEntropyArgs& a, int64_t offset, int64_t n, T* out) {
   with_storage(a.prob_type, [&](auto* tag) {
     auto* p = static_cast<decltype(tag)>(const_cast<void*>(a.target)) + offset;
+    for (int64_t c = 0; c < n; c += kLineBytes / int64_t(sizeof *p))
+      __builtin_prefetch(p + kChunk + c);  // the next chunk
     for (int64_t c = 0; c < n; ++c) out[c] = T(to_accum(p[c]));
   });
 }
