@@ -119,12 +119,13 @@ class Subject:
         return self.task.make(samples or self.samples, self.generator(salt))
 
     def points(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Random, extreme, tied and near-optimal predictions."""
+        """Random, extreme, tied, zero and near-optimal predictions."""
         prediction, target = self.sample()
         yield "random", prediction, target
         yield "extreme", min(10.0, self.task.huge / 4) * prediction, target
-        if self.task.classes:
-            yield "tied", torch.zeros_like(prediction), target
+        yield ("tied" if self.task.classes else "zero"), torch.zeros_like(prediction), target
+        if self.task.name in ("regression", "counts"):
+            yield "zero-target", prediction, torch.zeros_like(target)
         if self.task.perfect is not None:
             best = self.task.perfect(target)
             yield "near-optimal", best + 1e-3 * torch.randn(best.shape, generator=self.generator(5)).double(), target
