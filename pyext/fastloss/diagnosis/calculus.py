@@ -200,7 +200,7 @@ def second_derivative(s: Subject) -> Finding:
             noise = 1e-9 * float(up.abs().max()) / h
             scale = max(float(sides.abs().max()), float(second.abs().max()), float(up.abs().max()) * 1e-2, 1e-30)
             best = min(best, max(0.0, float(off.max()) - noise) / scale)
-        if not changes[0] <= 0.05 * changes[2]:  # the gradient itself jumps, or is nan
+        if not (grad.isfinite().all() and changes[0] <= 0.05 * changes[2]):  # the gradient itself jumps
             return skipped("At a kink.")
         if best > 1e-2:
             return status(
@@ -216,9 +216,8 @@ def second_derivative(s: Subject) -> Finding:
     if found.bad or s.task.decided is not None or s.task.perfect is None:
         return found
     # At this one point operations with a kink may contradict each other, as sign(0) does abs(0).
-    best = s.judged(
-        functools.partial(test, status=warned, where="At prediction = target t"), s.task.perfect(target), target
-    )
+    at_best = functools.partial(test, status=warned, where="At prediction = target t")
+    best = s.judged(at_best, s.task.perfect(target), target)
     return best if best.bad else found
 
 
