@@ -332,7 +332,10 @@ def half_precision(s: Subject) -> Finding:
     for dtype in (torch.float16, torch.bfloat16):
         prediction, target = s.sample()
         moderate = [("random", prediction, target)]
+        if s.task.perfect is not None and s.task.decided is None:
+            moderate.append(("predictions equal to the target", s.task.perfect(target), target))
         if s.task.name == "regression":
+            moderate.append(("predictions of 0", torch.zeros_like(prediction), target))
             moderate += [("residuals of 300", target + 300, target), ("residuals of 1/1000", target + 1e-3, target)]
         elif s.task.name == "binary_probabilities" and s.task.perfect is not None:
             moderate.append(("probabilities of exactly 0 and 1, and right", 10 * s.task.perfect(target), target))
@@ -348,7 +351,7 @@ def half_precision(s: Subject) -> Finding:
                 fits = math.isfinite(want) and abs(want) < torch.finfo(dtype).max
                 if not fits or (math.isfinite(value) and bool(grad.isfinite().all())):
                     return passed("")
-                return (failed if what == "random" else warned)(
+                return (failed if what in ("random", "predictions equal to the target") else warned)(
                     f"In {_dtype(dtype)} with {what} the value is {value:.4g} (in float64 {want:.6g}), the gradient "
                     f"{'finite' if grad.isfinite().all() else 'not finite'}.",
                     "Mixed-precision training meets this: convert to float32 inside the loss, or keep what is between "

@@ -78,6 +78,14 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         if isinstance(s.fn, torch.nn.Module):
             return skipped("The module's attribute 'reduction' has no effect once it is constructed.")
         return failed(f"It is ignored: 'none', 'sum' and 'mean' all return {mean:.6g}.", why, **numbers)
+    if none.dim() and len(prediction) > 1:
+        alone = s.result(prediction[-1:], target[-1:], reduction="none")
+        if not alone.dim():
+            return failed(
+                f"'none' returns shape {list(none.shape)} for {len(prediction)} samples, but a scalar for one.",
+                "The last batch of an epoch may hold one sample: name the dimension in squeeze(1).",
+                **numbers,
+            )
     if none.dim() and len(none) not in (len(prediction), target.numel(), prediction.numel()):
         return failed(
             f"'none' returns shape {list(none.shape)} for {len(prediction)} samples.",
