@@ -935,7 +935,7 @@ def shift_invariance(s: Subject) -> Finding:
             after, want = s.value(rounded + shift, t), s.value(rounded, t)
             if not abs(after - want) <= 1e-3 * max(abs(want), abs(before), 1e-6):
                 return failed(
-                    f"Rows of logits shifted {what} give {after:.6g} instead of {want:.6g} (float32).",
+                    f"Logits shifted {what} give {after:.6g} instead of {want:.6g} (float32).",
                     "exp over- or underflows: subtract the row's maximum first, as log_softmax and logsumexp do.",
                     value=after,
                     expected=want,
