@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -687,7 +688,8 @@ def result_type(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     with _MadeOnCpu() as made:
         try:
             p, t = (x.float() if x.is_floating_point() else x for x in (prediction, target))
-            s.raw(p.to("meta"), t.to("meta"))
+            # A copy, which may keep what it has made.
+            s.raw(p.to("meta"), t.to("meta"), fn=copy.deepcopy(s.fn) if isinstance(s.fn, torch.nn.Module) else s.fn)
         except Exception as e:
             if made.found and "not on the expected device meta" in str(e):
                 return failed(
