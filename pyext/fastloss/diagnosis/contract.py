@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -77,6 +79,14 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         if isinstance(s.fn, torch.nn.Module):
             return skipped("The module's attribute 'reduction' has no effect once it is constructed.")
         return failed(f"It is ignored: 'none', 'sum' and 'mean' all return {mean:.6g}.", why, **numbers)
+    if none.dim() and len(prediction) > 1:
+        alone = s.result(prediction[-1:], target[-1:], reduction="none")
+        if not alone.dim():
+            return failed(
+                f"'none' returns shape {list(none.shape)} for {len(prediction)} samples, but a scalar for one.",
+                "The last batch of an epoch may hold one sample: name the dimension in squeeze(1).",
+                **numbers,
+            )
     if none.dim() and len(none) not in (len(prediction), target.numel(), prediction.numel()):
         return failed(
             f"'none' returns shape {list(none.shape)} for {len(prediction)} samples.",
@@ -92,14 +102,14 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
             **numbers,
         )
     counted = target != s.ignore_index if s.ignore_index is not None else torch.ones_like(target, dtype=torch.bool)
-    divisors = {float(none.numel()), float(len(prediction))}
+    divisors = {float(none.numel())}
     weight = s.options.get("weight")
     if isinstance(weight, Tensor) and s.task.classes and not target.is_floating_point():
         divisors.add(float(weight.double()[target.clamp(min=0)][counted].sum()))
     elif isinstance(weight, Tensor):
         divisors.add(float(weight.double().broadcast_to(none.shape).sum()))
     if not counted.all():
-        divisors = {d for d in divisors if d not in (none.numel(), len(prediction))} | {float(counted.sum())}
+        divisors = (divisors - {float(none.numel())}) | {float(counted.sum())}
     if not any(_close(total, mean * d) for d in divisors):
         return failed(
             f"'mean' is 'sum' divided by {total / mean if mean else math.nan:.6g}; "
@@ -127,7 +137,40 @@ def batch_size(s: Subject) -> Finding:
         return passed("") if math.isfinite(value) else failed(f"A batch of one costs {value}.", why)
 
     alone = s.judged(single, prediction[:1], target[:1])
-    return alone if alone.bad else found
+    return alone if alone.bad else _in_parts(s, found)
+
+
+def _in_parts(s: Subject, found: Finding) -> Finding:
+    """If a batch costs the mean, or the sum, of its parts, so do a large one and one of a single column."""
+
+    def test(mean: bool, size: int, prediction: Tensor, target: Tensor) -> Finding:
+        pairs = list(zip(prediction.split(size), target.split(size), strict=True))
+        whole = s.value(prediction, target)
+        parts = sum(s.value(p, t) * (len(p) if mean else 1) for p, t in pairs) / (len(prediction) if mean else 1)
+        if math.isfinite(parts) and _close(whole, parts):
+            return passed("")
+        return failed(
+            f"A batch of {len(prediction)} ({shapes(prediction, target)}) costs {whole:.6g}, the "
+            f"{'mean' if mean else 'sum'} over its parts is {parts:.6g}; smaller or wider ones agree.",
+            "Look for (N) broadcast with (N, 1), squeeze(), or chunks of which the last, incomplete one is left out.",
+            value=whole,
+            expected=parts,
+        )
+
+    n = s.samples
+    prediction, target = s.sample(2 * n)
+    means = [m for m in (True, False) if not any(test(m, size, prediction, target).bad for size in (1, n))]
+    if not means:
+        return found  # neither a mean nor a sum over samples
+    others = [(n, *s.sample(s.many(131)))]
+    if not s.task.classes and prediction.dim() == target.dim() == 2 and prediction.shape[1] > 1:
+        others.append((1, prediction[:, :1], target[:, :1]))
+    for size, p, t in others:
+        with contextlib.suppress(Exception):  # not made for it
+            cut = s.judged(functools.partial(test, means[0], size), p, t)
+            if cut.bad and math.isfinite(cut.numbers["expected"]):
+                return cut
+    return found
 
 
 def _twice(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
@@ -541,15 +584,21 @@ def grad_output(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 def layouts(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     want, want_grad = s.value_and_gradient(prediction, target)
 
-    def strided(x: Tensor) -> Tensor:
-        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
-        wide[..., ::2] = x
-        return wide[..., ::2]
+    def strided(x: Tensor) -> Tensor:  # no two dimensions of which can be viewed as one
+        wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
 
     def transposed(x: Tensor) -> Tensor:
         return x.movedim(0, -1).contiguous().movedim(-1, 0)
 
-    for what, view in (("strided", strided), ("transposed", transposed)):
+    def channels_last(x: Tensor) -> Tensor:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    views = [("strided", strided), ("transposed", transposed)]
+    if prediction.dim() > 2:
+        views.append(("channels-last", lambda x: channels_last(x) if x.dim() == prediction.dim() else x))
+    for what, view in views:
         leaf = view(prediction).detach().requires_grad_()
         try:
             # Not through result(), whose copies may be contiguous.
@@ -601,6 +650,19 @@ def _empty_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     return passed(f"No samples: value {value:g}, gradient of shape {list(grad.shape)}.", value=value)
 
 
+class _MadeOnCpu(TorchDispatchMode):
+    """Notes tensors that are made on the CPU, whatever the inputs' device is."""
+
+    found = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        new = "lift_fresh" in str(func) or not any(isinstance(x, Tensor) for x in args)
+        if isinstance(out, Tensor) and out.dim() and out.device.type == "cpu" and new:
+            self.found = f"{str(func).split('.')[1]} of shape {list(out.shape)}"
+        return out
+
+
 @at_random()
 def result_type(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     found, several = {}, ""
@@ -623,6 +685,17 @@ def result_type(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
                 "constants with new_tensor or like the prediction.",
                 result=found,
             )
+    with _MadeOnCpu() as made:
+        try:
+            p, t = (x.float() if x.is_floating_point() else x for x in (prediction, target))
+            # A copy, which may keep what it has made.
+            s.raw(p.to("meta"), t.to("meta"), fn=copy.deepcopy(s.fn) if isinstance(s.fn, torch.nn.Module) else s.fn)
+        except Exception as e:
+            if made.found and "not on the expected device meta" in str(e):
+                return failed(
+                    f"It makes a tensor on the CPU ({made.found}) and meets it with the inputs: on a GPU it raises.",
+                    "Make constants with new_tensor, zeros_like or device=prediction.device; a module's as buffers.",
+                )
     if torch.cuda.is_available():
         t = target.cuda()
         out = _first(s.raw(prediction.float().cuda(), t.float() if t.is_floating_point() else t))
@@ -640,13 +713,15 @@ def result_type(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 @at_random()
 def autocast(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     p = prediction.float()
-    want = s.value(p, target)
+    want, want_grad = s.value_and_gradient(p, target)
     with torch.autocast("cpu", torch.bfloat16):
         value, grad = s.value_and_gradient(p, target)
     error = abs(value - want) / max(abs(want), 1e-30)
-    if not (error < 0.05 and grad.isfinite().all() and grad.dtype == p.dtype):
+    slope_error = _off(grad, want_grad) / max(float(want_grad.abs().max()), 1e-6 * max(abs(want), 1.0))
+    if not (max(error, slope_error) < 1e-3 and grad.isfinite().all() and grad.dtype == p.dtype):
         return (warned if math.isfinite(value) else failed)(
-            f"Under autocast (bfloat16) the value is {value:.6g} instead of {want:.6g}.",
+            f"Under autocast (bfloat16) the value is {value:.6g} instead of {want:.6g} ({100 * error:.2g} % off, "
+            f"the gradient {100 * slope_error:.2g} %).",
             "Mixed precision lowers matrix products and convolutions inside the loss: call .float() there.",
             value=value,
             expected=want,
