@@ -330,6 +330,31 @@ def test_sound_holdout_losses_are_not_accused(holdout, capsys):
     assert not accused, "\n".join(accused)
 
 
+def test_channels_last_by_hand_is_sound():
+    """The gradient of such a loss is not contiguous."""
+
+    def loss(logits, target, weight=None, reduction="mean"):
+        rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+        out = F.cross_entropy(rows, target.reshape(-1), weight=weight, reduction=reduction)
+        return out.view(target.shape) if reduction == "none" else out
+
+    report = check(loss, "segmentation", compile=False)
+    assert report.ok, report
+
+
+def test_weights_are_positive():
+    """A loss may leave out what has no positive weight."""
+
+    def loss(logits, target, weight=None, reduction="mean"):
+        out = F.cross_entropy(logits, target, reduction="none")
+        w = torch.ones_like(out) if weight is None else weight[target]
+        out = torch.where(w > 0, w * out, torch.zeros_like(out))
+        return out if reduction == "none" else out.sum() if reduction == "sum" else out.sum() / w.sum()
+
+    report = check(loss, "classification", compile=False)
+    assert report.ok, report
+
+
 def test_report():
     report = check(F.mse_loss, "regression", compile=False)
     assert report and report.ok and report.exit_status == 0

@@ -492,7 +492,7 @@ def _rounding(s: Subject, dtype: torch.dtype, prediction: Tensor, target: Tensor
     counts = 0 if off.isnan().any() else off.numel() // 100
     entry = int(ranked[counts])
     of_sample = off.reshape(len(off), -1).amax(1)
-    of_sample = torch.where(of_sample > off.view(-1)[entry], 0.0, of_sample)
+    of_sample = torch.where(of_sample > off.reshape(-1)[entry], 0.0, of_sample)
     beside = None
     if s.reference is not None:
         reference = s.raw(p, t, fn=s.reference)

@@ -321,7 +321,7 @@ def _weight_at(
 ) -> Finding:
     """Whether one option weights what it should; skipped if the loss does not take it in this form."""
     w = ramp(*shape(prediction, target))
-    v = 2 - w.flip(0) ** 2
+    v = 2.5 - w.flip(0) ** 2  # positive: a loss may refuse negative weights, or leave out what has weight 0
     bare: dict[str, Any] = {name: None for name, *_ in s.weight_forms()}
     why = "Weights are how rare classes and unreliable samples are balanced; multiply each loss before reducing."
 
