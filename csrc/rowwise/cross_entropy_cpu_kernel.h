@@ -396,7 +396,7 @@ class RowBatch {
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
     // Copies of the members: stores to integers could change those, as far as the compiler knows, and it would not
     // use vectors.
-    const int64_t ignored = a.ignore_index, classes = a.classes, pitch = pitch_;
+    const int64_t ignored = a.ignore_index, pitch = pitch_;
     int64_t *const to = target, *const best_of = best;
     lane_int* const lanes = lane_target;
     for (int64_t b = a.soft ? 0 : n; b < pitch; ++b) to[b] = -1;
@@ -405,11 +405,7 @@ class RowBatch {
         const auto* t = static_cast<decltype(tag)>(a.target) + first;
         for (int64_t b = 0; b < n; b += kLineBytes / int64_t(sizeof *t))
           __builtin_prefetch(t + n + b);  // the next batch
-        // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
-        for (int64_t b = 0; b < n; ++b) {
-          const int64_t c = int64_t(t[b]);
-          to[b] = c == ignored || uint64_t(c) >= uint64_t(classes) ? -1 : c;
-        }
+        for (int64_t b = 0; b < n; ++b) to[b] = int64_t(t[b]) == ignored ? -1 : int64_t(t[b]);
       });
     for (int64_t b = 0; b < pitch; ++b) {
       lanes[b] = lane_int(to[b]);
@@ -426,6 +422,9 @@ class RowBatch {
     }
   }
   void restore(const Call<T>& call, int64_t first, int64_t n) {
+    // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
+    for (int64_t b = 0; b < pitch_; ++b)
+      if (target[b] >= call.a.classes || target[b] < 0) lane_target[b] = lane_int(target[b] = -1);
     for (int64_t b = 0; b < pitch_; ++b) {
       const int64_t row = first + (b < n ? b : 0);
       ref[b] = call.ref[row];
@@ -737,12 +736,11 @@ inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* til
   constexpr int64_t kBlock = 64;
   for (int64_t v = 0; v < lanes; v += kLanes<T>) {
     const vec<T> ref = load(s.ref + v);
-    vec<T> tile_others{}, tile_dot{}, tile_mass{};
+    vec<T> others{}, dot{}, mass{}, blocks_others{}, blocks_dot{}, blocks_mass{};
     ivec<T> target;
     __builtin_memcpy(&target, s.lane_target + v, sizeof target);
     target -= typename bits_of<T>::type(c0);
-    for (int64_t c = 0; c < classes;) {
-      vec<T> others{}, dot{}, mass{};
+    for (int64_t c = 0;;) {
       for (const int64_t end = min_of(c + kBlock, classes); c < end; ++c) {
         next.fetch();
         if constexpr (kMode == Mode::soft) next_prob.fetch();
@@ -767,13 +765,17 @@ inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* til
           mass += q;
         }
       }
-      tile_others += others;
-      tile_dot += dot;
-      tile_mass += mass;
+      if (c >= classes) break;
+      blocks_others += others;
+      blocks_dot += dot;
+      blocks_mass += mass;
+      others = dot = mass = vec<T>{};
     }
-    store(s.others + v, load(s.others + v) + tile_others);
-    store(s.dot + v, load(s.dot + v) + tile_dot);
-    store(s.mass + v, load(s.mass + v) + tile_mass);
+    store(s.others + v, load(s.others + v) + (blocks_others + others));
+    if constexpr (kMode != Mode::index) {
+      store(s.dot + v, load(s.dot + v) + (blocks_dot + dot));
+      store(s.mass + v, load(s.mass + v) + (blocks_mass + mass));
+    }
   }
 }
 
