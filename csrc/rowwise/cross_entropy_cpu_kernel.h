@@ -393,7 +393,7 @@ class RowBatch {
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
     // Copies of the members: stores to integers could change those, as far as the compiler knows, and it would not
     // use vectors.
-    const int64_t ignored = a.ignore_index, pitch = pitch_;
+    const int64_t ignored = a.ignore_index, classes = a.classes, pitch = pitch_;
     int64_t *const to = target, *const best_of = best;
     lane_int* const lanes = lane_target;
     for (int64_t b = a.soft ? 0 : n; b < pitch; ++b) to[b] = -1;
@@ -402,7 +402,11 @@ class RowBatch {
         const auto* t = static_cast<decltype(tag)>(a.target) + first;
         for (int64_t b = 0; b < n; b += kLineBytes / int64_t(sizeof *t))
           __builtin_prefetch(t + n + b);  // the next batch
-        for (int64_t b = 0; b < n; ++b) to[b] = int64_t(t[b]) == ignored ? -1 : int64_t(t[b]);
+        // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
+        for (int64_t b = 0; b < n; ++b) {
+          const int64_t c = int64_t(t[b]);
+          to[b] = c == ignored || uint64_t(c) >= uint64_t(classes) ? -1 : c;
+        }
       });
     for (int64_t b = 0; b < pitch; ++b) {
       lanes[b] = lane_int(to[b]);
@@ -720,45 +724,53 @@ inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t
   }
 }
 
-// Adds classes to the sums of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref).
+// Adds classes to the sums of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref). Terms are added in blocks of
+// classes, blocks in the tile, tiles in the row: one long sum would lose a digit or two at 1e5 classes.
 template <Mode kMode, bool kKeep, class T>
 inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob, int64_t pitch,
                       int64_t c0, int64_t classes, NextTile next, NextTile next_prob) {
   const RowConstants<T>& k = call.k;
   const bool zero_inf = call.a.zero_times_inf;
+  constexpr int64_t kBlock = 64;
   for (int64_t v = 0; v < lanes; v += kLanes<T>) {
     const vec<T> ref = load(s.ref + v);
-    vec<T> others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
+    vec<T> tile_others{}, tile_dot{}, tile_mass{};
     ivec<T> target;
     __builtin_memcpy(&target, s.lane_target + v, sizeof target);
     target -= typename bits_of<T>::type(c0);
-    for (int64_t c = 0; c < classes; ++c) {
-      next.fetch();
-      if constexpr (kMode == Mode::soft) next_prob.fetch();
-      vec<T> d = load(tile + c * pitch + v) - ref;
-      vec<T> e = exp_of(d);
-      if constexpr (kKeep) store(tile + c * pitch + v, e);
-      if constexpr (kMode == Mode::smooth || kMode == Mode::smooth_weighted)
-        e = target == typename bits_of<T>::type(c) ? vec<T>{} : e;
-      others += e;
-      if constexpr (kMode == Mode::smooth) {
-        dot += d;
-        mass += T(1);
+    for (int64_t c = 0; c < classes;) {
+      vec<T> others{}, dot{}, mass{};
+      for (const int64_t end = min_of(c + kBlock, classes); c < end; ++c) {
+        next.fetch();
+        if constexpr (kMode == Mode::soft) next_prob.fetch();
+        vec<T> d = load(tile + c * pitch + v) - ref;
+        vec<T> e = exp_of(d);
+        if constexpr (kKeep) store(tile + c * pitch + v, e);
+        if constexpr (kMode == Mode::smooth || kMode == Mode::smooth_weighted)
+          e = target == typename bits_of<T>::type(c) ? vec<T>{} : e;
+        others += e;
+        if constexpr (kMode == Mode::smooth) {
+          dot += d;
+          mass += T(1);
+        }
+        if constexpr (kMode == Mode::smooth_weighted) {
+          vec<T> q = splat(call.weight[c0 + c]);
+          dot += q * factor_of<T>(q, d, zero_inf);
+          mass += q;
+        }
+        if constexpr (kMode == Mode::soft) {
+          vec<T> q = soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
+          dot += q * factor_of<T>(q, d, zero_inf);
+          mass += q;
+        }
       }
-      if constexpr (kMode == Mode::smooth_weighted) {
-        vec<T> q = splat(call.weight[c0 + c]);
-        dot += q * factor_of<T>(q, d, zero_inf);
-        mass += q;
-      }
-      if constexpr (kMode == Mode::soft) {
-        vec<T> q = soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
-        dot += q * factor_of<T>(q, d, zero_inf);
-        mass += q;
-      }
+      tile_others += others;
+      tile_dot += dot;
+      tile_mass += mass;
     }
-    store(s.others + v, others);
-    store(s.dot + v, dot);
-    store(s.mass + v, mass);
+    store(s.others + v, load(s.others + v) + tile_others);
+    store(s.dot + v, load(s.dot + v) + tile_dot);
+    store(s.mass + v, load(s.mass + v) + tile_mass);
   }
 }
 

@@ -79,7 +79,8 @@ Status nll_backward(const NllLossArgs& a, ParallelFor parallel_for) {
       }
       for (int64_t i = 0; i < a.inner; ++i) {
         const int64_t row = o * a.inner + i, t = load_index(a.target, a.index_type, row);
-        if (t == a.ignore_index) continue;
+        // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
+        if (t == a.ignore_index || uint64_t(t) >= uint64_t(a.classes)) continue;
         const double w = weight ? double(weight[t]) : 1.0;
         const double up = load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0);
         p[t * g.cls + i * g.inner] = from_accum<S, double>(-w * up / total);
