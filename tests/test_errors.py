@@ -117,6 +117,30 @@ def test_as_torch(losses, arguments, options, words, device):
         assert "fastloss/" not in str(got.value) and ".cpp" not in str(got.value)
 
 
+SHAPES = [(), (1,), (4,), (5,), (4, 5), (4, 1), (1, 5), (0, 5), (1, 1), (1, 1, 1), (4, 5, 3), (4, 3), (4, 0, 3)]
+SHAPES += [(2, 5, 3, 4), (2, 3, 4), (2, 5, 1, 3, 4), (2, 1, 3, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_first_of_several_errors_is_torchs(shape):
+    """Every shape against every shape, with indices and with floats; nll_loss with an input of integers too."""
+
+    def outcome(loss, arguments):
+        try:
+            return loss(*arguments).shape
+        except Exception as error:
+            return type(error)
+
+    for target_shape in SHAPES:
+        for target_dtype in (torch.long, torch.float32):
+            if (shape, target_shape, target_dtype) == ((0, 5), (), torch.float32):
+                continue  # two errors in one scalar: no row to point at, and no integer
+            for (ours, theirs), dtype in ((CE, torch.float32), (NLL, torch.float32), (NLL, torch.int32)):
+                arguments = torch.zeros(shape, dtype=dtype), torch.zeros(target_shape, dtype=target_dtype)
+                want, got = outcome(theirs, arguments), outcome(ours, arguments)
+                assert got == want, (target_shape, arguments, got)
+
+
 OURS = {
     "label_smoothing negative": ({"label_smoothing": -0.1}, RuntimeError, ["label_smoothing", "Got: -0.1"]),
     "softcap 0": ({"softcap": 0.0}, ValueError, ["softcap", "0.0"]),
@@ -309,6 +333,22 @@ def test_a_target_changed_before_backward_is_noticed(device):
     target.fill_(99)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.sum().backward()
+
+
+@pytest.mark.parametrize("loss", [fastloss.cross_entropy, fastloss.nll_loss])
+@pytest.mark.parametrize("classes", [5, 200])
+def test_a_target_changed_behind_autograds_back_touches_nothing(loss, classes):
+    """Memory shared with numpy has no version counter; torch's own backward reads out of bounds here."""
+    target = torch.zeros(7, dtype=torch.long)
+    shared = target.numpy()
+    for value in (classes, -1, 10**12, -(10**12)):
+        shared[:] = 0
+        logits = torch.randn(7, classes, requires_grad=True)
+        result = loss(logits, target, torch.ones(classes), reduction="none").sum()
+        shared[2:] = value
+        result.backward()
+        assert logits.grad[2:].count_nonzero() == 0
+        assert logits.grad[:2].count_nonzero() > 0
 
 
 # ------------------------------------------------------------------------------------------------------ devices

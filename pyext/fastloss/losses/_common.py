@@ -147,6 +147,23 @@ def forward_mode_active() -> bool:
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+def forward_over_forward() -> str | None:
+    """Why not, where two of torch.func's forward modes are nested around this call: with custom functions, torch then
+    leaves second derivatives out without a word."""
+    if not functorch_active() or torch.compiler.is_compiling():
+        return None
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if sum(layer.key() == torch._C._functorch.TransformType.Jvp for layer in stack) < 2:
+        return None
+    return "forward mode inside forward mode; use forward over reverse (torch.func.hessian, jvp of grad)"
+
+
+def refuse_forward_over_forward(function: str) -> None:
+    reason = forward_over_forward()
+    if reason is not None:
+        raise NotImplementedError(f"{function}(): not for {reason}. fastloss.patch() leaves such calls to torch.")
+
+
 def saved_tensor_hooks_active() -> bool:
     """Whether saved tensors are packed by somebody: checkpointing, offloading. Then nothing may be held beside them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -158,8 +175,15 @@ def saved_for_jvp(ctx: Any) -> Any:
 
 
 def no_tangent(ctx: Any) -> Tensor | None:
-    """In jvp, for an output that is not differentiable, saved last: under vmap, functorch forgets that it is not."""
-    return torch.zeros_like(ctx.saved_tensors[-1]) if hasattr(ctx, "_pt_new_saved_tensors") else None
+    """In jvp, for an output that is not differentiable, saved last. Under vmap, functorch forgets that it is not where
+    it is batched, and wants a tangent; elsewhere it refuses one."""
+    depth, inner = 0, ctx
+    while "_pt_new_saved_tensors" in vars(inner):  # one for each vmap between the jvp and its function
+        depth, inner = depth + 1, inner._pt_inner_ctx
+    output = ctx.saved_tensors[-1] if depth else None
+    if output is None or torch._C._functorch.maybe_get_level(output) <= torch._C._functorch.current_level() - depth:
+        return None
+    return torch.zeros_like(output)
 
 
 def is_batched(t: Tensor) -> bool:

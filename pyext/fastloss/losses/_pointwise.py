@@ -204,7 +204,22 @@ def _backward(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
 
 def _jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: Any) -> tuple[Tensor, None]:
     tensors = _common.saved_for_jvp(ctx)
-    return ops.pointwise_second(None, *tensors, input_t, target_t, *ctx.options)[0], None
+    o = ctx.options
+    if not _common.differentiated_again(*tensors[:2]):
+        return ops.pointwise_second(None, *tensors, input_t, target_t, *o)[0], None
+    # Composed of the gradient, which can be differentiated; the kernel's result has no derivative.
+    input = tensors[0]
+    flags = flags_of(input_t is not None, target_t is not None)
+    shape = input.shape if o.reduction == NONE else input.shape[: o.row_dims]
+    ones = torch.ones(shape, dtype=DTYPES[o.loss_dtype], device=input.device)
+    gradient = _GradientTransformed if _common.functorch_active() else _Gradient
+    grads = gradient.apply(ones, *tensors, *o._replace(flags=flags))
+    accum = _common.accum_dtype(ones.dtype)
+    terms = (g.to(accum) * t for g, t in zip(grads, _only(flags, (input_t, target_t)), strict=True))
+    total: Any = sum(terms)
+    if o.reduction != NONE and input.dim() > o.row_dims:
+        total = total.sum(list(range(o.row_dims, input.dim())))
+    return total.to(ones.dtype), None
 
 
 class Fused(Function):
@@ -304,6 +319,7 @@ def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | Non
     """The loss of operands of one shape (expanded where broadcast): chooses among the paths. Not for roots."""
     args = (input, target, weight, mask, o)
     if _common.functorch_active():
+        _common.refuse_forward_over_forward("fastloss")
         return _Transformed.apply(input, target, weight, mask, *o)[0]
     if _common.forward_mode_active():
         return _ForwardMode.apply(*args)[0]

@@ -412,6 +412,7 @@ def _run(
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
     if _common.functorch_active():
+        _common.refuse_forward_over_forward("cross_entropy")
         loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, *o)
         return (loss, *rest)
     if _common.forward_mode_active():
@@ -444,27 +445,37 @@ def _run(
 # ------------------------------------------------------------------------------------------------------ validation
 
 
-def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
-    """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions, with a remedy."""
+def _check_single_target(target: Tensor, function: str) -> None:
+    """The class index of logits [C], shape () or (1): torch's exceptions in torch's order."""
+    if target.dim() > 1:
+        raise RuntimeError(
+            "0D or 1D target tensor expected, multi-target not supported: target has shape "
+            f"{list(target.shape)} for 1D input; give one class index"
+        )
+    _check_index_dtype(target, function)
+    if target.numel() != 1:
+        raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+
+
+def _check_index_shapes(logits: Tensor, target: Tensor) -> None:
+    """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions in torch's order, with a remedy."""
     x, t = list(logits.shape), list(target.shape)
+    batch = t[0] if t else 0
+    if batch != x[0]:
+        raise ValueError(
+            f"Expected input batch_size ({x[0]}) to match target batch_size ({batch}). input has shape {x}, target {t}"
+        )
     if len(x) == 2:
         if len(t) > 1:
             raise RuntimeError(
                 f"0D or 1D target tensor expected, multi-target not supported: target has shape {t} for input {x}; "
                 "give one class index per row, or floating-point probabilities of the input's shape"
             )
-        if not t or t[0] != x[0]:
-            raise ValueError(
-                f"Expected input batch_size ({x[0]}) to match target batch_size ({t[0] if t else 0}). "
-                f"input has shape {x}, target {t}"
+        if not t:
+            raise IndexError(
+                f"Dimension specified as 0 but tensor has no dimensions: target for input {x} needs shape {x[:1]}"
             )
-        return
-    if t[:1] != x[:1]:
-        raise ValueError(
-            f"Expected input batch_size ({x[0]}) to match target batch_size ({t[0] if t else 0}). "
-            f"input has shape {x}, target {t}"
-        )
-    if len(x) == 4:
+    elif len(x) == 4:
         if len(t) != 3:
             raise RuntimeError(
                 f"only batches of spatial targets supported (3D tensors) but got targets of dimension: {len(t)}; for "
@@ -472,7 +483,7 @@ def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
             )
         if t[1:] != x[2:]:
             raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
-    elif t[1:] != x[2:]:
+    elif not t or t[1:] != x[2:]:
         raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
 
 
@@ -664,8 +675,8 @@ def cross_entropy(
 
     single = input.dim() == 1
     if single:
-        if not soft and target.numel() != 1:
-            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+        if not soft:
+            _check_single_target(target, "cross_entropy")
         single_shape = target.shape if not soft else ()
         input = input.unsqueeze(0)
         target = target.unsqueeze(0) if soft else target.reshape(1)
@@ -679,8 +690,8 @@ def cross_entropy(
         if not (_mergeable(input) and _mergeable(target) and (input.dim() <= 3 or input.stride() == target.stride())):
             input, target = input.contiguous(), target.contiguous()
     else:
+        _check_index_shapes(input, target)
         _check_index_dtype(target, "cross_entropy")
-        _check_index_shapes(input, target, "cross_entropy")
         loss_dtype = input.dtype
         target = _common.index_target(target)
         if not _mergeable(input):

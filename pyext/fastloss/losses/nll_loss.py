@@ -175,15 +175,14 @@ def nll_loss(
     _common.require_same_device("nll_loss", ("input", input), ("target", target), ("weight", weight))
     if input.dim() == 0:
         raise ValueError("Expected 1 or more dimensions (got 0)")
-    cross_entropy._check_logits_dtype(input, "nll_loss")
     single = input.dim() == 1
     if single:
-        if target.numel() != 1:
-            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+        cross_entropy._check_single_target(target, "nll_loss")
         single_shape = target.shape
         input, target = input.unsqueeze(0), target.reshape(1)
+    cross_entropy._check_index_shapes(input, target)
     cross_entropy._check_index_dtype(target, "nll_loss")
-    cross_entropy._check_index_shapes(input, target, "nll_loss")
+    cross_entropy._check_logits_dtype(input, "nll_loss")
     target = _common.index_target(target)
     if not cross_entropy._mergeable(input):
         input = input.contiguous()
@@ -206,6 +205,7 @@ def nll_loss(
 
     options = (red, DTYPE_CODES[loss_dtype], ignore_index)
     if _common.functorch_active():
+        _common.refuse_forward_over_forward("nll_loss")
         loss = _NllLossTransformed.apply(input, target, weight, *options)[0]
     elif _common.forward_mode_active():
         loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
