@@ -185,6 +185,55 @@ def test_batched_gradients(device):
         torch.testing.assert_close(got, torch.autograd.grad(want, x, g, is_grads_batched=True)[0])
 
 
+SECOND_ORDER = {
+    "cross_entropy": lambda x: fastloss.cross_entropy(x, torch.tensor([0, 2, 1])),
+    "cross_entropy, none": lambda x: fastloss.cross_entropy(x, torch.tensor([0, 2, 1]), reduction="none"),
+    "nll_loss": lambda x: fastloss.nll_loss(x * x, torch.tensor([0, 2, 1])),
+    "mse_loss": lambda x: fastloss.mse_loss(x, torch.ones_like(x)),
+    "huber_loss, none": lambda x: fastloss.huber_loss(x, torch.ones_like(x), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("loss", SECOND_ORDER.values(), ids=SECOND_ORDER)
+def test_orders_of_second_derivatives(loss):
+    """Reverse over forward and forward over reverse are reverse over reverse; forward over forward says that it is not
+    to be had, alone and with its inner tangents batched, instead of leaving second derivatives out."""
+    func = torch.func
+    x, v, w = torch.randn(3, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+
+    def total(x):
+        return loss(x).sum()
+
+    def along(x):
+        return func.jvp(total, (x,), (v,))[1]
+
+    want = func.vjp(func.grad(total), x)[1](v)[0]
+    torch.testing.assert_close(func.grad(along)(x), want)
+    torch.testing.assert_close(func.jvp(func.grad(total), (x,), (v,))[1], want)
+    for nested in (
+        lambda: func.jvp(along, (x,), (w,)),
+        lambda: func.jvp(
+            lambda x: func.vmap(lambda t: func.jvp(total, (x,), (t,))[1])(torch.stack([v, w])), (x,), (w,)
+        ),
+    ):
+        with pytest.raises(NotImplementedError, match="forward mode inside forward mode"):
+            nested()
+
+
+def test_patch_leaves_forward_over_forward_to_torch():
+    x, v = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+
+    def second():
+        def loss(x):
+            return F.cross_entropy(x, torch.tensor([0, 2, 1]))
+
+        return torch.func.jvp(lambda x: torch.func.jvp(loss, (x,), (v,))[1], (x,), (v,))[1]
+
+    want = second()
+    with fastloss.patch():
+        torch.testing.assert_close(second(), want, rtol=0, atol=0)
+
+
 def test_forward_mode_without_func(device):
     """Dual numbers, also of leaves that require grad, under no_grad, and with statistics."""
     import torch.autograd.forward_ad as fw
