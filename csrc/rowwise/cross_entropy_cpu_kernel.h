@@ -396,7 +396,7 @@ class RowBatch {
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
     // Copies of the members: stores to integers could change those, as far as the compiler knows, and it would not
     // use vectors.
-    const int64_t ignored = a.ignore_index, classes = a.classes, pitch = pitch_;
+    const int64_t ignored = a.ignore_index, pitch = pitch_;
     int64_t *const to = target, *const best_of = best;
     lane_int* const lanes = lane_target;
     for (int64_t b = a.soft ? 0 : n; b < pitch; ++b) to[b] = -1;
@@ -405,11 +405,7 @@ class RowBatch {
         const auto* t = static_cast<decltype(tag)>(a.target) + first;
         for (int64_t b = 0; b < n; b += kLineBytes / int64_t(sizeof *t))
           __builtin_prefetch(t + n + b);  // the next batch
-        // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
-        for (int64_t b = 0; b < n; ++b) {
-          const int64_t c = int64_t(t[b]);
-          to[b] = c == ignored || uint64_t(c) >= uint64_t(classes) ? -1 : c;
-        }
+        for (int64_t b = 0; b < n; ++b) to[b] = int64_t(t[b]) == ignored ? -1 : int64_t(t[b]);
       });
     for (int64_t b = 0; b < pitch; ++b) {
       lanes[b] = lane_int(to[b]);
