@@ -437,10 +437,13 @@ def precision(s: Subject) -> Finding:
         found.example = {"value": e.value, "in float64": e.exact, "slope": e.slope, "slope in float64": e.exact_slope}
         return found
 
-    # The sample with the largest error first: if it shows the fault alone, it is the smallest input.
-    order = worst.samples
-    p, t = (x[order].to(worst.dtype) if x.is_floating_point() else x[order] for x in (prediction, target))
-    shown = s.judged(at_worst, p, t)
+    # The sample with the largest error first: if it shows the fault alone, it is the smallest input. Where samples are
+    # added one by one, rounding depends on their order.
+    for order in (worst.samples, torch.arange(len(prediction))):
+        p, t = (x[order].to(worst.dtype) if x.is_floating_point() else x[order] for x in (prediction, target))
+        shown = s.judged(at_worst, p, t)
+        if shown.bad:
+            break
     return replace(status(f"{evidence} {shown.evidence}".strip(), why, **numbers), example=shown.example)
 
 

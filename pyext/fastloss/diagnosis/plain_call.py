@@ -149,7 +149,8 @@ def examine(s: Subject) -> Finding | None:
     except NoGradientError:
         pass
     except Exception as e:
-        return _fault(f"Backward raises {type(e).__name__} for {given}: {_line(e)}", _hint(s, e))
+        fault = _fault(f"Backward raises {type(e).__name__} for {given}: {_line(e)}", _hint(s, e))
+        return s.shown(fault, prediction, target)
     return None
 
 
