@@ -138,6 +138,8 @@ def test_first_of_several_errors_is_torchs(shape):
                 continue  # two errors in one scalar: no row to point at, and no integer
             for (ours, theirs), dtype in ((CE, torch.float32), (NLL, torch.float32), (NLL, torch.int32)):
                 arguments = torch.zeros(shape, dtype=dtype), torch.zeros(target_shape, dtype=target_dtype)
+                if dtype is torch.int32 and arguments[0].numel() == 0:
+                    continue  # torch looks at the dtype of elements only where there are some
                 want, got = outcome(theirs, arguments), outcome(ours, arguments)
                 assert got == want, (target_shape, arguments, got)
 
