@@ -215,8 +215,12 @@ def _jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: Any) -> 
     gradient = _GradientTransformed if _common.functorch_active() else _Gradient
     grads = gradient.apply(ones, *tensors, *o._replace(flags=flags))
     accum = _common.accum_dtype(ones.dtype)
-    terms = (g.to(accum) * t for g, t in zip(grads, _only(flags, (input_t, target_t)), strict=True))
-    total: Any = sum(terms)
+    tangents = [t for t in _only(flags, (input_t, target_t)) if t is not None]
+    weight, mask = tensors[2:4]
+    for counts in (mask, None if weight is None else weight != 0):
+        if counts is not None:  # what is left out may hold anything
+            tangents = [torch.where(counts, t, 0.0) for t in tangents]
+    total: Any = sum(g.to(accum) * t for g, t in zip(grads, tangents, strict=True))
     if o.reduction != NONE and input.dim() > o.row_dims:
         total = total.sum(list(range(o.row_dims, input.dim())))
     return total.to(ones.dtype), None
