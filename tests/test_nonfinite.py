@@ -93,6 +93,31 @@ def test_weight_of_a_class_that_no_target_has(weight, dtype, device):
         assert not grad[1].isfinite().any() and grad[[0, 2, 3]].isfinite().all()
 
 
+# Infinite and nan class weights, and some that cancel.
+STRANGE_WEIGHTS = (
+    [INF, INF, INF], [-INF, -INF, -INF], [INF, 1.0, 0.0], [0.0, INF, 2.0], [1.0, -INF, INF], [INF, NAN, 1.0],
+    [1.0, 0.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, -1.0], [0.0, 1.0, 0.0],
+)  # fmt: skip
+
+
+@reductions
+@pytest.mark.parametrize("weight", STRANGE_WEIGHTS, ids=str)
+def test_strange_class_weights(weight, reduction, device):
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0], [0.5, -0.25, 0.75]], device=device)
+    cancel = -1.0 in weight  # then torch's mean divides two sums by 0, of which one is kept here
+    for classes, repeats in ((3, 1), (3, 40), (70, 1), (1500, 1)):
+        x = torch.randn(3, classes, generator=torch.Generator().manual_seed(0)).to(device).repeat(repeats, 1)
+        w = torch.ones(classes, device=device)
+        w[:3] = torch.tensor(weight, device=device)
+        soft = torch.zeros(len(x), classes, device=device)
+        soft[:, :3] = p.repeat(repeats, 1)
+        for smoothing in (0.0,) if cancel and reduction == "mean" else (0.0, 0.1, 1.0):
+            for t in ([0, 2, 0], [0, 2, -100]):
+                index = torch.tensor(t, device=device).repeat(repeats)
+                compare(x, index, weight=w, reduction=reduction, label_smoothing=smoothing)
+            compare(x, soft, weight=w, reduction=reduction, label_smoothing=smoothing)
+
+
 @reductions
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_in_an_ignored_row(row, reduction, device):

@@ -464,7 +464,7 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     if (!call.backward) {
       vec<T> nll;
       if constexpr (kMode == Mode::soft)
-        nll = soft_row_nll(log_sum, dot, mass);
+        nll = spread_nll(mass, log_sum, dot);
       else {
         // Either form of target_nll from one logarithm.
         const vec<T> ratio = others / e, w = others < e ? T(1) + ratio : sum, log_w = log_of(w);
@@ -508,14 +508,10 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
       g = soft_row_grad(k, lse, mass, u, uz);
     else
       g = index_row_grad(k, lse, w_t, u, uz);
-    if constexpr (kMode != Mode::soft) {  // 0, but nan in a nan row, where the target is ignored
-      g.target_scale = counts ? g.target_scale : vec<T>{};
-      g.rest_scale = counts ? g.rest_scale : vec<T>{};
-    }
     const vec<T> per_sum = T(1) / sum;
     store(s.softmax_scale + v, (g.target_scale + g.rest_scale) * per_sum);
     store(s.q_scale + v, g.q_scale);
-    vec<T> own = (g.rest_scale * e - g.target_scale * others) * per_sum;
+    vec<T> own = target_grad(g, others, e, per_sum);
     if constexpr (kMode == Mode::smooth) own -= g.q_scale;
     if constexpr (kMode == Mode::smooth_weighted) own -= g.q_scale * w_t;
     if constexpr (kTransform) own *= transform_slope(k, picked);
@@ -1091,7 +1087,8 @@ inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
     double loss = total.nll, z = total.z;
     if (a.reduction == Reduction::mean) {
       // Weights of 0 alone: nan as in torch, also where smoothing leaves a loss to divide.
-      loss = nothing ? 0 : call.d.weight == 0 ? kNan<double> : loss / call.d.weight;
+      const bool zero = call.d.weight == 0 && a.label_smoothing > 0;
+      loss = nothing ? 0 : zero ? kNan<double> : loss / call.d.weight;
       z = nothing ? 0 : z / call.d.count;
     }
     store_scalar(a.loss, a.loss_type, 0, a.z_loss != 0 ? loss + z : loss);

@@ -305,16 +305,16 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
 
   RowGrad<A> grad{A(0), A(0), A(0)};
   r.u = A(0);
-  if (target.counts && pass != Pass::forward) {
+  if (pass != Pass::forward) {
     A g = sample;
     if (pass == Pass::backward) g *= load_as<A>(p.grad_output, p.loss_type, p.grad_output_per_row ? row : 0);
-    r.u = g * call.per_d;
-    const A uz = k.z_loss != A(0) ? g * call.per_dn : A(0);
+    r.u = target.counts ? g * call.per_d : A(0);
+    const A uz = target.counts && k.z_loss != A(0) ? g * call.per_dn : A(0);
     grad = soft ? soft_row_grad(k, lse, s.mass, r.u, uz) : index_row_grad(k, lse, w_t, r.u, uz);
   }
   r.softmax_scale = (grad.target_scale + grad.rest_scale) * per_sum;  // nan in a nan row, whatever the scale
   r.q_scale = grad.q_scale;
-  r.at_target = (grad.rest_scale * e_target - grad.target_scale * s.others) * per_sum;
+  r.at_target = target_grad(grad, s.others, e_target, per_sum);
   if (kGeneral && p.classes == 1 && k.z_loss == A(0)) {  // 0, without what rounding leaves of a difference; or nan
     r.softmax_scale *= A(0);
     r.q_scale *= A(0);
@@ -326,7 +326,7 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   if (target.counts) {
     A n;
     if (soft) {
-      n = soft_row_nll(r.log_sum, s.dot, s.mass);
+      n = spread_nll(s.mass, r.log_sum, s.dot);
     } else {
       const A ratio = s.others < e_target ? log1p_of(s.others * reciprocal_of(e_target)) : A(0);
       A nll_t = target_nll(s.others, e_target, r.log_sum, d_target, ratio);
@@ -417,8 +417,9 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   if (p.loss && p.reduction != Reduction::none) {
     double loss = sums.nll;
     if (p.reduction == Reduction::mean) {
-      // No counted row but a bad one among them: nan, not 0.
-      loss = nothing ? loss * 0 : weight == 0 ? double(NAN) : loss / weight;
+      // No counted row but a bad one among them: nan, not 0. Weights of 0 alone: nan as in torch, also where smoothing
+      // leaves a loss to divide.
+      loss = nothing ? loss * 0 : weight == 0 && p.smooth ? double(NAN) : loss / weight;
       if (with_z) loss += nothing ? 0 : sums.z / count;
     } else {
       loss += sums.z;

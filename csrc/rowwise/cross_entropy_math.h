@@ -39,6 +39,20 @@ struct RowGrad {
   V target_scale, rest_scale, q_scale;
 };
 
+// The target's own gradient but for q_t. Where its weight is infinite torch takes p_t w - w, which is nan.
+template <class V>
+FASTLOSS_HD V target_grad(RowGrad<V> g, V others, V e_t, V per_sum) {
+  return (g.rest_scale * e_t - g.target_scale * others + (g.target_scale - g.target_scale)) * per_sum;
+}
+
+// sum_c q_c (lse - z_c) >= 0 for q >= 0, from mass = sum_c q_c. The difference has no value where class weights are
+// infinite; then the mass decides, unless the row has no softmax.
+template <class M, class V>
+FASTLOSS_HD V spread_nll(M mass, V log_sum, V dot) {
+  const V plain = mass * log_sum - dot, infinite = mass + (log_sum - log_sum);
+  return mass - mass == M{} ? plain : infinite;
+}
+
 // -log p_t, from log_sum = log(others + e_t) and target_minus_ref = z_t - ref. `log1p_ratio` is log1p(others / e_t).
 template <class V>
 FASTLOSS_HD V target_nll(V others, V e_t, V log_sum, V target_minus_ref, V log1p_ratio) {
@@ -49,7 +63,7 @@ FASTLOSS_HD V target_nll(V others, V e_t, V log_sum, V target_minus_ref, V log1p
 template <class T, class V>
 FASTLOSS_HD V index_row_nll(const RowConstants<T>& k, V nll_t, V log_sum, V dot, V w_t) {
   const V nll = (T(1) - k.smoothing) * w_t * nll_t;
-  return k.smoothing > T(0) ? nll + k.smooth_share * (k.weight_sum * log_sum - dot) : nll;
+  return k.smoothing > T(0) ? nll + k.smooth_share * spread_nll(k.weight_sum, log_sum, dot) : nll;
 }
 template <class T, class V>
 FASTLOSS_HD RowGrad<V> index_row_grad(const RowConstants<T>& k, V lse, V w_t, V u, V uz) {
@@ -57,11 +71,6 @@ FASTLOSS_HD RowGrad<V> index_row_grad(const RowConstants<T>& k, V lse, V w_t, V 
   // Without smoothing the weights of other classes, which may be infinite, have no part in it.
   const V smooth_scale = k.smoothing > T(0) ? q_scale * k.weight_sum : V{};
   return {u * ((T(1) - k.smoothing) * w_t), smooth_scale + uz * (T(2) * k.z_loss * lse), q_scale};
-}
-
-template <class V>
-FASTLOSS_HD V soft_row_nll(V log_sum, V dot, V mass) {
-  return mass * log_sum - dot;
 }
 template <class T, class V>
 FASTLOSS_HD RowGrad<V> soft_row_grad(const RowConstants<T>& k, V lse, V mass, V u, V uz) {

@@ -395,6 +395,36 @@ def test_bad_target(sm, shape, value):
     emulated.take_bad_target()
 
 
+@pytest.mark.parametrize("shape", ((6, 5), (6, 90), (3, 5000), (2, 5, 40)), ids=str)
+@pytest.mark.parametrize("smoothing", (0.0, 0.1))
+def test_class_weights_that_are_not_finite(shape, smoothing):
+    """Loss and gradient have torch's infinities and nans: those of the log-probabilities times the weights."""
+    inf, nan = np.inf, np.nan
+    logits, target, _, x, _ = problem(shape, "float32", {})
+    classes = shape[1]
+    rows = x.transpose(0, 2, 1).reshape(-1, classes)
+    target[:3] = (0, 1, -100)
+    counts, t = target != -100, np.where(target == -100, 0, target)
+    one_hot = np.arange(classes) == t[:, None]
+    log_p = rows - np.log(np.exp(rows).sum(1, keepdims=True))
+    for first_weights in ((inf, inf), (1, -inf), (inf, -inf), (nan, 1)):
+        w = np.ones(classes, "float32")
+        w[:2] = first_weights
+        with np.errstate(invalid="ignore"):
+            want = np.where(counts, -(1 - smoothing) * w[t] * log_p[np.arange(len(t)), t], 0)
+            slope = np.where(one_hot, -(1 - smoothing) * (counts * np.where(counts, w[t], 0))[:, None], 0)
+            if smoothing:
+                want += np.where(counts, -smoothing / classes * (w * log_p).sum(1), 0)
+                slope -= smoothing / classes * counts[:, None] * w
+            want_grad = slope - np.exp(log_p) * slope.sum(1, keepdims=True)
+        options = {"weight": guarded(w), "label_smoothing": smoothing}
+        got = emulated.cross_entropy_forward(guarded(logits), guarded(target), reduction="none", **options)["loss"]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        grad = emulated.cross_entropy_forward(guarded(logits), guarded(target), reduction="sum", grad=True, **options)
+        got = np.moveaxis(grad["grad"], 1, -1).reshape(-1, classes)
+        np.testing.assert_allclose(got, want_grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", ((6, 50), (3, 4, 7)), ids=str)
 def test_all_ignored(shape):
     logits, target, *_ = problem(shape, "float32", {})
