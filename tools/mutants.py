@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("*/*_kernels.cuh", "common/errors_cuda.cuh", "common/primitives.cuh")
+KERNELS = ("*/*_kernel*.cuh", "common/errors_cuda.cuh", "common/primitives.cuh")
 # The text of primitives.cuh before this belongs to the GPU alone.
 COMMON_FROM = "reductions, common to the GPU and the emulator"
 

@@ -3,7 +3,7 @@
 #include <mutex>
 
 #include "cross_entropy_cuda.h"
-#include "cross_entropy_kernels.cuh"
+#include "cross_entropy_totals_kernel.cuh"
 
 namespace fastloss {
 

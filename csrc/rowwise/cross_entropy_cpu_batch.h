@@ -1,0 +1,344 @@
+// Cross entropy on the CPU: what both ways through memory share. A call, a batch of rows, and all that is O(1) per row
+// (finish_batch): losses, saved values, gradient coefficients, for a batch at a time, in vectors.
+#pragma once
+#include "../common/cpu_support.h"
+#include "cross_entropy_cpu_policy.h"
+#include "cross_entropy_math.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+enum class Mode { index, smooth, smooth_weighted, soft };  // what q_c is: nothing, 1, w_c, w_c p'_c
+
+constexpr int64_t kStreamRowBytes = 2048;  // shorter rows are mostly parts of lines: not streamed
+constexpr int64_t kLineBytes = 64;
+
+struct Denominators {
+  double weight = 0;  // D
+  double count = 0;   // Dn
+  int64_t counted = 0;
+};
+
+// What all rows of a call share, in the accumulation type.
+template <class T>
+struct Call {
+  const CrossEntropyArgs& a;
+  RowConstants<T> k;
+  Denominators d;
+  const T* weight;         // [classes] or null
+  const T* sample_weight;  // [rows] or null
+  T* ref;                  // saved statistics, or null
+  T* others;
+  T* mass;
+  bool backward;
+  bool streamed;  // the gradient is stored past the caches
+
+  explicit Call(const CrossEntropyArgs& args, bool is_backward)
+      : a(args),
+        weight(static_cast<const T*>(args.weight)),
+        sample_weight(static_cast<const T*>(args.sample_weight)),
+        ref(static_cast<T*>(args.saved)),
+        others(ref ? ref + args.rows() : nullptr),
+        mass(ref && args.soft ? others + args.rows() : nullptr),
+        backward(is_backward),
+        streamed(args.grad && args.grad != args.logits &&
+                 args.rows() * args.classes * size_of(args.logits_type) >= kStreamBytes &&
+                 (!takes_row_path(args) || args.classes * size_of(args.logits_type) >= kStreamRowBytes)) {
+    double weight_sum = double(args.classes);
+    if (weight) {
+      weight_sum = 0;
+      for (int64_t c = 0; c < args.classes; ++c) weight_sum += double(weight[c]);
+    }
+    k = {T(args.label_smoothing),
+         T(args.label_smoothing / double(args.classes)),
+         T(weight_sum),
+         T(args.z_loss),
+         T(args.logit_scale),
+         T(args.softcap),
+         T(args.softcap > 0 ? 1 / args.softcap : 0)};
+  }
+  // 1 / D and 1 / Dn for mean, else 1.
+  T per_d() const { return a.reduction == Reduction::mean ? T(1) / T(d.weight) : T(1); }
+  T per_dn() const { return a.reduction == Reduction::mean ? T(1) / T(d.count) : T(1); }
+  T grad_output(int64_t row) const {
+    return T(load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0));
+  }
+};
+
+template <bool kTransform, class T>
+inline vec<T> transform(const RowConstants<T>& k, vec<T> x) {
+  if constexpr (kTransform) {
+    x = x * k.logit_scale;
+    if (k.softcap > T(0)) x = k.softcap * tanh_of(x * k.inv_softcap);
+  }
+  return x;
+}
+template <bool kTransform, class T>
+inline T transform_scalar(const RowConstants<T>& k, T x) {
+  if constexpr (kTransform)
+    return transform<kTransform, T>(k, splat(x))[0];
+  else
+    return x;
+}
+// dz/dx from z.
+template <class V, class T>
+inline V transform_slope(const RowConstants<T>& k, V z) {
+  V u = z * k.inv_softcap;  // 0 without a cap
+  return k.logit_scale * (T(1) - u * u);
+}
+
+// q of a probability target.
+template <class T>
+inline vec<T> soft_q(const RowConstants<T>& k, vec<T> p, vec<T> w) {
+  return w * (p * (T(1) - k.smoothing) + k.smooth_share);
+}
+// What q is multiplied with in sum_c q_c d_c. The product itself stays in the sum, where it is always contracted to a
+// fused multiply-add, so that every variant of a kernel gives the same bits.
+template <class T>
+inline vec<T> factor_of(vec<T> q, vec<T> d, bool zero_times_inf) {
+  return zero_times_inf ? (q == T(0) ? vec<T>{} : d) : d;
+}
+
+// The vectors of a chunk of one row: f(offset, lanes, n) with n < lanes only at the very end.
+template <class T, class F>
+inline void for_vectors(int64_t begin, int64_t end, const F& f) {
+  int64_t c = begin;
+  for (; c + kLanes<T> <= end; c += kLanes<T>) f(c, kLanes<T>);
+  if (c < end) f(c, end - c);
+}
+template <class S>
+inline vec<accum_t<S>> load_n(const S* p, int64_t n, accum_t<S> fill) {
+  return n == kLanes<accum_t<S>> ? load(p) : load_tail(p, n, fill);
+}
+template <class S>
+inline void store_n(S* p, int64_t n, vec<accum_t<S>> v) {
+  if (n == kLanes<accum_t<S>>)
+    store(p, v);
+  else
+    store_tail(p, n, v);
+}
+
+template <class S>
+inline bool row_has_nan(const S* x, int64_t stride, int64_t classes) {
+  for (int64_t c = 0; c < classes; ++c) {
+    const auto v = to_accum(x[c * stride]);
+    if (v != v) return true;
+  }
+  return false;
+}
+// First index of the row's maximum; the first nan if there is one (torch.argmax). The transform keeps or, with a
+// negative scale, reverses the order, so the logits themselves tell: two that a cap makes equal are still told apart.
+template <bool kTransform, class S, class T>
+inline int64_t row_argmax(const RowConstants<T>& k, const S* x, int64_t stride, int64_t classes, T max, bool has_nan,
+                          int64_t from) {
+  if (has_nan)
+    for (int64_t c = 0; c < classes; ++c) {
+      const T v = T(to_accum(x[c * stride]));
+      if (v != v) return c;
+    }
+  if constexpr (kTransform) {
+    const T sign = k.logit_scale > T(0) ? T(1) : k.logit_scale < T(0) ? T(-1) : T(0);
+    int64_t best = 0;
+    for (int64_t c = 1; c < classes && sign != T(0); ++c)
+      if (sign * T(to_accum(x[c * stride])) > sign * T(to_accum(x[best * stride]))) best = c;
+    return best;
+  } else {
+    for (int64_t c = from; c < classes; ++c)
+      if (T(to_accum(x[c * stride])) == max) return c;
+    return 0;
+  }
+}
+// The same for a probability target.
+inline int64_t prob_argmax(const CrossEntropyArgs& a, int64_t offset) {
+  int64_t best = 0;
+  double top = load_scalar(a.target, a.prob_type, offset);
+  for (int64_t c = 1; c < a.classes && top == top; ++c) {
+    double v = load_scalar(a.target, a.prob_type, offset + c * a.target_strides.cls);
+    if (v > top || v != v) top = v, best = c;
+  }
+  return best;
+}
+
+// ----------------------------------------------------------------------------------------------- a batch of rows
+
+// Where the rows first, ..., first + n - 1 of a tensor start.
+class Rows {
+  int64_t outer_ = 0, place_ = 0, inner_ = 1;
+  Strides strides_{};
+
+ public:
+  int64_t step = 0;  // from each row to the next, 0 if that varies
+
+  Rows() = default;
+  Rows(int64_t first, int64_t n, int64_t inner, Strides s)
+      : outer_(first / inner), place_(first % inner), inner_(inner), strides_(s) {
+    const int64_t next = inner == 1 ? s.outer : s.inner;
+    if (inner == 1 || place_ + n <= inner || s.outer == inner * s.inner) step = next;
+  }
+  int64_t operator[](int64_t b) const {
+    if (step != 0) return outer_ * strides_.outer + place_ * strides_.inner + b * step;
+    const int64_t at = place_ + b;
+    return (outer_ + at / inner_) * strides_.outer + at % inner_ * strides_.inner;
+  }
+};
+
+struct BlockSums {  // of one batch; doubles so that rows can be added in order without loss
+  double nll = 0, z = 0, correct = 0;
+};
+
+// One value per row of a batch, in arrays padded to whole vectors.
+template <class T>
+class RowBatch {
+  using lane_int = typename bits_of<T>::type;
+  static constexpr int64_t kValues = 10;
+  const int64_t pitch_;
+  Scratch<T> values_;
+  Scratch<int64_t> indices_;
+  Scratch<lane_int> lane_target_;
+
+ public:
+  explicit RowBatch(int64_t rows)
+      : pitch_(round_up(rows, kLanes<T>)), values_(kValues * pitch_), indices_(2 * pitch_), lane_target_(pitch_) {}
+  T* value(int i) { return values_.get() + i * pitch_; }
+  int64_t* index(int i) { return indices_.get() + i * pitch_; }
+
+  T *const max = value(0), *const ref = value(1), *const others = value(2);  // statistics: see RowStats
+  T *const dot = value(3), *const mass = value(4);
+  T *const picked = value(5), *const target_exp = value(9);      // z_t, e^(z_t - ref)
+  T *const softmax_scale = value(6), *const q_scale = value(7);  // gradient: per e^(z - ref), per q
+  T* const target_grad = value(8);                               // the target's own, complete
+  int64_t* const target = index(0);                              // class index, -1: ignored or none
+  int64_t* const best = index(1);                                // where to look for the maximum
+  Rows logits, prob, grad;
+  lane_int* const lane_target = lane_target_.get();
+
+  void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
+    // Copies of the members: stores to integers could change those, as far as the compiler knows, and it would not
+    // use vectors.
+    const int64_t ignored = a.ignore_index, pitch = pitch_;
+    int64_t *const to = target, *const best_of = best;
+    lane_int* const lanes = lane_target;
+    for (int64_t b = a.soft ? 0 : n; b < pitch; ++b) to[b] = -1;
+    if (!a.soft)
+      with_index(a.index_type, [=, &a](auto* tag) {
+        const auto* t = static_cast<decltype(tag)>(a.target) + first;
+        for (int64_t b = 0; b < n; b += kLineBytes / int64_t(sizeof *t))
+          __builtin_prefetch(t + n + b);  // the next batch
+        for (int64_t b = 0; b < n; ++b) to[b] = int64_t(t[b]) == ignored ? -1 : int64_t(t[b]);
+      });
+    for (int64_t b = 0; b < pitch; ++b) {
+      lanes[b] = lane_int(to[b]);
+      best_of[b] = 0;
+    }
+    for (int64_t b = n; b < pitch_; ++b)  // lanes that are computed and not used
+      ref[b] = others[b] = dot[b] = mass[b] = picked[b] = T(0);
+  }
+  void clear_statistics(int64_t lanes) {
+    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      store(max + v, splat(-kInf<T>));
+      T* const zeroed[] = {ref, others, dot, mass};
+      for (T* p : zeroed) store(p + v, vec<T>{});
+    }
+  }
+  void restore(const Call<T>& call, int64_t first, int64_t n) {
+    // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
+    for (int64_t b = 0; b < pitch_; ++b)
+      if (target[b] >= call.a.classes || target[b] < 0) lane_target[b] = lane_int(target[b] = -1);
+    for (int64_t b = 0; b < pitch_; ++b) {
+      const int64_t row = first + (b < n ? b : 0);
+      ref[b] = call.ref[row];
+      others[b] = call.others[row];
+      mass[b] = call.mass ? call.mass[row] : T(0);
+      dot[b] = T(0);
+    }
+  }
+};
+
+// All that is O(1) per row, from the statistics of a batch: losses, saved values, gradient coefficients.
+template <Mode kMode, bool kTransform, class S, class T>
+inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int64_t n, BlockSums* sums) {
+  const CrossEntropyArgs& a = call.a;
+  const RowConstants<T>& k = call.k;
+  const T per_d = call.per_d(), per_dn = call.per_dn();
+  vec_double nll_sum{}, z_sum{};
+  // In a loop of its own: one long chain of operations per vector would leave the processor waiting.
+  for (int64_t v = 0; v < n; v += kLanes<T>) store(s.target_exp + v, exp_of(load(s.picked + v) - load(s.ref + v)));
+  for (int64_t v = 0; v < n; v += kLanes<T>) {
+    const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
+    ivec<T> target;
+    __builtin_memcpy(&target, s.lane_target + v, sizeof target);
+    const auto counts = kMode == Mode::soft ? iota<T>() < T(m) : target >= 0;
+    const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
+    const vec<T> picked = load(s.picked + v), d = picked - ref;
+    const vec<T> e = target >= 0 ? load(s.target_exp + v) : vec<T>{}, sum = others + e;
+    const bool wants_lse = kMode != Mode::index || k.z_loss != T(0) || a.lse;
+    const vec<T> log_sum = wants_lse ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
+    vec<T> w_t = splat(T(1));
+    if (kMode != Mode::soft && call.weight)
+      for (int64_t b = 0; b < m; ++b)
+        if (target[b] >= 0) w_t[b] = call.weight[target[b]];
+    vec<T> sample = splat(T(1));
+    if (call.sample_weight) sample = load_n(call.sample_weight + row, m, T(0));
+
+    if (!call.backward) {
+      vec<T> nll;
+      if constexpr (kMode == Mode::soft)
+        nll = spread_nll(mass, log_sum, dot);
+      else {
+        // Either form of target_nll from one logarithm.
+        const vec<T> ratio = others / e, w = others < e ? T(1) + ratio : sum, log_w = log_of(w);
+        vec<T> nll_t = target_nll(others, e, log_w, d, log1p_from(ratio, w, log_w));
+        if (a.zero_times_inf) nll_t = w_t == T(0) ? vec<T>{} : nll_t;
+        nll = index_row_nll(k, nll_t, log_sum, dot, w_t);
+      }
+      nll = counts ? nll * sample : vec<T>{};
+      vec<T> z{};
+      if (k.z_loss != T(0)) z = counts ? sample * (k.z_loss * lse * lse) : vec<T>{};
+      nll_sum += widen(nll);
+      z_sum += widen(z);
+      if (a.loss && a.reduction == Reduction::none)
+        for (int64_t b = 0; b < m; ++b) store_scalar(a.loss, a.loss_type, row + b, double(nll[b]) + double(z[b]));
+      if (call.ref) {
+        store_n(call.ref + row, m, ref);
+        store_n(call.others + row, m, others);
+        if (call.mass) store_n(call.mass + row, m, mass);
+      }
+      if (a.lse) store_n(static_cast<T*>(a.lse) + row, m, lse);
+      if (a.argmax || a.accuracy)
+        for (int64_t b = 0; b < m; ++b) {
+          const S* x = static_cast<const S*>(a.logits) + s.logits[v + b];
+          // No nan in it: the sum was not to be had because all is -inf, or something +inf.
+          if (a.lse && sum[b] != sum[b] && !row_has_nan(x, a.logits_strides.cls, a.classes))
+            static_cast<T*>(a.lse)[row + b] = ref[b] > T(0) ? kInf<T> : -kInf<T>;
+          const int64_t top = row_argmax<kTransform, S, T>(k, x, a.logits_strides.cls, a.classes, s.max[v + b],
+                                                           sum[b] != sum[b], s.best[v + b]);
+          if (a.argmax) a.argmax[row + b] = top;
+          sums->correct += top == (kMode == Mode::soft ? prob_argmax(a, s.prob[v + b]) : s.target[v + b]);
+        }
+    }
+    if (!a.grad) continue;
+    vec<T> up = sample;  // what the row's loss weighs in the result that is differentiated
+    if (call.backward)
+      for (int64_t b = 0; b < m; ++b) up[b] *= call.grad_output(row + b);
+    const vec<T> u = counts ? up * per_d : vec<T>{};
+    const vec<T> uz = counts && k.z_loss != T(0) ? up * per_dn : vec<T>{};
+    RowGrad<vec<T>> g;
+    if constexpr (kMode == Mode::soft)
+      g = soft_row_grad(k, lse, mass, u, uz);
+    else
+      g = index_row_grad(k, lse, w_t, u, uz);
+    const vec<T> per_sum = T(1) / sum;
+    store(s.softmax_scale + v, (g.target_scale + g.rest_scale) * per_sum);
+    store(s.q_scale + v, g.q_scale);
+    vec<T> own = target_grad(g, others, e, per_sum);
+    if constexpr (kMode == Mode::smooth) own -= g.q_scale;
+    if constexpr (kMode == Mode::smooth_weighted) own -= g.q_scale * w_t;
+    if constexpr (kTransform) own *= transform_slope(k, picked);
+    store(s.target_grad + v, own);
+  }
+  sums->nll += sum_lanes<double>(nll_sum);
+  sums->z += sum_lanes<double>(z_sum);
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

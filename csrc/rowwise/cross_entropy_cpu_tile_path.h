@@ -1,0 +1,375 @@
+// Cross entropy on the CPU, tile path: few classes, class axis strided, channels first. Rows are laid out as [classes,
+// rows] in L1/L2 and vectors run along the rows: 1 read (+ 1 write) while all classes of a tile fit, else one more read
+// for the gradient.
+#pragma once
+#include "cross_entropy_cpu_batch.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+constexpr int64_t kTileBytes = 8192;
+constexpr int64_t kTileBytesMax = 262144;  // past this a tile holds only part of the classes
+
+// tile[c][b] at tile + c * pitch + b, for n rows; lanes past them hold 0. The class stride of x is `stride`. Classes
+// next to each other are transposed, rows next to each other are copied, anything else is gathered.
+template <class S, class T>
+inline void load_tile(const S* x, const Rows& rows, int64_t n, int64_t stride, int64_t c0, int64_t classes, T* tile,
+                      int64_t pitch) {
+  const int64_t padded = round_up(n, kLanes<T>);
+  constexpr bool kSameAccum = sizeof(accum_t<S>) == sizeof(T);
+  const int64_t step = rows.step;
+  const S* first = x + rows[0] + c0 * stride;
+  if (step == 1) {
+    for (int64_t c = 0; c < classes; ++c) {
+      const S* p = first + c * stride;
+      T* d = tile + c * pitch;
+      if constexpr (kSameAccum) {
+        for_vectors<T>(0, n, [&](int64_t b, int64_t m) { store(d + b, load_n(p + b, m, T(0))); });
+      } else {
+        for (int64_t b = 0; b < padded; ++b) d[b] = b < n ? T(to_accum(p[b])) : T(0);
+      }
+    }
+    return;
+  }
+  int64_t b = 0;
+  if constexpr (kSameAccum && sizeof(T) == 4) {
+    if (step != 0 && stride == 1 && classes >= 4)
+      for (; b + kLanes<T> <= n; b += kLanes<T>)
+        for (int64_t i = 0; i < classes; i += 4) {
+          const int64_t c = min_of(i, classes - 4);  // the last four may overlap those before
+          vec<T> m[4];
+          for (int j = 0; j < 4; ++j) m[j] = load_fours(first + (b + j) * step + c, 4 * step);
+          transpose_fours(m);
+          for (int j = 0; j < 4; ++j) store(tile + (c + j) * pitch + b, m[j]);
+        }
+  }
+  for (; b < n; ++b) {
+    const S* p = x + rows[b] + c0 * stride;
+    for (int64_t c = 0; c < classes; ++c) tile[c * pitch + b] = T(to_accum(p[c * stride]));
+  }
+  for (int64_t c = 0; c < classes; ++c)
+    for (b = n; b < padded; ++b) tile[c * pitch + b] = T(0);
+}
+// The way back, for rows that are not adjacent; first[0] is class c0 of the first of them.
+template <class S, class T>
+inline void store_tile(S* first, const Rows& rows, int64_t n, int64_t stride, int64_t classes, const T* tile,
+                       int64_t pitch) {
+  const int64_t step = rows.step;
+  int64_t b = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (step != 0 && stride == 1 && classes >= 4)
+      for (; b + kLanes<T> <= n; b += kLanes<T>)
+        for (int64_t i = 0; i < classes; i += 4) {
+          const int64_t c = min_of(i, classes - 4);
+          vec<T> m[4];
+          for (int j = 0; j < 4; ++j) m[j] = load(tile + (c + j) * pitch + b);
+          transpose_fours(m);
+          for (int j = 0; j < 4; ++j) store_fours(first + (b + j) * step + c, 4 * step, m[j]);
+        }
+  }
+  for (; b < n; ++b) {
+    S* p = first + (rows[b] - rows[0]);
+    for (int64_t c = 0; c < classes; ++c) p[c * stride] = from_accum<S, T>(tile[c * pitch + b]);
+  }
+}
+
+// memcpy past the caches, but for the lines at both ends that it fills in part.
+inline void stream_bytes(void* to, const void* from, int64_t bytes) {
+  constexpr int64_t kStep = int64_t(sizeof(vec<float>));
+  char* p = static_cast<char*>(to);
+  const char* q = static_cast<const char*>(from);
+  int64_t i = min_of(bytes, int64_t(-uintptr_t(p) % kLineBytes));
+  __builtin_memcpy(p, q, i);
+  for (; i + kLineBytes <= bytes; i += kLineBytes)
+    for (int64_t at = i; at < i + kLineBytes; at += kStep) {
+      vec<float> v;
+      __builtin_memcpy(&v, q + at, sizeof v);
+      stream(reinterpret_cast<float*>(p + at), v);
+    }
+  __builtin_memcpy(p + i, q + i, bytes - i);
+}
+
+// Fetches what the next tile will be made of, a vector at a call, while the exponentials of this one are computed: its
+// pieces (a class, or all rows at once where classes are neighbours) are too short for the hardware to run ahead, and
+// so reading and computing take place at the same time.
+class NextTile {
+  const char* p_ = nullptr;
+  int64_t step_ = 0, piece_ = 0, jump_ = 0, left_ = 0;
+
+ public:
+  NextTile() = default;
+  // Of n rows of x, in tiles of `classes` out of all_classes, of which this begins with c0.
+  template <class S>
+  NextTile(const S* x, const Rows& rows, int64_t n, int64_t stride, int64_t c0, int64_t classes, int64_t all_classes)
+      : step_(kLanes<accum_t<S>> * int64_t(sizeof(S))) {
+    const bool same_rows = classes < all_classes, by_class = rows.step == 1 || same_rows;
+    p_ = reinterpret_cast<const char*>(x + rows[0] + (same_rows ? (c0 + classes) * stride : n * rows.step));
+    left_ = piece_ = (by_class ? n : n * classes) * int64_t(sizeof(S));
+    jump_ = by_class ? stride * int64_t(sizeof(S)) - piece_ : 0;
+  }
+  void fetch() {
+    __builtin_prefetch(p_, 0, 2);
+    p_ += step_;
+    left_ -= step_;
+    if (left_ <= 0) {
+      p_ += jump_ + left_;
+      left_ = piece_;
+    }
+  }
+};
+
+// How the tile path cuts a problem: rows per tile and classes held at a time. Depends on the shape alone.
+struct TileShape {
+  int64_t rows, pitch, classes;
+};
+template <class T>
+inline TileShape tile_shape(const CrossEntropyArgs& a) {
+  constexpr int64_t lanes = kLanes<T>, element = int64_t(sizeof(T));
+  const int64_t fit = kTileBytes / element / (a.classes > 0 ? a.classes : 1) / 64 * 64;
+  const int64_t rows = clamp_to(fit, 64, 512);
+  const int64_t pitch = rows + lanes;  // rows are powers of two times lanes: keep columns out of one cache set
+  return {rows, pitch, clamp_to(kTileBytesMax / element / pitch, 1, a.classes > 0 ? a.classes : 1)};
+}
+
+// Brings the maximum of a tile's rows, and what has been summed relative to it, up to date with further classes. For
+// class indices z_t is not in the tile but in `picked` (see tile_path), so that nothing need be compared with the
+// target.
+template <Mode kMode, class T>
+inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t pitch, int64_t c0, int64_t classes) {
+  constexpr int kTogether = 4;  // independent maxima: one alone would wait for itself
+  for (int64_t v = 0; v < lanes; v += kTogether * kLanes<T>) {
+    vec<T> top[kTogether];
+    for (int i = 0; i < kTogether; ++i) {
+      top[i] = load(s.max + v + i * kLanes<T>);
+      if constexpr (kMode == Mode::index) top[i] = max_of(load(s.picked + v + i * kLanes<T>), top[i]);
+    }
+    for (int64_t c = 0; c < classes; ++c)
+      for (int i = 0; i < kTogether; ++i) top[i] = max_of(load(tile + c * pitch + v + i * kLanes<T>), top[i]);
+    for (int i = 0; i < kTogether; ++i) {
+      const int64_t at = v + i * kLanes<T>;
+      const vec<T> max = top[i], ref = max > -kInf<T> ? max : vec<T>{};
+      if (c0 > 0) {
+        const vec<T> shift = load(s.ref + at) - ref, others = load(s.others + at);
+        store(s.others + at, load(s.max + at) > -kInf<T> ? others * exp_of(shift) : others);
+        if constexpr (kMode != Mode::index) store(s.dot + at, load(s.dot + at) + load(s.mass + at) * shift);
+      }
+      store(s.max + at, max);
+      store(s.ref + at, ref);
+    }
+  }
+}
+
+// Adds classes to the sums of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref). Terms are added in blocks of
+// classes, blocks in the tile, tiles in the row: one long sum would lose a digit or two at 1e5 classes.
+template <Mode kMode, bool kKeep, class T>
+inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob, int64_t pitch,
+                      int64_t c0, int64_t classes, NextTile next, NextTile next_prob) {
+  const RowConstants<T>& k = call.k;
+  const bool zero_inf = call.a.zero_times_inf;
+  constexpr int64_t kBlock = 64;
+  for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+    const vec<T> ref = load(s.ref + v);
+    vec<T> others{}, dot{}, mass{}, blocks_others{}, blocks_dot{}, blocks_mass{};
+    ivec<T> target;
+    __builtin_memcpy(&target, s.lane_target + v, sizeof target);
+    target -= typename bits_of<T>::type(c0);
+    for (int64_t c = 0;;) {
+      for (const int64_t end = min_of(c + kBlock, classes); c < end; ++c) {
+        next.fetch();
+        if constexpr (kMode == Mode::soft) next_prob.fetch();
+        vec<T> d = load(tile + c * pitch + v) - ref;
+        vec<T> e = exp_of(d);
+        if constexpr (kKeep) store(tile + c * pitch + v, e);
+        if constexpr (kMode == Mode::smooth || kMode == Mode::smooth_weighted)
+          e = target == typename bits_of<T>::type(c) ? vec<T>{} : e;
+        others += e;
+        if constexpr (kMode == Mode::smooth) {
+          dot += d;
+          mass += T(1);
+        }
+        if constexpr (kMode == Mode::smooth_weighted) {
+          vec<T> q = splat(call.weight[c0 + c]);
+          dot += q * factor_of<T>(q, d, zero_inf);
+          mass += q;
+        }
+        if constexpr (kMode == Mode::soft) {
+          vec<T> q = soft_q<T>(k, load(prob + c * pitch + v), splat(call.weight ? call.weight[c0 + c] : T(1)));
+          dot += q * factor_of<T>(q, d, zero_inf);
+          mass += q;
+        }
+      }
+      if (c >= classes) break;
+      blocks_others += others;
+      blocks_dot += dot;
+      blocks_mass += mass;
+      others = dot = mass = vec<T>{};
+    }
+    store(s.others + v, load(s.others + v) + (blocks_others + others));
+    if constexpr (kMode != Mode::index) {
+      store(s.dot + v, load(s.dot + v) + (blocks_dot + dot));
+      store(s.mass + v, load(s.mass + v) + (blocks_mass + mass));
+    }
+  }
+}
+
+// The gradient from z[c][b], or with kKept from e^(z - ref): put(c, v, g) for the vector v of class c0 + c.
+template <Mode kMode, bool kTransform, bool kKept, class T, class F>
+inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, const T* tile, const T* prob,
+                          int64_t pitch, int64_t c0, int64_t classes, NextTile next, NextTile next_prob, const F& put) {
+  using lane_int = typename bits_of<T>::type;
+  const RowConstants<T> k = call.k;
+  const T *const ref = s.ref, *const softmax_scale = s.softmax_scale, *const q_scale = s.q_scale;
+  const T* const target_grad = s.target_grad;
+  const lane_int* const lane_target = s.lane_target;
+  for (int64_t c = 0; c < classes; ++c) {
+    const T w = call.weight ? call.weight[c0 + c] : T(1);
+    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      if constexpr (!kKept) next.fetch();
+      if constexpr (!kKept && kMode == Mode::soft) next_prob.fetch();
+      const vec<T> z = load(tile + c * pitch + v);
+      vec<T> g = (kKept ? z : exp_of(z - load(ref + v))) * load(softmax_scale + v);
+      if constexpr (kMode == Mode::smooth) g -= load(q_scale + v);
+      if constexpr (kMode == Mode::smooth_weighted) g -= load(q_scale + v) * w;
+      if constexpr (kMode == Mode::soft) g -= load(q_scale + v) * soft_q<T>(k, load(prob + c * pitch + v), splat(w));
+      if constexpr (kTransform) g *= transform_slope(k, z);
+      if constexpr (kMode != Mode::soft) {
+        ivec<T> target;
+        __builtin_memcpy(&target, lane_target + v, sizeof target);
+        g = target == lane_int(c0 + c) ? load(target_grad + v) : g;
+      }
+      put(c, v, g);
+    }
+  }
+}
+
+template <class T>
+struct Tiles {  // z, then its gradient; probabilities; the gradient once more, in the order of memory
+  Tiles(const TileShape& shape, bool soft, bool staged)
+      : shape(shape),
+        tile(shape.classes * shape.pitch),
+        prob(soft ? shape.classes * shape.pitch : 1),
+        stage(staged ? shape.classes * shape.rows : 1) {}
+  const TileShape shape;
+  Scratch<T> tile, prob, stage;
+};
+
+template <Mode kMode, bool kTransform, class S>
+inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Tiles<accum_t<S>>& tiles, int64_t first,
+                      int64_t n, BlockSums* sums) {
+  using T = accum_t<S>;
+  const CrossEntropyArgs& a = call.a;
+  const RowConstants<T>& k = call.k;
+  const int64_t step = tiles.shape.classes, pitch = tiles.shape.pitch, lanes = round_up(n, kLanes<T>);
+  const S* x = static_cast<const S*>(a.logits);
+  T *const tile = tiles.tile.get(), *const prob = tiles.prob.get();
+  s.logits = {first, n, a.inner, a.logits_strides};
+  if constexpr (kMode == Mode::soft) s.prob = {first, n, a.inner, a.target_strides};
+
+  auto load_classes = [&](int64_t c0, int64_t classes) {
+    load_tile(x, s.logits, n, a.logits_strides.cls, c0, classes, tile, pitch);
+    if constexpr (kTransform)
+      for (int64_t c = 0; c < classes; ++c)
+        for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+          T* p = tile + c * pitch + v;
+          store(p, transform<kTransform, T>(k, load(p)));
+        }
+    if constexpr (kMode == Mode::soft)
+      with_storage(a.prob_type, [&](auto* tag) {
+        load_tile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob, n, a.target_strides.cls, c0,
+                  classes, prob, pitch);
+      });
+  };
+
+  auto next = [&](int64_t c0, int64_t classes) {
+    return NextTile(x, s.logits, n, a.logits_strides.cls, c0, classes, a.classes);
+  };
+  auto next_prob = [&](int64_t c0, int64_t classes) {
+    if constexpr (kMode != Mode::soft)
+      return NextTile();
+    else
+      return with_storage(a.prob_type, [&](auto* tag) {
+        return NextTile(static_cast<const decltype(tag)>(const_cast<void*>(a.target)), s.prob, n, a.target_strides.cls,
+                        c0, classes, a.classes);
+      });
+  };
+  const bool whole = step >= a.classes;
+  // With a transform the gradient needs z itself once more; classes that come in parts are read again.
+  const bool keep = whole && !kTransform && !call.backward && a.grad;
+  s.set_targets(a, first, n);
+  for (int64_t v = 0; v < lanes; v += kLanes<T>)
+    store(s.picked + v, kMode == Mode::index ? splat(-kInf<T>) : vec<T>{});  // where there is no target
+  if (whole) load_classes(0, a.classes);
+  // z_t of the rows whose target is in the tile; -inf in its place adds nothing to the sum of the others.
+  auto pick = [tile, pitch, n, target = s.target, picked = s.picked, apart = kMode == Mode::index && !call.backward](
+                  int64_t c0, int64_t classes) {
+    for (int64_t b = 0; b < n; ++b) {
+      const int64_t c = target[b] - c0;
+      if (target[b] < 0 || uint64_t(c) >= uint64_t(classes)) continue;
+      T* const z = tile + c * pitch + b;
+      picked[b] = *z;
+      if (apart) *z = -kInf<T>;
+    }
+  };
+  if (call.backward) {
+    s.restore(call, first, n);
+    if (whole) pick(0, a.classes);
+    for (int64_t b = 0; b < n && !whole; ++b)
+      if (s.target[b] >= 0)
+        s.picked[b] =
+            transform_scalar<kTransform, T>(k, T(to_accum(x[s.logits[b] + s.target[b] * a.logits_strides.cls])));
+  } else {
+    s.clear_statistics(lanes);
+    for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
+      const int64_t classes = min_of(step, a.classes - c0);
+      if (!whole) load_classes(c0, classes);
+      pick(c0, classes);
+      tile_reference<kMode, T>(s, lanes, tile, pitch, c0, classes);
+      auto add = [&](auto kept) {
+        tile_sums<kMode, decltype(kept)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes, next(c0, classes),
+                                                   next_prob(c0, classes));
+      };
+      keep ? add(constant<true>{}) : add(constant<false>{});
+    }
+    for (int64_t b = 0; b < lanes; ++b)
+      s.others[b] += s.max[b] > -kInf<T> ? T(0) : kNan<T>;  // nothing but -inf (or nan): no softmax
+  }
+  finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
+  if (!a.grad) return;
+  s.grad = {first, n, a.inner, a.grad_strides};
+  for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
+    const int64_t classes = min_of(step, a.classes - c0);
+    if (!whole) load_classes(c0, classes);
+    auto gradient = [&](const auto& put) {
+      auto from = [&](auto kept) {
+        tile_gradient<kMode, kTransform, decltype(kept)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes,
+                                                                   next(c0, classes), next_prob(c0, classes), put);
+      };
+      keep ? from(constant<true>{}) : from(constant<false>{});
+    };
+    S* const grad = static_cast<S*>(a.grad);
+    const int64_t stride = a.grad_strides.cls;
+    if (s.grad.step == 1) {
+      S* const base = grad + s.grad[0] + c0 * stride;
+      const bool streamed = call.streamed;
+      gradient([base, stride, n, streamed](int64_t c, int64_t v, vec<T> g) {
+        S* const to = base + c * stride + v;
+        if (v + kLanes<T> > n)
+          store_tail(to, n - v, g);
+        else
+          streamed ? stream(to, g) : store(to, g);
+      });
+    } else {
+      gradient([tile, pitch](int64_t c, int64_t v, vec<T> g) { store(tile + c * pitch + v, g); });
+      if (call.streamed && whole && stride == 1 && s.grad.step == a.classes) {
+        S* const stage = reinterpret_cast<S*>(tiles.stage.get());
+        store_tile(stage, s.grad, n, stride, classes, tile, pitch);
+        stream_bytes(grad + s.grad[0], stage, n * a.classes * int64_t(sizeof(S)));
+      } else {
+        store_tile(grad + s.grad[0] + c0 * stride, s.grad, n, stride, classes, tile, pitch);
+      }
+    }
+  }
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss
