@@ -42,7 +42,7 @@ struct RowGrad {
 // The target's own gradient but for q_t. Where its weight is infinite torch takes p_t w - w, which is nan.
 template <class V>
 FASTLOSS_HD V target_grad(RowGrad<V> g, V others, V e_t, V per_sum) {
-  return (g.rest_scale * e_t - g.target_scale * others + (g.target_scale - g.target_scale)) * per_sum;
+  return (g.rest_scale * e_t - g.target_scale * others) * (per_sum + (g.target_scale - g.target_scale));
 }
 
 // sum_c q_c (lse - z_c) >= 0 for q >= 0, from mass = sum_c q_c. The difference has no value where class weights are
