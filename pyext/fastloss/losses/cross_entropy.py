@@ -230,19 +230,19 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
 
 
 def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
-    logits, target, weight, sample_weight, _ = _common.saved_for_jvp(ctx)
     o: _Options = ctx.options
-    ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
-    f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
-    total: Any = 0
-    if logits_t is not None:
-        total = total + (f_logits * logits_t)
-    if target_t is not None and f_target is not None:
-        total = total + f_target * target_t
-    if weight_t is not None and f_weight is not None:
-        total = total + f_weight * weight_t.view(-1, *[1] * (logits.dim() - 2))
-    result = total.sum(1) if o.reduction == NONE else total.sum()
-    return result.to(DTYPES[o.loss_dtype])
+    with _common.saved_for_jvp(ctx) as (logits, target, weight, sample_weight, *_):
+        ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
+        f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
+        total: Any = 0
+        if logits_t is not None:
+            total = total + (f_logits * logits_t)
+        if target_t is not None and f_target is not None:
+            total = total + f_target * target_t
+        if weight_t is not None and f_weight is not None:
+            total = total + f_weight * weight_t.view(-1, *[1] * (logits.dim() - 2))
+        result = total.sum(1) if o.reduction == NONE else total.sum()
+        return result.to(DTYPES[o.loss_dtype])
 
 
 # --------------------------------------------------------------------------------------------------- autograd
@@ -357,7 +357,7 @@ class _ForwardMode(_Recompute):
 
 
 def _recompute_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
+    tensors = ctx.saved_tensors[:5]
     logits, target, weight, sample_weight, saved = tensors
 
     def kernel_grad(g: Tensor) -> Tensor:
@@ -387,8 +387,9 @@ class _Transformed(Function):
         ctx.options = _Options(*options)
         _, saved, *stats = output
         ctx.mark_non_differentiable(saved, *stats)
-        ctx.save_for_backward(logits, target, weight, sample_weight, saved)
-        ctx.save_for_forward(logits, target, weight, sample_weight, saved)  # vmap wants the same as for backward
+        tensors = logits, target, weight, sample_weight, saved, *stats
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)  # vmap wants the same as for backward
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
@@ -396,8 +397,10 @@ class _Transformed(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        tangent, *rest = _ForwardMode.jvp(ctx, *tangents)
-        return (tangent, _common.no_tangent(ctx), *rest[1:])
+        tangent = _jvp(ctx, *tangents[:3])
+        if not ctx.options.flags & STATS:
+            return tangent, _common.no_tangent(ctx, 4)
+        return (tangent, *(_common.no_tangent(ctx, i) for i in (4, 5)), None, _common.no_tangent(ctx, 7))
 
 
 def _run(
@@ -412,7 +415,6 @@ def _run(
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
     if _common.functorch_active():
-        _common.refuse_forward_over_forward("cross_entropy")
         loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, *o)
         return (loss, *rest)
     if _common.forward_mode_active():

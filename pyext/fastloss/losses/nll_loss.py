@@ -73,10 +73,10 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
-    input, target, weight, _ = _common.saved_for_jvp(ctx)
-    index, factor = _row_factors(input, target, weight, ctx.options)
-    rows = (factor * input_t.gather(1, index)).squeeze(1).to(DTYPES[ctx.options[1]])
-    return (rows if ctx.options[0] == NONE else rows.sum()), None
+    with _common.saved_for_jvp(ctx) as (input, target, weight, _):
+        index, factor = _row_factors(input, target, weight, ctx.options)
+        rows = (factor * input_t.gather(1, index)).squeeze(1).to(DTYPES[ctx.options[1]])
+        return (rows if ctx.options[0] == NONE else rows.sum()), None
 
 
 class _NllLoss(Function):
@@ -118,7 +118,7 @@ class _NllLossTransformed(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx)
+        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx, -1)
 
 
 def nll_loss(
@@ -205,7 +205,6 @@ def nll_loss(
 
     options = (red, DTYPE_CODES[loss_dtype], ignore_index)
     if _common.functorch_active():
-        _common.refuse_forward_over_forward("nll_loss")
         loss = _NllLossTransformed.apply(input, target, weight, *options)[0]
     elif _common.forward_mode_active():
         loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
