@@ -29,7 +29,8 @@ _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, Functional
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """The reduction that torch's deprecated arguments stand for; they win over ``reduction``, even a wrong one."""
-    reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    size_average, reduce = size_average is None or bool(size_average), reduce is None or bool(reduce)
+    reduction = "none" if not reduce else "mean" if size_average else "sum"
     warnings.warn(
         f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.", stacklevel=3
     )
@@ -60,14 +61,16 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def as_int(function: str, name: str, value: Any) -> int:
     """An int argument, as anything that can be an index (numpy's integers too)."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value  # type: ignore[return-value]
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
+    if not isinstance(value, torch.SymInt):
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{function}(): argument '{name}' is {value}, which overflows a 64-bit integer")
+    return value
 
 
 def as_float(function: str, name: str, value: Any) -> float:
@@ -77,6 +80,11 @@ def as_float(function: str, name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)
     raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+
+
+def require_float(function: str, name: str, value: Any) -> float:
+    """The same, as a float of Python's."""
+    return float(as_float(function, name, value))
 
 
 def index_target(target: Tensor) -> Tensor:
@@ -94,16 +102,6 @@ def index_target(target: Tensor) -> Tensor:
 def require_tensor(name: str, value: Any, function: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
-
-
-def require_float(function: str, name: str, value: Any) -> float:
-    """A parameter as torch's own argument parser takes it: a number or a tensor of one."""
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}") from None
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:

@@ -412,8 +412,9 @@ class Operands(NamedTuple):
 
 
 def _require(name: str, value: Any, function: str) -> None:
-    if not isinstance(value, Tensor):  # AttributeError: what torch's losses raise
-        raise AttributeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if not isinstance(value, Tensor):  # torch's losses call size() of it: numpy's arrays have one that is no function
+        kind = TypeError if hasattr(value, "size") else AttributeError
+        raise kind(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
 def _expand(function: str, name: str, t: Tensor, shape: torch.Size) -> Tensor:
@@ -477,8 +478,8 @@ def check(
     and does not. ``mean_counts``: 'mean' divides by the count whatever the weights. ``keeps_input_dtype``: the loss has
     the input's dtype instead of the promoted one.
     """
-    _require("input", input, function)
     _require("target", target, function)
+    _require("input", input, function)
     for name, t in (("weight", weight), ("sample_weight", sample_weight), ("mask", mask)):
         if t is not None:
             _require(name, t, function)
@@ -492,23 +493,27 @@ def check(
     _common.require_supported_tensors(function, input, target, weight, sample_weight, mask)
     others = (("target", target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))
     _common.require_same_device(function, ("input", input), *others)
+    if target.shape != input.shape:
+        torch.broadcast_shapes(input.shape, target.shape)  # RuntimeError where they do not
     if weight is not None and torch_weight:
+        if torch.bool in (input.dtype, target.dtype) and not keeps_input_dtype:
+            raise RuntimeError(f"{function}(): subtraction with a bool tensor is not supported; convert it to a number")
         if weight.shape != input.shape:
             raise ValueError(
                 "Weights and input must have the same size. "
                 f"{function}(): weight has shape {list(weight.shape)}, input {list(input.shape)}"
             )
-        if reduction not in REDUCTIONS:
+        if not isinstance(reduction, str) or reduction not in REDUCTIONS:
             raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
     code = _common.reduction_code(reduction)
 
     dtype = torch.promote_types(input.dtype, target.dtype)
-    if keeps_input_dtype and input.dtype in DTYPE_CODES:
+    if keeps_input_dtype:
+        if (dtype in DTYPE_CODES) != (input.dtype in DTYPE_CODES):
+            raise RuntimeError(
+                f"{function}(): result type {dtype} can't be cast to the input's {input.dtype}; convert one of them"
+            )
         dtype = input.dtype
-    elif keeps_input_dtype and dtype in DTYPE_CODES:
-        raise RuntimeError(
-            f"{function}(): result type {dtype} can't be cast to the input's {input.dtype}; convert input"
-        )
     for name, t in (("input", input), ("target", target)):
         if t.dtype not in DTYPE_CODES and (dtype not in DTYPE_CODES or t.is_floating_point() or t.is_complex()):
             raise NotImplementedError(
@@ -530,18 +535,20 @@ def check(
     if weight is not None:
         floating = weight.is_floating_point()
         if weight.is_complex() or (floating and weight.dtype not in DTYPE_CODES):
-            raise NotImplementedError(f"{function}(): weight of dtype {weight.dtype} is not supported")
+            kind = NotImplementedError if weight.is_complex() else RuntimeError
+            raise kind(f"{function}(): weight of dtype {weight.dtype} is not supported; call weight.float()")
         if torch_weight and floating:
             by_mean = (
                 code == MEAN and not mean_counts
             )  # torch then divides by weight.sum(), a tensor without dimensions
-            if weight.dim() == len(shape) or by_mean:
+            if weight.dim() or not shape or by_mean:
                 dtype = torch.promote_types(dtype, weight.dtype)
         elif not floating:
             weight = weight.to(_common.accum_dtype(dtype))
         denominator = 1.0
         if torch_weight and weight.shape != shape:  # the target is larger: torch divides by the sum before broadcasting
             denominator = weight.numel() / max(input.numel(), 1)
+            code = SUM if code == MEAN and weight.numel() and not input.numel() else code  # 0 over that sum
         weight = _expand(function, "weight", weight, shape)
     if sample_weight is not None:
         per_sample = _sample_weight(function, sample_weight, shape)
@@ -618,7 +625,7 @@ def pointwise_loss(
     """
     name = loss or function
     if weight is None and sample_weight is None and mask is None and is_plain(input, target):
-        code = REDUCTIONS.get(reduction)
+        code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
         if code is not None:
             return run(input, target, None, None, Options(NUMBERS[name], param, code, 0, 0.0, DTYPE_CODES[input.dtype]))
     x = check(function, input, target, reduction, weight, sample_weight, mask, **rules)

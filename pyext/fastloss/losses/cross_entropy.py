@@ -459,7 +459,7 @@ def _check_single_target(target: Tensor, function: str) -> None:
         raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
 
 
-def _check_index_shapes(logits: Tensor, target: Tensor) -> None:
+def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
     """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions in torch's order, with a remedy."""
     x, t = list(logits.shape), list(target.shape)
     batch = t[0] if t else 0
@@ -474,6 +474,7 @@ def _check_index_shapes(logits: Tensor, target: Tensor) -> None:
                 "give one class index per row, or floating-point probabilities of the input's shape"
             )
         if not t:
+            _check_index_dtype(target, function)
             raise IndexError(
                 f"Dimension specified as 0 but tensor has no dimensions: target for input {x} needs shape {x[:1]}"
             )
@@ -487,12 +488,18 @@ def _check_index_shapes(logits: Tensor, target: Tensor) -> None:
             raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
     elif not t or t[1:] != x[2:]:
         raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
+    elif x[1] == 0 and target.numel():
+        raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): input has no classes, but there are targets")
 
 
-def _check_weight(weight: Tensor, classes: int, function: str, prefix: str = "") -> None:
-    if not weight.is_floating_point():
-        raise RuntimeError(f"{function}(): weight must be floating point, got {weight.dtype}; call weight.float()")
-    if weight.dim() != 1 or weight.shape[0] != classes:
+def _check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", any_shape: bool = False) -> None:
+    """``any_shape``: any tensor with an element for each class will do, as it does for torch's spatial losses."""
+    if weight.dtype not in DTYPE_CODES:
+        raise RuntimeError(
+            f"{function}(): weight must be floating point, float32, float64, float16 or bfloat16, but found "
+            f"{weight.dtype}; call weight.float()"
+        )
+    if weight.numel() != classes or (weight.dim() != 1 and not any_shape):
         raise RuntimeError(
             f"{prefix}weight tensor should be defined either for all {classes} classes or no classes but got weight "
             f"tensor of shape: {list(weight.shape)}"
@@ -627,6 +634,9 @@ def cross_entropy(
         _common.require_tensor("weight", weight, "cross_entropy")
     if sample_weight is not None:
         _common.require_tensor("sample_weight", sample_weight, "cross_entropy")
+    soft = input.shape == target.shape
+    if soft and target.layout is not torch.strided and target.is_floating_point():
+        target = target.to_dense()
     ignore_index = _common.as_int("cross_entropy", "ignore_index", ignore_index)
     label_smoothing = _common.as_float("cross_entropy", "label_smoothing", label_smoothing)
     z_loss = _common.as_float("cross_entropy", "z_loss", z_loss)
@@ -638,7 +648,6 @@ def cross_entropy(
     )
 
     # Bring the classes to dimension 1 of [N, C, ...].
-    soft = input.shape == target.shape
     class_dim = None if class_dim is None else _common.as_int("cross_entropy", "class_dim", class_dim)
     if class_dim is not None and (class_dim != 1 or input.dim() == 1):
         if not -input.dim() <= class_dim < input.dim():
@@ -692,7 +701,7 @@ def cross_entropy(
         if not (_mergeable(input) and _mergeable(target) and (input.dim() <= 3 or input.stride() == target.stride())):
             input, target = input.contiguous(), target.contiguous()
     else:
-        _check_index_shapes(input, target)
+        _check_index_shapes(input, target, "cross_entropy")
         _check_index_dtype(target, "cross_entropy")
         loss_dtype = input.dtype
         target = _common.index_target(target)
@@ -700,7 +709,10 @@ def cross_entropy(
             input = input.contiguous()
     accum = _common.accum_dtype(input.dtype)
     if weight is not None:
-        _check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "")
+        if soft and not weight.is_floating_point() and not weight.is_complex():
+            weight = weight.to(input.dtype)  # as torch, whose product promotes
+        spatial = not soft and input.dim() > 2 and label_smoothing == 0
+        _check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "", any_shape=spatial)
         if soft:
             loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
         elif weight.requires_grad and torch.is_grad_enabled():
@@ -708,9 +720,7 @@ def cross_entropy(
                 "cross_entropy(): not differentiable with respect to argument 'weight' for class-index targets. This "
                 "input cannot have requires_grad True; pass weight.detach()"
             )
-        if weight.dtype is not accum:
-            weight = weight.to(accum)
-        weight = weight.contiguous()
+        weight = weight.to(accum).reshape(-1).contiguous()
     if classes == 0 and soft:  # nothing to sum over: 0, and 0 / 0 for the mean
         empty = (input.sum(1) + target.sum(1)).to(loss_dtype)
         if red != NONE:
@@ -762,8 +772,7 @@ def cross_entropy(
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     if single:
-        if red == NONE:
-            loss = loss.reshape(single_shape)
+        loss = loss.reshape(())
         stats = [s.reshape(single_shape) for s in stats]
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
