@@ -92,6 +92,29 @@ CASES = {
     "input not a tensor": ((CE, NLL), ([1.0, 2.0], t()), {}, ["'input'", "list"]),
     "target not a tensor": ((CE, NLL), (x(), [0, 1, 2, 0]), {}, ["'target'", "list"]),
     "target None": ((CE, NLL), (x(), None), {}, ["'target'", "NoneType"]),
+    "weight float8": (
+        (CE, NLL),
+        (x(), t()),
+        {"weight": torch.ones(3).to(torch.float8_e5m2)},
+        ["weight", "float8_e5m2"],
+    ),
+    "weight complex": (
+        (CE, NLL),
+        (x(), t()),
+        {"weight": torch.ones(3, dtype=torch.complex64)},
+        ["weight", "complex64"],
+    ),
+    "weight of one more dimension, smoothing": (
+        (CE,),
+        (x(4, 3, 5), t(4, 5)),
+        {"weight": x(1, 3), "label_smoothing": 0.1},
+        ["weight", "[1, 3]"],
+    ),
+    "ignore_index too large": ((CE, NLL), (x(), t()), {"ignore_index": 2**63}, ["'ignore_index'", str(2**63)]),
+    "ignore_index too small": ((CE, NLL), (x(), t()), {"ignore_index": -(2**63) - 1}, ["'ignore_index'", "-92233"]),
+    "reduce ambiguous": ((CE, NLL), (x(), t()), {"reduce": torch.zeros(2)}, ["Boolean value of Tensor"]),
+    "no row, float target": ((CE, NLL), (x(0, 3), x(1).view(())), {}, ["expected target dtype to be Long or Byte"]),
+    "no class": ((CE, NLL), (x(4, 0, 3), t(4, 3)), {}, ["size mismatch", "[4, 0, 3]", "no classes"]),
     "weight not a tensor": ((CE, NLL), (x(), t()), {"weight": [1.0, 1.0, 1.0]}, ["'weight'", "list"]),
 }
 
@@ -117,9 +140,8 @@ def test_as_torch(losses, arguments, options, words, device):
         assert "fastloss/" not in str(got.value) and ".cpp" not in str(got.value)
 
 
-# Not (4, 0, 3): of no class at all torch says that shapes differ, ones of its own making.
-SHAPES = [(), (1,), (4,), (5,), (4, 5), (4, 1), (1, 5), (0, 5), (1, 1), (1, 1, 1), (4, 5, 3), (4, 3)]
-SHAPES += [(2, 5, 3, 4), (2, 3, 4), (2, 5, 1, 3, 4), (2, 1, 3, 4)]
+SHAPES = [(), (1,), (4,), (5,), (4, 5), (4, 1), (1, 5), (0, 5), (0, 0), (1, 1), (1, 1, 1), (4, 5, 3), (4, 3)]
+SHAPES += [(2, 5, 3, 4), (2, 3, 4), (2, 5, 1, 3, 4), (2, 1, 3, 4), (4, 0, 3), (4, 5, 0), (2, 0, 1, 3, 4)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -134,14 +156,71 @@ def test_first_of_several_errors_is_torchs(shape):
 
     for target_shape in SHAPES:
         for target_dtype in (torch.long, torch.float32):
-            if (shape, target_shape, target_dtype) == ((0, 5), (), torch.float32):
-                continue  # two errors in one scalar: no row to point at, and no integer
             for (ours, theirs), dtype in ((CE, torch.float32), (NLL, torch.float32), (NLL, torch.int32)):
                 arguments = torch.zeros(shape, dtype=dtype), torch.zeros(target_shape, dtype=target_dtype)
                 if dtype is torch.int32 and arguments[0].numel() == 0:
                     continue  # torch looks at the dtype of elements only where there are some
                 want, got = outcome(theirs, arguments), outcome(ours, arguments)
                 assert got == want, (target_shape, arguments, got)
+
+
+ARRAY = x().numpy()
+POINTWISE_CASES = {
+    "input an array": ("l1 mse smooth_l1 huber", (ARRAY, x()), {}, ["'input'", "ndarray"]),
+    "target an array": ("l1 mse smooth_l1 huber", (x(), ARRAY), {}, ["'target'", "ndarray"]),
+    "target a list": ("l1 mse smooth_l1 huber", (x(), [1.0]), {}, ["'target'", "list"]),
+    "both wrong": ("l1 mse smooth_l1 huber", ([1.0], ARRAY), {}, ["'target'", "ndarray"]),
+    "weight an array": ("l1 mse huber", (x(), x()), {"weight": ARRAY}, ["'weight'", "ndarray"]),
+    "reduction a list": ("l1 mse smooth_l1 huber", (x(), x()), {"reduction": ["mean"]}, ["['mean']"]),
+    "reduction a list, weight": ("l1 mse huber", (x(), x()), {"reduction": ["mean"], "weight": x()}, ["['mean']"]),
+    "shapes before weights": ("l1 mse huber", (x(4, 3), x(4, 0)), {"weight": x(4, 0)}, ["[4, 3]", "[4, 0]"]),
+    "bool target and weight": ("l1 mse", (x(), x() > 0), {"weight": x()}, ["bool"]),
+    "weight float8": ("l1 mse huber", (x(), x()), {"weight": x().to(torch.float8_e5m2)}, ["weight", "float8_e5m2"]),
+    "complex target": ("huber", (x(), x().to(torch.complex64)), {}, ["complex64", "torch.float32"]),
+    "beta an array": ("smooth_l1", (x(), x()), {"beta": ARRAY[0, 0:1]}, ["'beta'", "ndarray"]),
+    "delta a tensor of dimension 1": ("huber", (x(), x()), {"delta": torch.ones(1)}, ["'delta'", "Tensor"]),
+}
+
+
+@pytest.mark.parametrize(("losses", "arguments", "options", "words"), POINTWISE_CASES.values(), ids=POINTWISE_CASES)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_pointwise_as_torch(losses, arguments, options, words):
+    for name in losses.split():
+        with pytest.raises(Exception) as want:
+            getattr(F, f"{name}_loss")(*arguments, **options)
+        with pytest.raises(type(want.value)) as got:
+            getattr(fastloss, f"{name}_loss")(*arguments, **options)
+        assert type(got.value) is type(want.value)
+        for word in words:
+            assert word in str(got.value), str(got.value)
+
+
+TAKEN = {
+    "reduce 0": ("cross_entropy nll_loss", (x(), t()), {"reduce": 0}),
+    "size_average 0": ("cross_entropy nll_loss", (x(), t()), {"size_average": 0, "reduction": "nope"}),
+    "size_average and reduce": ("cross_entropy nll_loss", (x(), t()), {"size_average": 0.0, "reduce": 1}),
+    "a target of one element": ("cross_entropy nll_loss", (x(3), t(1)), {"reduction": "none"}),
+    "weight of another shape": ("cross_entropy nll_loss", (x(4, 3, 5), t(4, 5)), {"weight": x(1, 3).exp()}),
+    "integer weight": ("cross_entropy", (x(), x().softmax(1)), {"weight": torch.arange(3)}),
+    "bool weight": ("cross_entropy", (x(), x().softmax(1)), {"weight": torch.arange(3) > 0, "reduction": "none"}),
+    "sparse probabilities": ("cross_entropy", (x(), x().softmax(1).to_sparse()), {}),
+    "reduce 0, pointwise": ("l1_loss mse_loss smooth_l1_loss", (x(), x() + 1), {"reduce": 0}),
+    "nothing, weighted": ("l1_loss mse_loss", (x(1, 3), x(0, 3)), {"weight": x(1, 3)}),
+    "weight of fewer dimensions": (
+        "huber_loss l1_loss",
+        (x(1, 1, dtype=torch.bfloat16), x(2, 2, 3, dtype=torch.bfloat16)),
+        {"weight": x(1, 1), "reduction": "sum"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("losses", "arguments", "options"), TAKEN.values(), ids=TAKEN)
+@pytest.mark.filterwarnings("ignore:size_average and reduce", "ignore:Using a target size")
+def test_unusual_arguments_that_torch_takes(losses, arguments, options):
+    for name in losses.split():
+        want = getattr(F, name)(*arguments, **options)
+        got = getattr(fastloss, name)(*arguments, **options)
+        torch.testing.assert_close(got, want, rtol=2e-2 if arguments[0].dtype is torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 OURS = {

@@ -185,53 +185,182 @@ def test_batched_gradients(device):
         torch.testing.assert_close(got, torch.autograd.grad(want, x, g, is_grads_batched=True)[0])
 
 
-SECOND_ORDER = {
-    "cross_entropy": lambda x: fastloss.cross_entropy(x, torch.tensor([0, 2, 1])),
-    "cross_entropy, none": lambda x: fastloss.cross_entropy(x, torch.tensor([0, 2, 1]), reduction="none"),
-    "nll_loss": lambda x: fastloss.nll_loss(x * x, torch.tensor([0, 2, 1])),
-    "mse_loss": lambda x: fastloss.mse_loss(x, torch.ones_like(x)),
-    "huber_loss, none": lambda x: fastloss.huber_loss(x, torch.ones_like(x), reduction="none"),
+LABELS = torch.tensor([0, -100, 1, 2])
+PROBABILITIES = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3).sin().softmax(1)
+CLASS_WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+ROW_WEIGHT = torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64)
+MASK = torch.arange(12).view(4, 3) % 5 != 1
+VALUES = torch.linspace(-2, 3, 12, dtype=torch.float64).view(4, 3).cos()
+
+
+def of(name, theirs=None, first=lambda x: x, second=None, **options):
+    """A loss of one argument: ours, and torch's or, where torch has none, the float64 reference."""
+    both = SPECS[name].function, theirs or SPECS[name].reference
+    return tuple(lambda x, f=f: f(first(x), VALUES if second is None else second(x), **options) for f in both)
+
+
+def labels(x):
+    return LABELS
+
+
+NESTED = {
+    "cross_entropy": of("cross_entropy", F.cross_entropy, second=labels),
+    "cross_entropy, smoothing": of(
+        "cross_entropy", F.cross_entropy, second=labels, label_smoothing=0.1, reduction="none", weight=CLASS_WEIGHT
+    ),
+    "cross_entropy, probabilities": of(
+        "cross_entropy", F.cross_entropy, second=lambda x: x.square() * PROBABILITIES, weight=CLASS_WEIGHT
+    ),
+    "cross_entropy, everything": of(
+        "cross_entropy", second=labels, z_loss=0.1, softcap=3.0, logit_scale=0.5, sample_weight=ROW_WEIGHT
+    ),
+    "nll_loss": of("nll_loss", F.nll_loss, first=torch.square, second=labels, weight=CLASS_WEIGHT),
+    "nll_loss, none": of("nll_loss", F.nll_loss, first=torch.square, second=labels, reduction="none"),
+    "l1_loss": of("l1_loss", mask=MASK),
+    "mse_loss": of("mse_loss", second=lambda x: VALUES * x, reduction="none", sample_weight=ROW_WEIGHT),
+    "mse_loss, its weight": of("mse_loss", second=lambda x: VALUES * x, weight=VALUES.square()),
+    "smooth_l1_loss": of("smooth_l1_loss", beta=0.7, reduction="sum"),
+    "huber_loss": of("huber_loss", delta=0.7, weight=MASK * VALUES.square()),
+    "log_cosh_loss": of("log_cosh_loss"),
+    "relative_l1_loss": of("relative_l1_loss", second=lambda x: VALUES * x.square() + 1),
+    "relative_l1_loss, symmetric": of("relative_l1_loss", symmetric=True, eps=0.1, mask=MASK),
+    "rmse_loss": of("rmse_loss", mask=MASK),
+    "rmse_loss, groups": of("rmse_loss", dim=1, eps=0.01, sample_weight=ROW_WEIGHT + 1),
 }
 
 
-@pytest.mark.parametrize("loss", SECOND_ORDER.values(), ids=SECOND_ORDER)
-def test_orders_of_second_derivatives(loss):
-    """Reverse over forward and forward over reverse are reverse over reverse; forward over forward says that it is not
-    to be had, alone and with its inner tangents batched, instead of leaving second derivatives out."""
+def along(i, function):
+    direction = VALUES.roll(i + 1, 0)
+    return lambda x: torch.func.jvp(function, (x,), (direction,))[1]
+
+
+def along_several(i, function):
+    directions = torch.stack([VALUES.roll(i, 0), VALUES.roll(i, 1)])
+    return lambda x: torch.vmap(lambda v: torch.func.jvp(function, (x,), (v,))[1])(directions).sum(0)
+
+
+def gradient(i, function):
+    return torch.func.grad(lambda x: function(x).square().sum())
+
+
+def batched(i, function):
+    return lambda x: torch.vmap(lambda s: function(x * s))(torch.tensor([1.0, 2.0], dtype=x.dtype)).sum(0)
+
+
+TRANSFORMS = {"j": along, "t": along_several, "g": gradient, "v": batched}
+STACKS = ("jj", "jjj", "gjj", "jgj", "jjg", "ggg", "vjj", "jvj", "jjv", "tj", "tt", "jtj", "tg")
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("ours, theirs", NESTED.values(), ids=NESTED)
+def test_nested_transforms(ours, theirs, stack):
+    """Forward mode inside forward mode, and with reverse mode and vmap at any place between, to third derivatives."""
+    x = torch.linspace(0.3, 2.9, 12, dtype=torch.float64).view(4, 3).sin() * 2
+    for i, name in enumerate(stack):
+        ours, theirs = TRANSFORMS[name](i, ours), TRANSFORMS[name](i, theirs)
+    want = theirs(x)
+    assert want.isfinite().all()
+    torch.testing.assert_close(ours(x), want)
+
+
+@losses
+@reductions
+def test_jacobians_of_jacobians(ours, theirs, reduction):
+    x, t = problem(3, 4, device="cpu")
     func = torch.func
-    x, v, w = torch.randn(3, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
-
-    def total(x):
-        return loss(x).sum()
-
-    def along(x):
-        return func.jvp(total, (x,), (v,))[1]
-
-    want = func.vjp(func.grad(total), x)[1](v)[0]
-    torch.testing.assert_close(func.grad(along)(x), want)
-    torch.testing.assert_close(func.jvp(func.grad(total), (x,), (v,))[1], want)
-    for nested in (
-        lambda: func.jvp(along, (x,), (w,)),
-        lambda: func.jvp(
-            lambda x: func.vmap(lambda t: func.jvp(total, (x,), (t,))[1])(torch.stack([v, w])), (x,), (w,)
-        ),
+    for transform in (
+        lambda f: func.jacfwd(func.jacfwd(f)),
+        lambda f: func.jacfwd(func.jacfwd(func.jacfwd(f))),
+        lambda f: func.hessian(func.jacfwd(f)),
+        lambda f: func.jacrev(func.jacfwd(func.jacfwd(f))),
     ):
-        with pytest.raises(NotImplementedError, match="forward mode inside forward mode"):
-            nested()
+        results = (transform(lambda y, f=f: f(y * y, t, reduction=reduction))(x) for f in (ours, theirs))
+        torch.testing.assert_close(*results)
 
 
-def test_patch_leaves_forward_over_forward_to_torch():
-    x, v = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+def test_nested_forward_mode_through_modules_and_patch():
+    """The modules, the outermost value and every tangent; with patch() nothing of it is left to torch."""
+    x, v, w = torch.randn(3, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
 
-    def second():
-        def loss(x):
-            return F.cross_entropy(x, torch.tensor([0, 2, 1]))
+    def second(loss):
+        return torch.func.jvp(lambda x: torch.func.jvp(lambda y: loss(y, LABELS), (x,), (v,)), (x,), (w,))
 
-        return torch.func.jvp(lambda x: torch.func.jvp(loss, (x,), (v,))[1], (x,), (v,))[1]
+    want = second(torch.nn.CrossEntropyLoss(label_smoothing=0.1))
+    torch.testing.assert_close(second(fastloss.CrossEntropyLoss(label_smoothing=0.1)), want)
+    calls = []
 
-    want = second()
-    with fastloss.patch():
-        torch.testing.assert_close(second(), want, rtol=0, atol=0)
+    class Log(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with fastloss.patch(), Log():
+        torch.testing.assert_close(second(torch.nn.CrossEntropyLoss(label_smoothing=0.1)), want)
+    assert any("fastloss.cross_entropy_forward" in name for name in calls)
+    assert not any("log_softmax" in name or "nll_loss" in name for name in calls)
+
+
+def test_third_derivatives_numerically():
+    """Of the losses that have some, against differences of the second ones."""
+    x = torch.linspace(0.3, 2.9, 6, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(-1, 1.5, 6, dtype=torch.float64).exp().requires_grad_()
+    weight = torch.linspace(0, 1, 6, dtype=torch.float64)
+    for loss in (fastloss.log_cosh_loss, fastloss.relative_l1_loss, fastloss.rmse_loss, fastloss.mse_loss):
+
+        def first(x, t, loss=loss):
+            return torch.autograd.grad(loss(x, t, weight=weight), (x, t), create_graph=True)
+
+        assert torch.autograd.gradgradcheck(first, (x, t))
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_statistics_under_transforms(reduction):
+    """No tangent and no gradient flows through them, batched or not; the loss's are what they are without."""
+    x, t = problem(4, 5, device="cpu")
+    xs, ts, v = torch.stack([x, x * 2]), torch.stack([t, t.flip(0)]), x.sin()
+    func = torch.func
+
+    def loss(y, t=t, stats=True):
+        return fastloss.cross_entropy(y, t, reduction=reduction, return_stats=stats)
+
+    def plain(y, t=t):
+        return loss(y, t, stats=False)
+
+    for apply in (
+        lambda f: func.jvp(lambda y: torch.vmap(f)(y), (xs,), (xs.sin(),)),
+        lambda f: func.jvp(lambda y: torch.vmap(f)(y, ts), (xs,), (xs.sin(),)),
+        lambda f: func.jvp(lambda y: torch.vmap(lambda t: f(y, t))(ts), (x,), (v,)),
+        lambda f: func.jvp(lambda y: torch.vmap(torch.vmap(f))(y[:, None]), (xs,), (xs.sin(),)),
+        lambda f: torch.vmap(lambda y: func.jvp(f, (y,), (v,)))(xs),
+        lambda f: torch.vmap(lambda w: func.jvp(f, (x,), (w,)))(xs),
+    ):
+        ((got, stats), (tangent, rest)), (want, slope) = apply(loss), apply(plain)
+        torch.testing.assert_close((got, tangent), (want, slope))
+        assert all((r == 0).all() for r in rest)
+        torch.testing.assert_close(stats.lse.reshape(-1, 4)[0], fastloss.cross_entropy(x, t, return_stats=True)[1].lse)
+    for jacobian in (func.jacfwd, func.jacrev, lambda f, **k: func.jacfwd(func.jacfwd(f, **k), **k)):
+        got = jacobian(loss, has_aux=True)(x)[0]
+        torch.testing.assert_close(got, jacobian(plain)(x))
+
+
+def test_dual_levels_around_torch_func():
+    """Dual numbers outside, torch.func inside; torch itself takes one forward mode of the two only."""
+    import torch.autograd.forward_ad as fw
+
+    x, t = problem(4, 5, device="cpu")
+    xs = torch.stack([x, x * 2])
+    for pair in LOSSES.values():
+        for transform, y in ((torch.func.grad, x), (torch.vmap, xs), (lambda f: torch.vmap(torch.func.grad(f)), xs)):
+            with fw.dual_level():
+                dual = fw.make_dual(y, y.sin())
+                got, want = (fw.unpack_dual(transform(lambda y, f=f: f(y * y, t))(dual)) for f in pair)
+                torch.testing.assert_close(tuple(got), tuple(want))
+    for function in (fastloss.mse_loss, fastloss.huber_loss):  # torch.autograd.functional has a vmap of its own
+        hessian = torch.autograd.functional.hessian(
+            lambda y, f=function: f(y, x.sin()), x, outer_jacobian_strategy="forward-mode", vectorize=True
+        )
+        want = torch.func.hessian(lambda y, f=function: f(y, x.sin()))(x)
+        torch.testing.assert_close(hessian, want)
 
 
 def test_forward_mode_without_func(device):

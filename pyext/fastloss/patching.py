@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import functional
-from .losses._common import DTYPE_CODES, forward_over_forward, unsupported
+from .losses._common import DTYPE_CODES, unsupported
 
 _originals: dict[str, Callable[..., Any]] = {}
 
@@ -27,7 +27,7 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     for t in tensors:
         if (t is tensors[0] or t.is_floating_point() or t.is_complex()) and t.dtype not in DTYPE_CODES:
             return f"dtype {t.dtype}: fastloss takes float32, float64, float16 and bfloat16"
-    return unsupported(*tensors) or forward_over_forward()
+    return unsupported(*tensors)
 
 
 def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

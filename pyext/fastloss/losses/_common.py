@@ -1,16 +1,18 @@
 """What the Python faces of the losses share: reductions, dtypes, checks of what an argument is."""
 
+import contextlib
 import numbers
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from .._library import cuda_built
 
@@ -27,7 +29,8 @@ _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, Functional
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """The reduction that torch's deprecated arguments stand for; they win over ``reduction``, even a wrong one."""
-    reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    size_average, reduce = size_average is None or bool(size_average), reduce is None or bool(reduce)
+    reduction = "none" if not reduce else "mean" if size_average else "sum"
     warnings.warn(
         f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.", stacklevel=3
     )
@@ -58,14 +61,16 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def as_int(function: str, name: str, value: Any) -> int:
     """An int argument, as anything that can be an index (numpy's integers too)."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value  # type: ignore[return-value]
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
+    if not isinstance(value, torch.SymInt):
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{function}(): argument '{name}' is {value}, which overflows a 64-bit integer")
+    return value
 
 
 def as_float(function: str, name: str, value: Any) -> float:
@@ -75,6 +80,11 @@ def as_float(function: str, name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)
     raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+
+
+def require_float(function: str, name: str, value: Any) -> float:
+    """The same, as a float of Python's."""
+    return float(as_float(function, name, value))
 
 
 def index_target(target: Tensor) -> Tensor:
@@ -92,16 +102,6 @@ def index_target(target: Tensor) -> Tensor:
 def require_tensor(name: str, value: Any, function: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
-
-
-def require_float(function: str, name: str, value: Any) -> float:
-    """A parameter as torch's own argument parser takes it: a number or a tensor of one."""
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}") from None
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
@@ -141,27 +141,10 @@ def require_same_device(function: str, first: tuple[str, Tensor], *others: tuple
 
 
 def forward_mode_active() -> bool:
-    return bool(torch.autograd.forward_ad._current_level >= 0)
+    return bool(forward_ad._current_level >= 0)
 
 
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-
-
-def forward_over_forward() -> str | None:
-    """Why not, where two of torch.func's forward modes are nested around this call: with custom functions, torch then
-    leaves second derivatives out without a word."""
-    if not functorch_active() or torch.compiler.is_compiling():
-        return None
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(layer.key() == torch._C._functorch.TransformType.Jvp for layer in stack) < 2:
-        return None
-    return "forward mode inside forward mode; use forward over reverse (torch.func.hessian, jvp of grad)"
-
-
-def refuse_forward_over_forward(function: str) -> None:
-    reason = forward_over_forward()
-    if reason is not None:
-        raise NotImplementedError(f"{function}(): not for {reason}. fastloss.patch() leaves such calls to torch.")
 
 
 def saved_tensor_hooks_active() -> bool:
@@ -169,18 +152,37 @@ def saved_tensor_hooks_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def saved_for_jvp(ctx: Any) -> Any:
-    """What a jvp has saved; where it runs under vmap, functorch hands it over as ``saved_tensors``."""
-    return ctx.saved_tensors if hasattr(ctx, "_pt_new_saved_tensors") else ctx.saved_for_forward
+def _primal(t: Tensor) -> Tensor:
+    """In a jvp of torch.func: t without this jvp's tangent, but with those of the forward modes around it."""
+    interpreter = retrieve_current_functorch_interpreter() if functorch_active() else None
+    if interpreter is None or interpreter.key() != torch._C._functorch.TransformType.Vmap:
+        return forward_ad.unpack_dual(t, level=0).primal
+    value, dim = torch._C._functorch._unwrap_batched(t, interpreter.level())  # unpack_dual has no rule for vmap
+    with interpreter.lower():
+        value = _primal(value)
+    return value if dim is None else torch._C._functorch._add_batch_dim(value, dim, interpreter.level())
 
 
-def no_tangent(ctx: Any) -> Tensor | None:
-    """In jvp, for an output that is not differentiable, saved last. Under vmap, functorch forgets that it is not where
-    it is batched, and wants a tangent; elsewhere it refuses one."""
+@contextlib.contextmanager
+def saved_for_jvp(ctx: Any) -> Iterator[tuple[Any, ...]]:
+    """What a jvp has saved, and the state in which to compute with it: torch turns forward mode off in the jvp of a
+    function, which would leave the tangents of an outer forward mode out without a word."""
+    if not functorch_active():  # torch has no nested levels then
+        yield ctx.saved_for_forward
+        return
+    # Where the jvp runs under vmap, functorch hands over as `saved_tensors` what was saved.
+    saved = ctx.saved_tensors if hasattr(ctx, "_pt_new_saved_tensors") else ctx.saved_for_forward
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(None if t is None else _primal(t) for t in saved)
+
+
+def no_tangent(ctx: Any, index: int) -> Tensor | None:
+    """In jvp, for an output that is not differentiable, the ``index``-th that was saved. Under vmap, functorch forgets
+    that it is not where it is batched, and wants a tangent; elsewhere it refuses one."""
     depth, inner = 0, ctx
     while "_pt_new_saved_tensors" in vars(inner):  # one for each vmap between the jvp and its function
         depth, inner = depth + 1, inner._pt_inner_ctx
-    output = ctx.saved_tensors[-1] if depth else None
+    output = ctx.saved_tensors[index] if depth else None
     if output is None or torch._C._functorch.maybe_get_level(output) <= torch._C._functorch.current_level() - depth:
         return None
     return torch.zeros_like(output)

@@ -13,14 +13,14 @@ calls :func:`pointwise_loss`. Two ways to a gradient:
 Operands are never copied to be broadcast or made contiguous: the kernels take strides.
 """
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .._library import loop_vmap, ops
 from . import _common
@@ -125,7 +125,7 @@ def _both(flags: int, grads: Sequence[Any]) -> tuple[Any, Any]:
 
 
 class _Gradient(Function):
-    """First derivatives, those wanted, differentiable once more through the second ones of the same definition."""
+    """First derivatives, those wanted, differentiable through the second ones of the same definition."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
@@ -135,33 +135,30 @@ class _Gradient(Function):
         return grads
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_output, input, target, weight, mask, factor = ctx.saved_tensors
         need = ctx.needs_input_grad
-        v_input, v_target = _both(ctx.options.flags, grad_outputs)
+        tangents = _both(ctx.options.flags, grad_outputs)
         rest = [None] * (3 + len(Options._fields))
-        if v_input is None and v_target is None:
+        if all(t is None for t in tangents):
             return (None, None, None, *rest)
-        args = (input, target, weight, mask, factor, v_input, v_target)
+        tensors = (input, target, weight, mask, factor)
         o = ctx.options._replace(flags=0)
-        along = ops.pointwise_second(None, *args, *o)[0] if need[0] else None
+        along = _second(None, tensors, tangents, o)[0] if need[0] else None
         o = o._replace(flags=flags_of(need[1], need[2]))
-        grads = wanted(o.flags, *ops.pointwise_second(grad_output, *args, *o)[1:]) if o.flags else (None, None)
+        grads = wanted(o.flags, *_second(grad_output, tensors, tangents, o)[1:]) if o.flags else (None, None)
         return (along, *grads, *rest)
 
     @staticmethod
     def jvp(ctx: Any, grad_output_t: Any, input_t: Any, target_t: Any, *_: Any) -> Any:
-        grad_output, input, target, weight, mask, factor = _common.saved_for_jvp(ctx)
         o = ctx.options
         sums: tuple[Any, ...] = ()
-        if grad_output_t is not None:
-            args = (grad_output_t.contiguous(), input, target, weight, mask, factor)
-            sums = _only(o.flags, ops.pointwise_backward(*args, *o))
-        if input_t is not None or target_t is not None:
-            along = (input, target, weight, mask, factor, input_t, target_t)
-            second = _only(o.flags, ops.pointwise_second(grad_output, *along, *o)[1:])
-            sums = tuple(a + b for a, b in zip(sums, second, strict=True)) if sums else second
+        with _common.saved_for_jvp(ctx) as (grad_output, *tensors):
+            if grad_output_t is not None:
+                sums = gradients(grad_output_t.contiguous(), *tensors, *o)
+            if input_t is not None or target_t is not None:
+                second = _only(o.flags, _second(grad_output, tensors, (input_t, target_t), o)[1:])
+                sums = tuple(a + b for a, b in zip(sums, second, strict=True)) if sums else second
         return sums
 
 
@@ -186,6 +183,66 @@ class _GradientTransformed(Function):
     jvp = staticmethod(_Gradient.jvp)
 
 
+def gradients(*args: Any) -> tuple[Any, ...]:
+    """First derivatives, those wanted, that can be differentiated; arguments as for the operator."""
+    return (_GradientTransformed if _common.functorch_active() else _Gradient).apply(*args)
+
+
+def _formula(loss: int, param: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of one element composed of torch operations, which tests and benchmarks hold the kernels to as well."""
+    from ..testing.pointwise import LOSSES
+
+    name = ops.pointwise_losses().split()[loss]
+    symmetric = name.startswith("symmetric_")
+    name = name.removeprefix("symmetric_").removeprefix("wide_")
+    formula = LOSSES[name].formula
+    parameters = list(inspect.signature(formula).parameters)[2:]
+    named = dict(zip(parameters, (param, symmetric), strict=False))
+    return lambda x, t: formula(x, t, **named)
+
+
+def _second(
+    grad_output: Tensor | None, tensors: Sequence[Any], tangents: Sequence[Tensor | None], o: Options
+) -> tuple[Any, Any, Any]:
+    """The operator ``pointwise_second``: derivatives along tangents of the loss (no flags) or of its gradients.
+
+    Where it is differentiated again, third and higher derivatives are those of the formula.
+    """
+    args = (grad_output, *tensors, *tangents)
+    input, target, weight, mask, factor = tensors
+    with torch.no_grad():
+        loss, *grads = ops.pointwise_second(*args, *o)
+    again = _common.differentiated_again(grad_output, input, target, *tangents)
+    if not again or any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
+        return loss, *grads  # torch.autograd.functional's vmap knows no detach, and no torch.func within
+    accum = _common.accum_dtype(DTYPES[o.loss_dtype])
+    counts = torch.ones_like(input, dtype=torch.bool) if mask is None else mask
+    if weight is not None:
+        counts = counts & (weight != 0)
+    # What is left out may hold anything.
+    x, t = (torch.where(counts, t.to(accum), 1.0) for t in (input, target))
+    x_t, t_t = (torch.zeros_like(x) if t is None else torch.where(counts, t.to(accum), 0.0) for t in tangents)
+    scale = torch.where(counts, 1.0 if weight is None else weight, 0.0)
+    cols = list(range(o.row_dims, input.dim()))
+    if o.reduction != NONE:
+        scale = scale * factor.view(*factor.shape, *[1] * len(cols))
+    formula = _formula(o.loss, o.param)
+
+    def along(x: Tensor, t: Tensor) -> Tensor:
+        f_x, f_t = torch.func.vjp(formula, x, t)[1](torch.ones_like(x))
+        return scale * (f_x * x_t + f_t * t_t)
+
+    if not o.flags:
+        total = along(x, t)
+        return _common.attach(loss, total.sum(cols) if o.reduction != NONE and cols else total), *grads
+    if grad_output is not None:
+        per_element = grad_output if o.reduction == NONE else grad_output.view(*grad_output.shape, *[1] * len(cols))
+        scale = scale * per_element.to(accum)
+    second = torch.func.vjp(along, x, t)[1](torch.ones_like(x))
+    found = zip(grads, second, (GRAD_INPUT, GRAD_TARGET), strict=True)
+    return loss, *(_common.attach(g, f) if o.flags & bit else g for g, f, bit in found)
+
+
 def _backward(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
     """Gradients for (input, target, weight, mask, options) from the kernel."""
     input, target, weight, mask, factor = tensors
@@ -193,27 +250,27 @@ def _backward(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
     if o.reduction != NONE:
         grad_output = grad_output.contiguous()
     args = (grad_output, input, target, weight, mask, factor)
-    if _common.functorch_active():
-        grads = _both(o.flags, _GradientTransformed.apply(*args, *o))
-    elif _common.differentiated_again(grad_output, input, target) or _common.forward_mode_active():
-        grads = _both(o.flags, _Gradient.apply(*args, *o))
+    if _common.differentiated_again(grad_output, input, target) or _common.forward_mode_active():
+        grads = _both(o.flags, gradients(*args, *o))
     else:
         grads = wanted(o.flags, *ops.pointwise_backward(*args, *o))
     return (*grads, None, None, None)
 
 
 def _jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: Any) -> tuple[Tensor, None]:
-    tensors = _common.saved_for_jvp(ctx)
-    o = ctx.options
+    with _common.saved_for_jvp(ctx) as tensors:
+        return _tangent(tensors, input_t, target_t, ctx.options), None
+
+
+def _tangent(tensors: Sequence[Any], input_t: Tensor | None, target_t: Tensor | None, o: Options) -> Tensor:
     if not _common.differentiated_again(*tensors[:2]):
-        return ops.pointwise_second(None, *tensors, input_t, target_t, *o)[0], None
+        return ops.pointwise_second(None, *tensors, input_t, target_t, *o)[0]
     # Composed of the gradient, which can be differentiated; the kernel's result has no derivative.
     input = tensors[0]
     flags = flags_of(input_t is not None, target_t is not None)
     shape = input.shape if o.reduction == NONE else input.shape[: o.row_dims]
     ones = torch.ones(shape, dtype=DTYPES[o.loss_dtype], device=input.device)
-    gradient = _GradientTransformed if _common.functorch_active() else _Gradient
-    grads = gradient.apply(ones, *tensors, *o._replace(flags=flags))
+    grads = gradients(ones, *tensors, *o._replace(flags=flags))
     accum = _common.accum_dtype(ones.dtype)
     tangents = [t for t in _only(flags, (input_t, target_t)) if t is not None]
     weight, mask = tensors[2:4]
@@ -223,7 +280,7 @@ def _jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, *_: Any) -> 
     total: Any = sum(g.to(accum) * t for g, t in zip(grads, tangents, strict=True))
     if o.reduction != NONE and input.dim() > o.row_dims:
         total = total.sum(list(range(o.row_dims, input.dim())))
-    return total.to(ones.dtype), None
+    return total.to(ones.dtype)
 
 
 class Fused(Function):
@@ -316,14 +373,13 @@ class _Transformed(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx)
+        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx, -1)
 
 
 def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None, o: Options) -> Tensor:
     """The loss of operands of one shape (expanded where broadcast): chooses among the paths. Not for roots."""
     args = (input, target, weight, mask, o)
     if _common.functorch_active():
-        _common.refuse_forward_over_forward("fastloss")
         return _Transformed.apply(input, target, weight, mask, *o)[0]
     if _common.forward_mode_active():
         return _ForwardMode.apply(*args)[0]
@@ -356,8 +412,9 @@ class Operands(NamedTuple):
 
 
 def _require(name: str, value: Any, function: str) -> None:
-    if not isinstance(value, Tensor):  # AttributeError: what torch's losses raise
-        raise AttributeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if not isinstance(value, Tensor):  # torch's losses call size() of it: numpy's arrays have one that is no function
+        kind = TypeError if hasattr(value, "size") else AttributeError
+        raise kind(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
 def _expand(function: str, name: str, t: Tensor, shape: torch.Size) -> Tensor:
@@ -421,8 +478,8 @@ def check(
     and does not. ``mean_counts``: 'mean' divides by the count whatever the weights. ``keeps_input_dtype``: the loss has
     the input's dtype instead of the promoted one.
     """
-    _require("input", input, function)
     _require("target", target, function)
+    _require("input", input, function)
     for name, t in (("weight", weight), ("sample_weight", sample_weight), ("mask", mask)):
         if t is not None:
             _require(name, t, function)
@@ -436,23 +493,27 @@ def check(
     _common.require_supported_tensors(function, input, target, weight, sample_weight, mask)
     others = (("target", target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))
     _common.require_same_device(function, ("input", input), *others)
+    if target.shape != input.shape:
+        torch.broadcast_shapes(input.shape, target.shape)  # RuntimeError where they do not
     if weight is not None and torch_weight:
+        if torch.bool in (input.dtype, target.dtype) and not keeps_input_dtype:
+            raise RuntimeError(f"{function}(): subtraction with a bool tensor is not supported; convert it to a number")
         if weight.shape != input.shape:
             raise ValueError(
                 "Weights and input must have the same size. "
                 f"{function}(): weight has shape {list(weight.shape)}, input {list(input.shape)}"
             )
-        if reduction not in REDUCTIONS:
+        if not isinstance(reduction, str) or reduction not in REDUCTIONS:
             raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
     code = _common.reduction_code(reduction)
 
     dtype = torch.promote_types(input.dtype, target.dtype)
-    if keeps_input_dtype and input.dtype in DTYPE_CODES:
+    if keeps_input_dtype:
+        if (dtype in DTYPE_CODES) != (input.dtype in DTYPE_CODES):
+            raise RuntimeError(
+                f"{function}(): result type {dtype} can't be cast to the input's {input.dtype}; convert one of them"
+            )
         dtype = input.dtype
-    elif keeps_input_dtype and dtype in DTYPE_CODES:
-        raise RuntimeError(
-            f"{function}(): result type {dtype} can't be cast to the input's {input.dtype}; convert input"
-        )
     for name, t in (("input", input), ("target", target)):
         if t.dtype not in DTYPE_CODES and (dtype not in DTYPE_CODES or t.is_floating_point() or t.is_complex()):
             raise NotImplementedError(
@@ -474,18 +535,20 @@ def check(
     if weight is not None:
         floating = weight.is_floating_point()
         if weight.is_complex() or (floating and weight.dtype not in DTYPE_CODES):
-            raise NotImplementedError(f"{function}(): weight of dtype {weight.dtype} is not supported")
+            kind = NotImplementedError if weight.is_complex() else RuntimeError
+            raise kind(f"{function}(): weight of dtype {weight.dtype} is not supported; call weight.float()")
         if torch_weight and floating:
             by_mean = (
                 code == MEAN and not mean_counts
             )  # torch then divides by weight.sum(), a tensor without dimensions
-            if weight.dim() == len(shape) or by_mean:
+            if weight.dim() or not shape or by_mean:
                 dtype = torch.promote_types(dtype, weight.dtype)
         elif not floating:
             weight = weight.to(_common.accum_dtype(dtype))
         denominator = 1.0
         if torch_weight and weight.shape != shape:  # the target is larger: torch divides by the sum before broadcasting
             denominator = weight.numel() / max(input.numel(), 1)
+            code = SUM if code == MEAN and weight.numel() and not input.numel() else code  # 0 over that sum
         weight = _expand(function, "weight", weight, shape)
     if sample_weight is not None:
         per_sample = _sample_weight(function, sample_weight, shape)
@@ -562,7 +625,7 @@ def pointwise_loss(
     """
     name = loss or function
     if weight is None and sample_weight is None and mask is None and is_plain(input, target):
-        code = REDUCTIONS.get(reduction)
+        code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
         if code is not None:
             return run(input, target, None, None, Options(NUMBERS[name], param, code, 0, 0.0, DTYPE_CODES[input.dtype]))
     x = check(function, input, target, reduction, weight, sample_weight, mask, **rules)

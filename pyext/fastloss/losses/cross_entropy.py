@@ -230,19 +230,19 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
 
 
 def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
-    logits, target, weight, sample_weight, _ = _common.saved_for_jvp(ctx)
     o: _Options = ctx.options
-    ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
-    f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
-    total: Any = 0
-    if logits_t is not None:
-        total = total + (f_logits * logits_t)
-    if target_t is not None and f_target is not None:
-        total = total + f_target * target_t
-    if weight_t is not None and f_weight is not None:
-        total = total + f_weight * weight_t.view(-1, *[1] * (logits.dim() - 2))
-    result = total.sum(1) if o.reduction == NONE else total.sum()
-    return result.to(DTYPES[o.loss_dtype])
+    with _common.saved_for_jvp(ctx) as (logits, target, weight, sample_weight, *_):
+        ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
+        f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
+        total: Any = 0
+        if logits_t is not None:
+            total = total + (f_logits * logits_t)
+        if target_t is not None and f_target is not None:
+            total = total + f_target * target_t
+        if weight_t is not None and f_weight is not None:
+            total = total + f_weight * weight_t.view(-1, *[1] * (logits.dim() - 2))
+        result = total.sum(1) if o.reduction == NONE else total.sum()
+        return result.to(DTYPES[o.loss_dtype])
 
 
 # --------------------------------------------------------------------------------------------------- autograd
@@ -357,7 +357,7 @@ class _ForwardMode(_Recompute):
 
 
 def _recompute_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
+    tensors = ctx.saved_tensors[:5]
     logits, target, weight, sample_weight, saved = tensors
 
     def kernel_grad(g: Tensor) -> Tensor:
@@ -387,8 +387,9 @@ class _Transformed(Function):
         ctx.options = _Options(*options)
         _, saved, *stats = output
         ctx.mark_non_differentiable(saved, *stats)
-        ctx.save_for_backward(logits, target, weight, sample_weight, saved)
-        ctx.save_for_forward(logits, target, weight, sample_weight, saved)  # vmap wants the same as for backward
+        tensors = logits, target, weight, sample_weight, saved, *stats
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)  # vmap wants the same as for backward
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
@@ -396,8 +397,10 @@ class _Transformed(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        tangent, *rest = _ForwardMode.jvp(ctx, *tangents)
-        return (tangent, _common.no_tangent(ctx), *rest[1:])
+        tangent = _jvp(ctx, *tangents[:3])
+        if not ctx.options.flags & STATS:
+            return tangent, _common.no_tangent(ctx, 4)
+        return (tangent, *(_common.no_tangent(ctx, i) for i in (4, 5)), None, _common.no_tangent(ctx, 7))
 
 
 def _run(
@@ -412,7 +415,6 @@ def _run(
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
     if _common.functorch_active():
-        _common.refuse_forward_over_forward("cross_entropy")
         loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, *o)
         return (loss, *rest)
     if _common.forward_mode_active():
@@ -457,7 +459,7 @@ def _check_single_target(target: Tensor, function: str) -> None:
         raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
 
 
-def _check_index_shapes(logits: Tensor, target: Tensor) -> None:
+def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
     """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions in torch's order, with a remedy."""
     x, t = list(logits.shape), list(target.shape)
     batch = t[0] if t else 0
@@ -472,6 +474,7 @@ def _check_index_shapes(logits: Tensor, target: Tensor) -> None:
                 "give one class index per row, or floating-point probabilities of the input's shape"
             )
         if not t:
+            _check_index_dtype(target, function)
             raise IndexError(
                 f"Dimension specified as 0 but tensor has no dimensions: target for input {x} needs shape {x[:1]}"
             )
@@ -485,12 +488,18 @@ def _check_index_shapes(logits: Tensor, target: Tensor) -> None:
             raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
     elif not t or t[1:] != x[2:]:
         raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
+    elif x[1] == 0 and target.numel():
+        raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): input has no classes, but there are targets")
 
 
-def _check_weight(weight: Tensor, classes: int, function: str, prefix: str = "") -> None:
-    if not weight.is_floating_point():
-        raise RuntimeError(f"{function}(): weight must be floating point, got {weight.dtype}; call weight.float()")
-    if weight.dim() != 1 or weight.shape[0] != classes:
+def _check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", any_shape: bool = False) -> None:
+    """``any_shape``: any tensor with an element for each class will do, as it does for torch's spatial losses."""
+    if weight.dtype not in DTYPE_CODES:
+        raise RuntimeError(
+            f"{function}(): weight must be floating point, float32, float64, float16 or bfloat16, but found "
+            f"{weight.dtype}; call weight.float()"
+        )
+    if weight.numel() != classes or (weight.dim() != 1 and not any_shape):
         raise RuntimeError(
             f"{prefix}weight tensor should be defined either for all {classes} classes or no classes but got weight "
             f"tensor of shape: {list(weight.shape)}"
@@ -625,6 +634,9 @@ def cross_entropy(
         _common.require_tensor("weight", weight, "cross_entropy")
     if sample_weight is not None:
         _common.require_tensor("sample_weight", sample_weight, "cross_entropy")
+    soft = input.shape == target.shape
+    if soft and target.layout is not torch.strided and target.is_floating_point():
+        target = target.to_dense()
     ignore_index = _common.as_int("cross_entropy", "ignore_index", ignore_index)
     label_smoothing = _common.as_float("cross_entropy", "label_smoothing", label_smoothing)
     z_loss = _common.as_float("cross_entropy", "z_loss", z_loss)
@@ -636,7 +648,6 @@ def cross_entropy(
     )
 
     # Bring the classes to dimension 1 of [N, C, ...].
-    soft = input.shape == target.shape
     class_dim = None if class_dim is None else _common.as_int("cross_entropy", "class_dim", class_dim)
     if class_dim is not None and (class_dim != 1 or input.dim() == 1):
         if not -input.dim() <= class_dim < input.dim():
@@ -690,7 +701,7 @@ def cross_entropy(
         if not (_mergeable(input) and _mergeable(target) and (input.dim() <= 3 or input.stride() == target.stride())):
             input, target = input.contiguous(), target.contiguous()
     else:
-        _check_index_shapes(input, target)
+        _check_index_shapes(input, target, "cross_entropy")
         _check_index_dtype(target, "cross_entropy")
         loss_dtype = input.dtype
         target = _common.index_target(target)
@@ -698,7 +709,10 @@ def cross_entropy(
             input = input.contiguous()
     accum = _common.accum_dtype(input.dtype)
     if weight is not None:
-        _check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "")
+        if soft and not weight.is_floating_point() and not weight.is_complex():
+            weight = weight.to(input.dtype)  # as torch, whose product promotes
+        spatial = not soft and input.dim() > 2 and label_smoothing == 0
+        _check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "", any_shape=spatial)
         if soft:
             loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
         elif weight.requires_grad and torch.is_grad_enabled():
@@ -706,9 +720,7 @@ def cross_entropy(
                 "cross_entropy(): not differentiable with respect to argument 'weight' for class-index targets. This "
                 "input cannot have requires_grad True; pass weight.detach()"
             )
-        if weight.dtype is not accum:
-            weight = weight.to(accum)
-        weight = weight.contiguous()
+        weight = weight.to(accum).reshape(-1).contiguous()
     if classes == 0 and soft:  # nothing to sum over: 0, and 0 / 0 for the mean
         empty = (input.sum(1) + target.sum(1)).to(loss_dtype)
         if red != NONE:
@@ -760,8 +772,7 @@ def cross_entropy(
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     if single:
-        if red == NONE:
-            loss = loss.reshape(single_shape)
+        loss = loss.reshape(())
         stats = [s.reshape(single_shape) for s in stats]
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 

@@ -73,10 +73,10 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
-    input, target, weight, _ = _common.saved_for_jvp(ctx)
-    index, factor = _row_factors(input, target, weight, ctx.options)
-    rows = (factor * input_t.gather(1, index)).squeeze(1).to(DTYPES[ctx.options[1]])
-    return (rows if ctx.options[0] == NONE else rows.sum()), None
+    with _common.saved_for_jvp(ctx) as (input, target, weight, _):
+        index, factor = _row_factors(input, target, weight, ctx.options)
+        rows = (factor * input_t.gather(1, index)).squeeze(1).to(DTYPES[ctx.options[1]])
+        return (rows if ctx.options[0] == NONE else rows.sum()), None
 
 
 class _NllLoss(Function):
@@ -118,7 +118,7 @@ class _NllLossTransformed(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx)
+        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx, -1)
 
 
 def nll_loss(
@@ -178,9 +178,8 @@ def nll_loss(
     single = input.dim() == 1
     if single:
         cross_entropy._check_single_target(target, "nll_loss")
-        single_shape = target.shape
         input, target = input.unsqueeze(0), target.reshape(1)
-    cross_entropy._check_index_shapes(input, target)
+    cross_entropy._check_index_shapes(input, target, "nll_loss")
     cross_entropy._check_index_dtype(target, "nll_loss")
     cross_entropy._check_logits_dtype(input, "nll_loss")
     target = _common.index_target(target)
@@ -188,7 +187,7 @@ def nll_loss(
         input = input.contiguous()
     loss_dtype = _common.autocast_dtype(input.dtype, input.device)
     if weight is not None:
-        cross_entropy._check_weight(weight, input.shape[1], "nll_loss")
+        cross_entropy._check_weight(weight, input.shape[1], "nll_loss", any_shape=input.dim() > 2)
         if _common.autocast_dtype(weight.dtype, input.device) is not loss_dtype:
             raise RuntimeError(
                 f"expected scalar type {_SCALAR_TYPES[input.dtype]} but found "
@@ -201,11 +200,10 @@ def nll_loss(
                 "nll_loss(): not differentiable with respect to argument 'weight'. This input cannot have "
                 "requires_grad True; pass weight.detach()"
             )
-        weight = weight.to(_common.accum_dtype(input.dtype)).contiguous()
+        weight = weight.to(_common.accum_dtype(input.dtype)).reshape(-1).contiguous()
 
     options = (red, DTYPE_CODES[loss_dtype], ignore_index)
     if _common.functorch_active():
-        _common.refuse_forward_over_forward("nll_loss")
         loss = _NllLossTransformed.apply(input, target, weight, *options)[0]
     elif _common.forward_mode_active():
         loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
@@ -215,7 +213,7 @@ def nll_loss(
         loss = ops.nll_loss_forward(input, target, weight, *options)[0]
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
-    return loss.reshape(single_shape) if single and red == NONE else loss
+    return loss.reshape(()) if single else loss
 
 
 class NLLLoss(torch.nn.NLLLoss):

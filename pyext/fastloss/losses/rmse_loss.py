@@ -172,7 +172,7 @@ def rmse_loss(
     if not eps >= 0:
         raise ValueError(f"rmse_loss(): eps must not be negative, got {eps}")
     if dim is None and weight is None and sample_weight is None and mask is None:
-        code = {"mean": MEAN, "sum": SUM}.get(reduction)
+        code = {"mean": MEAN, "sum": SUM}.get(reduction) if isinstance(reduction, str) else None
         if code is not None and _pointwise.is_plain(input, target):
             return _roots(Operands(input, target, None, None, code, 0.0, input.dtype), 0, eps)
     x = _pointwise.check("rmse_loss", input, target, reduction, weight, sample_weight, mask)
