@@ -512,3 +512,11 @@ def test_positional_arguments_are_torchs(device):
     torch.testing.assert_close(
         fastloss.nll_loss(x, t, w, None, 2, None, "sum"), F.nll_loss(x, t, w, None, 2, None, "sum")
     )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_more_classes_than_32_bits_number(dtype):
+    """The CPU's vectors hold class indices beside float32: no wrong result, but an error, before anything is read."""
+    logits = torch.zeros(1, 1, dtype=dtype).expand(1, 2**31)  # one element in memory
+    with pytest.raises(RuntimeError, match="no kernel"):
+        fastloss.cross_entropy(logits, torch.tensor([2**31 - 1]))

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import fastloss
 import pytest
@@ -265,6 +266,25 @@ def test_large_gradients_are_ordinary_tensors():
     x.grad.share_memory_()
     assert x.grad.is_shared()
     assert torch.equal(grad[:1100], want)
+
+
+def test_a_kept_buffer_does_not_push_the_other_out():
+    """Two are kept; one that is taken and given back again takes its own place, not that of the other."""
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("the operating system does not say in /proc what is mapped")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        pytest.skip("torch before 2.11 takes no memory of others")
+
+    def address(rows):
+        x, t = problem((rows, 2000), "cpu")
+        fastloss.cross_entropy(x, t).backward()
+        return x.grad.data_ptr()
+
+    small = address(1100)
+    for _ in range(3):
+        address(4000)
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert any(int(begin, 16) <= small < int(end, 16) for begin, end in ranges)
 
 
 def test_checkpointing_frees_the_logits(device):

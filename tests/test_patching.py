@@ -381,6 +381,21 @@ def test_explain(problem):
     assert "complex" in fastloss.explain(x.detach().to(torch.complex64), t).handled_by
 
 
+def test_explain_a_layout_that_is_copied():
+    x = torch.randn(2, 5, 3, 4).permute(0, 1, 3, 2)
+    assert "tile path" in fastloss.explain(x, torch.zeros(2, 4, 3, dtype=torch.long)).kernel
+    assert "tile path" in fastloss.explain(x, torch.softmax(x, 1).contiguous()).kernel
+
+
+def test_explain_knows_what_takes_another_kernel(device):
+    if device != "cuda":
+        pytest.skip("there is one kernel for all options on the CPU")
+    x, t = torch.randn(64, 3000, device=device), torch.zeros(64, dtype=torch.long, device=device)
+    assert "general" not in fastloss.explain(x, t).kernel
+    for options in ({"label_smoothing": 0.1}, {"softcap": 30.0}, {"logit_scale": 2.0}, {"return_stats": True}):
+        assert "general" in fastloss.explain(x, t, **options).kernel, options
+
+
 def test_explain_names_the_instruction_set():
     from fastloss._library import ops
 

@@ -20,7 +20,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t count)
       : data_(static_cast<T*>(std::aligned_alloc(64, (size_t(count) * sizeof(T) + 2 * 64 - 1) / 64 * 64))) {
-    if (data_ == nullptr) std::abort();  // a few hundred kilobytes: the process is beyond help
+    if (data_ == nullptr) std::abort();  // little beside the operands: the process is beyond help
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;

@@ -4,12 +4,11 @@
 // The seam, device side:
 //   Vec16, Vec8                          16 and 8 bytes as words
 //   kPairwiseMax                         is there an instruction for two 16-bit maxima (sm_80 and later)?
-//   load16, load16_stream, store16, store16_stream  one 128-bit access; stream = global memory, evict first: the data
-//                                        are used once
+//   load16, store16                      one 128-bit access
+//   load16_stream, store16_stream        the same to global memory, evict first: the data are used once
 //   load8_stream, store8_stream          the same of 64 bits
-//   VecWide, load_wide_stream, store_wide_stream  kWideParts Vec16 next to each other: two from sm_100 on, in one
-//   256-bit
-//                                        access where the address allows it
+//   VecWide                              kWideParts Vec16 next to each other: two from sm_100 on, else one
+//   load_wide_stream, store_wide_stream  one of them, streamed: in one 256-bit access where the address allows it
 //   exp2_fast(float)                     2^x, 2 ulp, results below 2^-126 flushed to 0
 //   reciprocal_fast(float)               1/x, 1 ulp
 //   shared_memory()                      the block's dynamic shared memory, 16-byte aligned; there is no static one
@@ -180,9 +179,7 @@ inline DeviceProperties query_device(int device) {
   };
   d.sm = 10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
   d.multiprocessors = get(cudaDevAttrMultiProcessorCount);
-  d.shared_per_block_optin = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  d.shared_per_multiprocessor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  d.threads_per_multiprocessor = get(cudaDevAttrMaxThreadsPerMultiProcessor);
+  d.shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   d.max_cluster = get(cudaDevAttrClusterLaunch) ? 16 : 1;
   return d;
 }

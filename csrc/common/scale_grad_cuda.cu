@@ -8,7 +8,7 @@ Status scale_grad_cuda(const void* grad, void* out, DType type, int64_t count, c
   const ScaleGradParams params{grad, out, count, scale, scale_type};
   const int64_t per_block = kScaleThreads * kScaleVectors * (16 / size_of(type));
   const int64_t blocks = (count + per_block - 1) / per_block;
-  // All at once, so that a launch that finds a scale of 1 is over soon.
+  // About as many as run at once, so that a launch that finds a scale of 1 is over soon.
   const int64_t most = int64_t(device_properties(context.device).multiprocessors) * 8;
   LaunchShape shape;
   shape.grid = blocks < most ? blocks : most;

@@ -24,7 +24,8 @@ FASTLOSS_HD int64_t size_of(DType t) { return t == DType::f32 ? 4 : t == DType::
 // Sums, exponentials and logarithms are taken in float for 16- and 32-bit data, in double for double.
 FASTLOSS_HD DType accum_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
-// One class index, whatever its dtype. uint64 values past 2^63 come out negative, hence out of range.
+// One class index, whatever its dtype. uint64 values past 2^63 come out negative, hence out of range; one of them
+// would be a negative ignore_index, so the Python face sends none.
 FASTLOSS_HD int64_t load_index(const void* p, IndexType t, int64_t i) {
   switch (t) {
     case IndexType::i64: return static_cast<const int64_t*>(p)[i];

@@ -134,4 +134,11 @@ void run_core(const F& f) {
   if (status.code != Status::ok) throw std::runtime_error(failure_message(status));
 }
 
+// The functions of a module, by the file that defines them: <what>_numpy.cpp.
+void bind_cross_entropy(py::module_& m);
+void bind_nll_loss(py::module_& m);
+void bind_pointwise(py::module_& m);
+void bind_scale_grad(py::module_& m);
+void bind_policy(py::module_& m);
+
 }  // namespace fastloss

@@ -8,12 +8,6 @@
 
 namespace fastloss {
 
-void bind_cross_entropy(py::module_& m);
-void bind_nll_loss(py::module_& m);
-void bind_pointwise(py::module_& m);
-void bind_scale_grad(py::module_& m);
-void bind_policy(py::module_& m);
-
 namespace {
 
 std::atomic<int> num_threads{1};

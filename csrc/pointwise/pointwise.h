@@ -59,8 +59,7 @@ struct PointwiseArgs {
 
   // ---- second order: with v = (tangent_input, tangent_target), either may be absent,
   //   loss_out, loss_elements   the directional derivative of the loss (grad_output left out)
-  //   grad_input, grad_target   grad_output times the directional derivative of the gradient, but for a loss with a
-  //   root
+  //   grad_input, grad_target   grad_output times the directional derivative of the gradient; not of a loss with a root
   PointwiseOperand tangent_input, tangent_target;
 
   constexpr int64_t count() const { return rows * cols; }

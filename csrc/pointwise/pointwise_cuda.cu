@@ -5,10 +5,6 @@ namespace fastloss {
 
 namespace {
 
-// Sums are wanted in forward and, for the derivative of the loss, in second order.
-bool sums(const PointwiseArgs& a, PointwisePass pass) {
-  return pass != PointwisePass::backward && a.reduction != Reduction::none && (a.loss_out || a.factor);
-}
 int64_t counter_bytes(const PointwiseArgs& a) { return (a.rows * 4 + 15) / 16 * 16; }
 
 Status run(const PointwiseArgs& a, const CudaContext& context, PointwisePass pass) {
@@ -17,8 +13,8 @@ Status run(const PointwiseArgs& a, const CudaContext& context, PointwisePass pas
   const auto at_32_bytes = [](const PointwiseOperand& o) { return reinterpret_cast<uintptr_t>(o.data) % 32 == 0; };
   p.wide = at_32_bytes(a.input) && at_32_bytes(a.target) && at_32_bytes(a.grad_input);
   for (int k = 0; k < a.dim; ++k) p.inverse_sizes[k] = 1 / double(a.sizes[k]);
-  if (a.rows == 0 || (a.count() == 0 && !sums(a, pass))) return {};
-  if (config.parts > 1 && sums(a, pass)) {
+  if (a.rows == 0 || (a.count() == 0 && !sums_rows(a, pass))) return {};
+  if (config.parts > 1 && sums_rows(a, pass)) {
     if (context.workspace_bytes < pointwise_workspace_bytes_cuda(a, context)) return {Status::unsupported};
     auto* workspace = static_cast<unsigned char*>(context.workspace);
     p.counters = reinterpret_cast<unsigned*>(workspace);

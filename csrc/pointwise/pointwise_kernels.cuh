@@ -46,8 +46,7 @@ struct PointwiseParams {
   bool wide;  // the operands of the streaming kernel begin at multiples of 32 bytes
 };
 
-// i / n and i % n for 0 <= i < 2^52 by the reciprocal of n: a 64-bit division is a subroutine of a hundred
-// instructions.
+// i / n and i % n for 0 <= i < 2^52 by the reciprocal of n: a 64-bit division is a subroutine, a hundred instructions.
 struct Divided {
   int64_t quotient, rest;
 };
@@ -197,7 +196,7 @@ template <class Loss, class A>
 __global__ void __launch_bounds__(kPointwiseThreads) pointwise_general_kernel(const PointwiseParams p) {
   const PointwiseArgs& a = p.a;
   const bool gradients = a.grad_input.data || a.grad_target.data, second = p.pass == PointwisePass::second;
-  const bool sums = p.pass != PointwisePass::backward && a.reduction != Reduction::none;
+  const bool sums = sums_rows(a, p.pass);
   const A param = A(a.param);
   for (int64_t item = blockIdx.x; item < a.rows * p.parts; item += gridDim.x) {
     const Divided of_parts = divide(item, p.parts, p.inverse_parts);

@@ -1,8 +1,8 @@
 // Which kernel takes a pointwise call on the GPU, and how it is launched: a pure function of the call. Host C++, no
 // CUDA. The device is not asked: blocks and partial sums depend on the shape alone, so the bits do too.
 //
-//   streaming   one row; input, target and the gradients contiguous, of one 16- or 32-bit dtype, on 16-byte boundaries;
-//               no mask, no weight
+//   streaming   one row; input, target and the input's gradient contiguous, of one 16- or 32-bit dtype, on 16-byte
+//               boundaries; no mask, no weight, no gradient of the target
 //   general     everything else, element by element
 #pragma once
 #include "pointwise.h"
@@ -14,6 +14,11 @@ constexpr int kPointwiseTile = 16;  // elements of each operand that a thread ha
 constexpr int64_t kPointwiseMostBlocks = 2048;
 
 enum class PointwisePass : int32_t { forward, backward, second };
+
+// Whether the elements of a row are summed up: what the general kernel does and what its launcher prepares for.
+FASTLOSS_HD bool sums_rows(const PointwiseArgs& a, PointwisePass pass) {
+  return pass != PointwisePass::backward && a.reduction != Reduction::none;
+}
 
 struct PointwiseConfig {
   bool streaming = false;

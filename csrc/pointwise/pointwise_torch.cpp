@@ -69,13 +69,7 @@ class Call {
       dense &= strides[order[i]] == expected;
       expected *= like.size(order[i]);
     }
-    if (!dense && like.numel() > 0) {
-      expected = 1;
-      for (int64_t d = like.dim() - 1; d >= 0; --d) {
-        strides[d] = expected;
-        expected *= like.size(d) > 1 ? like.size(d) : 1;
-      }
-    }
+    if (!dense && like.numel() > 0) set_contiguous_strides(like.sizes().data(), like.dim(), strides);
     Tensor t = allocate_result(input_, like.sizes().data(), strides, like.dim(), type,
                                like.numel() * (type == ScalarType::Double  ? 8
                                                : type == ScalarType::Float ? 4
@@ -85,13 +79,7 @@ class Call {
     return t;
   }
   Tensor rows(ScalarType type) const {  // contiguous, the leading axes
-    int64_t sizes[kPointwiseDims], strides[kPointwiseDims], stride = 1;
-    for (int d = int(row_dims()) - 1; d >= 0; --d) {
-      sizes[d] = input_.size(d);
-      strides[d] = stride;
-      stride *= sizes[d] > 1 ? sizes[d] : 1;
-    }
-    return allocate(input_, sizes, strides, row_dims(), type);
+    return allocate(input_, input_.sizes().data(), args.row_dims, type);
   }
   Tensor nothing(ScalarType type = ScalarType::Float) const { return allocate(input_, int64_t(0), type); }
 
@@ -149,7 +137,6 @@ class Call {
  private:
   const Tensor& input_;
 
-  int64_t row_dims() const { return args.row_dims; }
   static int64_t count_losses() {
     int64_t n = 0;
     while (pointwise_names()[n]) ++n;
@@ -228,9 +215,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
       "Tensor)");
   m.def(
       "pointwise_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? mask, Tensor "
-      "factor, "
-      "int loss, float param, int reduction, int row_dims, float weight_denominator, int loss_dtype, int flags) -> "
-      "(Tensor, Tensor)");
+      "factor, int loss, float param, int reduction, int row_dims, float weight_denominator, int loss_dtype, int "
+      "flags) -> (Tensor, Tensor)");
   m.def(
       "pointwise_second(Tensor? grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? mask, Tensor factor, "
       "Tensor? tangent_input, Tensor? tangent_target, int loss, float param, int reduction, int row_dims, float "

@@ -127,12 +127,12 @@ inline TileShape tile_shape(const CrossEntropyArgs& a) {
   constexpr int64_t lanes = kLanes<T>, element = int64_t(sizeof(T));
   const int64_t fit = kTileBytes / element / (a.classes > 0 ? a.classes : 1) / 64 * 64;
   const int64_t rows = clamp_to(fit, 64, 512);
-  const int64_t pitch = rows + lanes;  // rows are powers of two times lanes: keep columns out of one cache set
+  const int64_t pitch = rows + lanes;  // rows are multiples of 64: keeps the classes of a row out of one cache set
   return {rows, pitch, clamp_to(kTileBytesMax / element / pitch, 1, a.classes > 0 ? a.classes : 1)};
 }
 
-// Brings the maximum of a tile's rows, and what has been summed relative to it, up to date with further classes. For
-// class indices z_t is not in the tile but in `picked` (see tile_path), so that nothing need be compared with the
+// Brings the maximum of a tile's rows, and what has been summed relative to it, up to date with further classes.
+// Without smoothing z_t is not in the tile but in `picked` (see tile_path), so nothing need be compared with the
 // target.
 template <Mode kMode, class T>
 inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t pitch, int64_t c0, int64_t classes) {

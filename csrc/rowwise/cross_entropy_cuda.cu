@@ -3,19 +3,9 @@
 #include <mutex>
 
 #include "cross_entropy_cuda.h"
-#include "cross_entropy_totals_kernel.cuh"
+#include "cross_entropy_launch.cuh"
 
 namespace fastloss {
-
-template <class T>
-Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accum_t<T>> params, void* stream);
-extern template Status launch_cross_entropy<float>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
-extern template Status launch_cross_entropy<double>(const RowwiseConfig&, CrossEntropyParams<double>, void*);
-extern template Status launch_cross_entropy<half_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
-extern template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
-
-// At most `wanted` blocks, as many as a cluster of the largest row kernel can have on the current device.
-int largest_row_cluster(int wanted);
 
 namespace {
 
@@ -78,7 +68,8 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
   problem.logits_offset = grid_offset(a.logits);
   problem.grad_offset = grid_offset(a.grad);
   problem.general = a.logits_type == DType::f64 || a.soft || a.label_smoothing > 0 || a.softcap > 0 ||
-                    a.logit_scale != 1 || (pass != Pass::backward && (a.argmax || a.accuracy)) || a.classes > INT32_MAX;
+                    a.logit_scale != 1 || (pass != Pass::backward && (a.argmax || a.accuracy)) ||
+                    a.classes > INT32_MAX / 2;  // the others count classes, and a turn of a loop further, in 32 bits
   problem.in_place = problem.has_grad && a.grad == a.logits;
   problem.pass = pass;
   plan.config = rowwise_config(problem, device, tuning());
@@ -91,6 +82,10 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
     if (plan.finish && plan.config.grid == 0) plan.config.grid = plan.config.parts;  // no rows: the scalars remain
   }
   return plan;
+}
+
+int64_t workspace_bytes(const Plan& plan) {
+  return kTotalsBytes + kCounterBytes + 3 * plan.config.grid * static_cast<int64_t>(sizeof(double));
 }
 
 template <class A>
@@ -187,7 +182,8 @@ Status run(const Plan& plan, const CudaContext& context) {
 
 Status run(const CrossEntropyArgs& a, const CudaContext& context, Pass pass) {
   const Plan plan = plan_of(a, pass, policy_device(context.device));
-  if (plan.totals && context.workspace_bytes < cross_entropy_workspace_bytes_cuda(a, context))
+  if ((plan.finish && context.workspace_bytes < workspace_bytes(plan)) ||
+      (plan.totals && context.workspace_bytes < kTotalsBytes))
     return {Status::unsupported};
   return accum_of(a.logits_type) == DType::f64 ? run<double>(plan, context) : run<float>(plan, context);
 }
@@ -195,9 +191,7 @@ Status run(const CrossEntropyArgs& a, const CudaContext& context, Pass pass) {
 }  // namespace
 
 int64_t cross_entropy_workspace_bytes_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
-  const DeviceProperties& device = policy_device(context.device);
-  const Plan plan = plan_of(a, a.grad ? Pass::forward_grad : Pass::forward, device);
-  return kTotalsBytes + kCounterBytes + 3 * plan.config.grid * static_cast<int64_t>(sizeof(double));
+  return workspace_bytes(plan_of(a, a.grad ? Pass::forward_grad : Pass::forward, policy_device(context.device)));
 }
 
 Status cross_entropy_forward_cuda(const CrossEntropyArgs& a, const CudaContext& context) {

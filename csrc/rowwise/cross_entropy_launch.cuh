@@ -4,50 +4,29 @@
 
 namespace fastloss {
 
-template <class T>
-Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accum_t<T>> params, void* stream);
-
 namespace launch_detail {
 
 template <class T>
 using Kernel = void (*)(CrossEntropyParams<accum_t<T>>);
 
+// f(constant pass): the kernel made for it.
+template <class F>
+auto kernel_of_pass(Pass pass, const F& f) {
+  switch (pass) {
+    case Pass::forward: return f(std::integral_constant<Pass, Pass::forward>{});
+    case Pass::forward_grad: return f(std::integral_constant<Pass, Pass::forward_grad>{});
+    default: return f(std::integral_constant<Pass, Pass::backward>{});
+  }
+}
+
 template <class T, bool kWarpRows, int kN>
-Kernel<T> row_kernel_of_pass(Pass pass) {
-  switch (pass) {
-    case Pass::forward: return cross_entropy_row_kernel<T, false, Pass::forward, kWarpRows, true, kN>;
-    case Pass::forward_grad: return cross_entropy_row_kernel<T, false, Pass::forward_grad, kWarpRows, true, kN>;
-    default: break;
-  }
-  // Backward does not need the row as a whole: its parts are smaller.
-  return cross_entropy_row_kernel<T, false, Pass::backward, kWarpRows, true, (kN < 8 ? kN : 8)>;
-}
-
-template <class T>
-Kernel<T> plane_kernel_of_pass(Pass pass) {
-  switch (pass) {
-    case Pass::forward: return cross_entropy_plane_kernel<T, false, Pass::forward, true>;
-    case Pass::forward_grad: return cross_entropy_plane_kernel<T, false, Pass::forward_grad, true>;
-    default: return cross_entropy_plane_kernel<T, false, Pass::backward, true>;
-  }
-}
-
-template <class T>
-Kernel<T> tile_kernel_of_pass(Pass pass) {
-  switch (pass) {
-    case Pass::forward: return cross_entropy_tile_kernel<T, Pass::forward>;
-    case Pass::forward_grad: return cross_entropy_tile_kernel<T, Pass::forward_grad>;
-    default: return cross_entropy_tile_kernel<T, Pass::backward>;
-  }
-}
-
-template <class T, int kN>
-Kernel<T> column_kernel_of_pass(Pass pass) {
-  switch (pass) {
-    case Pass::forward: return cross_entropy_column_kernel<T, Pass::forward, kN>;
-    case Pass::forward_grad: return cross_entropy_column_kernel<T, Pass::forward_grad, kN>;
-    default: return cross_entropy_column_kernel<T, Pass::backward, kN>;
-  }
+Kernel<T> row_kernel_of(Pass pass) {
+  return kernel_of_pass(pass, [](auto of) -> Kernel<T> {
+    constexpr Pass kPass = of.value;
+    // Backward does not need the row as a whole: its parts are smaller.
+    constexpr int kVectors = kPass == Pass::backward && kN > 8 ? 8 : kN;
+    return cross_entropy_row_kernel<T, false, kPass, kWarpRows, true, kVectors>;
+  });
 }
 
 // float64 has the general instantiations only.
@@ -57,19 +36,24 @@ Kernel<T> kernel_of(const RowwiseConfig& c, Pass pass) {
     if (!c.general) {
       switch (c.regime) {
         case Regime::warp_rows:
-          return c.vectors == 4 ? row_kernel_of_pass<T, true, 4>(pass) : row_kernel_of_pass<T, true, 8>(pass);
+          return c.vectors == 4 ? row_kernel_of<T, true, 4>(pass) : row_kernel_of<T, true, 8>(pass);
         case Regime::block_rows:
-          return c.vectors == 8 ? row_kernel_of_pass<T, false, 8>(pass)
-                                : row_kernel_of_pass<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
+          return c.vectors == 8 ? row_kernel_of<T, false, 8>(pass)
+                                : row_kernel_of<T, false, sizeof(T) == 2 ? 12 : 16>(pass);
         case Regime::streaming_rows:
           return pass == Pass::forward ? cross_entropy_row_kernel<T, false, Pass::forward, false, false, 4>
                                        : cross_entropy_row_kernel<T, false, Pass::any, false, false, 4>;
-        case Regime::tile: return tile_kernel_of_pass<T>(pass);
+        case Regime::tile:
+          return kernel_of_pass(pass, [](auto of) -> Kernel<T> { return cross_entropy_tile_kernel<T, of.value>; });
         case Regime::column:
-          return c.vectors == kFewColumnClasses ? column_kernel_of_pass<T, kFewColumnClasses>(pass)
-                                                : column_kernel_of_pass<T, kMaxColumnClasses>(pass);
+          return kernel_of_pass(pass, [&](auto of) -> Kernel<T> {
+            return c.vectors == kFewColumnClasses ? cross_entropy_column_kernel<T, of.value, kFewColumnClasses>
+                                                  : cross_entropy_column_kernel<T, of.value, kMaxColumnClasses>;
+          });
         case Regime::plane:
-          return c.wide ? plane_kernel_of_pass<T>(pass) : cross_entropy_plane_kernel<T, false, Pass::any, false>;
+          if (!c.wide) return cross_entropy_plane_kernel<T, false, Pass::any, false>;
+          return kernel_of_pass(
+              pass, [](auto of) -> Kernel<T> { return cross_entropy_plane_kernel<T, false, of.value, true>; });
       }
     }
   }
@@ -114,5 +98,14 @@ Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accu
   }
   return launch(launch_detail::kernel_of<T>(config, params.pass), shape, stream, params);
 }
+
+// Instantiated in cross_entropy_cuda_<dtype>.cu.
+extern template Status launch_cross_entropy<float>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
+extern template Status launch_cross_entropy<double>(const RowwiseConfig&, CrossEntropyParams<double>, void*);
+extern template Status launch_cross_entropy<half_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
+extern template Status launch_cross_entropy<bfloat16_t>(const RowwiseConfig&, CrossEntropyParams<float>, void*);
+
+// At most `wanted` blocks, as many as a cluster of the largest row kernel can have on the current device.
+int largest_row_cluster(int wanted);
 
 }  // namespace fastloss

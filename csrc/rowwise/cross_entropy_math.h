@@ -59,12 +59,12 @@ FASTLOSS_HD V target_nll(V others, V e_t, V log_sum, V target_minus_ref, V log1p
   return others < e_t ? log1p_ratio : log_sum - target_minus_ref;
 }
 
-// u: weight of nll in the result (grad_output * s / D), uz: weight of lse^2 (grad_output * s / Dn).
 template <class T, class V>
 FASTLOSS_HD V index_row_nll(const RowConstants<T>& k, V nll_t, V log_sum, V dot, V w_t) {
   const V nll = (T(1) - k.smoothing) * w_t * nll_t;
   return k.smoothing > T(0) ? nll + k.smooth_share * spread_nll(k.weight_sum, log_sum, dot) : nll;
 }
+// u: what nll weighs in the result (grad_output * s / D), uz: what lse^2 does (grad_output * s / Dn).
 template <class T, class V>
 FASTLOSS_HD RowGrad<V> index_row_grad(const RowConstants<T>& k, V lse, V w_t, V u, V uz) {
   const V q_scale = u * k.smooth_share;

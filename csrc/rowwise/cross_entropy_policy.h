@@ -2,8 +2,9 @@
 // device. Host C++, no CUDA, so that it is tested without a GPU. The kernels never decide, this never computes.
 //
 //   logits' class stride 1, per row (V = 16-byte vectors of the row):
-//     C <= 32             tiles of 32 rows through shared memory, where rows have no gaps between them; where rows are
-//                         not whole vectors up to C = 192, with 1, 2, 4, 8 lanes per row
+//     C <= 32             tiles of rows through shared memory, where rows have no gaps between them: 32 rows with a
+//                         lane each up to C = 24, else 16, 8, 4 rows with 2, 4, 8 lanes; where rows are not whole
+//                         vectors up to C = 192
 //     V <= 256            warp rows: 1 to 32 lanes per row, 4 or 8 vectors each
 //     V <= 4096           a block per row: up to 256 threads, 8 or 16 vectors each (16-bit types: 12, V <= 3072;
 //                         general: 4, V <= 1024)

@@ -92,15 +92,10 @@ struct Call {
 
   // A tensor with one element per row, in the shape of an index target.
   Tensor per_row(ScalarType type) const {
-    int64_t sizes[64], strides[64], n = 0;
+    int64_t sizes[kMaxDims], n = 0;
     for (int64_t d = 0; d < logits.dim(); ++d)
       if (d != 1) sizes[n++] = logits.size(d);
-    int64_t stride = 1;
-    for (int64_t d = n - 1; d >= 0; --d) {
-      strides[d] = stride;
-      stride *= sizes[d] > 1 ? sizes[d] : 1;
-    }
-    return allocate(logits, sizes, strides, n, type);
+    return allocate(logits, sizes, n, type);
   }
   Tensor allocate_loss() const {
     const ScalarType type = scalar_type_of(args.loss_type);
@@ -240,18 +235,20 @@ Tensor target_backward(const Tensor& grad_output, const Tensor& logits, const Te
                      ignore_index, label_smoothing, z_loss, softcap, logit_scale, flags);
 }
 
-// Which kernel a call takes, in words, for fastloss.explain().
-std::string regime(const Tensor& logits, const Tensor& target, bool backward) {
+// Which kernel forward takes, in words, for fastloss.explain(). Of the flags, kGrad and kStats matter.
+std::string regime(const Tensor& logits, const Tensor& target, double label_smoothing, double softcap,
+                   double logit_scale, int64_t flags) {
   Call call(logits, target, std::nullopt, std::nullopt, int64_t(Reduction::mean), int64_t(dtype_of(logits, "logits")),
-            -100, 0, 0, 0, 1, 0);
-  call.set_layout(nullptr, nullptr);
+            -100, label_smoothing, 0, softcap, logit_scale, flags);
+  call.set_layout(flags & kGrad ? &logits : nullptr, nullptr);  // a gradient is laid out as dense logits are
 #if defined(FASTLOSS_HAVE_CUDA)
   if (logits.is_cuda()) {
     CudaCall on_device(logits);
-    return cross_entropy_regime_cuda(call.args, on_device.context(), backward);
+    std::optional<Stats> stats;
+    if (flags & kStats) stats = want_stats(call);
+    return cross_entropy_regime_cuda(call.args, on_device.context(), /*backward=*/false);
   }
 #endif
-  (void)backward;
   const std::string isa = isa_name(current_isa());
   return isa + (takes_row_path(call.args) ? ", row path (vectors along the classes)"
                                           : ", tile path (vectors along the rows)");
@@ -262,12 +259,10 @@ std::string regime(const Tensor& logits, const Tensor& target, bool backward) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   const std::string tail =
       "Tensor? weight, Tensor? sample_weight, int reduction, int loss_dtype, int ignore_index, float label_smoothing, "
-      "float z_loss, "
-      "float softcap, float logit_scale, int flags)";
+      "float z_loss, float softcap, float logit_scale, int flags)";
   const std::string saved_tail =
       "Tensor? weight, Tensor? sample_weight, Tensor saved, int reduction, int loss_dtype, int ignore_index, float "
-      "label_smoothing, "
-      "float z_loss, float softcap, float logit_scale, int flags) -> Tensor";
+      "label_smoothing, float z_loss, float softcap, float logit_scale, int flags) -> Tensor";
   m.def(("cross_entropy_forward(Tensor logits, Tensor target, " + tail + " -> (Tensor, Tensor, Tensor)").c_str());
   m.def(("cross_entropy_forward_stats(Tensor logits, Tensor target, " + tail +
          " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -275,7 +270,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   m.def(("cross_entropy_forward_inplace(Tensor(a!) logits, Tensor target, " + tail +
          " -> (Tensor, Tensor, Tensor, Tensor)")
             .c_str());
-  m.def("cross_entropy_regime(Tensor logits, Tensor target, bool backward) -> str");
+  m.def(
+      "cross_entropy_regime(Tensor logits, Tensor target, float label_smoothing, float softcap, float logit_scale, int "
+      "flags) -> str");
   m.def(("cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, " + saved_tail).c_str());
   m.def(("cross_entropy_target_backward(Tensor grad_output, Tensor logits, Tensor target, " + saved_tail).c_str());
 }

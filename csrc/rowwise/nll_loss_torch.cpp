@@ -47,10 +47,8 @@ Status on_cuda(Status (*kernel)(const NllLossArgs&, const CudaContext&), const N
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                                    int64_t reduction, int64_t loss_dtype, int64_t ignore_index) {
   NllLossArgs a = arguments(input, target, weight, reduction, loss_dtype, ignore_index, input);
-  int64_t sizes[64], strides[64];
   const int64_t dim = a.reduction == Reduction::none ? target.dim() : 0;
-  for (int64_t d = 0; d < dim; ++d) sizes[d] = target.size(d), strides[d] = target.stride(d);
-  Tensor loss = allocate(input, sizes, strides, dim, scalar_type_of(a.loss_type));
+  Tensor loss = allocate(input, target.sizes().data(), dim, scalar_type_of(a.loss_type));
   Tensor total_weight = allocate_scalar(input, scalar_type_of(accum_of(a.input_type)));
   a.loss = loss.data_ptr();
   a.total_weight = total_weight.data_ptr();
@@ -93,8 +91,7 @@ Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& ta
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   m.def(
       "nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int loss_dtype, int ignore_index) "
-      "-> "
-      "(Tensor, Tensor)");
+      "-> (Tensor, Tensor)");
   m.def(
       "nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor total_weight, int "
       "reduction, int loss_dtype, int ignore_index) -> Tensor");

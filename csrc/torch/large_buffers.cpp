@@ -56,9 +56,12 @@ class Kept {
     Buffer* drop = b;
     if (enabled && madvise(b->data, size_t(b->bytes), MADV_FREE) == 0) {
       std::lock_guard<std::mutex> lock(mutex_);
-      drop = buffers_[next_];
-      buffers_[next_] = b;
-      next_ = (next_ + 1) % kCount;
+      int at = oldest_;
+      for (int i = 0; i < kCount; ++i)
+        if (!buffers_[i]) at = i;
+      drop = buffers_[at];
+      buffers_[at] = b;
+      oldest_ = (at + 1) % kCount;
     }
     if (drop) unmap(drop);
   }
@@ -67,7 +70,7 @@ class Kept {
   static constexpr int kCount = 2;
   std::mutex mutex_;
   Buffer* buffers_[kCount] = {};
-  int next_ = 0;
+  int oldest_ = 0;
 };
 
 Kept& kept() {

@@ -28,6 +28,14 @@ std::string row_name(const Tensor& target, int64_t row) {
 }
 }  // namespace
 
+void set_contiguous_strides(const int64_t* sizes, int64_t dim, int64_t* strides) {
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+}
+
 Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type) {
   int32_t device_type, device_index;
   check(aoti_torch_get_device_type(like.get(), &device_type), "reading a device");
@@ -38,13 +46,15 @@ Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides
     throw std::runtime_error("fastloss: out of memory");
   return Tensor(handle);
 }
-Tensor allocate(const Tensor& like, int64_t count, ScalarType type) {
-  const int64_t one = 1;
-  return allocate(like, &count, &one, 1, type);
+Tensor allocate(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
+  int64_t strides[kMaxDims];
+  set_contiguous_strides(sizes, dim, strides);
+  return allocate(like, sizes, strides, dim, type);
 }
+Tensor allocate(const Tensor& like, int64_t count, ScalarType type) { return allocate(like, &count, 1, type); }
 Tensor allocate_scalar(const Tensor& like, ScalarType type) {
   const int64_t none = 0;
-  return allocate(like, &none, &none, 0, type);
+  return allocate(like, &none, 0, type);
 }
 Tensor allocate_result(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type,
                        int64_t bytes) {
@@ -69,7 +79,7 @@ void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType
   if (t.numel() != count || !t.is_contiguous() || t.scalar_type() != type || t.is_cuda() != like.is_cuda() ||
       t.get_device_index() != like.get_device_index())
     throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(count) +
-                                " contiguous elements of the accumulation dtype on the device of the logits");
+                                " contiguous elements of the dtype that the kernel reads, on the device of the input");
 }
 
 Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
@@ -83,7 +93,7 @@ Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
     return r;
   }
   // The row dimensions (all but dim 1), outermost first, without those of size 1.
-  int64_t dims[64], n = 0, size[64];
+  int64_t dims[kMaxDims], n = 0, size[kMaxDims];
   for (int64_t d = 0; d < dim; ++d)
     if (d != 1 && first.size(d) != 1) dims[n] = d, size[n++] = first.size(d);
   auto merges = [&](int64_t k) {  // dims[k] and dims[k + 1] are one, in every tensor

@@ -22,6 +22,8 @@ namespace fastloss {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kMaxDims = 64;  // of any tensor, torch's own limit
+
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
@@ -55,10 +57,13 @@ inline ScalarType scalar_type_of(DType t) {
                            : ScalarType::BFloat16;
 }
 
+void set_contiguous_strides(const int64_t* sizes, int64_t dim, int64_t* strides);
+
 // An uninitialised tensor on the device of `like`. Not through the dispatcher: 0.3 us instead of 1.
 Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type);
-Tensor allocate(const Tensor& like, int64_t count, ScalarType type);  // [count]
-Tensor allocate_scalar(const Tensor& like, ScalarType type);          // []
+Tensor allocate(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type);  // contiguous
+Tensor allocate(const Tensor& like, int64_t count, ScalarType type);                      // [count]
+Tensor allocate_scalar(const Tensor& like, ScalarType type);                              // []
 // The same for results of the operands' size, `bytes` in all: large CPU ones lie on huge pages, since fresh 4 KiB pages
 // cost more than the loss itself.
 Tensor allocate_result(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type,
@@ -66,11 +71,11 @@ Tensor allocate_result(const Tensor& like, const int64_t* sizes, const int64_t* 
 // torch.empty_like by way of it.
 Tensor allocate_like(const Tensor& t);
 
-// Calls that a kernel may read a [count] tensor of `type` on the device of `like`.
+// Raises unless t holds `count` contiguous elements of `type` on the device of `like`.
 void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType type, const Tensor& like);
 
 // A tensor [N, C, d1, ...] seen as [outer, classes, inner] with inner * outer rows in row-major order of
-// (N, d1, ...); all tensors of a call must allow the same split. `ok` is false when they do not.
+// (N, d1, ...). All tensors of a call must allow the same split; collapse() raises when they do not.
 struct Collapsed {
   int64_t outer = 1, classes = 0, inner = 1;
   Strides strides[3];  // of the tensors in the order given

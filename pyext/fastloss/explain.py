@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ._library import ops
-from .losses import _common
+from .losses import _common, _rowwise
+from .losses.cross_entropy import GRAD, STATS
 from .patching import takes
 
 
@@ -59,19 +60,25 @@ def explain(input: Tensor, target: Tensor, *, reduction: str = "mean", **options
     class_dim = options.get("class_dim")
     if class_dim is not None and x.dim() > 1:
         x, t = x.movedim(class_dim, 1), t.movedim(class_dim, 1) if soft else t
-    with torch.no_grad():
-        kernel = ops.cross_entropy_regime(x.detach(), t.detach().contiguous() if not soft else t.detach(), False)
     one = input.numel() * input.element_size()
     extra = target.numel() * target.element_size()
     in_forward = options.get("grad_in_forward")
     in_forward = input.dtype is not torch.float16 if in_forward is None else in_forward
     wanted = torch.is_grad_enabled() and input.requires_grad
+    flags = STATS * bool(options.get("return_stats"))
     if not wanted:
         gradient, read, written = "none wanted", one + extra, 0
     elif options.get("inplace_grad") and reduction != "none":
         gradient, read, written = "in forward, in the memory of the input", one + extra, one
+        flags |= GRAD
     elif reduction == "none" or (soft and target.requires_grad) or _common.functorch_active() or not in_forward:
         gradient, read, written = "in backward, from the logits (read twice)", 2 * (one + extra), one
     else:
         gradient, read, written = "in forward, while the row is at hand; scaled in backward", one + extra, one
+        flags |= GRAD
+    x, t = x.detach(), t.detach() if soft else t.detach().contiguous()
+    if not _rowwise.mergeable(x, t if soft else None):  # the call makes contiguous copies
+        x, t = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in (x, t))
+    transform = options.get("softcap") or 0.0, options.get("logit_scale", 1.0)
+    kernel = ops.cross_entropy_regime(x, t, options.get("label_smoothing", 0.0), *transform, flags)
     return Explanation("fastloss", device, kernel, gradient, read, written)

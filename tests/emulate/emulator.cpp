@@ -478,7 +478,7 @@ Status run(const LaunchShape& shape, Body body, const void* argument) {
   launched.push_back(shape);
   const DeviceProperties limits = device(1);
   if (shape.block % kLanes != 0 || shape.block < kLanes || shape.block > 1024 || shape.grid % shape.cluster != 0 ||
-      shape.cluster < 1 || shape.cluster > limits.max_cluster || shape.shared > limits.shared_per_block_optin) {
+      shape.cluster < 1 || shape.cluster > limits.max_cluster || shape.shared > limits.shared_per_block) {
     error = "no such launch: " + std::to_string(shape.grid) + " blocks of " + std::to_string(shape.block) +
             " threads in clusters of " + std::to_string(shape.cluster) + " with " + std::to_string(shape.shared) +
             " bytes";
@@ -506,8 +506,7 @@ DeviceProperties device(int index) {
   d.sm = index == 0 ? 80 : index == 1 ? 90 : 120;
   d.max_cluster = index == 0 ? 1 : index == 1 ? 16 : 8;
   d.multiprocessors = 1;
-  d.shared_per_block_optin = index == 0 ? 166912 : index == 1 ? 232448 : 101376;
-  d.shared_per_multiprocessor = d.shared_per_block_optin + 1024;
+  d.shared_per_block = index == 0 ? 166912 : index == 1 ? 232448 : 101376;
   return d;
 }
 

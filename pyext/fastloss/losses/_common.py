@@ -16,13 +16,11 @@ from torch.autograd import Function, forward_ad
 
 from .._library import cuda_built
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+NONE, MEAN, SUM = 0, 1, 2  # codes of the C++ enum Reduction
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 # Codes of the C++ enum DType.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-INDEX_DTYPES = frozenset(
-    (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-)
 HALVES = (torch.float16, torch.bfloat16)
 _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
 
@@ -44,7 +42,7 @@ def reduction_code(reduction: str) -> int:
         return code
     if reduction == "elementwise_mean":
         warnings.warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3)
-        return REDUCTIONS["mean"]
+        return MEAN
     raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
 
 
@@ -74,7 +72,7 @@ def as_int(function: str, name: str, value: Any) -> int:
 
 
 def as_float(function: str, name: str, value: Any) -> float:
-    """A float argument, as any real number (numpy's too)."""
+    """A float argument, as any real number (numpy's too) or a tensor without dimensions."""
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
@@ -85,18 +83,6 @@ def as_float(function: str, name: str, value: Any) -> float:
 def require_float(function: str, name: str, value: Any) -> float:
     """The same, as a float of Python's."""
     return float(as_float(function, name, value))
-
-
-def index_target(target: Tensor) -> Tensor:
-    """Class indices as the kernels take them: contiguous, and no uint64 past 2**63 that would wrap to ignore_index."""
-    if target.dtype is torch.uint64:
-        signed = target.view(torch.int64)
-        if target.device.type == "cpu" and type(target) is Tensor and (signed < 0).any():
-            row = (signed < 0).nonzero()[0].tolist()
-            value = int(signed[tuple(row)]) + 2**64
-            raise IndexError(f"Target {value} is out of bounds. target{row or ''} = {value} is no class index")
-        target = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
-    return target if target.is_contiguous() else target.contiguous()
 
 
 def require_tensor(name: str, value: Any, function: str) -> None:

@@ -24,9 +24,8 @@ from torch.autograd import Function
 
 from .._library import loop_vmap, ops
 from . import _common
-from ._common import DTYPE_CODES, DTYPES, REDUCTIONS
+from ._common import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM
 
-NONE, MEAN, SUM = 0, 1, 2
 GRAD_INPUT, GRAD_TARGET = 1, 2  # bits of `flags`, as in pointwise_torch.cpp
 NUMBERS: dict[str, int] = {name: i for i, name in enumerate(ops.pointwise_losses().split())}
 _ROOTS = frozenset((NUMBERS["rmse_loss"],))

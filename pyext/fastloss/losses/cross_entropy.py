@@ -19,12 +19,11 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors
 from .._library import loop_vmap, ops
-from . import _common
-from ._common import DTYPE_CODES, DTYPES, INDEX_DTYPES
+from . import _common, _rowwise
+from ._common import DTYPE_CODES, DTYPES, MEAN, NONE
 
 # Bits of `flags`, as in cross_entropy_torch.cpp.
 SAVE, GRAD, ALL_IGNORED_ZERO, ZERO_TIMES_INF, STATS = 1, 2, 4, 8, 16
-NONE, MEAN, SUM = 0, 1, 2
 
 
 class CrossEntropyStats(NamedTuple):
@@ -59,19 +58,15 @@ class _Options(NamedTuple):
 # ------------------------------------------------------------------------------------------------ fake kernels, vmap
 
 
-def _row_shape(logits: Tensor) -> list[int]:
-    return [*logits.shape[:1], *logits.shape[2:]]
-
-
 def _saved_count(logits: Tensor, target: Tensor) -> int:
     rows = 1
-    for n in _row_shape(logits):
+    for n in _rowwise.row_shape(logits):
         rows = rows * n
     return (3 if target.is_floating_point() else 2) * rows + 2
 
 
 def _fake_loss(logits: Tensor, options: _Options) -> Tensor:
-    shape = _row_shape(logits) if options.reduction == NONE else []
+    shape = _rowwise.row_shape(logits) if options.reduction == NONE else []
     return logits.new_empty(shape, dtype=DTYPES[options.loss_dtype])
 
 
@@ -86,7 +81,7 @@ def _fake_saved_grad(logits: Tensor, target: Tensor, options: _Options) -> tuple
 
 
 def _fake_stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = _row_shape(logits)
+    shape = _rowwise.row_shape(logits)
     return (
         logits.new_empty(shape, dtype=_common.accum_dtype(logits.dtype)),
         logits.new_empty(shape, dtype=torch.int64),
@@ -232,7 +227,7 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
 def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
     o: _Options = ctx.options
     with _common.saved_for_jvp(ctx) as (logits, target, weight, sample_weight, *_):
-        ones = torch.ones(_row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
+        ones = torch.ones(_rowwise.row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
         f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
         total: Any = 0
         if logits_t is not None:
@@ -444,92 +439,7 @@ def _run(
     return (loss, *rest)
 
 
-# ------------------------------------------------------------------------------------------------------ validation
-
-
-def _check_single_target(target: Tensor, function: str) -> None:
-    """The class index of logits [C], shape () or (1): torch's exceptions in torch's order."""
-    if target.dim() > 1:
-        raise RuntimeError(
-            "0D or 1D target tensor expected, multi-target not supported: target has shape "
-            f"{list(target.shape)} for 1D input; give one class index"
-        )
-    _check_index_dtype(target, function)
-    if target.numel() != 1:
-        raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
-
-
-def _check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
-    """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions in torch's order, with a remedy."""
-    x, t = list(logits.shape), list(target.shape)
-    batch = t[0] if t else 0
-    if batch != x[0]:
-        raise ValueError(
-            f"Expected input batch_size ({x[0]}) to match target batch_size ({batch}). input has shape {x}, target {t}"
-        )
-    if len(x) == 2:
-        if len(t) > 1:
-            raise RuntimeError(
-                f"0D or 1D target tensor expected, multi-target not supported: target has shape {t} for input {x}; "
-                "give one class index per row, or floating-point probabilities of the input's shape"
-            )
-        if not t:
-            _check_index_dtype(target, function)
-            raise IndexError(
-                f"Dimension specified as 0 but tensor has no dimensions: target for input {x} needs shape {x[:1]}"
-            )
-    elif len(x) == 4:
-        if len(t) != 3:
-            raise RuntimeError(
-                f"only batches of spatial targets supported (3D tensors) but got targets of dimension: {len(t)}; for "
-                f"input {x} the target needs shape {[x[0], *x[2:]]}"
-            )
-        if t[1:] != x[2:]:
-            raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
-    elif not t or t[1:] != x[2:]:
-        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
-    elif x[1] == 0 and target.numel():
-        raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): input has no classes, but there are targets")
-
-
-def _check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", any_shape: bool = False) -> None:
-    """``any_shape``: any tensor with an element for each class will do, as it does for torch's spatial losses."""
-    if weight.dtype not in DTYPE_CODES:
-        raise RuntimeError(
-            f"{function}(): weight must be floating point, float32, float64, float16 or bfloat16, but found "
-            f"{weight.dtype}; call weight.float()"
-        )
-    if weight.numel() != classes or (weight.dim() != 1 and not any_shape):
-        raise RuntimeError(
-            f"{prefix}weight tensor should be defined either for all {classes} classes or no classes but got weight "
-            f"tensor of shape: {list(weight.shape)}"
-        )
-
-
-def _check_logits_dtype(logits: Tensor, function: str, name: str = "input") -> None:
-    if logits.dtype not in DTYPE_CODES:
-        raise NotImplementedError(
-            f'{function}(): "{function}" not implemented for {name} of dtype {logits.dtype}: expected float32, '
-            "float64, float16 or bfloat16"
-        )
-
-
-def _check_index_dtype(target: Tensor, function: str) -> None:
-    if target.dtype not in INDEX_DTYPES:
-        # torch's own types: a CUDA kernel that does not exist, a check on the CPU
-        raise (NotImplementedError if target.is_cuda else RuntimeError)(
-            f"{function}(): expected target dtype to be Long or Byte, but got {target.dtype} (any integer dtype will "
-            "do); floating-point targets are class probabilities and need the shape of the input"
-        )
-
-
-def _mergeable(t: Tensor) -> bool:
-    """Whether the spatial dimensions of [N, C, d1, d2, ...] collapse into what the kernels take."""
-    if t.dim() <= 3 or t.is_contiguous():
-        return True
-    if t.dim() == 4:
-        return t.is_contiguous(memory_format=torch.channels_last)
-    return t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d)
+# ------------------------------------------------------------------------------------------------- function, module
 
 
 def cross_entropy(
@@ -682,12 +592,12 @@ def cross_entropy(
         raise ValueError(f"all_ignored must be 'nan' or 'zero', got {all_ignored!r}")
     if zero_times_inf not in ("nan", "zero"):
         raise ValueError(f"zero_times_inf must be 'nan' or 'zero', got {zero_times_inf!r}")
-    _check_logits_dtype(input, "cross_entropy")
+    _rowwise.check_logits_dtype(input, "cross_entropy")
 
     single = input.dim() == 1
     if single:
         if not soft:
-            _check_single_target(target, "cross_entropy")
+            _rowwise.check_single_target(target, "cross_entropy")
         single_shape = target.shape if not soft else ()
         input = input.unsqueeze(0)
         target = target.unsqueeze(0) if soft else target.reshape(1)
@@ -698,21 +608,21 @@ def cross_entropy(
         loss_dtype = torch.promote_types(input.dtype, target.dtype)
         if target.dtype not in DTYPE_CODES:
             raise NotImplementedError(f"cross_entropy(): probabilities of dtype {target.dtype} are not supported")
-        if not (_mergeable(input) and _mergeable(target) and (input.dim() <= 3 or input.stride() == target.stride())):
+        if not _rowwise.mergeable(input, target):
             input, target = input.contiguous(), target.contiguous()
     else:
-        _check_index_shapes(input, target, "cross_entropy")
-        _check_index_dtype(target, "cross_entropy")
+        _rowwise.check_index_shapes(input, target, "cross_entropy")
+        _rowwise.check_index_dtype(target, "cross_entropy")
         loss_dtype = input.dtype
-        target = _common.index_target(target)
-        if not _mergeable(input):
+        target = _rowwise.index_target(target)
+        if not _rowwise.mergeable(input):
             input = input.contiguous()
     accum = _common.accum_dtype(input.dtype)
     if weight is not None:
         if soft and not weight.is_floating_point() and not weight.is_complex():
             weight = weight.to(input.dtype)  # as torch, whose product promotes
         spatial = not soft and input.dim() > 2 and label_smoothing == 0
-        _check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "", any_shape=spatial)
+        _rowwise.check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "", any_shape=spatial)
         if soft:
             loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
         elif weight.requires_grad and torch.is_grad_enabled():
@@ -731,10 +641,10 @@ def cross_entropy(
     if sample_weight is not None:
         if not sample_weight.is_floating_point():
             raise RuntimeError(f"cross_entropy(): sample_weight must be floating point, got {sample_weight.dtype}")
-        if list(sample_weight.shape) != _row_shape(input):
+        if list(sample_weight.shape) != _rowwise.row_shape(input):
             raise ValueError(
-                f"cross_entropy(): sample_weight needs one weight per target, shape {_row_shape(input)}, but got "
-                f"{list(sample_weight.shape)}"
+                f"cross_entropy(): sample_weight needs one weight per target, shape {_rowwise.row_shape(input)}, but "
+                f"got {list(sample_weight.shape)}"
             )
         if sample_weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(

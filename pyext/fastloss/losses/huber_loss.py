@@ -56,7 +56,7 @@ def huber_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
-    delta = _common.require_float("huber_loss", "delta", delta)
+    delta = _common.as_float("huber_loss", "delta", delta)
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta. delta is {delta}")
     return pointwise_loss(

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _common
-from ._pointwise import MEAN, NONE, pointwise_loss
+from ._common import MEAN, NONE
+from ._pointwise import pointwise_loss
 
 
 def l1_loss(

@@ -12,9 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors
 from .._library import loop_vmap, ops
-from . import _common, cross_entropy
-from ._common import DTYPE_CODES, DTYPES
-from .cross_entropy import MEAN, NONE
+from . import _common, _rowwise
+from ._common import DTYPE_CODES, DTYPES, MEAN, NONE
 
 _SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
@@ -177,17 +176,17 @@ def nll_loss(
         raise ValueError("Expected 1 or more dimensions (got 0)")
     single = input.dim() == 1
     if single:
-        cross_entropy._check_single_target(target, "nll_loss")
+        _rowwise.check_single_target(target, "nll_loss")
         input, target = input.unsqueeze(0), target.reshape(1)
-    cross_entropy._check_index_shapes(input, target, "nll_loss")
-    cross_entropy._check_index_dtype(target, "nll_loss")
-    cross_entropy._check_logits_dtype(input, "nll_loss")
-    target = _common.index_target(target)
-    if not cross_entropy._mergeable(input):
+    _rowwise.check_index_shapes(input, target, "nll_loss")
+    _rowwise.check_index_dtype(target, "nll_loss")
+    _rowwise.check_logits_dtype(input, "nll_loss")
+    target = _rowwise.index_target(target)
+    if not _rowwise.mergeable(input):
         input = input.contiguous()
     loss_dtype = _common.autocast_dtype(input.dtype, input.device)
     if weight is not None:
-        cross_entropy._check_weight(weight, input.shape[1], "nll_loss", any_shape=input.dim() > 2)
+        _rowwise.check_weight(weight, input.shape[1], "nll_loss", any_shape=input.dim() > 2)
         if _common.autocast_dtype(weight.dtype, input.device) is not loss_dtype:
             raise RuntimeError(
                 f"expected scalar type {_SCALAR_TYPES[input.dtype]} but found "

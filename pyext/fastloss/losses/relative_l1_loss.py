@@ -65,7 +65,7 @@ def relative_l1_loss(
         if isinstance(input, Tensor) and isinstance(target, Tensor):
             dtype = torch.promote_types(input.dtype, target.dtype)
             eps = torch.finfo(dtype).eps if dtype in DTYPE_CODES else 1.0  # other dtypes are refused below
-    eps = _common.require_float("relative_l1_loss", "eps", eps)
+    eps = _common.as_float("relative_l1_loss", "eps", eps)
     if not eps > 0:
         raise ValueError(f"relative_l1_loss(): eps must be positive, or a target of 0 would divide by it; got {eps}")
     loss = "symmetric_relative_l1_loss" if symmetric else "relative_l1_loss"

@@ -10,8 +10,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._library import ops
 from . import _common, _pointwise
-from ._common import DTYPE_CODES
-from ._pointwise import MEAN, NONE, NUMBERS, SUM, Operands, Options
+from ._common import DTYPE_CODES, MEAN, NONE, SUM
+from ._pointwise import NUMBERS, Operands, Options
 
 _CACHED = 1 << 20  # elements
 
@@ -168,7 +168,7 @@ def rmse_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
-    eps = _common.require_float("rmse_loss", "eps", eps)
+    eps = _common.as_float("rmse_loss", "eps", eps)
     if not eps >= 0:
         raise ValueError(f"rmse_loss(): eps must not be negative, got {eps}")
     if dim is None and weight is None and sample_weight is None and mask is None:

@@ -61,7 +61,7 @@ def smooth_l1_loss(
         )
     if size_average is not None or reduce is not None:
         reduction = _common.legacy_reduction(size_average, reduce)
-    beta = _common.require_float("smooth_l1_loss", "beta", beta)
+    beta = _common.as_float("smooth_l1_loss", "beta", beta)
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. beta is {beta}; it must be >= 0")
     loss = "smooth_l1_loss" if beta > 0 else "l1_loss"

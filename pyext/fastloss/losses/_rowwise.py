@@ -1,0 +1,116 @@
+"""What the losses over a class axis share: checks of logits and class indices, with torch's exceptions and a remedy."""
+
+import torch
+from torch import Tensor
+
+from ._common import DTYPE_CODES
+
+INDEX_DTYPES = frozenset(
+    (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+)
+
+
+def row_shape(logits: Tensor) -> list[int]:
+    """Of logits [N, C, d1, ...]: the shape of an index target."""
+    return [*logits.shape[:1], *logits.shape[2:]]
+
+
+def index_target(target: Tensor) -> Tensor:
+    """Class indices as the kernels take them: contiguous, and no uint64 past 2**63 that would wrap to ignore_index."""
+    if target.dtype is torch.uint64:
+        signed = target.view(torch.int64)
+        if target.device.type == "cpu" and type(target) is Tensor and (signed < 0).any():
+            row = (signed < 0).nonzero()[0].tolist()
+            value = int(signed[tuple(row)]) + 2**64
+            raise IndexError(f"Target {value} is out of bounds. target{row or ''} = {value} is no class index")
+        target = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
+    return target if target.is_contiguous() else target.contiguous()
+
+
+def check_single_target(target: Tensor, function: str) -> None:
+    """The class index of logits [C], shape () or (1): torch's exceptions in torch's order."""
+    if target.dim() > 1:
+        raise RuntimeError(
+            "0D or 1D target tensor expected, multi-target not supported: target has shape "
+            f"{list(target.shape)} for 1D input; give one class index"
+        )
+    check_index_dtype(target, function)
+    if target.numel() != 1:
+        raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+
+
+def check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
+    """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions in torch's order, with a remedy."""
+    x, t = list(logits.shape), list(target.shape)
+    batch = t[0] if t else 0
+    if batch != x[0]:
+        raise ValueError(
+            f"Expected input batch_size ({x[0]}) to match target batch_size ({batch}). input has shape {x}, target {t}"
+        )
+    if len(x) == 2:
+        if len(t) > 1:
+            raise RuntimeError(
+                f"0D or 1D target tensor expected, multi-target not supported: target has shape {t} for input {x}; "
+                "give one class index per row, or floating-point probabilities of the input's shape"
+            )
+        if not t:
+            check_index_dtype(target, function)
+            raise IndexError(
+                f"Dimension specified as 0 but tensor has no dimensions: target for input {x} needs shape {x[:1]}"
+            )
+    elif len(x) == 4:
+        if len(t) != 3:
+            raise RuntimeError(
+                f"only batches of spatial targets supported (3D tensors) but got targets of dimension: {len(t)}; for "
+                f"input {x} the target needs shape {[x[0], *x[2:]]}"
+            )
+        if t[1:] != x[2:]:
+            raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
+    elif not t or t[1:] != x[2:]:
+        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
+    elif x[1] == 0 and target.numel():
+        raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): input has no classes, but there are targets")
+
+
+def check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", any_shape: bool = False) -> None:
+    """``any_shape``: any tensor with an element for each class will do, as it does for torch's spatial losses."""
+    if weight.dtype not in DTYPE_CODES:
+        raise RuntimeError(
+            f"{function}(): weight must be floating point, float32, float64, float16 or bfloat16, but found "
+            f"{weight.dtype}; call weight.float()"
+        )
+    if weight.numel() != classes or (weight.dim() != 1 and not any_shape):
+        raise RuntimeError(
+            f"{prefix}weight tensor should be defined either for all {classes} classes or no classes but got weight "
+            f"tensor of shape: {list(weight.shape)}"
+        )
+
+
+def check_logits_dtype(logits: Tensor, function: str) -> None:
+    if logits.dtype not in DTYPE_CODES:
+        raise NotImplementedError(
+            f'{function}(): "{function}" not implemented for input of dtype {logits.dtype}: expected float32, '
+            "float64, float16 or bfloat16"
+        )
+
+
+def check_index_dtype(target: Tensor, function: str) -> None:
+    if target.dtype not in INDEX_DTYPES:
+        # torch's own types: a CUDA kernel that does not exist, a check on the CPU
+        raise (NotImplementedError if target.is_cuda else RuntimeError)(
+            f"{function}(): expected target dtype to be Long or Byte, but got {target.dtype} (any integer dtype will "
+            "do); floating-point targets are class probabilities and need the shape of the input"
+        )
+
+
+def mergeable(t: Tensor, other: Tensor | None = None) -> bool:
+    """Whether the spatial dimensions of [N, C, d1, d2, ...], alike in both, collapse into what the kernels take."""
+    if t.dim() <= 3:
+        return True
+    if other is not None and (other.stride() != t.stride() or not mergeable(other)):
+        return False
+    if t.is_contiguous():
+        return True
+    if t.dim() == 4:
+        return t.is_contiguous(memory_format=torch.channels_last)
+    return t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d)
