@@ -5,6 +5,7 @@ that what is read outside them shows in the results and what is written outside 
 are memory blocks of their own, for AddressSanitizer. FASTLOSS_SHORT is the part that sanitizers and mutants run.
 """
 
+import mmap
 import os
 
 import numpy as np
@@ -26,11 +27,12 @@ EVERYTHING = {
     "z_loss": 0.01,
     "softcap": 3.0,
     "logit_scale": 0.7,
+    "ignore_index": 1,  # a class like any other
 }
 # The same, but what pads a row is now the largest that a logit can be.
 NEGATIVE = EVERYTHING | {"logit_scale": -0.7}
 # What the kernels that are not general take.
-COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01}
+COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01, "ignore_index": 1}
 
 
 class Memory:
@@ -152,7 +154,7 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
         best = exact(logits).reshape(x.shape).argmax(1).reshape(-1)
         assert (got["argmax"] == best).all()
         labels = t.argmax(1).reshape(-1) if soft else t
-        counted = labels != -100
+        counted = labels != options.get("ignore_index", -100)
         assert got["accuracy"] == np.float32((best == labels)[counted].mean())
 
     saved = guarded(got["saved"])
