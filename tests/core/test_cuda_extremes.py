@@ -1,5 +1,8 @@
-"""The emulated CUDA kernels where ordinary problems do not lead them: beyond 2^32 elements, many blocks and rows, nan and
-infinities, ties, rows that are nearly certain, sums of which most cancels."""
+"""The emulated CUDA kernels where ordinary problems do not lead them.
+
+Beyond 2^32 elements, many blocks and rows, nan and infinities, ties, rows that are nearly certain, sums of which most
+cancels.
+"""
 
 import mmap
 
@@ -55,7 +58,7 @@ def logits_of(rows, shape, dtype, layout):
 
 
 def forward_and_back(rows, target, kernel, shape, dtype, layout):
-    """Losses and statistics of the rows, and their gradients, made in forward, in backward, and in backward in place."""
+    """Losses and statistics of the rows; their gradients by forward, by backward, and by backward in place."""
     logits, grad, in_place = (logits_of(rows, shape, dtype, layout) for _ in range(3))
     target, options = guarded(target), {"loss_dtype": "float32", "argmax": "general" in kernel}
     out = emulated.cross_entropy_forward(logits, target, **options, reduction="none", saved=True, lse=True)
@@ -312,10 +315,8 @@ def test_beyond_32_bits(kernel, shape, dtype, features, soft):
         options["sample_weight"] = far(options["sample_weight"], "float32")
     near = options | ({"sample_weight": options["sample_weight"][ends]} if "sample_weight" in options else {})
     common = options | {"soft": soft is not None, "loss_dtype": "float32"}
-    loss, lse, saved, grad = (
-        sparse(n, kind) for n, kind in ((rows, "float32"), (rows, "float32"), ((3 if soft else 2) * rows + 2, "float32"),
-                                        (shape, dtype))
-    )  # fmt: skip
+    loss, lse, saved = (sparse(n, "float32") for n in (rows, rows, (3 if soft else 2) * rows + 2))
+    grad = sparse(shape, dtype)
     emulated.cross_entropy_forward(logits, target, **common, reduction="none", loss=loss, lse=lse)
     want = reference(x, exact_t, **near, reduction="none")
     close(loss[ends], want[0], "float32")
@@ -343,9 +344,8 @@ def test_more_than_32_bits_of_rows(kernel, shape):
     emulated.set_device(100)
     emulated.set_only_ends(True)
     classes, rows = shape[1], shape[0] * (shape[2] if len(shape) > 2 else 1)
-    logits, target, loss, lse = (
-        sparse(n, kind) for n, kind in ((shape, "bfloat16"), (rows, "uint8"), (rows, "float32"), (rows, "float32"))
-    )
+    logits, target = sparse(shape, "bfloat16"), sparse(rows, "uint8")
+    loss, lse = (sparse(rows, "float32") for _ in range(2))
     logits.reshape(shape[0], classes, -1)[-1, 0, -1], target[-1] = stored(9.0, "bfloat16"), classes - 1
     emulated.cross_entropy_forward(logits, target, reduction="none", loss_dtype="float32", loss=loss, lse=lse)
     assert emulated.regime() == kernel
@@ -359,10 +359,8 @@ def test_nll_loss_and_scale_grad_beyond_32_bits():
     emulated.set_device(100)
     emulated.set_only_ends(True)
     rows = 2**32 // 700 + 30
-    x, target, loss, up, gapped = (
-        sparse(n, kind) for n, kind in (((rows, 700), "bfloat16"), (rows, "int16"), (rows, "float32"), (rows, "float32"),
-                                        ((rows, 701), "bfloat16"))
-    )  # fmt: skip
+    x, gapped = (sparse((rows, n), "bfloat16") for n in (700, 701))
+    target, loss, up = (sparse(rows, kind) for kind in ("int16", "float32", "float32"))
     last = rows // 2**17 * 2**17 - 1  # the last row that the last of 512 blocks takes
     target[last], x[last, 698] = 698, stored(-5.0, "bfloat16")
     emulated.nll_loss_forward(x, target, reduction="none", loss_dtype="float32", loss=loss, total_weight=None)
