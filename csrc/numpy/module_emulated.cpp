@@ -1,6 +1,7 @@
 // The CUDA kernels on numpy arrays: fastloss_core_numpy's functions, carried out by the emulator (tests/emulate).
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -26,23 +27,23 @@ namespace fastloss {
 
 namespace {
 
-int device = 0;
 const char* regime = "";
 
 CudaContext context_of_device() {
   CudaContext context;
-  context.device = device;
+  context.device = emulator::current_device;
   return context;
 }
 
-// A call with a workspace of exactly the size it asks for, filled with nan.
+// A call with a workspace of exactly the size it asks for, filled with nan (64 MiB of it: calls that run in part only
+// may ask for gigabytes).
 template <class Args>
 Status with_workspace(const Args& a, int64_t (*bytes)(const Args&, const CudaContext&),
                       Status (*call)(const Args&, const CudaContext&)) {
   CudaContext context = context_of_device();
   context.workspace_bytes = bytes(a, context);
   const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(context.workspace_bytes)]);
-  std::memset(workspace.get(), 0xff, size_t(context.workspace_bytes));
+  std::memset(workspace.get(), 0xff, std::min(size_t(context.workspace_bytes), size_t(64) << 20));
   context.workspace = workspace.get();
   return call(a, context);
 }
@@ -92,10 +93,14 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
       "set_device",
       [](int sm) {
         for (int i = 0; i < emulator::kDevices; ++i)
-          if (emulator::device(i).sm == sm) return void(device = i);
+          if (emulator::device(i).sm == sm) return void(emulator::current_device = i);
         throw py::value_error("no such emulated device");
       },
-      py::arg("sm"), "Run on a device of this compute capability: 80, 90 or 120; one multiprocessor.");
+      py::arg("sm"),
+      "Run on a device of this compute capability: 80, 90 or 120 with one multiprocessor, 100 with a million.");
+  m.def(
+      "set_only_ends", [](bool only) { emulator::only_ends = only; }, py::arg("only"),
+      "Run the first and the last block (or cluster) of every launch, and no other.");
   m.def(
       "launches",
       [] {
@@ -123,6 +128,8 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
                              {"wait_without_arrive", emulator::Fault::wait_without_arrive},
                              {"peer_has_left", emulator::Fault::peer_has_left},
                              {"misaligned", emulator::Fault::misaligned},
+                             {"misaligned_word", emulator::Fault::misaligned_word},
+                             {"stream_of_shared", emulator::Fault::stream_of_shared},
                              {"overrun", emulator::Fault::overrun}})
     faults.value(name, fault);
   m.def(

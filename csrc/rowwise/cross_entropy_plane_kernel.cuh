@@ -145,8 +145,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           const index_t c = base + group + j * groups;
-          const bool in = valid && c < classes;
-          if (kGeneral && !in) continue;
+          if (kGeneral && !(valid && c < classes)) continue;
           A z[kV];
           if constexpr (kWide)
             unpack_again<T>(tile[j], p.zero, z);
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
             const A e = exp_of(z[v]);
             s[v].others += c == target[v] ? A(0) : e;
           }
-          if (dots && in) {
+          if (dots) {
             A q[kV];
             load_q(p, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner, q, want_best, best_prob);
 #pragma unroll

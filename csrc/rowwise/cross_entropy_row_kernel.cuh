@@ -118,7 +118,7 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
 #pragma unroll
     for (int i = 0; i < kL; i += 2) sum += e[i] + e[i + 1];
     s.others += sum;
-    if (dots && first + j * step < count) {
+    if (dots) {
       const int64_t c = column + (first + j * step) * kL;
       A q[kL];
       load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q, p.want_best, best_prob);

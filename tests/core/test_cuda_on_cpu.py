@@ -26,11 +26,12 @@ EVERYTHING = {
     "z_loss": 0.01,
     "softcap": 3.0,
     "logit_scale": 0.7,
+    "ignore_index": 1,  # a class like any other
 }
 # The same, but what pads a row is now the largest that a logit can be.
 NEGATIVE = EVERYTHING | {"logit_scale": -0.7}
 # What the kernels that are not general take.
-COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01}
+COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01, "ignore_index": 1}
 
 
 class Memory:
@@ -60,6 +61,12 @@ def lay_out(shape, dtype, layout):
     if layout == "rows apart":
         memory = Memory((outer, classes + 3), dtype)
         memory.array = memory.array[:, :classes]
+    elif layout == "planes apart":
+        memory = Memory((outer, classes * inner[0] + 1), dtype)
+        memory.array = memory.array[:, :-1].reshape(shape)
+    elif layout == "inner axes apart":
+        memory = Memory((outer, classes, inner[0] + 1), dtype)
+        memory.array = memory.array[..., :-1]
     elif layout == "transposed":
         memory = Memory((classes, outer), dtype)
         memory.array = memory.array.T
@@ -111,8 +118,8 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
     logits = memory.array
     rows = x.shape[0] * x.shape[2]
     per_row = options.get("reduction") == "none"
-    loss_dtype = "float64" if dtype == "float64" else "float32"
-    accum = loss_dtype
+    accum = "float64" if dtype == "float64" else "float32"
+    loss_dtype = accum if per_row else "float64"  # in which another order of additions shows
     common = {"soft": soft is not None, "loss_dtype": loss_dtype, **options}
     results = []
 
@@ -136,10 +143,10 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
 
     want_loss, want_grad, _ = reference(x, t, **options)
     got = forward(outputs(grad=False))
-    close(got["loss"], want_loss, loss_dtype)
+    close(got["loss"], want_loss, accum)
     if not per_row:
         with_grad = forward(outputs(grad=True))
-        close(with_grad["loss"], want_loss, loss_dtype)
+        close(with_grad["loss"], want_loss, accum)
         close(with_grad["grad"], want_grad, dtype)
     kernel = emulated.regime()
     z = x * options.get("logit_scale", 1)
@@ -152,7 +159,7 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
         best = exact(logits).reshape(x.shape).argmax(1).reshape(-1)
         assert (got["argmax"] == best).all()
         labels = t.argmax(1).reshape(-1) if soft else t
-        counted = labels != -100
+        counted = np.ones(rows, bool) if soft else t != options.get("ignore_index", -100)
         assert got["accuracy"] == np.float32((best == labels)[counted].mean())
 
     saved = guarded(got["saved"])
@@ -214,7 +221,9 @@ ROWS = [
     ("tiles of rows", 80, 150, 5, 1, "contiguous", COMMON, True),
     ("tiles of rows", 80, 40, 2, 0, "contiguous", {}, True),
     ("tiles of rows", 80, 400, 11, 1, "contiguous", COMMON, True),
+    ("tiles of rows", 80, 40, 23, 2, "contiguous", COMMON, True),
     ("warp rows", 80, 70, 0, 1, "off by one", COMMON, False),
+    ("warp rows", 80, 33, 2, 0, "rows apart", COMMON, True),
     ("warp rows", 80, 4200, 9, 0, "contiguous", {}, False),
     ("warp rows", 80, 33, 3, 1, "off by one", COMMON, True),
     ("warp rows", 80, 9, 30, 0, "contiguous", {"reduction": "sum"}, True),
@@ -235,6 +244,7 @@ ROWS = [
     ("cluster rows", 90, 3, 40000, 3, "contiguous", COMMON, False),
     ("streaming rows", 120, 1, 33000, 1, "contiguous", COMMON, False),
     ("warp rows, general", 80, 70, 0, 1, "contiguous", EVERYTHING, True),
+    ("warp rows, general", 80, 33, 0, 1, "contiguous", {"label_smoothing": 0.1, "weight": True}, True),
     ("warp rows, general", 80, 33, 3, 1, "off by one", EVERYTHING, False),
     ("warp rows, general", 80, 6, 100, 1, "rows apart", {"label_smoothing": 0.1, "weight": True}, False),
     ("block rows, general", 80, 3, 129, 1, "off by one", NEGATIVE, True),
@@ -340,10 +350,30 @@ def test_gradient_laid_out_differently(dtype):
     for shape, layout, grad_layout in (
         ((5, 40), "contiguous", "off by one"),
         ((3, 2051), "off by one", "contiguous"),
+        ((33, 8), "contiguous", "rows apart"),
+        ((5, 40), "contiguous", "rows apart"),
+        ((3, 2056), "rows apart", "contiguous"),
         ((2, 9, 32), "contiguous", "classes last"),
         ((2, 9, 32), "classes last", "contiguous"),
+        ((2, 9, 32), "contiguous", "inner axes apart"),
+        ((2, 29, 32), "contiguous", "planes apart"),
     ):
         run_schedules(80, shape, dtype, COMMON, layout, grad_layout=grad_layout)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_strides_off_the_grid(dtype):
+    """Only every other row, or class, lies where 4 or 8 bytes could be read at once."""
+    for shape in ((3, 9, 32), (3, 29, 32)):
+        for layout in ("planes apart", "inner axes apart"):
+            run_schedules(80, shape, dtype, COMMON, layout)
+
+
+@pytest.mark.parametrize("extra, general", ((0, False), (1, True)))
+def test_more_classes_than_32_bits_count(extra, general):
+    empty = np.zeros((0, 2**31 - 1 + extra), "float32")
+    emulated.cross_entropy_forward(empty, np.zeros(0, "int64"), reduction="sum")
+    assert emulated.regime().endswith("general") == general
 
 
 @pytest.mark.parametrize("index_dtype", ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"))
@@ -354,6 +384,9 @@ def test_target_dtypes(index_dtype):
     want_loss, want_grad, _ = reference(x, target.astype("int64"))
     close(got["loss"], want_loss, "float32")
     close(got["grad"], want_grad, "float32")
+    target[5] = largest = np.iinfo(index_dtype).max  # no class
+    emulated.cross_entropy_forward(logits, guarded(target))
+    assert emulated.take_bad_target() == (5, -1 if index_dtype == "uint64" else largest)
 
 
 BAD_SHAPES = [(80, (40, 33)), (80, (9, 5000)), (90, (3, 17001)), (80, (4, 21, 10)), (80, (2, 21, 32))]
@@ -378,6 +411,7 @@ def test_bad_target(sm, shape, value):
     assert emulated.take_bad_target() is None
     assert np.isnan(got["loss"][bad])
     others = np.arange(len(target)) != bad
+    assert (got["saved"][-2:] == (target[others] != -100).sum()).all()  # what a mean is divided by
     np.testing.assert_allclose(got["loss"][others], good["loss"][others], rtol=1e-6)
 
     def zero_at_bad_row(got_grad):
@@ -448,17 +482,17 @@ def test_no_rows(shape):
 @pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
 def test_nll_loss(dtype, reduction):
     for shape, layout in (((700, 5), "contiguous"), ((6, 5), "rows apart"), ((3, 4, 7), "classes apart")):
-        x, target, options, exact_x, _ = problem(shape, dtype, {"weight": True})
+        x, target, options, exact_x, _ = problem(shape, dtype, {"weight": True, "ignore_index": 1})
         memory = lay_out(shape, dtype, layout)
         memory.array[...] = x
         rows = exact_x.transpose(0, 2, 1).reshape(-1, shape[1])
-        counted = target != -100
-        w = np.where(counted, options["weight"].astype(float)[target % shape[1]], 0)
-        picked = np.take_along_axis(rows, target[:, None] % shape[1], 1)[:, 0]
+        counted = target != 1
+        w = np.where(counted, options["weight"].astype(float)[target], 0)
+        picked = np.take_along_axis(rows, target[:, None], 1)[:, 0]
         want = {"none": -w * picked, "sum": -(w * picked).sum(), "mean": -(w * picked).sum() / w.sum()}[reduction]
         grad_output = stored(np.linspace(1, 2, len(rows)) if reduction == "none" else np.array(3.0), dtype)
         by_row = -w * exact(grad_output) / (w.sum() if reduction == "mean" else 1)
-        want_grad = np.where(counted[:, None], np.eye(shape[1])[target % shape[1]], 0) * by_row[:, None]
+        want_grad = np.where(counted[:, None], np.eye(shape[1])[target], 0) * by_row[:, None]
         outer, classes, inner = exact_x.shape
         want_grad = want_grad.reshape(outer, inner, classes).transpose(0, 2, 1)
         bits = []
@@ -484,26 +518,39 @@ def test_nll_loss(dtype, reduction):
         assert len(set(bits)) == 1
 
 
-def test_nll_loss_bad_target():
+@pytest.mark.parametrize("value", (5, -1, -(2**63), 2**63 - 1))  # 5 is one past the last class
+def test_nll_loss_bad_target(value):
     x, target, *_ = problem((6, 5), "float32", {})
-    target[:] = 4, -100, 4, 5, 4, 3  # 5 is one past the last class
-    assert np.isnan(emulated.nll_loss_forward(guarded(x), guarded(target))["loss"])
-    assert emulated.take_bad_target() == (3, 5)
+    target[:] = 4, -100, 4, value, 4, 3
+    weight = guarded(np.ones(5, "float32"))
+    got = emulated.nll_loss_forward(guarded(x), guarded(target), weight=weight)
+    assert np.isnan(got["loss"]) and got["total_weight"] == 4
+    assert emulated.take_bad_target() == (3, value)
     one = np.ones((), "float32")
-    back = emulated.nll_loss_backward(guarded(x), guarded(target), one.reshape(1), one, reduction="sum")
-    want = -np.eye(6)[target * (target > 0) % 6][:, :5] * (target == target.clip(0, 4))[:, None]
+    back = emulated.nll_loss_backward(
+        guarded(x), guarded(target), one.reshape(1), one, reduction="sum", weight=weight, grad=guarded(x)
+    )
+    want = np.zeros((6, 5))
+    want[[0, 2, 4, 5], [4, 4, 4, 3]] = -1
     assert (back["grad"] == want).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_grad(dtype):
     scale = guarded(np.array(12.0))
-    for count, offset in ((1003, 0), (1003, 1), (20000, 0), (300000, 0)) if not SHORT else ((1003, 0), (1003, 1)):
+    sizes = ((1003, 0, 0), (1003, 1, 1), (1003, 0, 1), (1003, 1, 0), (20000, 0, 0), (300000, 0, 0))
+    for count, offset, out_offset in sizes[:4] if SHORT else sizes:
         memory = Memory(count, dtype, offset)
         memory.array[...] = stored(np.random.default_rng(0).normal(size=count), dtype)
-        out = Memory(count, dtype, offset)
+        memory.array[::3] = 0
+        out = Memory(count, dtype, out_offset)
         emulated.scale_grad(memory.array, scale, out=out.array)
         close(out.written(), exact(memory.array) * 12, dtype)
+        emulated.scale_grad(memory.array, guarded(np.array(1.0)), out=out.array)
+        same(out.written(), memory.array)
+        emulated.scale_grad(memory.array, guarded(np.array(np.inf)), out=out.array)
+        got = exact(out.written())  # an infinite scale leaves zeros alone
+        assert (got[::3] == 0).all() and np.isinf(got[1::3]).all()
         before = memory.array.copy()
         emulated.scale_grad(memory.array, guarded(np.array(1.0)), out=memory.array)
         same(memory.written(), before)

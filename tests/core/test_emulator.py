@@ -18,12 +18,15 @@ FAULTS = {
     "wait_without_arrive": "waits for the cluster without having arrived",
     "peer_has_left": "reads the shared memory of a block that has left",
     "misaligned": "a misaligned 128-bit access, faulty_kernels.cu:",
+    "misaligned_word": "a misaligned 64-bit access, faulty_kernels.cu:",
+    "stream_of_shared": "a streaming access to shared memory, faulty_kernels.cu:",
     "overrun": "wrote past the end of the shared memory",
 }
 
 
 def messages(fault):
     """What some schedules bring to light."""
+    emulated.set_device(90)  # has clusters
     for seed in range(20):
         emulated.set_seed(seed)
         try:

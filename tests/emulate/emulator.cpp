@@ -25,6 +25,8 @@ namespace fastloss::emulator {
 
 Index thread_index, block_index, block_size, grid_size;
 unsigned char* shared;
+int current_device = 0;
+bool only_ends = false;
 
 namespace {
 
@@ -61,6 +63,7 @@ struct Thread {
   bool arrived = false;              // at the cluster's barrier, not yet waited
   unsigned phase = 0;                // which it arrived in
   bool volatile_writes = false;      // since its last fence
+  bool announced = false;            // by a volatile write
   char* last_fence = nullptr;
   std::vector<char*> seen_fences;  // by its atomics
 };
@@ -147,6 +150,7 @@ class Launch {
   void wake(Thread& t, Wait kind);
   bool arrive(Gathering& gathering, Wait kind, Site site);
   [[noreturn]] void fail(const std::string& what);
+  int shared_bytes() const { return shape_.shared; }
 
   Thread* running = nullptr;
   std::vector<std::unique_ptr<char>> fences;
@@ -265,7 +269,8 @@ Status Launch::run() {
   block_size.x = static_cast<unsigned>(shape_.block);
   grid_size.x = static_cast<unsigned>(shape_.grid);
   std::vector<int64_t> to_start;
-  for (int64_t i = 0; i < shape_.grid; i += shape_.cluster) to_start.push_back(i);
+  const int64_t last = shape_.grid - shape_.cluster, step = only_ends && last > 0 ? last : shape_.cluster;
+  for (int64_t i = 0; i < shape_.grid; i += step) to_start.push_back(i);
   for (size_t i = to_start.size(); i > 1; --i) std::swap(to_start[i - 1], to_start[random_.below(i)]);
 #ifdef FASTLOSS_UNDER_TSAN
   // All at once: a block that starts after another has been retired would happen after it.
@@ -459,12 +464,15 @@ void before_atomic(const void* location) {
 }
 
 // Volatile accesses are relaxed atomics in CUDA, never a race. But one to where there have been atomic operations
-// announces something: what was written before it has to be ordered by a fence.
+// announces something: what was written before it has to be ordered by a fence, and nothing comes after it.
 [[maybe_unused]] static void volatile_write(const void* p) {
   if (!current) return;  // the host's own
   Thread& t = *current->running;
-  if (t.volatile_writes && current->fences_at.count(p)) current->fail("announces what no fence has ordered");
+  const bool announces = current->fences_at.count(p) > 0;
+  if (t.volatile_writes && announces) current->fail("announces what no fence has ordered");
+  if (t.announced && !announces) current->fail("writes what has been announced before");
   t.volatile_writes = true;
+  t.announced |= announces;
 }
 
 void access_vector(const void* p, int bytes, Site site) {
@@ -473,12 +481,21 @@ void access_vector(const void* p, int bytes, Site site) {
   current->give_way_by_chance();
 }
 
+void access_stream(const void* p, int bytes, Site site) {
+  const auto* at = static_cast<const unsigned char*>(p);
+  for (auto& block : current->running->block->cluster->blocks)
+    if (at >= block->shared.get() && at < block->shared.get() + current->shared_bytes())
+      current->fail("a streaming access to shared memory, " + place(site));
+  access_vector(p, bytes, site);
+}
+
 Status run(const LaunchShape& shape, Body body, const void* argument) {
   if (shape.grid <= 0) return {};
   launched.push_back(shape);
-  const DeviceProperties limits = device(1);
-  if (shape.block % kLanes != 0 || shape.block < kLanes || shape.block > 1024 || shape.grid % shape.cluster != 0 ||
-      shape.cluster < 1 || shape.cluster > limits.max_cluster || shape.shared > limits.shared_per_block) {
+  const DeviceProperties limits = device(current_device);
+  if (shape.grid > INT32_MAX || shape.block % kLanes != 0 || shape.block < kLanes || shape.block > 1024 ||
+      shape.grid % shape.cluster != 0 || shape.cluster < 1 || shape.cluster > limits.max_cluster ||
+      shape.shared > limits.shared_per_block) {
     error = "no such launch: " + std::to_string(shape.grid) + " blocks of " + std::to_string(shape.block) +
             " threads in clusters of " + std::to_string(shape.cluster) + " with " + std::to_string(shape.shared) +
             " bytes";
@@ -503,10 +520,12 @@ const std::vector<LaunchShape>& launches() { return launched; }
 DeviceProperties device(int index) {
   DeviceProperties d;
   if (index < 0 || index >= kDevices) return d;
-  d.sm = index == 0 ? 80 : index == 1 ? 90 : 120;
-  d.max_cluster = index == 0 ? 1 : index == 1 ? 16 : 8;
-  d.multiprocessors = 1;
-  d.shared_per_block = index == 0 ? 166912 : index == 1 ? 232448 : 101376;
+  constexpr int sm[] = {80, 90, 120, 100}, cluster[] = {1, 16, 8, 16},
+                shared_bytes[] = {166912, 232448, 101376, 232448};
+  d.sm = sm[index];
+  d.max_cluster = cluster[index];
+  d.multiprocessors = index == 3 ? 1 << 20 : 1;
+  d.shared_per_block = shared_bytes[index];
   return d;
 }
 

@@ -13,7 +13,8 @@
 // Reported, with source line and thread
 //   a barrier or shuffle that not all threads reach, at whatever place they are instead; threads of one group at two
 //   different barriers; a cluster arrive or wait without its counterpart; a peer's shared memory mapped after that
-//   block has left; misaligned 128-bit accesses; writes past the end of the shared memory
+//   block has left; misaligned 64- to 256-bit accesses; streaming accesses to shared memory; writes past the end of the
+//   shared memory; launches that the emulated device could not run
 // Left to others
 //   data races, missing fences: ThreadSanitizer, which sees a thread in every fiber, synchronised as CUDA promises (a
 //             volatile write that announces others before any fence is reported there too)
@@ -41,9 +42,13 @@ namespace emulator {
 
 // ---- for tests
 void set_seed(uint64_t seed);  // the schedule of the following launches
-// Emulated devices by index, each with one multiprocessor, so that small grids make blocks take several rows.
-constexpr int kDevices = 3;
+// Emulated devices by index. They have one multiprocessor, so that small grids make blocks take several rows; but for
+// the last one, which has more than any problem has blocks.
+constexpr int kDevices = 4;
 DeviceProperties device(int index);
+extern int current_device;  // of the following launches
+// Only the first and the last block or cluster of a launch run: what reaches beyond 2^32 elements would take hours.
+extern bool only_ends;
 const std::string& last_error();             // what the last failed launch reported
 const std::vector<LaunchShape>& launches();  // since the seed was set
 
@@ -58,6 +63,8 @@ enum class Fault {
   wait_without_arrive,
   peer_has_left,
   misaligned,
+  misaligned_word,
+  stream_of_shared,
   overrun
 };
 Status provoke(Fault fault);
@@ -86,6 +93,7 @@ uint64_t shuffle_xor(unsigned mask, uint64_t bits, int lane_mask, Site site);
 void fence();
 void before_atomic(const void* location);
 void access_vector(const void* p, int bytes, Site site);  // checks the alignment
+void access_stream(const void* p, int bytes, Site site);  // and that it is not shared memory
 
 }  // namespace emulator
 }  // namespace fastloss

@@ -11,6 +11,7 @@ constexpr int kThreads = 64, kShared = 256;
 
 struct Params {
   Fault fault;
+  const int32_t* memory;  // global, on a 16-byte boundary
 };
 
 __global__ void __launch_bounds__(kThreads) faulty_kernel(const Params p) {
@@ -44,7 +45,9 @@ __global__ void __launch_bounds__(kThreads) faulty_kernel(const Params p) {
       cluster_wait();
       if (blockIdx.x == 0 && *cluster_map(shared, 1) == 0) warp_barrier();
       return;
-    case Fault::misaligned: store16_stream(shared + 4, Vec16{}); return;
+    case Fault::misaligned: store16(shared + 4, Vec16{}); return;
+    case Fault::misaligned_word: load8_stream(p.memory + 1); return;
+    case Fault::stream_of_shared: store16_stream(shared, Vec16{}); return;
     case Fault::overrun:
       if (threadIdx.x == 0) shared[kShared] = 0;
       return;
@@ -58,7 +61,8 @@ Status emulator::provoke(Fault fault) {
   shape.grid = shape.cluster = 2;
   shape.block = kThreads;
   shape.shared = kShared;
-  return launch(faulty_kernel, shape, nullptr, Params{fault});
+  alignas(16) static const int32_t memory[4] = {};
+  return launch(faulty_kernel, shape, nullptr, Params{fault, memory});
 }
 
 }  // namespace fastloss

@@ -73,12 +73,18 @@ inline Vec16 load16(const void* p, FASTLOSS_HERE) {
   emulator::access_vector(p, 16, site);
   return static_cast<const Memory16*>(p)->v;
 }
-inline Vec16 load16_stream(const void* p, FASTLOSS_HERE) { return load16(p, site); }
+inline Vec16 load16_stream(const void* p, FASTLOSS_HERE) {
+  emulator::access_stream(p, 16, site);
+  return static_cast<const Memory16*>(p)->v;
+}
 inline void store16(void* p, Vec16 v, FASTLOSS_HERE) {
   emulator::access_vector(p, 16, site);
   static_cast<Memory16*>(p)->v = v;
 }
-inline void store16_stream(void* p, Vec16 v, FASTLOSS_HERE) { store16(p, v, site); }
+inline void store16_stream(void* p, Vec16 v, FASTLOSS_HERE) {
+  emulator::access_stream(p, 16, site);
+  static_cast<Memory16*>(p)->v = v;
+}
 
 #ifdef FASTLOSS_EMULATE_SM100
 constexpr int kWideParts = 2;
@@ -91,16 +97,22 @@ struct VecWide {
 inline VecWide load_wide_stream(const void* p, bool aligned, FASTLOSS_HERE) {
   if (aligned) emulator::access_vector(p, int(sizeof(VecWide)), site);
   VecWide v;
-  for (int i = 0; i < kWideParts; ++i) v.part[i] = load16(static_cast<const Vec16*>(p) + i, site);
+  for (int i = 0; i < kWideParts; ++i) v.part[i] = load16_stream(static_cast<const Vec16*>(p) + i, site);
   return v;
 }
 inline void store_wide_stream(void* p, const VecWide& v, bool aligned, FASTLOSS_HERE) {
   if (aligned) emulator::access_vector(p, int(sizeof(VecWide)), site);
-  for (int i = 0; i < kWideParts; ++i) store16(static_cast<Vec16*>(p) + i, v.part[i], site);
+  for (int i = 0; i < kWideParts; ++i) store16_stream(static_cast<Vec16*>(p) + i, v.part[i], site);
 }
 
-inline Vec8 load8_stream(const void* p) { return static_cast<const Memory8*>(p)->v; }
-inline void store8_stream(void* p, Vec8 v) { static_cast<Memory8*>(p)->v = v; }
+inline Vec8 load8_stream(const void* p, FASTLOSS_HERE) {
+  emulator::access_stream(p, 8, site);
+  return static_cast<const Memory8*>(p)->v;
+}
+inline void store8_stream(void* p, Vec8 v, FASTLOSS_HERE) {
+  emulator::access_stream(p, 8, site);
+  static_cast<Memory8*>(p)->v = v;
+}
 
 inline float exp2_fast(float x) {
   const float y = exp2f(x);

@@ -80,11 +80,6 @@ def as_float(function: str, name: str, value: Any) -> float:
     raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
 
 
-def require_float(function: str, name: str, value: Any) -> float:
-    """The same, as a float of Python's."""
-    return float(as_float(function, name, value))
-
-
 def require_tensor(name: str, value: Any, function: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
