@@ -97,6 +97,7 @@ def test_what_does_not_count_may_hold_anything(kernels, reduction):
     options = {"loss": "huber_loss", "param": PARAM, "reduction": reduction}
     factor = np.float64([0.3]) if reduction == "mean" else np.zeros(0)
     x, t, vx, vt, g = (np.float32(rng.normal(size=shape)) for _ in range(5))
+    sums = reduction != "none"  # only those have a gradient before grad_output is known
     runs = []
     for junk in (0, np.nan, np.inf):
         for a in (x, t, w):
@@ -107,7 +108,7 @@ def test_what_does_not_count_may_hold_anything(kernels, reduction):
         mean = {"mask": mask, "weight": w, "weight_denominator": float(reduction == "mean"), **options}
         runs.append(
             [
-                kernels.pointwise_forward(x, t, grad_input=True, grad_target=True, **mean),
+                kernels.pointwise_forward(x, t, grad_input=sums, grad_target=sums, **mean),
                 kernels.pointwise_backward(up, factor, x, t, **mean),
                 kernels.pointwise_second(up, factor, vx, vt, x, t, **mean),
                 kernels.pointwise_second(up, factor, vx, vt, x, t, gradients=True, **mean),
@@ -249,8 +250,9 @@ def test_many_blocks_in_any_schedule(kernels, loss):
                 kernels.set_seed(seed)
             runs.append(kernels.pointwise_forward(x, t, loss=loss, grad_input=True, **options))
         np.testing.assert_allclose(runs[0]["loss"], want, rtol=3e-7)
-        if loss == ROOT:  # its factor shows that squares and sums are in double
-            np.testing.assert_allclose(runs[0]["factor"], 0.5 / (want * factor.sum(axes)), rtol=1e-12)
+        if loss == ROOT:  # its factor shows that sums are in double, on the GPU squares too
+            rtol = 1e-12 if hasattr(kernels, "set_seed") else 1e-8
+            np.testing.assert_allclose(runs[0]["factor"], 0.5 / (want * factor.sum(axes)), rtol=rtol)
         for other in runs[1:]:
             assert all(other[name].tobytes() == value.tobytes() for name, value in runs[0].items())
 
