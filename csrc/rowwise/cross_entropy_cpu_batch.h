@@ -19,12 +19,6 @@ struct Denominators {
   int64_t counted = 0;
 };
 
-// Class indices travel in lanes of the accumulation type's size (RowBatch::lane_target).
-template <class T>
-inline bool lanes_hold_classes(const CrossEntropyArgs& a) {
-  return a.soft || sizeof(T) == 8 || a.classes <= INT32_MAX;
-}
-
 // What all rows of a call share, in the accumulation type.
 template <class T>
 struct Call {

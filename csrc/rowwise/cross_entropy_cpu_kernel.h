@@ -151,7 +151,6 @@ inline void run(const Call<accum_t<S>>& call, ParallelFor parallel_for, BlockSum
 template <class S>
 inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   using T = accum_t<S>;
-  if (!lanes_hold_classes<T>(a)) return {Status::unsupported};
   Call<T> call(a, /*is_backward=*/false);
   Status status = denominators<T>(a, parallel_for, &call.d);
   if (status.code != Status::ok) return status;
@@ -180,7 +179,6 @@ inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
 template <class S>
 inline Status backward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   using T = accum_t<S>;
-  if (!lanes_hold_classes<T>(a)) return {Status::unsupported};
   Call<T> call(a, /*is_backward=*/true);
   const T* d = static_cast<const T*>(a.saved) + a.saved_count() - 2;
   call.d.weight = double(d[0]);
