@@ -3,6 +3,7 @@
 import fastloss
 import pytest
 import torch
+import torch.nn.functional as F
 from fastloss._library import ops, set_isa
 from fastloss.testing import assert_close
 from fastloss.testing.cross_entropy import reference
@@ -70,14 +71,16 @@ def test_number_of_threads_and_dtype(dtype, threads):
 
 
 def test_number_of_threads_nll_loss(threads):
-    x, t, _ = problem((50_021, 7), {})
     w = torch.linspace(0.5, 2, 7)
-    results = []
-    for count in (1, 2, 3, 5):
-        threads(count)
-        loss = fastloss.nll_loss(x, t, w)
-        results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
-    assert_same_bits(results, "nll_loss")
+    for shape in ((50_021, 7), (1, 7, 70, 130)):
+        x, t, _ = problem(shape, {})
+        results = []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            loss = fastloss.nll_loss(x, t, w)
+            results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+        assert_same_bits(results, "nll_loss")
+        torch.testing.assert_close(results[0][1], torch.autograd.grad(F.nll_loss(x, t, w), x)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -63,30 +63,38 @@ Status nll_backward(const NllLossArgs& a, ParallelFor parallel_for) {
   const double total = a.reduction == Reduction::mean ? double(*static_cast<const T*>(a.total_weight)) : 1.0;
   S* grad = static_cast<S*>(a.grad);
   const Strides g = a.grad_strides;
-  // Zeros in memory order (the smaller stride innermost), then one element per row.
-  const bool class_major = g.cls > g.inner && a.inner > 1;
-  parallel(parallel_for, a.outer, grain_for(a.classes * a.inner), [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      S* p = grad + o * g.outer;
-      const int64_t n0 = class_major ? a.classes : a.inner, n1 = class_major ? a.inner : a.classes;
-      const int64_t s0 = class_major ? g.cls : g.inner, s1 = class_major ? g.inner : g.cls;
-      for (int64_t i = 0; i < n0; ++i) {
-        if (s1 == 1) {
-          __builtin_memset(static_cast<void*>(p + i * s0), 0, size_t(n1) * sizeof(S));
-        } else {
-          for (int64_t j = 0; j < n1; ++j) p[i * s0 + j * s1] = S{};
-        }
-      }
-      for (int64_t i = 0; i < a.inner; ++i) {
-        const int64_t row = o * a.inner + i, t = load_index(a.target, a.index_type, row);
-        // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
-        if (t == a.ignore_index || uint64_t(t) >= uint64_t(a.classes)) continue;
-        const double w = weight ? double(weight[t]) : 1.0;
-        const double up = load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0);
-        p[t * g.cls + i * g.inner] = from_accum<S, double>(-w * up / total);
-      }
+  const auto zero = [](S* p, int64_t n, int64_t stride) {
+    if (stride == 1) {
+      __builtin_memset(static_cast<void*>(p), 0, size_t(n) * sizeof(S));
+    } else {
+      for (int64_t i = 0; i < n; ++i) p[i * stride] = S{};
     }
-  });
+  };
+  // Zeros in memory order (the smaller stride innermost), then one element per row. In pieces of the inner axis: a
+  // batch of one image is work for all threads too.
+  constexpr int64_t kPiece = 4096;
+  const int64_t pieces = (a.inner + kPiece - 1) / kPiece;
+  const bool class_major = g.cls > g.inner && a.inner > 1;
+  parallel(parallel_for, a.outer * pieces, grain_for(a.classes * min_of(a.inner, kPiece)),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t item = begin; item < end; ++item) {
+               const int64_t o = item / pieces, first = item % pieces * kPiece, last = min_of(first + kPiece, a.inner);
+               S* p = grad + o * g.outer;
+               if (class_major)
+                 for (int64_t c = 0; c < a.classes; ++c) zero(p + c * g.cls + first * g.inner, last - first, g.inner);
+               else
+                 for (int64_t i = first; i < last; ++i) zero(p + i * g.inner, a.classes, g.cls);
+               for (int64_t i = first; i < last; ++i) {
+                 const int64_t row = o * a.inner + i, t = load_index(a.target, a.index_type, row);
+                 // Out of range here only if somebody wrote to the targets after forward had looked: then without
+                 // gradient.
+                 if (t == a.ignore_index || uint64_t(t) >= uint64_t(a.classes)) continue;
+                 const double w = weight ? double(weight[t]) : 1.0;
+                 const double up = load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0);
+                 p[t * g.cls + i * g.inner] = from_accum<S, double>(-w * up / total);
+               }
+             }
+           });
   return {};
 }
 
