@@ -152,6 +152,40 @@ def saved_tensor_hooks_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+_opaque: list[Callable[..., Any]] = []
+
+
+def opaque_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for use after :func:`transforms_active`: torch.compile takes the call into its graph as it is,
+    to be differentiated by the transforms there, instead of looking into rules of ours that it does not understand."""
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args)
+
+    _opaque.append(apply)
+    return apply
+
+
+def _allow_in_graph() -> bool:
+    for apply in _opaque:
+        torch.compiler.allow_in_graph(apply)
+    return True
+
+
+# What torch.compiler.assume_constant_result sets: torch.compile runs the function instead of looking into it. That and
+# allow_in_graph import torch._dynamo, for which an import of fastloss need not wait.
+_allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def transforms_active() -> bool:
+    """Whether the loss is called within a transform of torch.func."""
+    if not functorch_active():
+        return False
+    if torch.compiler.is_compiling():
+        _allow_in_graph()
+    return True
+
+
 def _primal(t: Tensor) -> Tensor:
     """In a jvp of torch.func: t without this jvp's tangent, but with those of the forward modes around it."""
     interpreter = retrieve_current_functorch_interpreter() if functorch_active() else None

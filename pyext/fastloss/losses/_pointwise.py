@@ -376,11 +376,14 @@ class _Transformed(Function):
         return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx, -1)
 
 
+_apply_transformed = _common.opaque_apply(_Transformed)
+
+
 def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None, o: Options) -> Tensor:
     """The loss of operands of one shape (expanded where broadcast): chooses among the paths. Not for roots."""
     args = (input, target, weight, mask, o)
-    if _common.functorch_active():
-        return _Transformed.apply(input, target, weight, mask, *o)[0]
+    if _common.transforms_active():
+        return _apply_transformed(input, target, weight, mask, *o)[0]
     if _common.forward_mode_active():
         return _ForwardMode.apply(*args)[0]
     if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):

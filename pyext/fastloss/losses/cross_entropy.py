@@ -403,6 +403,9 @@ class _Transformed(Function):
         return (tangent, *(_common.no_tangent(ctx, i) for i in (4, 5)), None, _common.no_tangent(ctx, 7))
 
 
+_apply_transformed = _common.opaque_apply(_Transformed)
+
+
 def _run(
     logits: Tensor,
     target: Tensor,
@@ -414,8 +417,8 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
-    if _common.functorch_active():
-        loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, *o)
+    if _common.transforms_active():
+        loss, _, *rest = _apply_transformed(logits, target, weight, sample_weight, *o)
         return (loss, *rest)
     if _common.forward_mode_active():
         loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)
