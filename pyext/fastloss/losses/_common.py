@@ -61,15 +61,15 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def as_int(function: str, name: str, value: Any) -> int:
     """An int argument, as anything that can be an index (numpy's integers too)."""
-    if not isinstance(value, torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
             if isinstance(value, bool):
                 raise TypeError
             value = operator.index(value)
         except TypeError:
             raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{function}(): argument '{name}' is {value}, which overflows a 64-bit integer")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{function}(): argument '{name}' is {value}, more than 64 bits hold; give a smaller number")
     return value
 
 
