@@ -566,7 +566,7 @@ def cross_entropy(
         input: logits, shape (C), (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16. Strides may be
             anything; with two or more spatial dimensions neither contiguous nor channels-last it is copied.
         target: class indices of shape (), (N) or (N, d1, ..., dK) and any integer dtype, or class probabilities of the
-            input's shape and any floating dtype.
+            input's shape and any floating dtype; sparse ones are made dense.
         weight: weight of each class, shape (C), any floating dtype. Differentiable with probability targets.
         size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
         ignore_index: class index that marks targets to leave out (index targets only).
