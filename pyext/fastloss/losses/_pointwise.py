@@ -497,7 +497,13 @@ def check(
     others = (("target", target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))
     _common.require_same_device(function, ("input", input), *others)
     if target.shape != input.shape:
-        torch.broadcast_shapes(input.shape, target.shape)  # RuntimeError where they do not
+        try:
+            torch.broadcast_shapes(input.shape, target.shape)
+        except RuntimeError:
+            raise RuntimeError(
+                f"{function}(): input of size {list(input.shape)} and target of size {list(target.shape)} do not "
+                "broadcast; give both one shape"
+            ) from None
     if weight is not None and torch_weight:
         if torch.bool in (input.dtype, target.dtype) and not keeps_input_dtype:
             raise RuntimeError(f"{function}(): subtraction with a bool tensor is not supported; convert it to a number")
