@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import subprocess
+import sys
 
 import fastloss
 import pytest
@@ -421,6 +423,35 @@ def test_compile(options, compiled, device):
         torch.testing.assert_close(torch.autograd.grad(got, a), torch.autograd.grad(want, b))
     with torch.no_grad():
         torch.testing.assert_close(function(x, t), want.detach())
+
+
+COMPILED_TRANSFORMS = {
+    "grad": gradient,
+    "jvp": along,
+    "jvp of jvp": lambda i, f: along(i, along(i, f)),
+    "jvp of grad": lambda i, f: along(i, gradient(i, f)),
+    "grad of jvp": lambda i, f: gradient(i, along(i, f)),
+    "vmap": batched,
+    "vmap of grad": lambda i, f: batched(i, gradient(i, f)),
+    "jvp of vmap": lambda i, f: along(i, batched(i, f)),
+    "hessian": lambda i, f: torch.func.hessian(f),
+    "jacfwd of jacfwd": lambda i, f: torch.func.jacfwd(torch.func.jacfwd(f)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("transform", COMPILED_TRANSFORMS.values(), ids=COMPILED_TRANSFORMS)
+def test_compile_of_transforms(transform, compiled):
+    """torch.func inside torch.compile, as far as torch's own losses go there."""
+    x = torch.linspace(0.3, 2.9, 12, dtype=torch.float64).view(4, 3).sin() * 2
+    for name in ("cross_entropy", "nll_loss", "log_cosh_loss"):
+        ours, theirs = (transform(0, f) for f in NESTED[name])
+        torch.testing.assert_close(compiled(ours)(x), theirs(x))
+
+
+def test_import_does_not_wait_for_dynamo():
+    code = "import sys, fastloss; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

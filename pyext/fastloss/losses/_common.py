@@ -59,15 +59,15 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def as_int(function: str, name: str, value: Any) -> int:
     """An int argument, as anything that can be an index (numpy's integers too)."""
-    if not isinstance(value, torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
             if isinstance(value, bool):
                 raise TypeError
             value = operator.index(value)
         except TypeError:
             raise TypeError(f"{function}(): argument '{name}' must be int, not {type(value).__name__}") from None
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{function}(): argument '{name}' is {value}, which overflows a 64-bit integer")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{function}(): argument '{name}' is {value}, more than 64 bits hold; give a smaller number")
     return value
 
 
@@ -131,6 +131,40 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 def saved_tensor_hooks_active() -> bool:
     """Whether saved tensors are packed by somebody: checkpointing, offloading. Then nothing may be held beside them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+_opaque: list[Callable[..., Any]] = []
+
+
+def opaque_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for use after :func:`transforms_active`: torch.compile takes the call into its graph as it is,
+    to be differentiated by the transforms there, instead of looking into rules of ours that it does not understand."""
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args)
+
+    _opaque.append(apply)
+    return apply
+
+
+def _allow_in_graph() -> bool:
+    for apply in _opaque:
+        torch.compiler.allow_in_graph(apply)
+    return True
+
+
+# What torch.compiler.assume_constant_result sets: torch.compile runs the function instead of looking into it. That and
+# allow_in_graph import torch._dynamo, for which an import of fastloss need not wait.
+_allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def transforms_active() -> bool:
+    """Whether the loss is called within a transform of torch.func."""
+    if not functorch_active():
+        return False
+    if torch.compiler.is_compiling():
+        _allow_in_graph()
+    return True
 
 
 def _primal(t: Tensor) -> Tensor:

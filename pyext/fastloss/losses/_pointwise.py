@@ -375,11 +375,14 @@ class _Transformed(Function):
         return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx, -1)
 
 
+_apply_transformed = _common.opaque_apply(_Transformed)
+
+
 def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None, o: Options) -> Tensor:
     """The loss of operands of one shape (expanded where broadcast): chooses among the paths. Not for roots."""
     args = (input, target, weight, mask, o)
-    if _common.functorch_active():
-        return _Transformed.apply(input, target, weight, mask, *o)[0]
+    if _common.transforms_active():
+        return _apply_transformed(input, target, weight, mask, *o)[0]
     if _common.forward_mode_active():
         return _ForwardMode.apply(*args)[0]
     if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
@@ -493,7 +496,13 @@ def check(
     others = (("target", target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))
     _common.require_same_device(function, ("input", input), *others)
     if target.shape != input.shape:
-        torch.broadcast_shapes(input.shape, target.shape)  # RuntimeError where they do not
+        try:
+            torch.broadcast_shapes(input.shape, target.shape)
+        except RuntimeError:
+            raise RuntimeError(
+                f"{function}(): input of size {list(input.shape)} and target of size {list(target.shape)} do not "
+                "broadcast; give both one shape"
+            ) from None
     if weight is not None and torch_weight:
         if torch.bool in (input.dtype, target.dtype) and not keeps_input_dtype:
             raise RuntimeError(f"{function}(): subtraction with a bool tensor is not supported; convert it to a number")

@@ -398,6 +398,9 @@ class _Transformed(Function):
         return (tangent, *(_common.no_tangent(ctx, i) for i in (4, 5)), None, _common.no_tangent(ctx, 7))
 
 
+_apply_transformed = _common.opaque_apply(_Transformed)
+
+
 def _run(
     logits: Tensor,
     target: Tensor,
@@ -409,8 +412,8 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
-    if _common.functorch_active():
-        loss, _, *rest = _Transformed.apply(logits, target, weight, sample_weight, *o)
+    if _common.transforms_active():
+        loss, _, *rest = _apply_transformed(logits, target, weight, sample_weight, *o)
         return (loss, *rest)
     if _common.forward_mode_active():
         loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)
@@ -473,7 +476,7 @@ def cross_entropy(
         input: logits, shape (C), (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16. Strides may be
             anything; with two or more spatial dimensions neither contiguous nor channels-last it is copied.
         target: class indices of shape (), (N) or (N, d1, ..., dK) and any integer dtype, or class probabilities of the
-            input's shape and any floating dtype.
+            input's shape and any floating dtype; sparse ones are made dense.
         weight: weight of each class, shape (C), any floating dtype. Differentiable with probability targets.
         size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
         ignore_index: class index that marks targets to leave out (index targets only).

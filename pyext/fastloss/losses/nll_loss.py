@@ -120,6 +120,9 @@ class _NllLossTransformed(Function):
         return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx, -1)
 
 
+_apply_transformed = _common.opaque_apply(_NllLossTransformed)
+
+
 def nll_loss(
     input: Tensor,
     target: Tensor,
@@ -202,8 +205,8 @@ def nll_loss(
         weight = weight.to(_common.accum_dtype(input.dtype)).reshape(-1).contiguous()
 
     options = (red, DTYPE_CODES[loss_dtype], ignore_index)
-    if _common.functorch_active():
-        loss = _NllLossTransformed.apply(input, target, weight, *options)[0]
+    if _common.transforms_active():
+        loss = _apply_transformed(input, target, weight, *options)[0]
     elif _common.forward_mode_active():
         loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
     elif torch.is_grad_enabled() and input.requires_grad:
