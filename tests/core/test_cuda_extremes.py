@@ -36,6 +36,8 @@ GENERAL = [
     ("planes, any strides, general", 80, (1, 45, 21), "contiguous"),
 ]
 
+values_only = pytest.mark.skipif(SHORT, reason="nothing for sanitizers, which have no room for it")
+
 
 @pytest.fixture(autouse=True)
 def usual_device():
@@ -70,8 +72,9 @@ def forward_and_back(rows, target, kernel, shape, dtype, layout):
     return out, [exact(rows_of(g)) for g in (grad, back, in_place)]
 
 
+@values_only
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-@pytest.mark.parametrize("kernel, sm, shape, layout", KERNELS[1::2] + GENERAL[::3] if SHORT else KERNELS + GENERAL)
+@pytest.mark.parametrize("kernel, sm, shape, layout", KERNELS + GENERAL)
 def test_nan_and_infinities(kernel, sm, shape, layout, dtype):
     """A row's results are torch's; other rows know nothing of it."""
     emulated.set_device(sm)
@@ -110,7 +113,8 @@ def test_nan_and_infinities(kernel, sm, shape, layout, dtype):
         assert (out["argmax"] == x.argmax(1)).all()  # the first nan, if there is one; as torch.argmax
 
 
-@pytest.mark.parametrize("kernel, sm, shape, layout", GENERAL[::3] if SHORT else GENERAL)
+@values_only
+@pytest.mark.parametrize("kernel, sm, shape, layout", GENERAL)
 @pytest.mark.parametrize("soft", (False, True))
 def test_ties(kernel, sm, shape, layout, soft):
     """Of several largest logits, or probabilities, the first one counts, whoever finds it."""
@@ -132,11 +136,10 @@ def test_ties(kernel, sm, shape, layout, soft):
     assert got["accuracy"] == np.float32((x.argmax(1) == p.argmax(1)).mean())
 
 
+@values_only
 @pytest.mark.parametrize("kernel, sm, shape, layout", KERNELS + GENERAL)
 def test_rows_that_are_nearly_certain(kernel, sm, shape, layout):
     """Losses and gradients keep their digits, of 1e-9 and of logits around 1e4."""
-    if SHORT:
-        pytest.skip("no matter of memory")
     emulated.set_device(sm)
     x = rows_of(problem(shape, "float32", {})[0])
     at = np.arange(len(x))
@@ -154,11 +157,10 @@ def test_rows_that_are_nearly_certain(kernel, sm, shape, layout):
         np.testing.assert_allclose(got, e / (1 + others), rtol=2e-5, atol=1e-30)
 
 
+@values_only
 @pytest.mark.parametrize("kernel, sm, shape, layout", GENERAL)
 def test_zero_times_infinity(kernel, sm, shape, layout):
     """A class without weight or probability may have a logit of -inf, where that is allowed."""
-    if SHORT:
-        pytest.skip("no matter of memory")
     emulated.set_device(sm)
     x = rows_of(problem(shape, "float32", {})[0])
     weight = np.ones(x.shape[1], "float32")
@@ -194,6 +196,7 @@ def test_zero_times_infinity(kernel, sm, shape, layout):
     assert np.isnan(got["loss"]).all() and (got["lse"] == -np.inf).all()
 
 
+@values_only
 @pytest.mark.parametrize(
     "shape, layout, sm",
     (
@@ -208,8 +211,6 @@ def test_zero_times_infinity(kernel, sm, shape, layout):
 )
 def test_sums_in_double(shape, layout, sm):
     """First rows with a large loss, last ones that take it away again, and little between."""
-    if SHORT:
-        pytest.skip("no matter of memory")
     emulated.set_device(sm)
     rows, classes = shape[0] * (shape[2] if len(shape) > 2 else 1), shape[1]
     third = rows // 3
@@ -222,6 +223,21 @@ def test_sums_in_double(shape, layout, sm):
         sample_weight=sample_weight,
     )  # fmt: skip
     np.testing.assert_allclose(got["loss"], third * np.log(classes), rtol=1e-6)
+
+
+@values_only
+def test_order_of_sums():
+    """The same bits whatever block comes last, of terms so unlike that each order of additions would have its own."""
+    shape = (64, 1100)
+    rng = np.random.default_rng(15)
+    logits, target = rng.normal(size=shape).astype("float32"), rng.integers(0, shape[1], shape[0])
+    sample_weight = (rng.choice((-1, 1), shape[0]) * np.exp2(rng.uniform(0, 45, shape[0]))).astype("float32")
+    options = {"reduction": "sum", "sample_weight": sample_weight, "loss_dtype": "float64", "z_loss": 0.1}
+    losses = set()
+    for seed in range(8):
+        emulated.set_seed(seed)
+        losses.add(float(emulated.cross_entropy_forward(logits, target, **options)["loss"]))
+    assert len(losses) == 1
 
 
 # ---- many blocks
@@ -286,7 +302,7 @@ FAR = [
 ]
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 @pytest.mark.parametrize(
     "kernel, shape, dtype, features, soft", FAR, ids=lambda v: str(v) if type(v) is tuple else None
 )
@@ -337,7 +353,7 @@ def test_beyond_32_bits(kernel, shape, dtype, features, soft):
         close(ends_of(grad_target), want[2], soft)
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 @pytest.mark.parametrize(
     "kernel, shape",
     # so many that the last row is that of the last block: 5 of 128 rows per multiprocessor, 64 of 32
@@ -361,7 +377,7 @@ def test_more_than_32_bits_of_rows(kernel, shape):
     np.testing.assert_allclose(loss[-1], want if classes > 1 else 0, rtol=1e-6)
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 def test_nll_loss_and_scale_grad_beyond_32_bits():
     emulated.set_device(100)
     emulated.set_only_ends(True)
@@ -385,7 +401,7 @@ def test_nll_loss_and_scale_grad_beyond_32_bits():
     assert exact(flat[-1]) == -9
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 def test_pointwise_beyond_32_bits():
     emulated.set_device(100)
     emulated.set_only_ends(True)

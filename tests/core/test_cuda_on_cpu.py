@@ -456,6 +456,18 @@ def test_bad_target(sm, shape, value):
     emulated.take_bad_target()
 
 
+@pytest.mark.parametrize("operation", ("cross_entropy_forward", "nll_loss_forward"))
+def test_many_bad_targets(operation):
+    """One of them is reported, whole."""
+    x = problem((300, 33), "float32", {})[0]
+    for seed in range(3):
+        emulated.set_seed(seed)
+        getattr(emulated, operation)(guarded(x), guarded(np.arange(33, 333)))
+        row, value = emulated.take_bad_target()
+        assert value == row + 33
+        assert emulated.take_bad_target() is None
+
+
 @pytest.mark.parametrize("shape", ((6, 50), (3, 4, 7)), ids=str)
 def test_all_ignored(shape):
     logits, target, *_ = problem(shape, "float32", {})
