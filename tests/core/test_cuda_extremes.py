@@ -36,6 +36,8 @@ GENERAL = [
     ("planes, any strides, general", 80, (1, 45, 21), "contiguous"),
 ]
 
+values_only = pytest.mark.skipif(SHORT, reason="nothing for sanitizers, which have no room for it")
+
 
 @pytest.fixture(autouse=True)
 def usual_device():
@@ -70,8 +72,9 @@ def forward_and_back(rows, target, kernel, shape, dtype, layout):
     return out, [exact(rows_of(g)) for g in (grad, back, in_place)]
 
 
+@values_only
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-@pytest.mark.parametrize("kernel, sm, shape, layout", KERNELS[1::2] + GENERAL[::3] if SHORT else KERNELS + GENERAL)
+@pytest.mark.parametrize("kernel, sm, shape, layout", KERNELS + GENERAL)
 def test_nan_and_infinities(kernel, sm, shape, layout, dtype):
     """A row's results are torch's; other rows know nothing of it."""
     emulated.set_device(sm)
@@ -110,7 +113,8 @@ def test_nan_and_infinities(kernel, sm, shape, layout, dtype):
         assert (out["argmax"] == x.argmax(1)).all()  # the first nan, if there is one; as torch.argmax
 
 
-@pytest.mark.parametrize("kernel, sm, shape, layout", GENERAL[::3] if SHORT else GENERAL)
+@values_only
+@pytest.mark.parametrize("kernel, sm, shape, layout", GENERAL)
 @pytest.mark.parametrize("soft", (False, True))
 def test_ties(kernel, sm, shape, layout, soft):
     """Of several largest logits, or probabilities, the first one counts, whoever finds it."""
@@ -132,11 +136,10 @@ def test_ties(kernel, sm, shape, layout, soft):
     assert got["accuracy"] == np.float32((x.argmax(1) == p.argmax(1)).mean())
 
 
+@values_only
 @pytest.mark.parametrize("kernel, sm, shape, layout", KERNELS + GENERAL)
 def test_rows_that_are_nearly_certain(kernel, sm, shape, layout):
     """Losses and gradients keep their digits, of 1e-9 and of logits around 1e4."""
-    if SHORT:
-        pytest.skip("no matter of memory")
     emulated.set_device(sm)
     x = rows_of(problem(shape, "float32", {})[0])
     at = np.arange(len(x))
@@ -154,11 +157,10 @@ def test_rows_that_are_nearly_certain(kernel, sm, shape, layout):
         np.testing.assert_allclose(got, e / (1 + others), rtol=2e-5, atol=1e-30)
 
 
+@values_only
 @pytest.mark.parametrize("kernel, sm, shape, layout", GENERAL)
 def test_zero_times_infinity(kernel, sm, shape, layout):
     """A class without weight or probability may have a logit of -inf, where that is allowed."""
-    if SHORT:
-        pytest.skip("no matter of memory")
     emulated.set_device(sm)
     x = rows_of(problem(shape, "float32", {})[0])
     weight = np.ones(x.shape[1], "float32")
@@ -187,8 +189,14 @@ def test_zero_times_infinity(kernel, sm, shape, layout):
         close(got["grad"], want[1], "float32")
         got = emulated.cross_entropy_forward(memory, t if soft else guarded(t), reduction="sum", **options)
         assert not np.isfinite(got["loss"])
+    memory[...] = -np.inf  # but such a row has no softmax
+    got = emulated.cross_entropy_forward(
+        memory, guarded(target), reduction="none", zero_times_inf=True, weight=np.zeros_like(weight), lse=True
+    )
+    assert np.isnan(got["loss"]).all() and (got["lse"] == -np.inf).all()
 
 
+@values_only
 @pytest.mark.parametrize(
     "shape, layout, sm",
     (
@@ -203,8 +211,6 @@ def test_zero_times_infinity(kernel, sm, shape, layout):
 )
 def test_sums_in_double(shape, layout, sm):
     """First rows with a large loss, last ones that take it away again, and little between."""
-    if SHORT:
-        pytest.skip("no matter of memory")
     emulated.set_device(sm)
     rows, classes = shape[0] * (shape[2] if len(shape) > 2 else 1), shape[1]
     third = rows // 3
@@ -217,6 +223,21 @@ def test_sums_in_double(shape, layout, sm):
         sample_weight=sample_weight,
     )  # fmt: skip
     np.testing.assert_allclose(got["loss"], third * np.log(classes), rtol=1e-6)
+
+
+@values_only
+def test_order_of_sums():
+    """The same bits whatever block comes last, of terms so unlike that each order of additions would have its own."""
+    shape = (64, 1100)
+    rng = np.random.default_rng(15)
+    logits, target = rng.normal(size=shape).astype("float32"), rng.integers(0, shape[1], shape[0])
+    sample_weight = (rng.choice((-1, 1), shape[0]) * np.exp2(rng.uniform(0, 45, shape[0]))).astype("float32")
+    options = {"reduction": "sum", "sample_weight": sample_weight, "loss_dtype": "float64", "z_loss": 0.1}
+    losses = set()
+    for seed in range(8):
+        emulated.set_seed(seed)
+        losses.add(float(emulated.cross_entropy_forward(logits, target, **options)["loss"]))
+    assert len(losses) == 1
 
 
 # ---- many blocks
@@ -260,30 +281,28 @@ def sparse(shape, dtype):
     return np.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype).reshape(shape)
 
 
-def beyond(*shape, at):
-    """The shape, its axis `at` as long as 2^32 elements and a bit ask for, and odd."""
-    length = 2**32 // int(np.prod(shape)) + 64 | 1
-    return tuple(length if k == at else n for k, n in enumerate(shape))
+def rows_beyond(classes):
+    return 2**32 // classes + 64 | 1
 
 
 FAR = [
     # kernel, shape, dtype, features, dtype of probabilities
-    ("tiles of rows", beyond(1, 190, at=0), "float32", COMMON, None),
-    ("warp rows", beyond(1, 1000, at=0), "float32", COMMON, None),
-    ("block rows", beyond(1, 9001, at=0), "bfloat16", COMMON, None),
-    ("cluster rows", beyond(1, 33001, at=0), "float32", COMMON, None),
-    ("streaming rows", beyond(1, 300_001, at=0), "float32", {}, None),
-    ("warp rows, general", beyond(1, 500, at=0), "float32", {"label_smoothing": 0.1, "softcap": 3.0}, None),
-    ("block rows, general", beyond(1, 1500, at=0), "float32", EVERYTHING, "bfloat16"),
+    ("tiles of rows", (rows_beyond(190), 190), "float32", COMMON, None),
+    ("warp rows", (rows_beyond(1000), 1000), "float32", COMMON, None),
+    ("block rows", (rows_beyond(9001), 9001), "bfloat16", COMMON, None),
+    ("cluster rows", (rows_beyond(33001), 33001), "float32", COMMON, None),
+    ("streaming rows", (rows_beyond(300_001), 300_001), "float32", {}, None),
+    ("warp rows, general", (rows_beyond(500), 500), "float32", {"label_smoothing": 0.1, "softcap": 3.0}, None),
+    ("block rows, general", (rows_beyond(1500), 1500), "float32", EVERYTHING, "bfloat16"),
     ("columns", (1, 20, 2**32 // 20 + 64), "bfloat16", COMMON, None),
     ("columns", (2**32 // 200 + 64, 20, 10), "float32", COMMON, None),
-    ("planes, 8 bytes", (3, 29, 2**32 // 87 // 32 * 32 + 64), "float32", COMMON, None),
-    ("planes, any strides", beyond(3, 26, 1, at=2), "bfloat16", COMMON, None),
-    ("planes, any strides, general", beyond(3, 26, 1, at=2), "float32", EVERYTHING, "bfloat16"),
+    ("planes, 8 bytes", (3, 29, 2**32 // 29 // 32 * 32 + 64), "float32", COMMON, None),
+    ("planes, any strides", (3, 26, 2**32 // 26 + 64 | 1), "bfloat16", COMMON, None),
+    ("planes, any strides, general", (3, 26, 2**32 // 26 + 64 | 1), "float32", EVERYTHING, "bfloat16"),
 ]
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 @pytest.mark.parametrize(
     "kernel, shape, dtype, features, soft", FAR, ids=lambda v: str(v) if type(v) is tuple else None
 )
@@ -334,7 +353,7 @@ def test_beyond_32_bits(kernel, shape, dtype, features, soft):
         close(ends_of(grad_target), want[2], soft)
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 @pytest.mark.parametrize(
     "kernel, shape",
     # so many that the last row is that of the last block: 5 of 128 rows per multiprocessor, 64 of 32
@@ -345,16 +364,20 @@ def test_more_than_32_bits_of_rows(kernel, shape):
     emulated.set_only_ends(True)
     classes, rows = shape[1], shape[0] * (shape[2] if len(shape) > 2 else 1)
     logits, target = sparse(shape, "bfloat16"), sparse(rows, "uint8")
-    loss, lse = (sparse(rows, "float32") for _ in range(2))
+    loss, lse, saved = (sparse(n, "float32") for n in (rows, rows, 2 * rows + 2))
     logits.reshape(shape[0], classes, -1)[-1, 0, -1], target[-1] = stored(9.0, "bfloat16"), classes - 1
-    emulated.cross_entropy_forward(logits, target, reduction="none", loss_dtype="float32", loss=loss, lse=lse)
+    emulated.cross_entropy_forward(
+        logits, target, reduction="none", loss_dtype="float32", loss=loss, lse=lse, saved=saved
+    )
     assert emulated.regime() == kernel
+    others = 0 if classes == 1 else np.exp(9) + classes - 2
+    np.testing.assert_allclose(saved[[rows - 1, -3]], [9, others * np.exp(-9)], rtol=1e-6)
     want = np.log(np.exp(9) + classes - 1)
     np.testing.assert_allclose(lse[-1], want, rtol=1e-6)
     np.testing.assert_allclose(loss[-1], want if classes > 1 else 0, rtol=1e-6)
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 def test_nll_loss_and_scale_grad_beyond_32_bits():
     emulated.set_device(100)
     emulated.set_only_ends(True)
@@ -378,7 +401,7 @@ def test_nll_loss_and_scale_grad_beyond_32_bits():
     assert exact(flat[-1]) == -9
 
 
-@pytest.mark.skipif(SHORT, reason="sanitizers have no room for it")
+@values_only
 def test_pointwise_beyond_32_bits():
     emulated.set_device(100)
     emulated.set_only_ends(True)
@@ -386,8 +409,11 @@ def test_pointwise_beyond_32_bits():
     count = 2**32 + tile + 5
     x, t, grad = (sparse(count, "bfloat16") for _ in range(3))
     x[-6:], t[-6:] = stored(np.arange(1.0, 7), "bfloat16"), stored(np.arange(6.0, 0, -1), "bfloat16")
+    others = tile + 2**19 * np.arange(1, 5) + 100  # of blocks that do not run; as far from the end of the tail
+    x[others] = stored(5.0, "bfloat16")
     emulated.pointwise_forward(x, t, loss="mse_loss", reduction="sum", grad_input=grad)
     assert (exact(grad[-6:]) == [-10, -6, -2, 2, 6, 10]).all()
+    assert (grad[others] == 0).all()
 
 
 @pytest.mark.parametrize("cols", (3,) if SHORT else (3, 4097))

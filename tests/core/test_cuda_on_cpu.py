@@ -58,8 +58,8 @@ def lay_out(shape, dtype, layout):
         return Memory(shape, dtype)
     if layout == "off by one":
         return Memory(shape, dtype, offset=1)
-    if layout == "rows apart":
-        memory = Memory((outer, classes + 3), dtype)
+    if layout in ("rows apart", "rows apart on the grid"):
+        memory = Memory((outer, classes + (3 if layout == "rows apart" else 16)), dtype)
         memory.array = memory.array[:, :classes]
     elif layout == "planes apart":
         memory = Memory((outer, classes * inner[0] + 1), dtype)
@@ -95,7 +95,9 @@ def same(got, want):
     assert equal, f"{(exact(got) != exact(want)).sum()} elements differ"
 
 
-def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None, stats=False):
+def run(
+    shape, dtype, features, layout="contiguous", soft=None, grad_layout=None, target_layout=None, stats=False
+):  # fmt: skip
     """Forward, forward with gradient, backward, each also in place where that can be; all against the reference.
 
     Returns the results as bytes and the kernel that took the forward with gradient. soft: dtype of the probabilities.
@@ -105,7 +107,7 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
         t[::2] = (np.exp(x) / np.exp(x).sum(1, keepdims=True))[::2]  # the same largest class as the logits
         target = stored(t.reshape(shape), soft)
         t = exact(target).reshape(t.shape)
-        p = lay_out(shape, soft, layout)
+        p = lay_out(shape, soft, target_layout or layout)
         p.array[...] = target
         target = p.array
     else:
@@ -167,7 +169,7 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
     _, want_grad, want_by_target = reference(x, t, **options, grad_output=grad_output)
 
     def backward(grad):
-        grad_target = lay_out(shape, soft, layout) if soft else None
+        grad_target = lay_out(shape, soft, grad_layout or layout) if soft else None
         emulated.cross_entropy_backward(
             logits, target, saved, grad_output, **common, grad=grad, grad_target=grad_target and grad_target.array
         )
@@ -181,6 +183,8 @@ def run(shape, dtype, features, layout="contiguous", soft=None, grad_layout=None
     grad = grad.written()
     close(grad, want_grad, dtype)
     results.append(grad.tobytes())
+    if soft:
+        backward(None)
 
     if grad_layout is None:  # the gradient takes the logits' memory
         before = logits.copy()
@@ -244,7 +248,6 @@ ROWS = [
     ("cluster rows", 90, 3, 40000, 3, "contiguous", COMMON, False),
     ("streaming rows", 120, 1, 33000, 1, "contiguous", COMMON, False),
     ("warp rows, general", 80, 70, 0, 1, "contiguous", EVERYTHING, True),
-    ("warp rows, general", 80, 33, 0, 1, "contiguous", {"label_smoothing": 0.1, "weight": True}, True),
     ("warp rows, general", 80, 33, 3, 1, "off by one", EVERYTHING, False),
     ("warp rows, general", 80, 6, 100, 1, "rows apart", {"label_smoothing": 0.1, "weight": True}, False),
     ("block rows, general", 80, 3, 129, 1, "off by one", NEGATIVE, True),
@@ -339,6 +342,28 @@ def test_probability_targets(shape, dtype):
     run_schedules(90, shape, dtype, {"reduction": "none"}, soft=dtype)
 
 
+@pytest.mark.parametrize(
+    "shape, other",
+    (((9, 40), "rows apart"), ((3, 2050), "rows apart"), ((2, 21, 33), "classes last"), ((2, 13, 64), "planes apart")),
+    ids=str,
+)
+def test_probabilities_laid_out_differently(shape, other):
+    run_schedules(80, shape, "float32", {}, soft="bfloat16", target_layout=other)
+    run_schedules(80, shape, "float32", {}, soft="float32", grad_layout=other)
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_losses_of_16_bits(dtype):
+    """As torch has them; and so is what comes in for backward."""
+    for reduction in ("none", "mean"):
+        logits, target, options, x, t = problem((40, 33), dtype, {"weight": True, "reduction": reduction})
+        got = emulated.cross_entropy_forward(logits, guarded(target), **options, saved=True)
+        close(got["loss"], reference(x, t, **options)[0], dtype)
+        up = stored(np.linspace(-2, 3, 40) if reduction == "none" else np.array(1.7), dtype)
+        back = emulated.cross_entropy_backward(logits, guarded(target), got["saved"], guarded(up), **options)
+        close(back["grad"][..., None], reference(x, t, **options, grad_output=exact(up))[1], dtype)
+
+
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16") if SHORT else DTYPES)
 @pytest.mark.parametrize("sm, shape", [(80, s) for s in GENERAL_SHAPES] + [(80, (2, 9001)), (90, (3, 9001))], ids=str)
 def test_statistics(sm, shape, dtype):
@@ -351,6 +376,8 @@ def test_gradient_laid_out_differently(dtype):
         ((5, 40), "contiguous", "off by one"),
         ((3, 2051), "off by one", "contiguous"),
         ((33, 8), "contiguous", "rows apart"),
+        ((33, 8), "contiguous", "rows apart on the grid"),
+        ((33, 8), "rows apart on the grid", "contiguous"),
         ((5, 40), "contiguous", "rows apart"),
         ((3, 2056), "rows apart", "contiguous"),
         ((2, 9, 32), "contiguous", "classes last"),
@@ -364,7 +391,7 @@ def test_gradient_laid_out_differently(dtype):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_strides_off_the_grid(dtype):
     """Only every other row, or class, lies where 4 or 8 bytes could be read at once."""
-    for shape in ((3, 9, 32), (3, 29, 32)):
+    for shape in ((3, 8, 32), (3, 28, 32)):
         for layout in ("planes apart", "inner axes apart"):
             run_schedules(80, shape, dtype, COMMON, layout)
 
@@ -460,13 +487,28 @@ def test_class_weights_that_are_not_finite(shape, smoothing):
         np.testing.assert_allclose(got, want_grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("operation", ("cross_entropy_forward", "nll_loss_forward"))
+def test_many_bad_targets(operation):
+    """One of them is reported, whole."""
+    x = problem((300, 33), "float32", {})[0]
+    for seed in range(3):
+        emulated.set_seed(seed)
+        getattr(emulated, operation)(guarded(x), guarded(np.arange(33, 333)))
+        row, value = emulated.take_bad_target()
+        assert value == row + 33
+        assert emulated.take_bad_target() is None
+
+
 @pytest.mark.parametrize("shape", ((6, 50), (3, 4, 7)), ids=str)
 def test_all_ignored(shape):
     logits, target, *_ = problem(shape, "float32", {})
     target[:] = -100
     for zero in (False, True):
-        got = emulated.cross_entropy_forward(logits, target, grad=True, all_ignored_zero=zero)
-        assert got["loss"] == 0 if zero else np.isnan(got["loss"])
+        got = emulated.cross_entropy_forward(
+            logits, target, grad=True, all_ignored_zero=zero, z_loss=0.1, accuracy=True
+        )
+        for name in ("loss", "accuracy"):
+            assert got[name] == 0 if zero else np.isnan(got[name])
         assert (got["grad"] == 0).all()
 
 

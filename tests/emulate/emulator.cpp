@@ -463,16 +463,18 @@ void before_atomic(const void* location) {
   if (t.last_fence) known.push_back(t.last_fence);
 }
 
-// Volatile accesses are relaxed atomics in CUDA, never a race. But one to where there have been atomic operations
-// announces something: what was written before it has to be ordered by a fence, and nothing comes after it.
-[[maybe_unused]] static void volatile_write(const void* p) {
-  if (!current) return;  // the host's own
+// Volatile accesses are relaxed atomics in CUDA. One to where there have been atomic operations announces something:
+// what was written before it has to be ordered by a fence, and nothing comes after it. What is announced is data like
+// any other, which only one thread may write. True for such data.
+[[maybe_unused]] static bool volatile_write(const void* p) {
+  if (!current) return false;  // the host's own
   Thread& t = *current->running;
   const bool announces = current->fences_at.count(p) > 0;
   if (t.volatile_writes && announces) current->fail("announces what no fence has ordered");
   if (t.announced && !announces) current->fail("writes what has been announced before");
   t.volatile_writes = true;
   t.announced |= announces;
+  return !announces;
 }
 
 void access_vector(const void* p, int bytes, Site site) {
@@ -537,7 +539,13 @@ extern "C" {
 void __tsan_volatile_read4(void*) {}
 void __tsan_volatile_read8(void*) {}
 void __tsan_volatile_write1(void*) {}
-void __tsan_volatile_write4(void* p) { fastloss::emulator::volatile_write(p); }
-void __tsan_volatile_write8(void* p) { fastloss::emulator::volatile_write(p); }
+void __tsan_write4(void*);
+void __tsan_write8(void*);
+void __tsan_volatile_write4(void* p) {
+  if (fastloss::emulator::volatile_write(p)) __tsan_write4(p);
+}
+void __tsan_volatile_write8(void* p) {
+  if (fastloss::emulator::volatile_write(p)) __tsan_write8(p);
+}
 }
 #endif

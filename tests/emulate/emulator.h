@@ -17,7 +17,7 @@
 //   shared memory; launches that the emulated device could not run
 // Left to others
 //   data races, missing fences: ThreadSanitizer, which sees a thread in every fiber, synchronised as CUDA promises (a
-//             volatile write that announces others before any fence is reported there too)
+//             volatile write that announces others before any fence, or others after it, is reported there too)
 //   accesses out of bounds: AddressSanitizer (shared memory is a heap block of its own)
 // Not modelled
 //   memory reordering (x86 order at best), speed, occupancy, the rounding of approximate instructions
