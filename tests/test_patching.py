@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import sys
 import threading
 from typing import ClassVar
 
@@ -133,6 +134,44 @@ def test_other_threads_see_the_patch(problem):
         thread.start()
         thread.join()
     assert seen == [True]
+
+
+def test_threads_that_patch_at_once():
+    def work():
+        for _ in range(300):
+            with fastloss.patch():
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(getattr(F, name) is original for name, original in TORCHS.items())
+
+
+class Losses(torch.nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        pointwise = F.mse_loss(x, x.cos()) + F.l1_loss(x, x.cos()) + F.smooth_l1_loss(x, x.cos())
+        return F.cross_entropy(x, t) + F.nll_loss(x, t) + F.huber_loss(x, x.cos()) + pointwise
+
+
+def test_torchscript(problem):
+    """Scripted and traced under the patch: torch's own operators, so that the graph can be saved and run elsewhere."""
+    x, t = problem
+    want = Losses()(x, t)
+    with fastloss.patch():
+        for graph in (torch.jit.script(Losses()), torch.jit.trace(Losses(), (x, t)), torch.jit.script(F.cross_entropy)):
+            assert "fastloss" not in str(graph.inlined_graph)
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(Losses(), (x * 2, t)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x, t), want)
 
 
 def test_under_a_default_device(problem):

@@ -43,6 +43,51 @@ def test_every_loss_of_the_kernels_has_a_spec():
     assert set(OURS) == set(ops.pointwise_losses().split()) - variants == {*LOSSES, "rmse_loss"}
 
 
+HIGHER = {  # of a function of one tensor; `v` is a direction in it
+    "reverse, three times": lambda f, x, v: torch.autograd.grad(
+        torch.autograd.functional.vhp(f, x, v, create_graph=True)[1].square().sum(), x
+    )[0],
+    "hvp": lambda f, x, v: torch.autograd.functional.hvp(f, x, v)[1],
+    "reverse over hvp": lambda f, x, v: torch.autograd.grad(
+        torch.autograd.functional.hvp(f, x, v, create_graph=True)[1].square().sum(), x
+    )[0],
+    "jvp of jacobian": lambda f, x, v: torch.autograd.functional.jvp(
+        lambda x: torch.autograd.functional.jacobian(f, x, create_graph=True), x, v
+    )[1],
+    "func, reverse, three times": lambda f, x, v: torch.func.jacrev(torch.func.jacrev(torch.func.jacrev(f)))(x),
+    "func, reverse over hessian": lambda f, x, v: torch.func.jacrev(torch.func.hessian(f))(x),
+    "func, forward over reverse, twice": lambda f, x, v: torch.func.jacfwd(torch.func.jacrev(torch.func.jacrev(f)))(x),
+    "func, reverse over forward over reverse": lambda f, x, v: torch.func.grad(
+        lambda x: torch.func.jvp(torch.func.grad(f), (x,), (v,))[1].square().sum()
+    )(x),
+}
+
+
+@pytest.mark.parametrize("derivative", HIGHER.values(), ids=HIGHER)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@specs
+def test_derivatives_beyond_the_second(spec, reduction, derivative, device):
+    """None is left out, as second derivatives by kernels alone would be without a word."""
+    x, t = pair(3, device=device)
+    x, v = x.detach(), torch.linspace(-1, 2, 3, dtype=x.dtype, device=device)
+    holes = torch.tensor([1, 0, 1], dtype=x.dtype, device=device)
+    for options in ({}, {"weight": 2 + v, "mask": holes > 0}):
+        results = []
+        for function in (spec.function, spec.reference):
+            y = x.clone().requires_grad_()
+
+            def loss(x, function=function, options=options):
+                target = t * x.cos()
+                if options and function is spec.function:  # what is left out may hold anything
+                    target = torch.where(holes > 0, target, torch.inf)
+                values = function(x.sinh(), target, reduction=reduction, **own(spec), **options)
+                return (values * torch.linspace(1, 2, values.numel(), device=device).view_as(values)).square().sum()
+
+            results.append(derivative(loss, y, v))
+        assert results[1].any()
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
 # -------------------------------------------------------------------------------------------- edges of the definitions
 
 

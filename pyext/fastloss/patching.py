@@ -1,6 +1,7 @@
 """Puts fastloss behind torch.nn.functional, and so behind torch.nn and every library that calls it."""
 
 import functools
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from . import functional
 from .losses._common import DTYPE_CODES, unsupported
 
 _originals: dict[str, Callable[..., Any]] = {}
+_lock = threading.RLock()
 
 
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -27,6 +29,8 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     for t in tensors:
         if (t is tensors[0] or t.is_floating_point() or t.is_complex()) and t.dtype not in DTYPE_CODES:
             return f"dtype {t.dtype}: fastloss takes float32, float64, float16 and bfloat16"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "torch.jit.trace, whose graph is to run without fastloss"
     return unsupported(*tensors)
 
 
@@ -35,6 +39,9 @@ def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
     def call(*args: Any, **kwargs: Any) -> Any:
         return ours(*args, **kwargs) if takes(args, kwargs) is None else original(*args, **kwargs)
 
+    # torch.jit.script compiles the original instead, as it does for what torch.jit.script_if_tracing has wrapped.
+    call.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]
+    call.__original_fn = original  # type: ignore[attr-defined]
     return call
 
 
@@ -58,23 +65,27 @@ def patch() -> _Patched:
     """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``.
 
     What fastloss does not take (complex, sparse, integer, float8; other devices; DTensor and other subclasses) goes to
-    torch unchanged. Names that were imported from torch.nn.functional before (``from ... import cross_entropy``) keep
-    pointing at torch's own. Calling it twice changes nothing; :func:`unpatch` undoes it, as does leaving a ``with``::
+    torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run without Python. Names that were
+    imported from torch.nn.functional before (``from ... import cross_entropy``) keep pointing at torch's own, and
+    cannot be pickled meanwhile. Calling it twice changes nothing; :func:`unpatch` undoes it, as does leaving a
+    ``with``::
 
         with fastloss.patch():
             loss = model(batch).loss
     """
-    if _originals:
-        return _Patched(made=False)
-    for name in functional.__all__:
-        if hasattr(F, name):
-            _originals[name] = getattr(F, name)
-            setattr(F, name, _behind(_originals[name], getattr(functional, name)))
+    with _lock:
+        if _originals:
+            return _Patched(made=False)
+        for name in functional.__all__:
+            if hasattr(F, name):
+                _originals[name] = getattr(F, name)
+                setattr(F, name, _behind(_originals[name], getattr(functional, name)))
     return _Patched(made=True)
 
 
 def unpatch() -> None:
     """Undo :func:`patch`. Without a patch it does nothing."""
-    while _originals:
-        name, original = _originals.popitem()
-        setattr(torch.nn.functional, name, original)
+    with _lock:
+        while _originals:
+            name, original = _originals.popitem()
+            setattr(F, name, original)
