@@ -189,11 +189,6 @@ def test_zero_times_infinity(kernel, sm, shape, layout):
         close(got["grad"], want[1], "float32")
         got = emulated.cross_entropy_forward(memory, t if soft else guarded(t), reduction="sum", **options)
         assert not np.isfinite(got["loss"])
-    memory[...] = -np.inf  # but such a row has no softmax
-    got = emulated.cross_entropy_forward(
-        memory, guarded(target), reduction="none", zero_times_inf=True, weight=np.zeros_like(weight), lse=True
-    )
-    assert np.isnan(got["loss"]).all() and (got["lse"] == -np.inf).all()
 
 
 @values_only
