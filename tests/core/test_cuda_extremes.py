@@ -189,11 +189,6 @@ def test_zero_times_infinity(kernel, sm, shape, layout):
         close(got["grad"], want[1], "float32")
         got = emulated.cross_entropy_forward(memory, t if soft else guarded(t), reduction="sum", **options)
         assert not np.isfinite(got["loss"])
-    memory[...] = -np.inf  # but such a row has no softmax
-    got = emulated.cross_entropy_forward(
-        memory, guarded(target), reduction="none", zero_times_inf=True, weight=np.zeros_like(weight), lse=True
-    )
-    assert np.isnan(got["loss"]).all() and (got["lse"] == -np.inf).all()
 
 
 @values_only
@@ -226,15 +221,16 @@ def test_sums_in_double(shape, layout, sm):
 
 
 @values_only
-def test_order_of_sums():
-    """The same bits whatever block comes last, of terms so unlike that each order of additions would have its own."""
-    shape = (64, 1100)
-    rng = np.random.default_rng(15)
+@pytest.mark.parametrize("draw", range(4))
+def test_order_of_sums(draw):
+    """The same bits whatever block comes last, of terms so unlike that other orders of addition would have others."""
+    shape = (64, 1030)  # 32 blocks
+    rng = np.random.default_rng(draw)
     logits, target = rng.normal(size=shape).astype("float32"), rng.integers(0, shape[1], shape[0])
     sample_weight = (rng.choice((-1, 1), shape[0]) * np.exp2(rng.uniform(0, 45, shape[0]))).astype("float32")
     options = {"reduction": "sum", "sample_weight": sample_weight, "loss_dtype": "float64", "z_loss": 0.1}
     losses = set()
-    for seed in range(8):
+    for seed in range(6):
         emulated.set_seed(seed)
         losses.add(float(emulated.cross_entropy_forward(logits, target, **options)["loss"]))
     assert len(losses) == 1

@@ -224,7 +224,7 @@ ROWS = [
     ("tiles of rows", 80, 33, 2, 1, "contiguous", {"reduction": "none", "weight": True}, True),
     ("tiles of rows", 80, 150, 5, 1, "contiguous", COMMON, True),
     ("tiles of rows", 80, 40, 2, 0, "contiguous", {}, True),
-    ("tiles of rows", 80, 400, 11, 1, "contiguous", COMMON, True),
+    ("tiles of rows", 80, 405, 11, 1, "contiguous", COMMON, True),
     ("tiles of rows", 80, 40, 23, 2, "contiguous", COMMON, True),
     ("warp rows", 80, 70, 0, 1, "off by one", COMMON, False),
     ("warp rows", 80, 33, 2, 0, "rows apart", COMMON, True),
