@@ -38,6 +38,20 @@ for dtype, eps in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat1
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=4 * eps, atol=eps * want.grad.abs().max().item())
         log_p = x.log_softmax(1)
         torch.testing.assert_close(fastloss.nll_loss(log_p, target), torch.nn.functional.nll_loss(log_p, target))
+
+x, target = torch.randn(4, 5, dtype=torch.float64), torch.tensor([1, 0, 4, 2])
+for ours, theirs, t in (
+    (fastloss.cross_entropy, torch.nn.functional.cross_entropy, target),
+    (fastloss.smooth_l1_loss, torch.nn.functional.smooth_l1_loss, x.sin()),
+):
+    f, g = (lambda v, loss=loss: loss(v.sinh(), t) for loss in (ours, theirs))
+    for transform in (torch.func.hessian, lambda f: torch.func.jacfwd(torch.func.jacfwd(f))):
+        torch.testing.assert_close(transform(f)(x), transform(g)(x))
+    rows = lambda loss: torch.func.vmap(torch.func.grad(lambda v, t: loss(v, t)))(x, t)
+    torch.testing.assert_close(rows(ours), rows(theirs))
+    with fastloss.patch():
+        torch.testing.assert_close(theirs(x, t), ours(x, t))
+
 try:
     fastloss.cross_entropy(torch.randn(2, 3), torch.tensor([0, 3]))
     raise SystemExit("a bad target was accepted")
