@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import subprocess
 import sys
 import threading
 from typing import ClassVar
@@ -172,6 +173,24 @@ def test_torchscript(problem):
         torch.jit.save(torch.jit.trace(Losses(), (x * 2, t)), file)
     file.seek(0)
     torch.testing.assert_close(torch.jit.load(file)(x, t), want)
+
+
+COMPILED = """
+import fastloss, torch, torch.nn.functional as F
+fastloss.patch()
+x, t = torch.randn(4, 5), torch.tensor([0, 4, 1, 2])
+function = torch.compile(lambda x, t: F.cross_entropy(x, t), fullgraph=True, backend="aot_eager")
+function(x, t)
+with torch.profiler.profile() as profile:
+    function(x, t)
+print(*(event.key for event in profile.key_averages()))
+"""
+
+
+def test_torch_compile():
+    """Compiled under the patch: fastloss's operator, in a process where torch.compile first wakes under it, too."""
+    names = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True).stdout
+    assert "fastloss::cross_entropy_forward" in names and "aten::nll_loss" not in names
 
 
 def test_under_a_default_device(problem):

@@ -43,7 +43,7 @@ def explain(input: Tensor, target: Tensor, *, reduction: str = "mean", **options
 
     Returns:
         An :class:`Explanation`. ``handled_by`` is ``"torch: <reason>"`` for inputs that :func:`fastloss.patch` would
-        leave to torch (a direct call raises for them).
+        leave to torch (a direct call raises for them, but for sparse probabilities, which it makes dense).
     """
     reason = takes((input, target), {k: v for k, v in options.items() if isinstance(v, Tensor)})
     device = str(input.device)

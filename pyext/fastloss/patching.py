@@ -39,9 +39,9 @@ def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
     def call(*args: Any, **kwargs: Any) -> Any:
         return ours(*args, **kwargs) if takes(args, kwargs) is None else original(*args, **kwargs)
 
-    # torch.jit.script compiles the original instead, as it does for what torch.jit.script_if_tracing has wrapped.
-    call.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]
-    call.__original_fn = original  # type: ignore[attr-defined]
+    # What torch.jit.script compiles instead. torch.compile, which heeds the mark of torch.jit.script_if_tracing, does
+    # not heed this one.
+    call.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
     return call
 
 
