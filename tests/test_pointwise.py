@@ -88,6 +88,23 @@ def test_derivatives_beyond_the_second(spec, reduction, derivative, device):
         torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
 
 
+@specs
+def test_vectorized_hessian(spec, device):
+    """Right, or refused where it is to be differentiated again, since torch's old vmap would lose derivatives."""
+    x, t = pair(3, device=device)
+    x = x.detach().requires_grad_()
+    hessian = torch.autograd.functional.hessian
+    ours, theirs = (lambda x, f=f: f(x.sinh(), t * x.cos(), **own(spec)) for f in (spec.function, spec.reference))
+    torch.testing.assert_close(hessian(ours, x, vectorize=True), hessian(theirs, x, vectorize=True))
+    try:
+        again = hessian(ours, x, create_graph=True, vectorize=True).square().sum()
+    except NotImplementedError as error:
+        assert "vectorize=False" in str(error)
+    else:
+        want = hessian(theirs, x, create_graph=True).square().sum()
+        torch.testing.assert_close(*(torch.autograd.grad(h, x)[0] for h in (again, want)))
+
+
 # -------------------------------------------------------------------------------------------- edges of the definitions
 
 

@@ -222,11 +222,16 @@ def differentiated_again(*tensors: Tensor | None) -> bool:
     """In a backward pass: whether its result must itself be differentiable (create_graph, nested torch.func)."""
     if functorch_active():  # an outer transform, forward mode maybe, which requires_grad does not tell
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    legacy = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.functional's vmap, which hides the answer
+    return any(t is not None and (t.requires_grad or legacy(t)) for t in tensors)
 
 
 def attach(value: Tensor, formula: Tensor) -> Tensor:
     """``value``, made by a kernel, with the derivative of ``formula``, the same thing composed of torch operations."""
+    if torch._C._functorch.is_legacy_batchedtensor(formula):  # torch.autograd.functional's vmap, which has no detach
+        return formula.to(value.dtype)
     return value + torch.nan_to_num(formula - formula.detach(), nan=0.0, posinf=0.0, neginf=0.0).to(value.dtype)
 
 

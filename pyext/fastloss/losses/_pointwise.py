@@ -141,6 +141,7 @@ class _Gradient(Function):
         rest = [None] * (3 + len(Options._fields))
         if all(t is None for t in tangents):
             return (None, None, None, *rest)
+        _refuse_legacy(*tangents)
         tensors = (input, target, weight, mask, factor)
         o = ctx.options._replace(flags=0)
         along = _second(None, tensors, tangents, o)[0] if need[0] else None
@@ -187,6 +188,20 @@ def gradients(*args: Any) -> tuple[Any, ...]:
     return (_GradientTransformed if _common.functorch_active() else _Gradient).apply(*args)
 
 
+def _batched_by_legacy(*tensors: Tensor | None) -> bool:
+    """By the vmap of torch.autograd.functional, which loses, without a word, the derivatives of custom functions."""
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+def _refuse_legacy(*tensors: Tensor | None) -> None:
+    """In a backward pass that is to be differentiated."""
+    if torch.is_grad_enabled() and _batched_by_legacy(*tensors):
+        raise NotImplementedError(
+            "pointwise losses of fastloss: create_graph=True together with vectorize=True or is_grads_batched=True; "
+            "use vectorize=False or torch.func"
+        )
+
+
 def _formula(loss: int, param: float) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of one element composed of torch operations, which tests and benchmarks hold the kernels to as well."""
     from ..testing.pointwise import LOSSES
@@ -211,9 +226,8 @@ def _second(
     input, target, weight, mask, factor = tensors
     with torch.no_grad():
         loss, *grads = ops.pointwise_second(*args, *o)
-    again = _common.differentiated_again(grad_output, input, target, *tangents)
-    if not again or any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tangents):
-        return loss, *grads  # torch.autograd.functional's vmap knows no detach, and no torch.func within
+    if not _common.differentiated_again(grad_output, input, target, *tangents) or _batched_by_legacy(*tangents):
+        return loss, *grads
     accum = _common.accum_dtype(DTYPES[o.loss_dtype])
     counts = torch.ones_like(input, dtype=torch.bool) if mask is None else mask
     if weight is not None:
@@ -250,6 +264,7 @@ def _backward(ctx: Any, grad_output: Tensor, tensors: Any) -> tuple[Any, ...]:
         grad_output = grad_output.contiguous()
     args = (grad_output, input, target, weight, mask, factor)
     if _common.differentiated_again(grad_output, input, target) or _common.forward_mode_active():
+        _refuse_legacy(grad_output)
         grads = _both(o.flags, gradients(*args, *o))
     else:
         grads = wanted(o.flags, *ops.pointwise_backward(*args, *o))
@@ -498,10 +513,10 @@ def check(
     if target.shape != input.shape:
         try:
             torch.broadcast_shapes(input.shape, target.shape)
-        except RuntimeError:
+        except RuntimeError as error:
             raise RuntimeError(
-                f"{function}(): input of size {list(input.shape)} and target of size {list(target.shape)} do not "
-                "broadcast; give both one shape"
+                f"{error}. {function}(): input of size {list(input.shape)} and target of size {list(target.shape)} do "
+                "not broadcast; give both one shape"
             ) from None
     if weight is not None and torch_weight:
         if torch.bool in (input.dtype, target.dtype) and not keeps_input_dtype:
