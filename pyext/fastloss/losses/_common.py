@@ -205,7 +205,7 @@ def no_tangent(ctx: Any, index: int) -> Tensor | None:
 
 def is_batched(t: Tensor) -> bool:
     """Whether ``t`` stands for a batch (vmap, is_grads_batched), which operators that mutate cannot take."""
-    return bool(torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t))
+    return bool(torch._C._functorch.is_batchedtensor(t)) or batched_by_legacy(t)
 
 
 # In a backward pass: whether this graph may be run again (retain_graph, create_graph).
@@ -218,19 +218,24 @@ def direct_apply(function: type[Function]) -> Callable[..., Any]:
     return super(Function, function).apply  # type: ignore[misc]
 
 
+def batched_by_legacy(*tensors: Tensor | None) -> bool:
+    """By the vmap of torch.autograd.functional: it hides whether a tensor requires grad, has no detach, and loses,
+    without a word, the derivatives of custom functions."""
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
 def differentiated_again(*tensors: Tensor | None) -> bool:
     """In a backward pass: whether its result must itself be differentiable (create_graph, nested torch.func)."""
     if functorch_active():  # an outer transform, forward mode maybe, which requires_grad does not tell
         return True
     if not torch.is_grad_enabled():
         return False
-    legacy = torch._C._functorch.is_legacy_batchedtensor  # of torch.autograd.functional's vmap, which hides the answer
-    return any(t is not None and (t.requires_grad or legacy(t)) for t in tensors)
+    return any(t is not None and t.requires_grad for t in tensors) or batched_by_legacy(*tensors)
 
 
 def attach(value: Tensor, formula: Tensor) -> Tensor:
     """``value``, made by a kernel, with the derivative of ``formula``, the same thing composed of torch operations."""
-    if torch._C._functorch.is_legacy_batchedtensor(formula):  # torch.autograd.functional's vmap, which has no detach
+    if batched_by_legacy(formula):
         return formula.to(value.dtype)
     return value + torch.nan_to_num(formula - formula.detach(), nan=0.0, posinf=0.0, neginf=0.0).to(value.dtype)
 

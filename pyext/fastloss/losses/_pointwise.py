@@ -188,14 +188,9 @@ def gradients(*args: Any) -> tuple[Any, ...]:
     return (_GradientTransformed if _common.functorch_active() else _Gradient).apply(*args)
 
 
-def _batched_by_legacy(*tensors: Tensor | None) -> bool:
-    """By the vmap of torch.autograd.functional, which loses, without a word, the derivatives of custom functions."""
-    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
-
-
 def _refuse_legacy(*tensors: Tensor | None) -> None:
     """In a backward pass that is to be differentiated."""
-    if torch.is_grad_enabled() and _batched_by_legacy(*tensors):
+    if torch.is_grad_enabled() and _common.batched_by_legacy(*tensors):
         raise NotImplementedError(
             "pointwise losses of fastloss: create_graph=True together with vectorize=True or is_grads_batched=True; "
             "use vectorize=False or torch.func"
@@ -226,7 +221,7 @@ def _second(
     input, target, weight, mask, factor = tensors
     with torch.no_grad():
         loss, *grads = ops.pointwise_second(*args, *o)
-    if not _common.differentiated_again(grad_output, input, target, *tangents) or _batched_by_legacy(*tangents):
+    if not _common.differentiated_again(grad_output, input, target, *tangents) or _common.batched_by_legacy(*tangents):
         return loss, *grads
     accum = _common.accum_dtype(DTYPES[o.loss_dtype])
     counts = torch.ones_like(input, dtype=torch.bool) if mask is None else mask

@@ -633,7 +633,7 @@ def cross_entropy(
                 "cross_entropy(): not differentiable with respect to argument 'weight' for class-index targets. This "
                 "input cannot have requires_grad True; pass weight.detach()"
             )
-        weight = weight.to(accum).reshape(-1).contiguous()
+        weight = weight.to(accum).flatten().contiguous()
     if classes == 0 and soft:  # nothing to sum over: 0, and 0 / 0 for the mean
         empty = (input.sum(1) + target.sum(1)).to(loss_dtype)
         if red != NONE:

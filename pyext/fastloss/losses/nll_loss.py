@@ -202,7 +202,7 @@ def nll_loss(
                 "nll_loss(): not differentiable with respect to argument 'weight'. This input cannot have "
                 "requires_grad True; pass weight.detach()"
             )
-        weight = weight.to(_common.accum_dtype(input.dtype)).reshape(-1).contiguous()
+        weight = weight.to(_common.accum_dtype(input.dtype)).flatten().contiguous()
 
     options = (red, DTYPE_CODES[loss_dtype], ignore_index)
     if _common.transforms_active():
