@@ -28,9 +28,14 @@ inline float exp_poly(float x) {
 
 }  // namespace
 
-extern "C" float read_sum(const float* x, int64_t n) {
+// x in one piece or as four at a time: which is faster depends on the size of the pages.
+extern "C" float read_sum(const float* x, int64_t n, int64_t pieces) {
   float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  if (pieces == 1)
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
+  else
+    for (int64_t i = 0, quarter = n / 4; i < quarter; ++i)
+      sum += (x[i] + x[i + quarter]) + (x[i + 2 * quarter] + x[i + 3 * quarter]);
   return sum;
 }
 

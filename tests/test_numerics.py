@@ -37,6 +37,26 @@ def test_errors_within_recorded_limits(dtype, isa):
     assert len(found) == len(LIMITS) / len(numerics_table.DTYPES)
 
 
+def test_exponential_over_its_whole_range(isa):
+    """e^z to a few units in the last place down to the smallest normal number; there less than that number is lost."""
+    z = torch.linspace(-104, 0, 40_000).view(40, 1000)  # a chunk a row: all relative to the same maximum
+    z[0, :2] = torch.tensor([-torch.inf, -1e4])
+    z = torch.cat([torch.zeros(40, 1), z], 1).requires_grad_()
+    # With these weights softmax is e^z / 1; the target's own gradient is left out.
+    total = z.detach().double().exp().sum(1)
+    loss = fastloss.cross_entropy(z, torch.zeros(40).long(), sample_weight=total.float(), reduction="sum")
+    (grad,) = torch.autograd.grad(loss, z)
+    got, x = grad[:, 1:].double(), z.detach()[:, 1:].double()
+    exact = x.exp() * (total.float().double() / total)[:, None]
+    assert (got[0, :2] == 0).all()
+    tiny = torch.finfo(torch.float32).tiny
+    assert (got - exact)[exact < 2 * tiny].abs().max() < tiny
+    normal = exact >= 2 * tiny
+    ulp = ((got / exact - 1).abs() / torch.finfo(torch.float32).eps)[normal]
+    slope = {"avx2": 40, "avx512": 40, "portable": 1.5}[isa]
+    assert (ulp < 3 + x[normal].abs() / slope).all()
+
+
 @pytest.mark.parametrize("classes", [821, 4000, 100_000])
 def test_sums_over_many_strided_classes(classes, isa):
     """Rows whose classes are not adjacent keep the digits that contiguous rows have: no sum is one long chain."""

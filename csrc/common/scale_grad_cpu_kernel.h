@@ -21,7 +21,7 @@ inline void scale_grad(const void* grad, void* out, DType type, int64_t count, d
       }
       int64_t i = begin;
       for (; i + kLanes<T> <= end; i += kLanes<T>) {
-        __builtin_prefetch(in + i + kAhead / int64_t(sizeof(S)));
+        read_ahead(in + i);
         store(to + i, load(in + i) * factor);
       }
       for (; i < end; ++i) to[i] = from_accum<S, T>(to_accum(in[i]) * factor);

@@ -187,7 +187,7 @@ inline void for_each_vector(int64_t n, DoubleSum<T>* sum, const F& body) {
   auto at = [&](int64_t i) {
     return body(
         [i](const T* p, T) {
-          __builtin_prefetch(p + i + kAhead / int64_t(sizeof(T)));
+          read_ahead(p + i);
           return load(p + i);
         },
         [i](T* p, vec<T> v, bool past) { past ? stream(p + i, v) : store(p + i, v); });

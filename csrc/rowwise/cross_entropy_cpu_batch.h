@@ -190,7 +190,7 @@ struct BlockSums {  // of one batch; doubles so that rows can be added in order 
 template <class T>
 class RowBatch {
   using lane_int = typename bits_of<T>::type;
-  static constexpr int64_t kValues = 10;
+  static constexpr int64_t kValues = 11;
   const int64_t pitch_;
   Scratch<T> values_;
   Scratch<int64_t> indices_;
@@ -207,6 +207,7 @@ class RowBatch {
   T *const picked = value(5), *const target_exp = value(9);      // z_t, e^(z_t - ref)
   T *const softmax_scale = value(6), *const q_scale = value(7);  // gradient: per e^(z - ref), per q
   T* const target_grad = value(8);                               // the target's own, complete
+  T* const target_nll = value(10);                               // -log p_t
   int64_t* const target = index(0);                              // class index, -1: ignored or none
   int64_t* const best = index(1);                                // where to look for the maximum
   Rows logits, prob, grad;
@@ -261,15 +262,22 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
   const RowConstants<T>& k = call.k;
   const T per_d = call.per_d(), per_dn = call.per_dn();
   vec_double nll_sum{}, z_sum{};
-  // In a loop of its own: one long chain of operations per vector would leave the processor waiting.
+  // In loops of their own: one long chain of operations per vector would leave the processor waiting.
   for (int64_t v = 0; v < n; v += kLanes<T>) store(s.target_exp + v, exp_of(load(s.picked + v) - load(s.ref + v)));
+  for (int64_t v = 0; v < n && kMode != Mode::soft && !call.backward; v += kLanes<T>) {
+    const vec<T> others = load(s.others + v), e = load(s.target_exp + v), d = load(s.picked + v) - load(s.ref + v);
+    // Either form of target_nll from one logarithm.
+    const vec<T> ratio = others / e, sum = others + e;
+    const vec<T> log_w = log1p_from(others < e ? ratio : sum - T(1), others < e ? T(1) + ratio : sum);
+    store(s.target_nll + v, target_nll(others, e, log_w, d, log_w));
+  }
   for (int64_t v = 0; v < n; v += kLanes<T>) {
     const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
     ivec<T> target;
     __builtin_memcpy(&target, s.lane_target + v, sizeof target);
     const auto counts = kMode == Mode::soft ? iota<T>() < T(m) : target >= 0;
     const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
-    const vec<T> picked = load(s.picked + v), d = picked - ref;
+    const vec<T> picked = load(s.picked + v);
     const vec<T> e = target >= 0 ? load(s.target_exp + v) : vec<T>{}, sum = others + e;
     const bool wants_lse = kMode != Mode::index || k.z_loss != T(0) || a.lse;
     const vec<T> log_sum = wants_lse ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
@@ -285,9 +293,7 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
       if constexpr (kMode == Mode::soft)
         nll = spread_nll(mass, log_sum, dot);
       else {
-        // Either form of target_nll from one logarithm.
-        const vec<T> ratio = others / e, w = others < e ? T(1) + ratio : sum, log_w = log_of(w);
-        vec<T> nll_t = target_nll(others, e, log_w, d, log1p_from(ratio, w, log_w));
+        vec<T> nll_t = load(s.target_nll + v);
         if (a.zero_times_inf) nll_t = w_t == T(0) ? vec<T>{} : nll_t;
         nll = index_row_nll(k, nll_t, log_sum, dot, w_t);
       }

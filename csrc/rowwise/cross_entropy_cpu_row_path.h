@@ -73,7 +73,6 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
     }
     vec<T> s0, s1, max0, max1, chunk_dot, chunk_mass;
     auto add = [&](int64_t i, int64_t n, vec<T>& s, vec<T>& m) {
-      __builtin_prefetch(x + i + kChunk);  // the next chunk arrives while this one is computed
       const vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, fill));
       m = max_of(z, m);
       vec<T> d = z - ref;
@@ -84,7 +83,7 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
         e = in_row ? e : vec<T>{};
         d = in_row ? d : vec<T>{};
       }
-      if (i == target_vector) e[target - i] = T(0);
+      if (i == target_vector) e = iota<T>() == T(target - i) ? vec<T>{} : e;
       s += e;
       if constexpr (kMode == Mode::smooth) chunk_dot += d;
       if constexpr (kMode == Mode::smooth_weighted) {
@@ -106,7 +105,9 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
       max0 = max1 = splat(-kInf<T>);
       int64_t c = c0;
       for (; c + 2 * kLanes<T> <= c1; c += 2 * kLanes<T>) {
+        read_ahead(x + c);
         add(c, kLanes<T>, s0, max0);
+        if constexpr (2 * kLanes<T> * sizeof(S) > size_t(kLineBytes)) read_ahead(x + c + kLanes<T>);
         add(c + kLanes<T>, kLanes<T>, s1, max1);
       }
       for_vectors<T>(c, c1, [&](int64_t i, int64_t n) { add(i, n, s0, max0); });
@@ -145,7 +146,7 @@ inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
     auto gradient = [&](int64_t i, int64_t n) {
       vec<T> z{}, r;
-      if constexpr (!kKept) __builtin_prefetch(x + i + kChunk);
+      if constexpr (!kKept) read_ahead(x + i);
       if constexpr (!kKept || kTransform) z = transform<kTransform, T>(k, load_n(x + i, n, T(0)));
       if constexpr (kKept)
         r = load(kept.exps + i) * scale;
