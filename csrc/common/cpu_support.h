@@ -11,13 +11,15 @@ namespace FASTLOSS_ISA {
 // Results from here on are stored past the caches (stream): too large to be read back from them.
 constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
-// For loops that stream through memory, called with the address of every line they read: asks for a line of the 16 KiB
-// after the present ones, of its four pages by turns. The hardware stops at the end of a page, and one stream alone
-// waits there for the next page's translation: four give half as much bandwidth again where pages have 4 KiB.
+// Loops that stream through memory ask for the 16 KiB after the present ones, a line of each of its four pages by
+// turns: the hardware stops at the end of a page, and one stream alone waits there for the next page's translation;
+// four give half as much bandwidth again where pages have 4 KiB.
+// To be called with the address of every line that is read, in order.
+constexpr int64_t kLineBytes = 64;
 inline void read_ahead(const void* p) {
-  constexpr uintptr_t kLine = 64, kPage = 4096, kStreams = 4, kBlock = kStreams * kPage;
-  const uintptr_t at = uintptr_t(p), in_block = at % kBlock / kLine;
-  const uintptr_t ahead = at - at % kBlock + kBlock + in_block % kStreams * kPage + in_block / kStreams * kLine;
+  constexpr uintptr_t kLine = kLineBytes, kPage = 4096, kStreams = 4, kBlock = kStreams * kPage;
+  const uintptr_t at = uintptr_t(p), turn = at % kBlock / kLine;
+  const uintptr_t ahead = at - at % kBlock + kBlock + turn % kStreams * kPage + turn / kStreams * kLine;
   __builtin_prefetch(reinterpret_cast<const void*>(ahead));
 }
 

@@ -20,9 +20,10 @@ inline void scale_grad(const void* grad, void* out, DType type, int64_t count, d
         return;
       }
       int64_t i = begin;
-      for (; i + kLanes<T> <= end; i += kLanes<T>) {
+      constexpr int64_t kLine = kLineBytes / int64_t(sizeof(S)), kStep = kLanes<T> > kLine ? kLanes<T> : kLine;
+      for (; i + kStep <= end; i += kStep) {
         read_ahead(in + i);
-        store(to + i, load(in + i) * factor);
+        for (int64_t v = i; v < i + kStep; v += kLanes<T>) store(to + v, load(in + v) * factor);
       }
       for (; i < end; ++i) to[i] = from_accum<S, T>(to_accum(in[i]) * factor);
     });

@@ -109,11 +109,13 @@ template <class T>
 struct Chunk {
   const T *x, *t, *m;
   int64_t n;
+  bool far;  // read_ahead: what the caches hold would only be displaced by it
 };
 template <class T>
 inline Chunk<T> fetch_chunk(const PointwiseArgs& a, int64_t begin, int64_t n, Buffers<T>& buffers,
                             bool with_grad_output, double* denominator) {
-  Chunk<T> c{fetch(a, a.input, begin, n, buffers[kX]), fetch(a, a.target, begin, n, buffers[kT]), nullptr, n};
+  Chunk<T> c{fetch(a, a.input, begin, n, buffers[kX]), fetch(a, a.target, begin, n, buffers[kT]), nullptr, n,
+             a.count() * int64_t(sizeof(T)) >= kStreamBytes};
   if (a.weight.data) c.m = fetch(a, a.weight, begin, n, buffers[kM]);
   if (a.mask.data) {
     T *x = buffers[kX], *t = buffers[kT], *m = buffers[kM];
@@ -130,7 +132,7 @@ inline Chunk<T> fetch_chunk(const PointwiseArgs& a, int64_t begin, int64_t n, Bu
       }
     });
     if (a.weight_denominator == 0) *denominator += double(counted);
-    c = {x, t, m, n};
+    c = {x, t, m, n, c.far};
   }
   if (a.weight_denominator != 0 && c.m)
     for (int64_t i = 0; i < n; ++i) *denominator += double(c.m[i]);
@@ -181,26 +183,33 @@ struct DoubleSum {
 // body(load_at, store_at) for every vector of the chunk; the last one may be partial: what lies outside is read as
 // `fill` and not stored. store_at(p, v, true) goes past the caches. What body returns is summed (kSum): four vectors in
 // a tree, then in double.
-template <class T, bool kSum, class F>
-inline void for_each_vector(int64_t n, DoubleSum<T>* sum, const F& body) {
-  constexpr int64_t kStep = kLanes<T>;
-  auto at = [&](int64_t i) {
-    return body(
-        [i](const T* p, T) {
-          read_ahead(p + i);
-          return load(p + i);
-        },
-        [i](T* p, vec<T> v, bool past) { past ? stream(p + i, v) : store(p + i, v); });
-  };
+template <class T, bool kSum, bool kWrites, class F>
+inline void for_each_vector(const Chunk<T>& chunk, DoubleSum<T>* sum, const F& body) {
+  constexpr int64_t kStep = kLanes<T>, kNear = 2048 / int64_t(sizeof(T));
+  const int64_t n = chunk.n;
   int64_t i = 0;
-  for (; i + 4 * kStep <= n; i += 4 * kStep) {
-    const vec<T> a = at(i), b = at(i + kStep), c = at(i + 2 * kStep), d = at(i + 3 * kStep);
-    if constexpr (kSum) sum->add((a + b) + (c + d));
-  }
-  for (; i + kStep <= n; i += kStep) {
-    const vec<T> a = at(i);
-    if constexpr (kSum) sum->add(a);
-  }
+  auto whole_vectors = [&](auto far) {
+    auto at = [&](int64_t i) {
+      return body(
+          [i](const T* p, T) {
+            decltype(far)::value ? read_ahead(p + i) : __builtin_prefetch(p + i + kNear);
+            return load(p + i);
+          },
+          [i](T* p, vec<T> v, bool past) { past ? stream(p + i, v) : store(p + i, v); });
+    };
+    for (; i + 4 * kStep <= n; i += 4 * kStep) {
+      const vec<T> a = at(i), b = at(i + kStep), c = at(i + 2 * kStep), d = at(i + 3 * kStep);
+      if constexpr (kSum) sum->add((a + b) + (c + d));
+    }
+    for (; i + kStep <= n; i += kStep) {
+      const vec<T> a = at(i);
+      if constexpr (kSum) sum->add(a);
+    }
+  };
+  if constexpr (kWrites)  // no faster with more streams than it has
+    whole_vectors(constant<false>{});
+  else
+    chunk.far ? whole_vectors(constant<true>{}) : whole_vectors(constant<false>{});
   if (i < n) {
     const vec<T> a = body([i, n](const T* p, T fill) { return load_tail(p + i, n - i, fill); },
                           [i, n](T* p, vec<T> v, bool) { store_tail(p + i, n - i, v); });
@@ -219,7 +228,7 @@ enum Want { kWantSum = 1, kWantValues = 2, kWantGradX = 4, kWantGradT = 8 };
 template <class Loss, class T, int kWant, bool kWide>
 __attribute__((noinline)) double evaluate_as(const Chunk<T>& c, T param, T scale, T* values, T* gx, T* gt, bool past) {
   DoubleSum<T> sum;
-  for_each_vector<T, (kWant & kWantSum) && !kWide>(c.n, &sum, [&](auto load_at, auto store_at) {
+  for_each_vector<T, (kWant & kWantSum) && !kWide, kWant != kWantSum>(c, &sum, [&](auto load_at, auto store_at) {
     const vec<T> x = load_at(c.x, T(1)), t = load_at(c.t, T(1));
     const Jet<vec<T>> j = jet<Loss>(x, t, param);
     const vec<T> m = c.m ? load_at(c.m, T(0)) : splat(T(1)), value = c.m ? m * j.value : j.value;
@@ -253,7 +262,7 @@ template <class Loss, class T>
 __attribute__((noinline)) double evaluate_second(const Chunk<T>& c, T param, T scale, const T* vx, const T* vt,
                                                  T* values, T* hx, T* ht) {
   DoubleSum<T> sum;
-  for_each_vector<T, true>(c.n, &sum, [&](auto load_at, auto store_at) {
+  for_each_vector<T, true, true>(c, &sum, [&](auto load_at, auto store_at) {
     const Jet<vec<T>> j = jet<Loss>(load_at(c.x, T(1)), load_at(c.t, T(1)), param);
     const vec<T> m = c.m ? load_at(c.m, T(0)) : splat(T(1));
     vec<T> a = vx ? load_at(vx, T(0)) : vec<T>{}, b = vt ? load_at(vt, T(0)) : vec<T>{};

@@ -11,7 +11,6 @@ namespace FASTLOSS_ISA {
 enum class Mode { index, smooth, smooth_weighted, soft };  // what q_c is: nothing, 1, w_c, w_c p'_c
 
 constexpr int64_t kStreamRowBytes = 2048;  // shorter rows are mostly parts of lines: not streamed
-constexpr int64_t kLineBytes = 64;
 
 struct Denominators {
   double weight = 0;  // D
