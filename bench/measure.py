@@ -105,10 +105,11 @@ def cpu_roofline(threads: int) -> dict[str, float]:
         core = ctypes.CDLL(str(library))  # ctypes lets go of the interpreter lock while a function runs
         core.read_sum.restype = core.exp_sum.restype = ctypes.c_float
         parts, part = [ctypes.c_void_p(p.data_ptr()) for p in x.chunk(threads)], ctypes.c_int64(x.numel() // threads)
-        roofline["read"] = max(
-            size / _best(lambda pieces=pieces: list(pool.map(lambda p: core.read_sum(p, part, pieces), parts)))
-            for pieces in (ctypes.c_int64(1), ctypes.c_int64(4))
-        )
+
+        def read(pieces: int) -> float:
+            return _best(lambda: list(pool.map(lambda p: core.read_sum(p, part, ctypes.c_int64(pieces)), parts)))
+
+        roofline["read"] = size / min(read(1), read(4))
         in_cache, repeats = ctypes.c_int64(1 << 12), ctypes.c_int64(1 << 11)
         seconds = _best(lambda: list(pool.map(lambda p: core.exp_sum(p, in_cache, repeats), parts)))
         roofline["exp"] = threads * in_cache.value * repeats.value / seconds
