@@ -107,6 +107,18 @@ inline vec<float> max_of(vec<float> x, vec<float> a) { return _mm256_max_ps(x, a
 inline vec<double> max_of(vec<double> x, vec<double> a) { return _mm256_max_pd(x, a); }
 #endif
 
+// v, rounded here: the compiler does not fuse the product that it may be with the sum that it goes to. It would in one
+// variant of a kernel and not in another, and they would give other bits.
+template <class V>
+inline V rounded(V v) {
+#if defined(__FMA__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // Lane sums in double: the lanes of a vector of floats are added in two halves.
 using vec_double = vec<double>;
 inline vec_double widen(vec<double> v) { return v; }
@@ -539,9 +551,7 @@ inline vec<float> exp_of(vec<float> x) {
 #else
   table = bit_cast<U>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(table), bit_cast<__m256i>(shifted)));
 #endif
-  vec<float> e = p * bit_cast<vec<float>>(table + (bit_cast<U>(shifted) << 20));
-  asm("" : "+v"(e));  // rounded here: fused into a sum in one variant of a kernel and not in another, it would differ
-  return e;
+  return rounded(p * bit_cast<vec<float>>(table + (bit_cast<U>(shifted) << 20)));
 }
 #endif
 

@@ -237,7 +237,7 @@ __attribute__((noinline)) double evaluate_as(const Chunk<T>& c, T param, T scale
     const vec<T> ms = m * scale;
     if constexpr (kWant & kWantGradX) store_at(gx, ms * j.x, past);
     if constexpr (kWant & kWantGradT) store_at(gt, ms * j.t, past);
-    return value;
+    return rounded(value);
   });
   return sum.total();
 }
