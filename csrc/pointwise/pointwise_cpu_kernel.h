@@ -109,7 +109,7 @@ template <class T>
 struct Chunk {
   const T *x, *t, *m;
   int64_t n;
-  bool far;  // read_ahead: what the caches hold would only be displaced by it
+  bool far;  // too large for the caches: read_ahead, which would displace from L1 what they hold
 };
 template <class T>
 inline Chunk<T> fetch_chunk(const PointwiseArgs& a, int64_t begin, int64_t n, Buffers<T>& buffers,
