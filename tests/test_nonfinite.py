@@ -3,11 +3,13 @@
 torch's results are those on the CPU, whatever the device.
 """
 
+import itertools
 import math
 
 import fastloss
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
 INF, NAN = math.inf, math.nan
@@ -96,7 +98,7 @@ def test_weight_of_a_class_that_no_target_has(weight, dtype, device):
 # Infinite and nan class weights, and some that cancel.
 STRANGE_WEIGHTS = (
     [INF, INF, INF], [-INF, -INF, -INF], [INF, 1.0, 0.0], [0.0, INF, 2.0], [1.0, -INF, INF], [INF, NAN, 1.0],
-    [1.0, 0.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, -1.0], [0.0, 1.0, 0.0],
+    [1.0, 0.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, -1.0], [-1.0, 2.0, 1.0], [1.0, -INF, -1.0], [0.0, 1.0, 0.0],
 )  # fmt: skip
 
 
@@ -104,18 +106,61 @@ STRANGE_WEIGHTS = (
 @pytest.mark.parametrize("weight", STRANGE_WEIGHTS, ids=str)
 def test_strange_class_weights(weight, reduction, device):
     p = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0], [0.5, -0.25, 0.75]], device=device)
-    cancel = -1.0 in weight  # then torch's mean divides two sums by 0, of which one is kept here
     for classes, repeats in ((3, 1), (3, 40), (70, 1), (1500, 1)):
         x = torch.randn(3, classes, generator=torch.Generator().manual_seed(0)).to(device).repeat(repeats, 1)
         w = torch.ones(classes, device=device)
         w[:3] = torch.tensor(weight, device=device)
         soft = torch.zeros(len(x), classes, device=device)
         soft[:, :3] = p.repeat(repeats, 1)
-        for smoothing in (0.0,) if cancel and reduction == "mean" else (0.0, 0.1, 1.0):
+        for smoothing in (0.0, 0.1, 1.0):
             for t in ([0, 2, 0], [0, 2, -100]):
                 index = torch.tensor(t, device=device).repeat(repeats)
                 compare(x, index, weight=w, reduction=reduction, label_smoothing=smoothing)
             compare(x, soft, weight=w, reduction=reduction, label_smoothing=smoothing)
+
+
+@reductions
+@pytest.mark.parametrize("weight", STRANGE_WEIGHTS, ids=str)
+def test_derivatives_beyond_the_first_with_strange_class_weights(weight, reduction, device):
+    """Forward mode, alone and within vmap, and second derivatives: the infinities and nans of torch."""
+    gen = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(3, 3, generator=gen, dtype=torch.float64) for _ in range(2))
+    p, w = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.0, 1.0], [0.5, -0.25, 0.75]]).double(), torch.tensor(weight).double()
+
+    def derivatives(loss, target, *, device, **options):
+        x_, v_, w_, target = x.to(device), v.to(device), w.to(device), target.to(device)
+        probabilities = target.is_floating_point()
+
+        def f(y, t=target):
+            return loss(y, t, w_, reduction=reduction, **options)
+
+        results = [torch.func.jvp(f, (x_,), (v_,))]
+        results.append((torch.vmap(lambda v: torch.func.jvp(f, (x_,), (v,))[1])(torch.stack([v_, x_])),))
+        if probabilities:
+            results.append(torch.func.jvp(f, (x_, p.to(device)), (v_, v_)))
+        with fwAD.dual_level():
+            results.append(fwAD.unpack_dual(f(fwAD.make_dual(x_, v_))))
+            if probabilities:
+                results.append(fwAD.unpack_dual(f(x_, fwAD.make_dual(p.to(device), v_))))
+        leaf = x_.clone().requires_grad_()
+        value = f(leaf)
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+            results.append((grad.detach(), *torch.autograd.grad(grad, leaf, v_)))
+        return results
+
+    index = [torch.tensor(t) for t in ([0, 2, 0], [0, 2, -100], [0, 2, 2], [-100] * 3)]
+    for ours, theirs, targets, smoothing in (
+        (fastloss.cross_entropy, F.cross_entropy, [*index, p], (0.0, 0.1, 1.0)),
+        (fastloss.nll_loss, F.nll_loss, index, (None,)),
+    ):
+        for target, e in itertools.product(targets, smoothing):
+            options = {} if e is None else {"label_smoothing": e}
+            got = derivatives(ours, target, device=device, **options)
+            want = derivatives(theirs, target, device="cpu", **options)
+            for i, (a, b) in enumerate(zip(got, want, strict=True)):
+                for one, other in zip(a, b, strict=True):
+                    same(one, other, f"{ours.__name__} {target.tolist()} {e} {i}")
 
 
 @reductions

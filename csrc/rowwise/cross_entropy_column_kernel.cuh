@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(sizeof(T)))
   const Call<A> call = load_call<false>(p, kPass);
   const int classes = int(p.classes);
   const unsigned across = unsigned(p.inner / kV), items = unsigned(p.rows / kV);  // the policy sees that they fit
-  LossSums sums{0, 0, 0};
+  LossSums sums{};
 
   for (unsigned item = blockIdx.x * blockDim.x + threadIdx.x; item < items; item += gridDim.x * blockDim.x) {
     const unsigned o = item / across, i = (item - o * across) * kV;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(sizeof(T)))
     }
   }
   if (kPass == Pass::backward) return;
-  finish_loss(p, sums, blockIdx.x, gridDim.x, reinterpret_cast<double*>(shared_memory()));
+  finish_loss<false>(p, sums, blockIdx.x, gridDim.x, reinterpret_cast<double*>(shared_memory()));
 }
 
 }  // namespace fastloss

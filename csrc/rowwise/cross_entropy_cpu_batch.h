@@ -57,7 +57,11 @@ struct Call {
          T(args.softcap > 0 ? 1 / args.softcap : 0)};
   }
   // 1 / D and 1 / Dn for mean, else 1.
-  T per_d() const { return a.reduction == Reduction::mean ? T(1) / T(d.weight) : T(1); }
+  T per_d() const {
+    if (a.reduction != Reduction::mean) return T(1);
+    // With smoothing a row whose D is 0 has infinite coefficients of both signs.
+    return d.weight == 0 && a.label_smoothing > 0 ? kNan<T> : T(1) / T(d.weight);
+  }
   T per_dn() const { return a.reduction == Reduction::mean ? T(1) / T(d.count) : T(1); }
   T grad_output(int64_t row) const {
     return T(load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0));
@@ -182,7 +186,7 @@ class Rows {
 };
 
 struct BlockSums {  // of one batch; doubles so that rows can be added in order without loss
-  double nll = 0, z = 0, correct = 0;
+  double nll = 0, smooth = 0, z = 0, correct = 0;
 };
 
 // One value per row of a batch, in arrays padded to whole vectors.
@@ -260,7 +264,7 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;
   const T per_d = call.per_d(), per_dn = call.per_dn();
-  vec_double nll_sum{}, z_sum{};
+  vec_double nll_sum{}, smooth_sum{}, z_sum{};
   // In loops of their own: one long chain of operations per vector would leave the processor waiting.
   for (int64_t v = 0; v < n; v += kLanes<T>) store(s.target_exp + v, exp_of(load(s.picked + v) - load(s.ref + v)));
   for (int64_t v = 0; v < n && kMode != Mode::soft && !call.backward; v += kLanes<T>) {
@@ -288,21 +292,25 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     if (call.sample_weight) sample = load_n(call.sample_weight + row, m, T(0));
 
     if (!call.backward) {
-      vec<T> nll;
+      vec<T> nll, smooth{}, z{};
       if constexpr (kMode == Mode::soft)
         nll = spread_nll(mass, log_sum, dot);
       else {
         vec<T> nll_t = load(s.target_nll + v);
         if (a.zero_times_inf) nll_t = w_t == T(0) ? vec<T>{} : nll_t;
-        nll = index_row_nll(k, nll_t, log_sum, dot, w_t);
+        nll = index_row_nll(k, nll_t, w_t);
+        if constexpr (kMode != Mode::index) {
+          smooth = counts ? sample * smooth_row_nll(k, log_sum, dot) : vec<T>{};
+          smooth_sum += widen(smooth);
+        }
       }
       nll = counts ? nll * sample : vec<T>{};
-      vec<T> z{};
       if (k.z_loss != T(0)) z = counts ? sample * (k.z_loss * lse * lse) : vec<T>{};
       nll_sum += widen(nll);
       z_sum += widen(z);
       if (a.loss && a.reduction == Reduction::none)
-        for (int64_t b = 0; b < m; ++b) store_scalar(a.loss, a.loss_type, row + b, double(nll[b]) + double(z[b]));
+        for (int64_t b = 0; b < m; ++b)
+          store_scalar(a.loss, a.loss_type, row + b, double(nll[b]) + double(smooth[b]) + double(z[b]));
       if (call.ref) {
         store_n(call.ref + row, m, ref);
         store_n(call.others + row, m, others);
@@ -342,6 +350,7 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     store(s.target_grad + v, own);
   }
   sums->nll += sum_lanes<double>(nll_sum);
+  sums->smooth += sum_lanes<double>(smooth_sum);
   sums->z += sum_lanes<double>(z_sum);
 }
 

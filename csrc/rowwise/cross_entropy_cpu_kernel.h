@@ -125,8 +125,8 @@ inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, 
     if (call.streamed) stream_fence();
   });
   constexpr int64_t stride = sizeof(BlockSums) / sizeof(double);
-  *total = {pairwise_sum(&parts[0].nll, batches, stride), pairwise_sum(&parts[0].z, batches, stride),
-            pairwise_sum(&parts[0].correct, batches, stride)};
+  auto sum = [&](const double* first) { return pairwise_sum(first, batches, stride); };
+  *total = {sum(&parts[0].nll), sum(&parts[0].smooth), sum(&parts[0].z), sum(&parts[0].correct)};
 }
 
 template <class S>
@@ -163,14 +163,11 @@ inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   }
   const bool nothing = a.all_ignored_zero && call.d.counted == 0;
   if (a.loss && a.reduction != Reduction::none) {
-    double loss = total.nll, z = total.z;
-    if (a.reduction == Reduction::mean) {
-      // Weights of 0 alone: nan as in torch, also where smoothing leaves a loss to divide.
-      const bool zero = call.d.weight == 0 && a.label_smoothing > 0;
-      loss = nothing ? 0 : zero ? kNan<double> : loss / call.d.weight;
-      z = nothing ? 0 : z / call.d.count;
-    }
-    store_scalar(a.loss, a.loss_type, 0, a.z_loss != 0 ? loss + z : loss);
+    const bool mean = a.reduction == Reduction::mean;
+    double loss = mean ? total.nll / call.d.weight : total.nll;
+    if (a.label_smoothing > 0 && !a.soft) loss += mean ? total.smooth / call.d.weight : total.smooth;
+    if (a.z_loss != 0) loss += mean ? total.z / call.d.count : total.z;
+    store_scalar(a.loss, a.loss_type, 0, mean && nothing ? 0 : loss);
   }
   if (a.accuracy) *a.accuracy = nothing ? 0.f : float(total.correct / double(call.d.counted));
   return {};

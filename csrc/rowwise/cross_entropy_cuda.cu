@@ -85,7 +85,7 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
 }
 
 int64_t workspace_bytes(const Plan& plan) {
-  return kTotalsBytes + kCounterBytes + 3 * plan.config.grid * static_cast<int64_t>(sizeof(double));
+  return kTotalsBytes + kCounterBytes + 4 * plan.config.grid * static_cast<int64_t>(sizeof(double));
 }
 
 template <class A>

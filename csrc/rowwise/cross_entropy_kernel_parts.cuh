@@ -41,7 +41,7 @@ struct CrossEntropyParams {
   // of the launch
   double* totals;     // [4][kMaxTotals]: partial sums of D, Dn, counted rows, class weights; null: not needed
   int totals_count;   // of them
-  double* partials;   // [3][grid]: sums of s nll, s z_loss lse^2, correct rows; null: no scalar result
+  double* partials;   // [4][grid]: LossSums of every block; null: no scalar result
   unsigned* counter;  // blocks that have written their partials
   BadTargetRecord* record;
   int lanes;                       // warp rows, tiles: threads per row
@@ -189,6 +189,12 @@ __device__ __forceinline__ double load_total(const CrossEntropyParams<A>& p, Tot
   return group_sum(sum, kWarp);
 }
 
+// 1 / D. With smoothing a row whose D is 0 has infinite coefficients of both signs.
+template <bool kGeneral, class A>
+__device__ __forceinline__ A per_denominator(const CrossEntropyParams<A>& p, A d) {
+  return kGeneral && p.smooth && d == A(0) ? A(NAN) : reciprocal_of(d);
+}
+
 // What the totals make of a call; by whole warps.
 template <class A>
 struct Call {
@@ -200,19 +206,20 @@ __device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pas
   Call<A> c{A(1), A(1), p.k.weight_sum};
   if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_total(p, Total::class_weights));
   if (p.reduction == Reduction::mean && pass == Pass::forward_grad) {
-    c.per_d = reciprocal_of(A(load_total(p, Total::weight)));
+    c.per_d = per_denominator<kGeneral>(p, A(load_total(p, Total::weight)));
     if (p.k.z_loss != A(0)) c.per_dn = reciprocal_of(A(load_total(p, Total::count)));
   }
   if (p.reduction == Reduction::mean && pass == Pass::backward) {
     const A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
-    c.per_d = reciprocal_of(d[0]);
+    c.per_d = per_denominator<kGeneral>(p, d[0]);
     c.per_dn = reciprocal_of(d[1]);
   }
   return c;
 }
 
+// Of rows: s nll of the targets, s nll of smoothing, s z_loss lse^2, right predictions.
 struct LossSums {
-  double nll, z, correct;
+  double nll, smooth, z, correct;
 };
 
 template <class A>
@@ -272,7 +279,7 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   }
   if (pass == Pass::backward || !leader) return r;
 
-  double nll = 0, z = 0;
+  double nll = 0, smooth = 0, z = 0;
   if (target.counts) {
     A n;
     if (soft) {
@@ -281,7 +288,8 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
       const A ratio = s.others < e_target ? log1p_of(s.others * reciprocal_of(e_target)) : A(0);
       A nll_t = target_nll(s.others, e_target, r.log_sum, d_target, ratio);
       if (p.zero_times_inf && w_t == A(0)) nll_t = A(0);
-      n = index_row_nll(k, nll_t, r.log_sum, s.dot, w_t);
+      n = index_row_nll(k, nll_t, w_t);
+      if (kGeneral && p.smooth) smooth = double(sample * smooth_row_nll(k, r.log_sum, s.dot));
     }
     nll = double(sample * n);
     if (k.z_loss != A(0)) z = double(sample * (k.z_loss * lse * lse));
@@ -290,8 +298,9 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
     record_bad_target(p.record, row, load_index(p.target, p.index_type, row));
   }
   sums->nll += nll;
+  if (kGeneral) sums->smooth += smooth;
   sums->z += z;
-  if (p.reduction == Reduction::none && p.loss) store_as(p.loss, p.loss_type, row, A(nll + z));
+  if (p.reduction == Reduction::none && p.loss) store_as(p.loss, p.loss_type, row, A(nll + smooth + z));
   if (p.saved) {
     p.saved[row] = r.ref;
     p.saved[p.rows + row] = s.others;
@@ -322,9 +331,11 @@ __device__ __forceinline__ double sum_partials(const double* partials, unsigned 
   return sum;
 }
 
+constexpr int kLossScratch = 4 * kWarp + 2;  // doubles
+
 // The end of a forward kernel: partial sums of this block, one of `blocks` that come here; the last one to come adds
 // them up in order and writes the scalars. Nothing has used the scratch before.
-template <class A>
+template <bool kGeneral, class A>
 __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, LossSums sums, unsigned block,
                                             unsigned blocks, double* scratch) {
   if (p.saved && block == 0) {
@@ -336,15 +347,20 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
     }
   }
   if (!p.partials) return;
-  const bool with_z = p.k.z_loss != A(0);
-  sums.nll = block_sum(sums.nll, scratch);
-  if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
-  if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
-  unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 3 * kWarp);
+  const bool with_smooth = kGeneral && p.smooth && !p.soft, with_z = p.k.z_loss != A(0);
+  auto sum_over_block = [&] {
+    sums.nll = block_sum(sums.nll, scratch);
+    if (with_smooth) sums.smooth = block_sum(sums.smooth, scratch + kWarp);
+    if (with_z) sums.z = block_sum(sums.z, scratch + 2 * kWarp);
+    if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 3 * kWarp);
+  };
+  sum_over_block();
+  unsigned* ticket = reinterpret_cast<unsigned*>(scratch + 4 * kWarp);
   if (threadIdx.x == 0) {
     p.partials[block] = sums.nll;
-    if (with_z) p.partials[blocks + block] = sums.z;
-    if (p.accuracy) p.partials[2 * blocks + block] = sums.correct;
+    if (with_smooth) p.partials[blocks + block] = sums.smooth;
+    if (with_z) p.partials[2 * blocks + block] = sums.z;
+    if (p.accuracy) p.partials[3 * blocks + block] = sums.correct;
     memory_fence();  // the partials before the ticket
     *ticket = atomicAdd(p.counter, 1u);
     if (*ticket == blocks - 1)
@@ -352,28 +368,22 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   }
   block_barrier();
   if (*ticket != blocks - 1) return;
-  sums = {sum_partials(p.partials, blocks), 0, 0};
-  if (with_z) sums.z = sum_partials(p.partials + blocks, blocks);
-  if (p.accuracy) sums.correct = sum_partials(p.partials + 2 * blocks, blocks);
-  // The ticket's barrier lies between the two uses of the scratch.
-  sums.nll = block_sum(sums.nll, scratch);
-  if (with_z) sums.z = block_sum(sums.z, scratch + kWarp);
-  if (p.accuracy) sums.correct = block_sum(sums.correct, scratch + 2 * kWarp);
+  sums = {sum_partials(p.partials, blocks), 0, 0, 0};
+  if (with_smooth) sums.smooth = sum_partials(p.partials + blocks, blocks);
+  if (with_z) sums.z = sum_partials(p.partials + 2 * blocks, blocks);
+  if (p.accuracy) sums.correct = sum_partials(p.partials + 3 * blocks, blocks);
+  sum_over_block();  // the ticket's barrier lies between the two uses of the scratch
   if (threadIdx.x >= kWarp) return;
   const double weight = load_total(p, Total::weight), counted = load_total(p, Total::counted);
   const double count = with_z ? load_total(p, Total::count) : 0;
   if (threadIdx.x != 0) return;
   const bool nothing = p.all_ignored_zero && counted == 0;
   if (p.loss && p.reduction != Reduction::none) {
-    double loss = sums.nll;
-    if (p.reduction == Reduction::mean) {
-      // No counted row but a bad one among them: nan, not 0. Weights of 0 alone: nan as in torch, also where smoothing
-      // leaves a loss to divide.
-      loss = nothing ? loss * 0 : weight == 0 && p.smooth ? double(NAN) : loss / weight;
-      if (with_z) loss += nothing ? 0 : sums.z / count;
-    } else {
-      loss += sums.z;
-    }
+    const bool mean = p.reduction == Reduction::mean;
+    double loss = mean ? sums.nll / weight : sums.nll;
+    if (with_smooth) loss += mean ? sums.smooth / weight : sums.smooth;
+    if (with_z) loss += mean ? sums.z / count : sums.z;
+    if (mean && nothing) loss = sums.nll * 0;  // nan if there was a bad target
     store_as(p.loss, p.loss_type, 0, loss);
   }
   if (p.accuracy) *p.accuracy = nothing ? 0.f : float(sums.correct / counted);

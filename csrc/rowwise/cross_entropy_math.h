@@ -59,10 +59,15 @@ FASTLOSS_HD V target_nll(V others, V e_t, V log_sum, V target_minus_ref, V log1p
   return others < e_t ? log1p_ratio : log_sum - target_minus_ref;
 }
 
+// The two parts of the nll of an index target: the target's and, with smoothing, that of all classes. Their sums over
+// the rows are divided by D one by one, as torch does: where D is 0 either may be infinite.
 template <class T, class V>
-FASTLOSS_HD V index_row_nll(const RowConstants<T>& k, V nll_t, V log_sum, V dot, V w_t) {
-  const V nll = (T(1) - k.smoothing) * w_t * nll_t;
-  return k.smoothing > T(0) ? nll + k.smooth_share * spread_nll(k.weight_sum, log_sum, dot) : nll;
+FASTLOSS_HD V index_row_nll(const RowConstants<T>& k, V nll_t, V w_t) {
+  return (T(1) - k.smoothing) * w_t * nll_t;
+}
+template <class T, class V>
+FASTLOSS_HD V smooth_row_nll(const RowConstants<T>& k, V log_sum, V dot) {
+  return k.smooth_share * spread_nll(k.weight_sum, log_sum, dot);
 }
 // u: what nll weighs in the result (grad_output * s / D), uz: what lse^2 does (grad_output * s / Dn).
 template <class T, class V>

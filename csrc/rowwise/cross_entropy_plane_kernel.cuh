@@ -19,7 +19,7 @@ __device__ __forceinline__ void load_targets(const CrossEntropyParams<A>& p, int
 // Shared memory of a plane block: positions = rows that it works on at a time.
 template <class A>
 struct PlaneShared {
-  double* scratch;   // [3 * 32 + 1]
+  double* scratch;   // [kLossScratch]
   int64_t* best_at;  // [2][groups][positions], where wanted
   A* best;           // the same
   A* result;         // [6][positions], the fields of RowResult
@@ -27,14 +27,14 @@ struct PlaneShared {
 
   static __host__ __device__ int bytes(int groups, int positions, bool dots, bool want_best) {
     const int each = groups * positions;
-    int n = 8 * (3 * kWarp + 2) + int(sizeof(A)) * (6 * positions + (dots ? 4 : 2) * each);
+    int n = 8 * kLossScratch + int(sizeof(A)) * (6 * positions + (dots ? 4 : 2) * each);
     if (want_best) n += 2 * each * (8 + int(sizeof(A)));
     return n;
   }
   __device__ __forceinline__ PlaneShared(int groups, int positions, bool want_best) {
     const int each = want_best ? 2 * groups * positions : 0;
     scratch = reinterpret_cast<double*>(shared_memory());
-    best_at = reinterpret_cast<int64_t*>(scratch + 3 * kWarp + 2);
+    best_at = reinterpret_cast<int64_t*>(scratch + kLossScratch);
     best = reinterpret_cast<A*>(best_at + each);
     result = best + each;
     stats = result + 6 * positions;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
   const int64_t inner_tiles = (p.inner + kPositions - 1) / kPositions;
   int64_t o = blockIdx.x < inner_tiles ? 0 : blockIdx.x / unsigned(inner_tiles);
   int64_t inner_tile = blockIdx.x - o * inner_tiles;
-  LossSums sums{0, 0, 0};
+  LossSums sums{};
 
   for (; o < p.outer; o += p.outer_step, inner_tile += p.inner_step) {
     if (inner_tile >= inner_tiles) {
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
     }
   }
   if (pass == Pass::backward) return;
-  finish_loss(p, sums, blockIdx.x, gridDim.x, shared.scratch);
+  finish_loss<kGeneral>(p, sums, blockIdx.x, gridDim.x, shared.scratch);
 }
 
 }  // namespace fastloss

@@ -61,7 +61,7 @@ struct RowShared {
   PartStats<A> part[2];
   Best<A> best[2][kWarp], best_prob[2][kWarp];
   Best<A> part_best[2], part_best_prob[2];
-  double scratch[3 * kWarp + 1];
+  double scratch[kLossScratch];
   LossSums sums[kWarpRowThreads];  // of every thread that leads a row
 };
 
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     row_step = int64_t(gridDim.x) * blockDim.x / width;
   }
   LossSums& sums = shared.sums[kWarpRows ? threadIdx.x : 0];  // in shared memory: registers are dear
-  if (kWarpRows || threadIdx.x == 0) sums = {0, 0, 0};
+  if (kWarpRows || threadIdx.x == 0) sums = {};
   // Two sets of partials, so that one barrier per row, of the block and of the cluster, is enough: who writes a set
   // anew has passed the barrier of the row between, to which the others came after they had read it.
   int flip = 0;
@@ -398,8 +398,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   }
   if (part == 0) {
     const unsigned block = (blockIdx.x ^ p.zero) / unsigned(parts);
-    finish_loss(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{0, 0, 0}, block, gridDim.x / unsigned(parts),
-                shared.scratch);
+    finish_loss<kGeneral>(p, kWarpRows || threadIdx.x == 0 ? sums : LossSums{}, block, gridDim.x / unsigned(parts),
+                          shared.scratch);
   }
 }
 

@@ -4,7 +4,7 @@
 
 namespace fastloss {
 
-constexpr int kTileScratchBytes = 8 * (3 * kWarp + 2);  // of shared memory, before the warps' tiles
+constexpr int kTileScratchBytes = 8 * kLossScratch;  // of shared memory, before the warps' tiles
 
 // A warp takes 32 / lanes rows at a time. Their memory is one piece: it comes into shared memory as 16-byte vectors,
 // whatever the number of classes, `lanes` threads take a row from there into registers, and the gradient leaves the
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
   auto* scratch = reinterpret_cast<double*>(shared_memory());
   T* tile = reinterpret_cast<T*>(shared_memory() + kTileScratchBytes) + warp * tile_rows * classes;
   T* own = tile + place * classes;
-  LossSums sums{0, 0, 0};
+  LossSums sums{};
 
   const int64_t step = int64_t(gridDim.x) * warps * tile_rows;
   for (int64_t first = (int64_t(blockIdx.x) * warps + warp) * tile_rows; first < p.rows; first += step) {
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
     warp_barrier();  // the tile may be overwritten
   }
   if (kPass == Pass::backward) return;
-  finish_loss(p, sums, blockIdx.x, gridDim.x, scratch);
+  finish_loss<false>(p, sums, blockIdx.x, gridDim.x, scratch);
 }
 
 }  // namespace fastloss

@@ -5,6 +5,7 @@ that what is read outside them shows in the results and what is written outside 
 are memory blocks of their own, for AddressSanitizer. FASTLOSS_SHORT is the part that sanitizers and mutants run.
 """
 
+import itertools
 import os
 
 import numpy as np
@@ -485,6 +486,36 @@ def test_class_weights_that_are_not_finite(shape, smoothing):
         grad = emulated.cross_entropy_forward(guarded(logits), guarded(target), reduction="sum", grad=True, **options)
         got = np.moveaxis(grad["grad"], 1, -1).reshape(-1, classes)
         np.testing.assert_allclose(got, want_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ((6, 5), (6, 90), (3, 5000), (2, 5, 40)), ids=str)
+def test_class_weights_that_cancel(shape):
+    """A mean divides its two sums by 0, one by one, as torch does; no row of it has a gradient."""
+    logits, target, _, x, _ = problem(shape, "float32", {})
+    classes = shape[1]
+    rows = x.transpose(0, 2, 1).reshape(-1, classes)
+    target[:] = np.resize((0, 1, -100), len(target))
+    nll = np.log(np.exp(rows).sum(1, keepdims=True)) - rows
+    seen = set()
+    for first, rest in itertools.product((1, -1), repeat=2):
+        w = np.full(classes, rest, "float32")
+        w[:2] = first, -first
+        own = sum(float(w[t]) * nll[row, t] for row, t in enumerate(target) if t >= 0)
+        spread = (nll[target >= 0] * w).sum()
+        with np.errstate(divide="ignore"):
+            want = np.float64(own) / 0 + np.float64(spread) / 0 if own * spread > 0 else np.nan
+        seen.add(want)
+        options = {"weight": guarded(w), "label_smoothing": 0.1}
+        got = emulated.cross_entropy_forward(guarded(logits), guarded(target), grad=True, saved=True, **options)
+        np.testing.assert_equal(float(got["loss"]), want)
+        alone = emulated.cross_entropy_forward(guarded(logits), guarded(target), **options)
+        np.testing.assert_equal(float(alone["loss"]), want)
+        one = np.ones((), "float32")
+        back = emulated.cross_entropy_backward(guarded(logits), guarded(target), got["saved"], one, **options)
+        for grad in (got["grad"], back["grad"]):
+            grad = np.moveaxis(grad, 1, -1).reshape(-1, classes)
+            assert np.isnan(grad[target >= 0]).all() and (grad[target < 0] == 0).all()
+    assert np.inf in seen or -np.inf in seen
 
 
 @pytest.mark.parametrize("operation", ("cross_entropy_forward", "nll_loss_forward"))

@@ -130,6 +130,44 @@ for _name, _outputs in (
 # --------------------------------------------------------------------------- formulas for second order and forward mode
 
 
+class _Terms(NamedTuple):
+    """What the formulas share, all in the accumulation type; `w` and `s` so that they broadcast against the logits."""
+
+    z: Tensor
+    slope: Any  # dz/dx
+    lse: Tensor
+    softmax: Tensor
+    w: Tensor
+    s: Any
+    counts: Tensor  # rows
+    target_index: Tensor | None  # of an index target, in its range for ignored rows too
+    row_weight: Tensor  # what the row adds to D, but for s
+    p: Any  # smoothed probabilities, or None
+
+
+def _terms(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, o: _Options) -> _Terms:
+    accum = _common.accum_dtype(logits.dtype)
+    z = logits.to(accum) * o.logit_scale
+    slope: Any = o.logit_scale
+    if o.softcap > 0:
+        t = torch.tanh(z / o.softcap)
+        z, slope = o.softcap * t, o.logit_scale * (1 - t * t)
+    lse, softmax = torch.logsumexp(z, 1, keepdim=True), torch.softmax(z, 1)
+    w = torch.ones(1, dtype=accum, device=z.device) if weight is None else weight.to(accum)
+    w = w.view(-1, *[1] * (logits.dim() - 2))
+    s = 1.0 if sample_weight is None else sample_weight.unsqueeze(1)
+    if target.is_floating_point():
+        p = target.to(accum) * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
+        counts = torch.ones_like(lse, dtype=torch.bool)
+        return _Terms(z, slope, lse, softmax, w, s, counts, None, torch.ones_like(lse), p)
+    target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
+    counts = (target != o.ignore_index).unsqueeze(1)
+    index = torch.where(counts, target.unsqueeze(1), 0)
+    # Chosen, not multiplied, here and below: weights of classes that no target has may be infinite.
+    row_weight = torch.where(counts, w.expand(z.shape[1:2] + w.shape[1:]).unsqueeze(0).expand_as(z).gather(1, index), 0)
+    return _Terms(z, slope, lse, softmax, w, s, counts, index, row_weight, None)
+
+
 def _formula(
     logits: Tensor,
     target: Tensor,
@@ -143,50 +181,26 @@ def _formula(
     Returns the derivatives with respect to logits, probabilities, and class weight (the last per row and class, still
     to be summed over the rows), each times grad_output. float16 and bfloat16 are computed in float32.
     """
-    accum = _common.accum_dtype(logits.dtype)
-    x, classes = logits.to(accum), logits.shape[1]
-    z = x * o.logit_scale
-    slope: Any = o.logit_scale
-    if o.softcap > 0:
-        t = torch.tanh(z / o.softcap)
-        z, slope = o.softcap * t, o.logit_scale * (1 - t * t)
-    lse = torch.logsumexp(z, 1, keepdim=True)
-    softmax = torch.softmax(z, 1)
-    w = torch.ones((), dtype=accum, device=x.device) if weight is None else weight.to(accum)
-    w = w.view(-1, *[1] * (logits.dim() - 2)) if weight is not None else w
-    s = 1.0 if sample_weight is None else sample_weight.unsqueeze(1)
-
-    if target.is_floating_point():
-        p = target.to(accum) * (1 - o.label_smoothing) + o.label_smoothing / max(classes, 1)
-        counted = torch.ones_like(lse)
-        q = w * p
-        mass = q.sum(1, keepdim=True)
-        row_weight = counted
+    r = _terms(logits, target, weight, sample_weight, o)
+    if r.target_index is None:
+        q = r.w * r.p
     else:
-        target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
-        counted = (target != o.ignore_index).unsqueeze(1).to(accum)
-        index = torch.where(target != o.ignore_index, target, 0).unsqueeze(1)
-        w_t = w.expand(logits.shape[1], *[1] * (logits.dim() - 2)).unsqueeze(0).expand_as(z).gather(1, index)
-        one_hot = torch.zeros_like(z).scatter(1, index, 1.0)
-        w_all = w.expand_as(z)
-        q = (1 - o.label_smoothing) * w_t * one_hot + o.label_smoothing / max(classes, 1) * w_all
-        mass = q.sum(1, keepdim=True)
-        p = None
-        row_weight = w_t * counted
-    per_row = grad_output.to(accum).unsqueeze(1) if o.reduction == NONE else grad_output.to(accum)
-    u = per_row * s * counted
-    uz = u
-    if o.reduction == MEAN:
-        nothing = ~counted.any()  # nothing counts: the loss is nan, but its derivatives are 0
-        u = u / torch.where(nothing, 1.0, (s * row_weight).sum())
-        uz = uz / torch.where(nothing, 1.0, (s * counted).sum())
-    grad = u * (mass * softmax - q)
+        is_target = torch.zeros_like(r.z, dtype=torch.bool).scatter(1, r.target_index, True)
+        q = torch.where(is_target, (1 - o.label_smoothing) * r.row_weight, 0.0)
+        if o.label_smoothing:
+            q = q + o.label_smoothing / max(logits.shape[1], 1) * r.w
+    per_row = grad_output.to(r.z.dtype).unsqueeze(1) if o.reduction == NONE else grad_output.to(r.z.dtype)
+    mean = o.reduction == MEAN
+    u = per_row * torch.where(r.counts, r.s / (r.s * r.row_weight).sum() if mean else r.s, 0.0)
+    uz = per_row * torch.where(r.counts, r.s / (r.s * r.counts).sum() if mean else r.s, 0.0)
+    grad = u * (q.sum(1, keepdim=True) * r.softmax - q)
     if o.z_loss:
-        grad = grad + uz * (2 * o.z_loss) * lse * softmax
-    grad = (grad * slope).to(logits.dtype)
-    if p is None:
+        grad = grad + uz * (2 * o.z_loss) * r.lse * r.softmax
+    grad = (grad * r.slope).to(logits.dtype)
+    if r.p is None:
         return grad, None, None
-    return grad, u * (1 - o.label_smoothing) * w * (lse - z), u * p * (lse - z)
+    minus_log_p = r.lse - r.z
+    return grad, u * (1 - o.label_smoothing) * r.w * minus_log_p, u * r.p * minus_log_p
 
 
 def _sum_rows(per_class: Tensor, weight: Tensor) -> Tensor:
@@ -225,18 +239,39 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
 
 
 def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
+    """The loss's tangent, in the loss's own order of operations: sums over the rows first, each divided once."""
     o: _Options = ctx.options
     with _common.saved_for_jvp(ctx) as (logits, target, weight, sample_weight, *_):
-        ones = torch.ones(_rowwise.row_shape(logits) if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
-        f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, ones.to(logits.device), o)
-        total: Any = 0
-        if logits_t is not None:
-            total = total + (f_logits * logits_t)
-        if target_t is not None and f_target is not None:
-            total = total + f_target * target_t
-        if weight_t is not None and f_weight is not None:
-            total = total + f_weight * weight_t.view(-1, *[1] * (logits.dim() - 2))
-        result = total.sum(1) if o.reduction == NONE else total.sum()
+        r = _terms(logits, target, weight, sample_weight, o)
+        z_t = torch.zeros_like(r.z) if logits_t is None else logits_t.to(r.z.dtype) * r.slope
+        lse_t = (r.softmax * z_t).sum(1, keepdim=True)
+        smooth: Any = None
+        if r.target_index is not None:
+            nll = (1 - o.label_smoothing) * r.row_weight * (lse_t - z_t.gather(1, r.target_index))
+            if o.label_smoothing:
+                smooth = o.label_smoothing / max(logits.shape[1], 1) * (r.w * (lse_t - z_t)).sum(1, keepdim=True)
+        else:
+            per_weight = torch.zeros_like(r.z) if logits_t is None else r.p * (lse_t - z_t)
+            if target_t is not None:
+                per_weight = per_weight + (1 - o.label_smoothing) * target_t * (r.lse - r.z)
+            terms = torch.zeros_like(r.z) if logits_t is target_t is None else r.w * per_weight
+            if weight_t is not None:
+                terms = terms + weight_t.view(r.w.shape) * (r.p * (r.lse - r.z))
+            nll = terms.sum(1, keepdim=True)
+
+        def reduced(rows: Tensor, denominator: Tensor) -> Tensor:
+            rows = torch.where(r.counts, r.s * rows, 0.0)
+            if o.reduction == NONE:
+                return rows.squeeze(1)
+            return rows.sum() / (r.s * denominator).sum() if o.reduction == MEAN else rows.sum()
+
+        result = reduced(nll, r.row_weight)
+        if smooth is not None:
+            result = result + reduced(smooth, r.row_weight)
+        if o.z_loss:
+            result = result + reduced(2 * o.z_loss * r.lse * lse_t, r.counts)
+        if o.reduction == MEAN and o.flags & ALL_IGNORED_ZERO:
+            result = torch.where(r.counts.any(), result, 0.0)
         return result.to(DTYPES[o.loss_dtype])
 
 
@@ -347,11 +382,18 @@ class _ForwardMode(_Recompute):
     """A class of its own because torch.compile refuses functions with a jvp."""
 
     @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.set_materialize_grads(False)  # zeros for probabilities and weights would meet infinite ones in jvp
+        return _Recompute.forward(ctx, *args)
+
+    @staticmethod
     def jvp(ctx: Any, logits_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
         return (_jvp(ctx, logits_t, target_t, weight_t), *[None] * (1 + 3 * bool(ctx.options.flags & STATS)))
 
 
-def _recompute_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+def _recompute_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:  # see set_materialize_grads
+        return (None,) * 5
     tensors = ctx.saved_tensors[:5]
     logits, target, weight, sample_weight, saved = tensors
 
@@ -380,6 +422,7 @@ class _Transformed(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         logits, target, weight, sample_weight, *options = inputs
         ctx.options = _Options(*options)
+        ctx.set_materialize_grads(False)  # as in _ForwardMode
         _, saved, *stats = output
         ctx.mark_non_differentiable(saved, *stats)
         tensors = logits, target, weight, sample_weight, saved, *stats

@@ -42,20 +42,17 @@ torch.library.register_vmap("fastloss::nll_loss_forward", loop_vmap(ops.nll_loss
 torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_loss_backward, 1))
 
 
-def _row_factors(
+def _row_weights(
     input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """Class index (ignored ones replaced) and -w_t / D of every row, [N, 1, d1, ...]: the loss is linear in input."""
-    reduction, _, ignore_index = options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a row counts, its class index (ignored ones replaced) and w_t (0 there): [N, 1, d1, ...] each."""
     target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
-    counted = (target != ignore_index).unsqueeze(1)
-    index = torch.where(target != ignore_index, target, 0).unsqueeze(1)
-    factor = counted.to(_common.accum_dtype(input.dtype))
-    if weight is not None:
-        factor = factor * weight[index]
-    if reduction == MEAN:  # nothing counts: the loss is nan, but its derivatives are 0
-        factor = factor / torch.where(~counted.any(), 1.0, factor.sum())
-    return index, -factor
+    counts = (target != options[2]).unsqueeze(1)
+    index = torch.where(counts, target.unsqueeze(1), 0)
+    if weight is None:
+        return counts, index, counts.to(_common.accum_dtype(input.dtype))
+    # Chosen, not multiplied, here and below: weights of ignored classes may be infinite.
+    return counts, index, torch.where(counts, weight[index], 0.0)
 
 
 def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -63,19 +60,25 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
     grad_output = grad_output.contiguous()
     with torch.no_grad():
         grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
-    if _common.differentiated_again(grad_output):
-        index, factor = _row_factors(input, target, weight, ctx.options)
+    if _common.differentiated_again(grad_output, input):
+        counts, index, w_t = _row_weights(input, target, weight, ctx.options)
+        factor = torch.where(counts, -w_t / w_t.sum(), 0.0) if ctx.options[0] == MEAN else -w_t
         upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output
         rows = (factor * upstream).to(input.dtype)
-        grad = _common.attach(grad, torch.zeros_like(input).scatter(1, index, rows))
+        # The loss is linear in the input: the second derivative is there, and 0.
+        zeros = torch.where(torch.zeros_like(input, dtype=torch.bool), input, 0.0)
+        grad = _common.attach(grad, zeros.scatter(1, index, rows))
     return grad, None, None, None, None, None
 
 
 def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
     with _common.saved_for_jvp(ctx) as (input, target, weight, _):
-        index, factor = _row_factors(input, target, weight, ctx.options)
-        rows = (factor * input_t.gather(1, index)).squeeze(1).to(DTYPES[ctx.options[1]])
-        return (rows if ctx.options[0] == NONE else rows.sum()), None
+        counts, index, w_t = _row_weights(input, target, weight, ctx.options)
+        rows = torch.where(counts, -w_t * input_t.gather(1, index), 0.0).squeeze(1)
+        reduction, loss_dtype, _ = ctx.options
+        if reduction != NONE:
+            rows = rows.sum() / w_t.sum() if reduction == MEAN else rows.sum()
+        return rows.to(DTYPES[loss_dtype]), None
 
 
 class _NllLoss(Function):
