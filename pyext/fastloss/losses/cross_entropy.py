@@ -138,7 +138,7 @@ class _Terms(NamedTuple):
     lse: Tensor
     softmax: Tensor
     w: Tensor
-    s: Any
+    s: Tensor
     counts: Tensor  # rows
     target_index: Tensor | None  # of an index target, in its range for ignored rows too
     row_weight: Tensor  # what the row adds to D, but for s
@@ -155,7 +155,7 @@ def _terms(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight:
     lse, softmax = torch.logsumexp(z, 1, keepdim=True), torch.softmax(z, 1)
     w = torch.ones(1, dtype=accum, device=z.device) if weight is None else weight.to(accum)
     w = w.view(-1, *[1] * (logits.dim() - 2))
-    s = 1.0 if sample_weight is None else sample_weight.unsqueeze(1)
+    s = torch.ones_like(lse) if sample_weight is None else sample_weight.unsqueeze(1)
     if target.is_floating_point():
         p = target.to(accum) * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
         counts = torch.ones_like(lse, dtype=torch.bool)
@@ -182,20 +182,28 @@ def _formula(
     to be summed over the rows), each times grad_output. float16 and bfloat16 are computed in float32.
     """
     r = _terms(logits, target, weight, sample_weight, o)
+    per_row = grad_output.to(r.z.dtype).unsqueeze(1) if o.reduction == NONE else grad_output.to(r.z.dtype)
+
+    def row_scale(denominator: Tensor) -> Tensor:
+        if o.reduction != MEAN:
+            return torch.where(r.counts, per_row * r.s, 0.0)
+        total = (r.s * denominator).sum()
+        if o.flags & ALL_IGNORED_ZERO:
+            total = torch.where(r.counts.any(), total, 1.0)
+        return torch.where(r.counts, per_row / total * r.s, 0.0)
+
+    # By the log-probabilities first, as torch does: infinite weights then give the same infinities.
+    u = row_scale(r.row_weight)
     if r.target_index is None:
-        q = r.w * r.p
+        by_log_p = -u * (r.w * r.p)
     else:
         is_target = torch.zeros_like(r.z, dtype=torch.bool).scatter(1, r.target_index, True)
-        q = torch.where(is_target, (1 - o.label_smoothing) * r.row_weight, 0.0)
+        by_log_p = torch.where(is_target, -(1 - o.label_smoothing) * r.row_weight * u, 0.0)
         if o.label_smoothing:
-            q = q + o.label_smoothing / max(logits.shape[1], 1) * r.w
-    per_row = grad_output.to(r.z.dtype).unsqueeze(1) if o.reduction == NONE else grad_output.to(r.z.dtype)
-    mean = o.reduction == MEAN
-    u = per_row * torch.where(r.counts, r.s / (r.s * r.row_weight).sum() if mean else r.s, 0.0)
-    uz = per_row * torch.where(r.counts, r.s / (r.s * r.counts).sum() if mean else r.s, 0.0)
-    grad = u * (q.sum(1, keepdim=True) * r.softmax - q)
+            by_log_p = by_log_p - o.label_smoothing / max(logits.shape[1], 1) * r.w * u
+    grad = by_log_p - r.softmax * by_log_p.sum(1, keepdim=True)
     if o.z_loss:
-        grad = grad + uz * (2 * o.z_loss) * r.lse * r.softmax
+        grad = grad + row_scale(r.counts) * torch.where(r.counts, (2 * o.z_loss) * r.lse * r.softmax, 0.0)
     grad = (grad * r.slope).to(logits.dtype)
     if r.p is None:
         return grad, None, None

@@ -62,9 +62,10 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
     if _common.differentiated_again(grad_output, input):
         counts, index, w_t = _row_weights(input, target, weight, ctx.options)
-        factor = torch.where(counts, -w_t / w_t.sum(), 0.0) if ctx.options[0] == MEAN else -w_t
         upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output
-        rows = (factor * upstream).to(input.dtype)
+        if ctx.options[0] == MEAN:
+            upstream = upstream / w_t.sum()
+        rows = torch.where(counts, upstream * -w_t, 0.0).to(input.dtype)
         # The loss is linear in the input: the second derivative is there, and 0.
         zeros = torch.where(torch.zeros_like(input, dtype=torch.bool), input, 0.0)
         grad = _common.attach(grad, zeros.scatter(1, index, rows))
