@@ -401,6 +401,15 @@ def test_inplace_grad_refuses_what_it_cannot_do(device):
     x, t = problem(6, 9, device=device)
     with pytest.raises(RuntimeError, match="leaf"):
         fastloss.cross_entropy(x, t, inplace_grad=True)
+    before = x.detach().clone()
+    for view, options in ((x[:3], {}), (x.t().unsqueeze(0), {"class_dim": 1}), (x.view(1, 6, 9), {"class_dim": -1})):
+        rows = torch.zeros([n for i, n in enumerate(view.shape) if i != options.get("class_dim", 1) % view.dim()])
+        with pytest.raises(RuntimeError, match="or a view of one"):
+            fastloss.cross_entropy(view, rows.to(device, torch.int64), inplace_grad=True, **options).backward()
+    given = x.detach().movedim(1, 0).requires_grad_()  # a leaf that is a view of a tensor without gradient
+    with pytest.raises(RuntimeError, match="leaf"):
+        fastloss.cross_entropy(given, t, class_dim=0, inplace_grad=True)
+    assert torch.equal(x, before)
     with pytest.raises(RuntimeError, match="share memory"):
         fastloss.cross_entropy(logits_of(x[:1]).expand(6, 9), t, inplace_grad=True)
     y = logits_of(x)

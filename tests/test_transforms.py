@@ -515,6 +515,60 @@ def test_export(device):
         torch.testing.assert_close(program.module()(x, t), F.cross_entropy(x, t, label_smoothing=0.1))
 
 
+RECORDED = {
+    "cross_entropy": lambda f, z, t: f.cross_entropy(z, t, label_smoothing=0.1),
+    "cross_entropy, rows": lambda f, z, t: f.cross_entropy(z, t, reduction="none").square().mean(),
+    "probabilities": lambda f, z, t: f.cross_entropy(z, (2 * z).softmax(1)),
+    "nll_loss": lambda f, z, t: f.nll_loss(z.log_softmax(1), t),
+    "mse_loss": lambda f, z, t: f.mse_loss(z, torch.ones_like(z)),
+    "rmse_loss": lambda f, z, t: f.mse_loss(z, 0 * z).sqrt() if f is F else f.rmse_loss(z, 0 * z),
+    "stats": lambda f, z, t: f.cross_entropy(z, t) if f is F else f.cross_entropy(z, t, return_stats=True)[0],
+}
+
+
+class Recorded(torch.nn.Module):
+    def __init__(self, functions, loss):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.functions, self.loss = torch.nn.Linear(5, 5), functions, loss
+
+    def forward(self, x, t):
+        return self.loss(self.functions, self.layer(x), t)
+
+
+@pytest.mark.parametrize("recorder", ("export", "export, strict", "trace"))
+@pytest.mark.parametrize("loss", RECORDED.values(), ids=RECORDED)
+def test_training_what_was_recorded(loss, recorder, device):
+    """A recorded program has torch's gradients, not a loss that its parameters know nothing of."""
+    x, t = (a.to(device) for a in problem(4, 5, device=device, dtype=torch.float32))
+    ours, theirs = (Recorded(functions, loss).to(device) for functions in (fastloss, F))
+    if recorder == "trace":
+        program = torch.jit.trace(ours, (x, t))
+        ours.zero_grad()
+    else:
+        program = torch.export.export(ours, (x, t), strict=recorder.endswith("strict")).module()
+    got, want = program(x, t), theirs(x, t)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    want.backward()
+    for a, b in zip(program.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", ("cross_entropy", "nll_loss", "mse_loss"))
+def test_vmap_over_no_samples(name, device):
+    x = torch.randn(0, 3, device=device)
+    t = x if name == "mse_loss" else torch.zeros(0, dtype=torch.int64, device=device)
+    for reduction in ("mean", "sum", "none"):
+        results = []
+        for functions in (fastloss, F):
+            loss = functools.partial(getattr(functions, name), reduction=reduction)
+            rows = torch.vmap(lambda a, b, f=loss: f(a[None], b[None]))(x, t)
+            grads = torch.vmap(torch.func.grad(lambda a, b, f=loss: f(a[None], b[None]).sum()))(x, t)
+            results.append((rows, grads))
+        torch.testing.assert_close(*results)
+
+
 # ------------------------------------------------------------------------------------ the operators themselves
 
 
@@ -534,7 +588,9 @@ def operator_calls(device):
             arguments = (x, target, weight, sample_weight, *options)
             for flags in (0, SAVE, ZERO_TIMES_INF | ALL_IGNORED_ZERO, *((GRAD,) if reduction != NONE else ())):
                 yield ops.cross_entropy_forward, (*arguments, flags)
-            yield ops.cross_entropy_forward_stats, (*arguments, SAVE | STATS)
+            yield ops.cross_entropy_forward_recorded, (*arguments, SAVE)
+            for stats in (ops.cross_entropy_forward_stats, ops.cross_entropy_forward_stats_recorded):
+                yield stats, (*arguments, SAVE | STATS)
             _, saved, _ = ops.cross_entropy_forward(*arguments, SAVE)
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
             yield ops.cross_entropy_backward, (g, x, target, weight, sample_weight, saved, *options, 0)
@@ -544,7 +600,8 @@ def operator_calls(device):
                 yield ops.cross_entropy_forward_inplace, (*arguments, 0)
                 yield ops.cross_entropy_forward_inplace, (*arguments, STATS)
         for reduction in (NONE, MEAN, SUM):
-            yield ops.nll_loss_forward, (x, t, w, reduction, 0, -100)
+            for forward in (ops.nll_loss_forward, ops.nll_loss_forward_recorded):
+                yield forward, (x, t, w, reduction, 0, -100)
             total = ops.nll_loss_forward(x, t, w, reduction, 0, -100)[1]
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
             yield ops.nll_loss_backward, (g, x, t, w, total, reduction, 0, -100)
@@ -554,6 +611,7 @@ def operator_calls(device):
             first = (x, u, *extra)
             for flags in (0, *((1, 3) if reduction != NONE else ())):
                 yield ops.pointwise_forward, (*first, *options, flags)
+            yield ops.pointwise_forward_recorded, (*first, *options, 0)
             factor = ops.pointwise_forward(*first, *options, 0)[1]
             g = u if reduction == NONE else torch.tensor(2.0, device=device)
             for flags in (1, 3):

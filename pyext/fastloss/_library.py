@@ -54,12 +54,35 @@ def loop_vmap(op: Callable[..., Any], outputs: int) -> Callable[..., Any]:
         samples = []
         for i in range(info.batch_size):
             sample = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-            samples.append(op(*sample))
-        if outputs == 1:
-            return torch.stack(samples), 0
-        return tuple(torch.stack(column) for column in zip(*samples, strict=True)), (0,) * outputs
+            result = op(*sample)
+            samples.append((result,) if outputs == 1 else result)
+        if samples:
+            columns = [torch.stack(column) for column in zip(*samples, strict=True)]
+        else:  # one sample's shapes and dtypes, of zeros, tell those of none
+            sample = [
+                a if d is None else a.new_zeros(a.movedim(d, 0).shape[1:]) for a, d in zip(args, in_dims, strict=True)
+            ]
+            result = op(*sample)
+            columns = [r.new_empty((0, *r.shape)) for r in ((result,) if outputs == 1 else result)]
+        return (columns[0], 0) if outputs == 1 else (tuple(columns), (0,) * outputs)
 
     return rule
 
 
-__all__ = ["cuda_built", "loop_vmap", "ops", "set_isa"]
+_recorded = torch.library.Library("fastloss", "FRAGMENT")
+
+
+def define_recorded(name: str, op: Any, function: Any) -> None:
+    """Defines ``fastloss::<name>``: ``op`` with the rules of ``function``, a torch.autograd.Function that takes its
+    arguments one by one. Programs that torch.export and torch.jit.trace record keep operators and forget the Function
+    around them, and would lose the gradient. Elsewhere the Function itself is faster."""
+    schema = str(op.default._schema).partition("(")
+    _recorded.define(f"{name}({schema[2]}")
+    _recorded.impl(name, lambda *args: op(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastloss::{name}", lambda *args: op(*args), lib=_recorded)
+    torch.library.register_autograd(
+        f"fastloss::{name}", function.backward, setup_context=function.setup_context, lib=_recorded
+    )
+
+
+__all__ = ["cuda_built", "define_recorded", "loop_vmap", "ops", "set_isa"]

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import functional
 from .losses._common import DTYPE_CODES, unsupported
 
 _originals: dict[str, Callable[..., Any]] = {}
 _lock = threading.RLock()
+_DISABLED = torch._C._disabled_torch_function_impl
 
 
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -34,10 +35,21 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return unsupported(*tensors)
 
 
+def _overrides(value: Any) -> bool:
+    """Whether it is of a type with its own __torch_function__, whatever mode is on."""
+    return type(value) is not Tensor and getattr(type(value), "__torch_function__", _DISABLED) is not _DISABLED
+
+
 def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return ours(*args, **kwargs) if takes(args, kwargs) is None else original(*args, **kwargs)
+        if takes(args, kwargs) is None:
+            return ours(*args, **kwargs)
+        if overloaded := [a for a in (*args, *kwargs.values()) if _overrides(a)]:
+            # torch's own function would hand over what it finds under its name, which is this one; who overrides it
+            # may know it by identity.
+            return handle_torch_function(original, overloaded, *args, **kwargs)
+        return original(*args, **kwargs)
 
     # What torch.jit.script compiles instead. torch.compile, which heeds the mark of torch.jit.script_if_tracing, does
     # not heed this one.

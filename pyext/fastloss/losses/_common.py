@@ -29,9 +29,11 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """The reduction that torch's deprecated arguments stand for; they win over ``reduction``, even a wrong one."""
     size_average, reduce = size_average is None or bool(size_average), reduce is None or bool(reduce)
     reduction = "none" if not reduce else "mean" if size_average else "sum"
-    warnings.warn(
-        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.", stacklevel=3
-    )
+    if not torch.compiler.is_compiling():  # it cannot trace warnings
+        warnings.warn(
+            f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.",
+            stacklevel=3,
+        )
     return reduction
 
 
@@ -41,7 +43,10 @@ def reduction_code(reduction: str) -> int:
     if code is not None:
         return code
     if reduction == "elementwise_mean":
-        warnings.warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3)
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3
+            )
         return MEAN
     raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
 
@@ -76,6 +81,11 @@ def as_float(function: str, name: str, value: Any) -> float:
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{function}(): argument '{name}' must be float, not a Tensor that requires grad: it would get none "
+                "here. Apply it to the tensors yourself, or pass it detached"
+            )
         return float(value)
     raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
 
@@ -156,6 +166,11 @@ def _allow_in_graph() -> bool:
 # What torch.compiler.assume_constant_result sets: torch.compile runs the function instead of looking into it. That and
 # allow_in_graph import torch._dynamo, for which an import of fastloss need not wait.
 _allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def recording() -> bool:
+    """Whether torch.export or torch.jit.trace records the operators that are called: see define_recorded."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
 
 
 def transforms_active() -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._library import loop_vmap, ops
+from .._library import define_recorded, loop_vmap, ops
 from . import _common
 from ._common import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM
 
@@ -372,12 +372,12 @@ class _Transformed(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         tensors, ctx.options = inputs[:4], Options(*inputs[4:])
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*tensors, output[1])
         ctx.save_for_forward(*tensors, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Any, _: Any) -> Any:
+    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
         return (*_backward(ctx, grad_output, ctx.saved_tensors)[:4], *[None] * len(Options._fields))
 
     @staticmethod
@@ -386,6 +386,7 @@ class _Transformed(Function):
 
 
 _apply_transformed = _common.opaque_apply(_Transformed)
+define_recorded("pointwise_forward_recorded", ops.pointwise_forward, _Transformed)
 
 
 def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None, o: Options) -> Tensor:
@@ -395,6 +396,8 @@ def run(input: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | Non
         return _apply_transformed(input, target, weight, mask, *o)[0]
     if _common.forward_mode_active():
         return _ForwardMode.apply(*args)[0]
+    if _common.recording():
+        return ops.pointwise_forward_recorded(input, target, weight, mask, *o)[0]
     if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
         return ops.pointwise_forward(input, target, weight, mask, *o)[0]
     return _apply_fused(*args) if is_fused(input, target, o) else _Recompute.apply(*args)[0]

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors
-from .._library import loop_vmap, ops
+from .._library import define_recorded, loop_vmap, ops
 from . import _common, _rowwise
 from ._common import DTYPE_CODES, DTYPES, MEAN, NONE
 
@@ -182,12 +182,15 @@ def _formula(
     to be summed over the rows), each times grad_output. float16 and bfloat16 are computed in float32.
     """
     r = _terms(logits, target, weight, sample_weight, o)
-    per_row = grad_output.to(r.z.dtype).unsqueeze(1) if o.reduction == NONE else grad_output.to(r.z.dtype)
+    # Nothing of dimension 0: vmap over no samples cannot combine that with others.
+    every = list(range(logits.dim()))
+    per_row = grad_output.to(r.z.dtype)
+    per_row = per_row.unsqueeze(1) if o.reduction == NONE else per_row.reshape([1 for _ in every])
 
     def row_scale(denominator: Tensor) -> Tensor:
         if o.reduction != MEAN:
             return torch.where(r.counts, per_row * r.s, 0.0)
-        total = (r.s * denominator).sum()
+        total = (r.s * denominator).sum(every, keepdim=True)
         if o.flags & ALL_IGNORED_ZERO:
             total = torch.where(r.counts.any(), total, 1.0)
         return torch.where(r.counts, per_row / total * r.s, 0.0)
@@ -450,6 +453,8 @@ class _Transformed(Function):
 
 
 _apply_transformed = _common.opaque_apply(_Transformed)
+for _name in ("cross_entropy_forward", "cross_entropy_forward_stats"):
+    define_recorded(f"{_name}_recorded", getattr(ops, _name), _Transformed)
 
 
 def _run(
@@ -469,6 +474,12 @@ def _run(
     if _common.forward_mode_active():
         loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)
         return (loss, *rest)
+    if _common.recording():
+        o = o._replace(flags=o.flags | SAVE)
+        if stats:
+            loss, _, _, *rest = ops.cross_entropy_forward_stats_recorded(logits, target, weight, sample_weight, *o)
+            return (loss, *rest)
+        return (ops.cross_entropy_forward_recorded(logits, target, weight, sample_weight, *o)[0],)
     wanted = torch.is_grad_enabled() and (
         logits.requires_grad or target.requires_grad or (weight is not None and weight.requires_grad)
     )
@@ -598,6 +609,7 @@ def cross_entropy(
         _common.require_tensor("weight", weight, "cross_entropy")
     if sample_weight is not None:
         _common.require_tensor("sample_weight", sample_weight, "cross_entropy")
+    given = input
     soft = input.shape == target.shape
     if soft and target.layout is not torch.strided and target.is_floating_point():
         target = target.to_dense()
@@ -708,10 +720,10 @@ def cross_entropy(
         sample_weight = sample_weight.to(accum).contiguous()
     loss_dtype = _common.autocast_dtype(loss_dtype, input.device)
     if inplace_grad and input.requires_grad and torch.is_grad_enabled():
-        if input.is_leaf:
+        if any(t is not None and t.is_leaf and t.requires_grad for t in (given, given._base)):
             raise RuntimeError(
-                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, and its memory cannot become "
-                "its own gradient. inplace_grad is for logits that a model computed."
+                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, or a view of one, and its memory "
+                "cannot become its own gradient. inplace_grad is for logits that a model computed."
             )
         if not _common.is_dense(input):
             raise RuntimeError(

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import errors
-from .._library import loop_vmap, ops
+from .._library import define_recorded, loop_vmap, ops
 from . import _common, _rowwise
 from ._common import DTYPE_CODES, DTYPES, MEAN, NONE
 
@@ -62,9 +62,10 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
         grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
     if _common.differentiated_again(grad_output, input):
         counts, index, w_t = _row_weights(input, target, weight, ctx.options)
-        upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output
+        every = list(range(input.dim()))  # nothing of dimension 0: vmap over no samples cannot combine that with others
+        upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output.reshape([1 for _ in every])
         if ctx.options[0] == MEAN:
-            upstream = upstream / w_t.sum()
+            upstream = upstream / w_t.sum(every, keepdim=True)
         rows = torch.where(counts, upstream * -w_t, 0.0).to(input.dtype)
         # The loss is linear in the input: the second derivative is there, and 0.
         zeros = torch.where(torch.zeros_like(input, dtype=torch.bool), input, 0.0)
@@ -125,6 +126,7 @@ class _NllLossTransformed(Function):
 
 
 _apply_transformed = _common.opaque_apply(_NllLossTransformed)
+define_recorded("nll_loss_forward_recorded", ops.nll_loss_forward, _NllLossTransformed)
 
 
 def nll_loss(
@@ -213,6 +215,8 @@ def nll_loss(
         loss = _apply_transformed(input, target, weight, *options)[0]
     elif _common.forward_mode_active():
         loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
+    elif _common.recording():
+        loss = ops.nll_loss_forward_recorded(input, target, weight, *options)[0]
     elif torch.is_grad_enabled() and input.requires_grad:
         loss = _NllLoss.apply(input, target, weight, *options)[0]
     else:
