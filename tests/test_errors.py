@@ -233,6 +233,11 @@ OURS = {
     "z_loss nan": ({"z_loss": NAN}, ValueError, ["z_loss", "nan"]),
     "z_loss not a number": ({"z_loss": "a"}, TypeError, ["'z_loss'", "str"]),
     "logit_scale not a number": ({"logit_scale": None}, TypeError, ["'logit_scale'"]),
+    "logit_scale that requires grad": (
+        {"logit_scale": torch.ones((), requires_grad=True)},
+        TypeError,
+        ["'logit_scale'", "requires grad", "detached"],
+    ),
     "all_ignored": ({"all_ignored": "none"}, ValueError, ["all_ignored", "'none'", "'zero'"]),
     "zero_times_inf": ({"zero_times_inf": True}, ValueError, ["zero_times_inf", "True"]),
     "class_dim": ({"class_dim": 2}, IndexError, ["class_dim is 2", "2 dimensions"]),

@@ -284,6 +284,33 @@ def test_subclasses(problem):
             fastloss.cross_entropy(Wrapper(x.detach()), t)
 
 
+class Handling(torch.Tensor):
+    """Knows torch's functions by identity, as libraries with a table of their own implementations do."""
+
+    table: ClassVar = {TORCHS["cross_entropy"]: "handled"}
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return cls.table[func] if func in cls.table else super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Duck:
+    """No tensor at all."""
+
+    __torch_function__ = Handling.__torch_function__
+
+
+def test_overriding_types_see_torchs_own_function(problem):
+    x, t = problem
+    with fastloss.patch():
+        assert F.cross_entropy(x.detach().as_subclass(Handling), t) == "handled"
+        assert F.cross_entropy(input=x.detach().as_subclass(Handling), target=t) == "handled"
+        assert F.cross_entropy(Duck(), t) == "handled"
+        assert torch.nn.CrossEntropyLoss()(x.detach().as_subclass(Handling), t) == "handled"
+        with torch.device(x.device):  # a mode
+            assert ours(F.cross_entropy, x, t)
+
+
 def test_parameters_and_buffers_are_ordinary(problem):
     x, t = problem
     weight = torch.nn.Buffer(torch.ones(5, device=x.device))

@@ -5,6 +5,7 @@ import importlib
 import warnings
 
 import fastloss
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,7 +301,83 @@ def test_rmse_twice_differentiated_at_zero_has_no_nan(device):
     assert torch.func.hessian(fastloss.rmse_loss)(t, t).isfinite().all() and loss == 0
 
 
+def test_rmse_of_elements_with_eps_is_smooth(device):
+    """Where the residual or the weight is 0, or the weight below it, the derivatives are those of sqrt(w d^2 + eps)."""
+    x = torch.tensor([0.0, 1.0, 2.0, 2.0], dtype=torch.float64, device=device, requires_grad=True)
+    w = torch.tensor([1.0, 0.0, 3.0, -0.01], dtype=torch.float64, device=device, requires_grad=True)
+    for weight in (None, w):
+        results = []
+        for roots in (
+            fastloss.rmse_loss(x, 0 * x.detach(), "none", eps=0.25, weight=weight),
+            ((1 if weight is None else weight) * x.square() + 0.25).sqrt(),
+        ):
+            first = torch.autograd.grad(roots.sum(), [a for a in (x, weight) if a is not None], create_graph=True)
+            results.append((roots, *first, *torch.autograd.grad(first[0].sum(), x)))
+        torch.testing.assert_close(*results)
+    for dtype in (torch.float16, torch.float32):
+        large = torch.full((3,), 6e4 if dtype == torch.float16 else 3e38, dtype=dtype, device=device)
+        ones = torch.ones(3, dtype=dtype, device=device)
+        for weight in (None, ones):
+            assert torch.equal(fastloss.rmse_loss(large, 0 * large, "none", eps=0.25, weight=weight), large)
+
+
+def test_rmse_under_a_mask_hides_the_weights_too(device):
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
+    w = torch.tensor([-1.0, 0.0, NAN, 2.0], device=device, requires_grad=True)
+    mask = torch.tensor([False, False, False, True], device=device)
+    for eps in (0.0, 0.25):
+        loss = fastloss.rmse_loss(x, 0 * x, "none", weight=w, mask=mask, eps=eps)
+        (grad,) = torch.autograd.grad(loss.sum(), w)
+        assert (loss[:3] == 0).all() and (grad[:3] == 0).all() and grad[3] > 0
+
+
+def test_rmse_dim(device):
+    """Whatever is an index; each dimension once; no more of them than are told apart."""
+    x, t = pair(3, 4, device=device)
+    want = (x - t).square().mean(1).sqrt().mean()
+    for dim in (1, -1, [1], (1,), np.int64(1), torch.tensor(1), torch.tensor([1])):
+        torch.testing.assert_close(fastloss.rmse_loss(x, t, dim=dim), want)
+    for dim in ([0, 0], [1, -1]):
+        with pytest.raises(RuntimeError, match="twice"):
+            fastloss.rmse_loss(x, t, dim=dim)
+    y, u = (a.detach().view([3, 4] + [1] * 23) for a in (x, t))
+    with pytest.raises(NotImplementedError, match="at most 24"):
+        fastloss.rmse_loss(y, u, dim=1)
+    torch.testing.assert_close(fastloss.rmse_loss(y, u), fastloss.rmse_loss(x, t).detach())
+
+
 # ---------------------------------------------------------------------------------------------------- masks, weights
+
+
+@specs
+def test_operands_without_dimensions(spec, device):
+    """All derivatives of a single number, also as vmap sees it."""
+    values = torch.tensor([0.2, 1.4, -0.3], dtype=torch.float64, device=device)
+    t = torch.tensor(0.5, dtype=torch.float64, device=device)
+    for reduction in ("mean", "sum", "none"):
+        function = functools.partial(spec.function, target=t, reduction=reduction, **own(spec))
+        composed = functools.partial(spec.reference, target=t, reduction=reduction, **own(spec))
+        twice, want = (torch.func.grad(torch.func.grad(f)) for f in (function, composed))
+        torch.testing.assert_close(torch.func.hessian(function)(values[0]), want(values[0]))
+        torch.testing.assert_close(torch.vmap(twice)(values), torch.stack([want(v) for v in values]))
+        leaf = values[1].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad, leaf, create_graph=True)
+        torch.testing.assert_close(second.detach(), want(values[1]))
+
+
+@specs
+def test_many_weights_of_halves(spec, device):
+    """Their sum is beyond the largest half, and beyond what counting in halves could tell; on every path."""
+    x, t = pair(70000, device=device, dtype=torch.float32)
+    w = torch.ones(70000, dtype=torch.float16, device=device)
+    function = functools.partial(spec.function, target=t, sample_weight=w, **own(spec))
+    want, plain = spec.function(x, t, **own(spec)), function(x)
+    (want_grad,), (plain_grad,) = torch.autograd.grad(want, x), torch.autograd.grad(plain, x)
+    inside_grad, inside = torch.func.grad_and_value(function)(x.detach())
+    for loss, grad in ((plain, plain_grad), (inside, inside_grad)):
+        torch.testing.assert_close(loss.detach(), want.detach())
+        torch.testing.assert_close(grad, want_grad)
 
 
 @pytest.mark.parametrize("garbage", (NAN, INF, -INF, 0.0), ids=str)
@@ -363,7 +440,8 @@ def test_weights_are_torchs(device):
                         assert loss.requires_grad
                         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, t, w))))
                     assert [a.dtype for a in results[0]] == [a.dtype for a in results[1]]
-                    tolerance = 1e-9 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 3e-2
+                    # torch adds the weights in their own dtype.
+                    tolerance = 1e-9 if dtype == weight_dtype == torch.float64 else 2e-5 if dtype.itemsize > 2 else 3e-2
                     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 

@@ -233,7 +233,7 @@ def _second(
     scale = torch.where(counts, 1.0 if weight is None else weight, 0.0)
     cols = list(range(o.row_dims, input.dim()))
     if o.reduction != NONE:
-        scale = scale * factor.view(*factor.shape, *[1] * len(cols))
+        scale = scale * factor.view([*factor.shape, *[1] * len(cols)])
     formula = _formula(o.loss, o.param)
 
     def along(x: Tensor, t: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def _second(
         total = along(x, t)
         return _common.attach(loss, total.sum(cols) if o.reduction != NONE and cols else total), *grads
     if grad_output is not None:
-        per_element = grad_output if o.reduction == NONE else grad_output.view(*grad_output.shape, *[1] * len(cols))
+        per_element = grad_output if o.reduction == NONE else grad_output.view([*grad_output.shape, *[1] * len(cols)])
         scale = scale * per_element.to(accum)
     second = torch.func.vjp(along, x, t)[1](torch.ones_like(x))
     found = zip(grads, second, (GRAD_INPUT, GRAD_TARGET), strict=True)
@@ -593,16 +593,18 @@ def check(
 def _with_weight_grad(loss: str, param: float, x: Operands) -> Tensor:
     """Differentiable in the weight too, as torch's is: values from the kernel, products of torch operations."""
     assert x.weight is not None
-    o = Options(NUMBERS[loss], param, NONE, 0, 0.0, DTYPE_CODES[x.dtype])
-    weight = x.weight if x.mask is None else torch.where(x.mask, x.weight, 0)
+    accum = _common.accum_dtype(x.dtype)
+    o = Options(NUMBERS[loss], param, NONE, 0, 0.0, DTYPE_CODES[accum])
+    weight = (x.weight if x.mask is None else torch.where(x.mask, x.weight, 0)).to(accum)
     values = run(x.input, x.target, None, x.mask, o) * weight
     if x.reduction == NONE:
         return values.to(x.dtype)
+    total = values.sum(dtype=torch.float64)
     if x.reduction == SUM:
-        return values.sum().to(x.dtype)
+        return total.to(x.dtype)
     if x.weight_denominator:
-        return (values.sum() / (weight.sum() * x.weight_denominator)).to(x.dtype)
-    return (values.mean() if x.mask is None else values.sum() / x.mask.sum()).to(x.dtype)
+        return (total / (weight.sum(dtype=torch.float64) * x.weight_denominator)).to(x.dtype)
+    return (total / (values.numel() if x.mask is None else x.mask.sum())).to(x.dtype)
 
 
 def differentiates(weight: Tensor | None) -> bool:

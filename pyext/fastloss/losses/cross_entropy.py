@@ -10,6 +10,8 @@ its rules. Three ways to a gradient:
 - the same under torch.func transforms, in the form that they ask for.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -214,6 +216,12 @@ def _formula(
     return grad, u * (1 - o.label_smoothing) * r.w * minus_log_p, u * r.p * minus_log_p
 
 
+def _product(factor: Tensor, value: Tensor, o: _Options) -> Tensor:
+    """factor * value; with zero_times_inf="zero" an exact 0 wins over an infinite value."""
+    product = factor * value
+    return torch.where(factor == 0, 0.0, product) if o.flags & ZERO_TIMES_INF else product
+
+
 def _sum_rows(per_class: Tensor, weight: Tensor) -> Tensor:
     return per_class.sum([d for d in range(per_class.dim()) if d != 1]).to(weight.dtype)
 
@@ -238,7 +246,7 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
             plain, wide = o._replace(label_smoothing=0.0), target.detach().to(weight.dtype)  # detach: no tangent
             per_class = ops.cross_entropy_target_backward(grad_output, logits, wide, None, sample_weight, saved, *plain)
             p = wide * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
-            grad_weight = _sum_rows(per_class * p, weight)
+            grad_weight = _sum_rows(_product(p, per_class, o), weight)
     if _common.differentiated_again(grad_output, logits, target, weight):
         f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, grad_output, o)
         grad = None if grad is None else _common.attach(grad, f_logits)
@@ -264,10 +272,11 @@ def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: T
         else:
             per_weight = torch.zeros_like(r.z) if logits_t is None else r.p * (lse_t - z_t)
             if target_t is not None:
-                per_weight = per_weight + (1 - o.label_smoothing) * target_t * (r.lse - r.z)
-            terms = torch.zeros_like(r.z) if logits_t is target_t is None else r.w * per_weight
+                per_weight = per_weight + (1 - o.label_smoothing) * _product(target_t, r.lse - r.z, o)
+            terms = torch.zeros_like(r.z) if logits_t is target_t is None else _product(r.w, per_weight, o)
             if weight_t is not None:
-                terms = terms + weight_t.view(r.w.shape) * (r.p * (r.lse - r.z))
+                minus_p_log_p = _product(r.p, r.lse - r.z, o)
+                terms = terms + _product(weight_t.view(r.w.shape), minus_p_log_p, o)
             nll = terms.sum(1, keepdim=True)
 
         def reduced(rows: Tensor, denominator: Tensor) -> Tensor:
@@ -722,8 +731,8 @@ def cross_entropy(
     if inplace_grad and input.requires_grad and torch.is_grad_enabled():
         if any(t is not None and t.is_leaf and t.requires_grad for t in (given, given._base)):
             raise RuntimeError(
-                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, or a view of one, and its memory "
-                "cannot become its own gradient. inplace_grad is for logits that a model computed."
+                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, or a view of one, and its "
+                "memory cannot become its own gradient. inplace_grad is for logits that a model computed."
             )
         if not _common.is_dense(input):
             raise RuntimeError(
@@ -759,6 +768,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     Takes torch's constructor arguments and, keyword-only, those that :func:`cross_entropy` adds. ``weight`` is a
     buffer, so state dicts are interchangeable with torch's. ``sample_weight`` is an argument of the call.
     """
+
+    options: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # of modules that were torch's before they became one of this class
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Root mean squared error, with a gradient at zero. The mathematics is in ``csrc/pointwise/losses.h``."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,6 +178,10 @@ def rmse_loss(
         code = {"mean": MEAN, "sum": SUM}.get(reduction) if isinstance(reduction, str) else None
         if code is not None and _pointwise.is_plain(input, target):
             return _roots(Operands(input, target, None, None, code, 0.0, input.dtype), 0, eps)
+    if dim is not None and max(input.dim(), target.dim()) > _pointwise.MAX_DIMS:
+        raise NotImplementedError(
+            f"rmse_loss(): with dim at most {_pointwise.MAX_DIMS} dimensions; flatten some of them"
+        )
     x = _pointwise.check("rmse_loss", input, target, reduction, weight, sample_weight, mask)
     if dim is None:
         if x.reduction != NONE:
@@ -186,23 +191,33 @@ def rmse_loss(
 
 
 def _of_elements(x: Operands, eps: float) -> Tensor:
-    """sqrt(w d^2 + eps) of each, by way of sqrt(w) |d|, which does not overflow."""
-    dtype, accum = x.dtype, _common.accum_dtype(x.dtype)
-    weight = None if x.weight is None else x.weight.to(accum).sqrt()
-    roots = _pointwise.run_weighted("l1_loss", 0.0, x._replace(weight=weight, dtype=accum if eps else dtype))
-    if eps:
-        roots = torch.hypot(roots, torch.full((), eps**0.5, dtype=accum, device=roots.device)).to(dtype)
-        roots = roots if x.mask is None else torch.where(x.mask, roots, 0)
-    return roots
+    """sqrt(w d^2 + eps) of each; without eps by way of sqrt(w) |d|, which does not overflow."""
+    weight = x.weight
+    if weight is not None and x.mask is not None:  # what is hidden may hold anything, also for the weight's gradient
+        weight = torch.where(x.mask, weight, 1)
+    if not eps:
+        weight = None if weight is None else weight.to(_common.accum_dtype(x.dtype)).sqrt()
+        return _pointwise.run_weighted("l1_loss", 0.0, x._replace(weight=weight))
+    # By the squares, smooth where the residual is 0, and the weights, of which those of 0 and below have a derivative.
+    # In float64, where squares of float32 do not overflow.
+    o = Options(NUMBERS["mse_loss"], 0.0, NONE, 0, 0.0, DTYPE_CODES[torch.float64])
+    square = _pointwise.run(x.input.double(), x.target.double(), None, x.mask, o)
+    roots = ((square if weight is None else weight * square) + eps).sqrt()
+    return (roots if x.mask is None else torch.where(x.mask, roots, 0)).to(x.dtype)
 
 
 def _per_group(x: Operands, dim: int | Sequence[int], eps: float) -> Tensor:
     rank = x.input.dim()
-    dims = [dim] if isinstance(dim, int) else list(dim)
+    try:
+        dims = [operator.index(dim)]  # type: ignore[arg-type]
+    except TypeError:
+        dims = [operator.index(d) for d in dim]  # type: ignore[union-attr]
     for d in dims:
         if not -rank <= d < rank:
             raise IndexError(f"rmse_loss(): dim {d} is out of range for a loss of {rank} dimensions")
-    dims = sorted({d % rank for d in dims})
+    dims = sorted(d % rank for d in dims)
+    if len(set(dims)) < len(dims):
+        raise RuntimeError(f"rmse_loss(): dim names a dimension twice: {dim}")
     input, target, weight, mask = (_pointwise.dims_last(t, dims) for t in (x.input, x.target, x.weight, x.mask))
     assert input is not None and target is not None
     row_dims = rank - len(dims)
