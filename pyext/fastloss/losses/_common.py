@@ -58,8 +58,10 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What torch's losses compute with: float32 instead of float16 and bfloat16 where autocast is on for the device."""
+    if dtype not in HALVES:
+        return dtype
     kind = device.type
-    return torch.float32 if dtype in HALVES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else dtype
+    return torch.float32 if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else dtype
 
 
 def as_int(function: str, name: str, value: Any) -> int:
@@ -78,6 +80,8 @@ def as_int(function: str, name: str, value: Any) -> int:
 
 def as_float(function: str, name: str, value: Any) -> float:
     """A float argument, as any real number (numpy's too) or a tensor without dimensions."""
+    if type(value) is float:
+        return value
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
@@ -103,7 +107,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
             continue
         if first is None:
             first = t
-            kind = t.device.type
+            kind = "cpu" if t.is_cpu else t.device.type  # the first is faster
             if kind not in ("cpu", "cuda", "meta"):
                 return f"device {t.device}: fastloss has kernels for cpu and cuda"
             if kind == "cuda" and not cuda_built() and not isinstance(t, FakeTensor):
@@ -170,7 +174,7 @@ _allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def recording() -> bool:
     """Whether torch.export or torch.jit.trace records the operators that are called: see define_recorded."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def transforms_active() -> bool:
