@@ -185,10 +185,6 @@ class Rows {
   }
 };
 
-struct BlockSums {  // of one batch; doubles so that rows can be added in order without loss
-  double nll = 0, smooth = 0, z = 0, correct = 0;
-};
-
 // One value per row of a batch, in arrays padded to whole vectors.
 template <class T>
 class RowBatch {
@@ -260,7 +256,7 @@ class RowBatch {
 
 // All that is O(1) per row, from the statistics of a batch: losses, saved values, gradient coefficients.
 template <Mode kMode, bool kTransform, class S, class T>
-inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int64_t n, BlockSums* sums) {
+inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int64_t n, LossSums* sums) {
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;
   const T per_d = call.per_d(), per_dn = call.per_dn();

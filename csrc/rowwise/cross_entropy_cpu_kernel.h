@@ -100,20 +100,20 @@ inline void target_gradient(const Call<accum_t<S>>& call, int64_t begin, int64_t
 }
 
 template <Mode kMode, bool kTransform, class S>
-inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, BlockSums* total) {
+inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, LossSums* total) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const bool by_rows = takes_row_path(a);
   const bool keep = by_rows && a.grad && !call.backward && a.classes * int64_t(sizeof(T)) <= kKeptBytes;
   const TileShape shape = by_rows ? TileShape{clamp_to(8192 / a.classes, 1, 64), 0, 0} : tile_shape<T>(a);
   const int64_t batches = (a.rows() + shape.rows - 1) / shape.rows;
-  Scratch<BlockSums> parts(batches > 0 ? batches : 1);
+  Scratch<LossSums> parts(batches > 0 ? batches : 1);
   parallel(parallel_for, batches, grain_for(shape.rows * a.classes), [&](int64_t begin, int64_t end) {
     RowBatch<T> s(shape.rows);
     Tiles<T> tiles(shape, a.soft, call.streamed);
     KeptRows<T> exps(keep ? shape.rows : 0, a.classes);
     for (int64_t i = begin; i < end; ++i) {
-      parts[i] = BlockSums{};
+      parts[i] = LossSums{};
       const int64_t first = i * shape.rows, n = min_of(shape.rows, a.rows() - first);
       if (keep)
         row_path<kMode, kTransform, true, S>(call, s, exps, first, n, &parts[i]);
@@ -124,13 +124,13 @@ inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, 
     }
     if (call.streamed) stream_fence();
   });
-  constexpr int64_t stride = sizeof(BlockSums) / sizeof(double);
+  constexpr int64_t stride = sizeof(LossSums) / sizeof(double);
   auto sum = [&](const double* first) { return pairwise_sum(first, batches, stride); };
   *total = {sum(&parts[0].nll), sum(&parts[0].smooth), sum(&parts[0].z), sum(&parts[0].correct)};
 }
 
 template <class S>
-inline void run(const Call<accum_t<S>>& call, ParallelFor parallel_for, BlockSums* total) {
+inline void run(const Call<accum_t<S>>& call, ParallelFor parallel_for, LossSums* total) {
   const CrossEntropyArgs& a = call.a;
   const bool transform = a.softcap > 0 || a.logit_scale != 1;
   const Mode mode = a.soft                  ? Mode::soft
@@ -154,7 +154,7 @@ inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   Call<T> call(a, /*is_backward=*/false);
   Status status = denominators<T>(a, parallel_for, &call.d);
   if (status.code != Status::ok) return status;
-  BlockSums total;
+  LossSums total;
   run<S>(call, parallel_for, &total);
   if (a.saved) {
     T* d = static_cast<T*>(a.saved) + a.saved_count() - 2;
@@ -164,9 +164,8 @@ inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   const bool nothing = a.all_ignored_zero && call.d.counted == 0;
   if (a.loss && a.reduction != Reduction::none) {
     const bool mean = a.reduction == Reduction::mean;
-    double loss = mean ? total.nll / call.d.weight : total.nll;
-    if (a.label_smoothing > 0 && !a.soft) loss += mean ? total.smooth / call.d.weight : total.smooth;
-    if (a.z_loss != 0) loss += mean ? total.z / call.d.count : total.z;
+    const double loss =
+        reduced_loss(total, mean, a.label_smoothing > 0 && !a.soft, a.z_loss != 0, call.d.weight, call.d.count);
     store_scalar(a.loss, a.loss_type, 0, mean && nothing ? 0 : loss);
   }
   if (a.accuracy) *a.accuracy = nothing ? 0.f : float(total.correct / double(call.d.counted));
@@ -180,7 +179,7 @@ inline Status backward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   const T* d = static_cast<const T*>(a.saved) + a.saved_count() - 2;
   call.d.weight = double(d[0]);
   call.d.count = double(d[1]);
-  BlockSums unused;
+  LossSums unused;
   if (a.grad) run<S>(call, parallel_for, &unused);
   if (a.grad_target) {
     parallel(parallel_for, a.rows(), grain_for(a.classes), [&](int64_t begin, int64_t end) {

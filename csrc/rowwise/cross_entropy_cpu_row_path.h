@@ -193,7 +193,7 @@ class KeptRows {
 
 template <Mode kMode, bool kTransform, bool kKeep, class S>
 inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, KeptRows<accum_t<S>>& exps, int64_t first,
-                     int64_t n, BlockSums* sums) {
+                     int64_t n, LossSums* sums) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const S* logits = static_cast<const S*>(a.logits);

@@ -255,7 +255,7 @@ struct Tiles {  // z, then its gradient; probabilities; the gradient once more, 
 
 template <Mode kMode, bool kTransform, class S>
 inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Tiles<accum_t<S>>& tiles, int64_t first,
-                      int64_t n, BlockSums* sums) {
+                      int64_t n, LossSums* sums) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;

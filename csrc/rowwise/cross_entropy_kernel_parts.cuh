@@ -217,11 +217,6 @@ __device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pas
   return c;
 }
 
-// Of rows: s nll of the targets, s nll of smoothing, s z_loss lse^2, right predictions.
-struct LossSums {
-  double nll, smooth, z, correct;
-};
-
 template <class A>
 struct RowResult {
   A ref, log_sum;  // lse = ref + log_sum
@@ -380,9 +375,7 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   const bool nothing = p.all_ignored_zero && counted == 0;
   if (p.loss && p.reduction != Reduction::none) {
     const bool mean = p.reduction == Reduction::mean;
-    double loss = mean ? sums.nll / weight : sums.nll;
-    if (with_smooth) loss += mean ? sums.smooth / weight : sums.smooth;
-    if (with_z) loss += mean ? sums.z / count : sums.z;
+    double loss = reduced_loss(sums, mean, with_smooth, with_z, weight, count);
     if (mean && nothing) loss = sums.nll * 0;  // nan if there was a bad target
     store_as(p.loss, p.loss_type, 0, loss);
   }

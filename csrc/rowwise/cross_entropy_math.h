@@ -69,6 +69,19 @@ template <class T, class V>
 FASTLOSS_HD V smooth_row_nll(const RowConstants<T>& k, V log_sum, V dot) {
   return k.smooth_share * spread_nll(k.weight_sum, log_sum, dot);
 }
+// Sums over rows, in doubles, so that many can be added without loss: s nll of the targets, s nll of
+// smoothing, s z_loss lse^2, right predictions.
+struct LossSums {
+  double nll = 0, smooth = 0, z = 0, correct = 0;
+};
+// L, from the sums over all rows; see cross_entropy.h.
+FASTLOSS_HD double reduced_loss(const LossSums& s, bool mean, bool with_smooth, bool with_z, double d, double dn) {
+  double loss = mean ? s.nll / d : s.nll;
+  if (with_smooth) loss += mean ? s.smooth / d : s.smooth;
+  if (with_z) loss += mean ? s.z / dn : s.z;
+  return loss;
+}
+
 // u: what nll weighs in the result (grad_output * s / D), uz: what lse^2 does (grad_output * s / Dn).
 template <class T, class V>
 FASTLOSS_HD RowGrad<V> index_row_grad(const RowConstants<T>& k, V lse, V w_t, V u, V uz) {

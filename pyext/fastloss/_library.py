@@ -51,19 +51,16 @@ def loop_vmap(op: Callable[..., Any], outputs: int) -> Callable[..., Any]:
     """A batching rule that calls ``op`` once per sample and stacks: torch.func.vmap over one of our operators."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        samples = []
-        for i in range(info.batch_size):
-            sample = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-            result = op(*sample)
-            samples.append((result,) if outputs == 1 else result)
-        if samples:
+        def results(sample: Callable[..., torch.Tensor]) -> Any:
+            result = op(*(a if d is None else sample(a, d) for a, d in zip(args, in_dims, strict=True)))
+            return (result,) if outputs == 1 else result
+
+        if info.batch_size:
+            samples = [results(lambda a, d, i=i: a.select(d, i)) for i in range(info.batch_size)]
             columns = [torch.stack(column) for column in zip(*samples, strict=True)]
-        else:  # one sample's shapes and dtypes, of zeros, tell those of none
-            sample = [
-                a if d is None else a.new_zeros(a.movedim(d, 0).shape[1:]) for a, d in zip(args, in_dims, strict=True)
-            ]
-            result = op(*sample)
-            columns = [r.new_empty((0, *r.shape)) for r in ((result,) if outputs == 1 else result)]
+        else:  # one sample of zeros tells the shapes and dtypes
+            zeros = results(lambda a, d: a.new_zeros(a.movedim(d, 0).shape[1:]))
+            columns = [r.new_empty((0, *r.shape)) for r in zeros]
         return (columns[0], 0) if outputs == 1 else (tuple(columns), (0,) * outputs)
 
     return rule

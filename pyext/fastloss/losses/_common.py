@@ -25,15 +25,17 @@ HALVES = (torch.float16, torch.bfloat16)
 _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
 
 
+def _warn(message: str) -> None:
+    """Of a loss's arguments, as the loss's caller sees it."""
+    if not torch.compiler.is_compiling():  # it cannot trace warnings
+        warnings.warn(message, stacklevel=4)
+
+
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """The reduction that torch's deprecated arguments stand for; they win over ``reduction``, even a wrong one."""
     size_average, reduce = size_average is None or bool(size_average), reduce is None or bool(reduce)
     reduction = "none" if not reduce else "mean" if size_average else "sum"
-    if not torch.compiler.is_compiling():  # it cannot trace warnings
-        warnings.warn(
-            f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.",
-            stacklevel=3,
-        )
+    _warn(f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.")
     return reduction
 
 
@@ -43,10 +45,7 @@ def reduction_code(reduction: str) -> int:
     if code is not None:
         return code
     if reduction == "elementwise_mean":
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3
-            )
+        _warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.")
         return MEAN
     raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
 
@@ -84,8 +83,10 @@ def as_float(function: str, name: str, value: Any) -> float:
         return value
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
-    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0):
-        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        if value.requires_grad and torch.is_grad_enabled():
             raise TypeError(
                 f"{function}(): argument '{name}' must be float, not a Tensor that requires grad: it would get none "
                 "here. Apply it to the tensors yourself, or pass it detached"

@@ -145,6 +145,15 @@ class _Terms(NamedTuple):
     target_index: Tensor | None  # of an index target, in its range for ignored rows too
     row_weight: Tensor  # what the row adds to D, but for s
     p: Any  # smoothed probabilities, or None
+    smooth_share: float  # e / C
+
+
+def _smooth_share(logits: Tensor, o: _Options) -> float:
+    return o.label_smoothing / max(logits.shape[1], 1)
+
+
+def _smoothed(p: Tensor, o: _Options) -> Tensor:
+    return p * (1 - o.label_smoothing) + _smooth_share(p, o)
 
 
 def _terms(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, o: _Options) -> _Terms:
@@ -158,16 +167,12 @@ def _terms(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight:
     w = torch.ones(1, dtype=accum, device=z.device) if weight is None else weight.to(accum)
     w = w.view(-1, *[1] * (logits.dim() - 2))
     s = torch.ones_like(lse) if sample_weight is None else sample_weight.unsqueeze(1)
+    share = _smooth_share(logits, o)
     if target.is_floating_point():
-        p = target.to(accum) * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
-        counts = torch.ones_like(lse, dtype=torch.bool)
-        return _Terms(z, slope, lse, softmax, w, s, counts, None, torch.ones_like(lse), p)
-    target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
-    counts = (target != o.ignore_index).unsqueeze(1)
-    index = torch.where(counts, target.unsqueeze(1), 0)
-    # Chosen, not multiplied, here and below: weights of classes that no target has may be infinite.
-    row_weight = torch.where(counts, w.expand(z.shape[1:2] + w.shape[1:]).unsqueeze(0).expand_as(z).gather(1, index), 0)
-    return _Terms(z, slope, lse, softmax, w, s, counts, index, row_weight, None)
+        p, counts = _smoothed(target.to(accum), o), torch.ones_like(lse, dtype=torch.bool)
+        return _Terms(z, slope, lse, softmax, w, s, counts, None, torch.ones_like(lse), p, share)
+    counts, index, row_weight = _rowwise.row_weights(target, weight, o.ignore_index, accum)
+    return _Terms(z, slope, lse, softmax, w, s, counts, index, row_weight, None, share)
 
 
 def _formula(
@@ -184,15 +189,12 @@ def _formula(
     to be summed over the rows), each times grad_output. float16 and bfloat16 are computed in float32.
     """
     r = _terms(logits, target, weight, sample_weight, o)
-    # Nothing of dimension 0: vmap over no samples cannot combine that with others.
-    every = list(range(logits.dim()))
-    per_row = grad_output.to(r.z.dtype)
-    per_row = per_row.unsqueeze(1) if o.reduction == NONE else per_row.reshape([1 for _ in every])
+    per_row = _rowwise.per_row(grad_output.to(r.z.dtype), r.row_weight, o.reduction)
 
     def row_scale(denominator: Tensor) -> Tensor:
         if o.reduction != MEAN:
             return torch.where(r.counts, per_row * r.s, 0.0)
-        total = (r.s * denominator).sum(every, keepdim=True)
+        total = (r.s * denominator).sum().view_as(per_row)
         if o.flags & ALL_IGNORED_ZERO:
             total = torch.where(r.counts.any(), total, 1.0)
         return torch.where(r.counts, per_row / total * r.s, 0.0)
@@ -203,14 +205,15 @@ def _formula(
         by_log_p = -u * (r.w * r.p)
     else:
         is_target = torch.zeros_like(r.z, dtype=torch.bool).scatter(1, r.target_index, True)
+        # Chosen, not multiplied: see row_weights.
         by_log_p = torch.where(is_target, -(1 - o.label_smoothing) * r.row_weight * u, 0.0)
         if o.label_smoothing:
-            by_log_p = by_log_p - o.label_smoothing / max(logits.shape[1], 1) * r.w * u
+            by_log_p = by_log_p - r.smooth_share * r.w * u
     grad = by_log_p - r.softmax * by_log_p.sum(1, keepdim=True)
     if o.z_loss:
         grad = grad + row_scale(r.counts) * torch.where(r.counts, (2 * o.z_loss) * r.lse * r.softmax, 0.0)
     grad = (grad * r.slope).to(logits.dtype)
-    if r.p is None:
+    if r.target_index is not None:
         return grad, None, None
     minus_log_p = r.lse - r.z
     return grad, u * (1 - o.label_smoothing) * r.w * minus_log_p, u * r.p * minus_log_p
@@ -245,8 +248,7 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
         with torch.no_grad():
             plain, wide = o._replace(label_smoothing=0.0), target.detach().to(weight.dtype)  # detach: no tangent
             per_class = ops.cross_entropy_target_backward(grad_output, logits, wide, None, sample_weight, saved, *plain)
-            p = wide * (1 - o.label_smoothing) + o.label_smoothing / max(logits.shape[1], 1)
-            grad_weight = _sum_rows(_product(p, per_class, o), weight)
+            grad_weight = _sum_rows(_product(_smoothed(wide, o), per_class, o), weight)
     if _common.differentiated_again(grad_output, logits, target, weight):
         f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, grad_output, o)
         grad = None if grad is None else _common.attach(grad, f_logits)
@@ -268,7 +270,7 @@ def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: T
         if r.target_index is not None:
             nll = (1 - o.label_smoothing) * r.row_weight * (lse_t - z_t.gather(1, r.target_index))
             if o.label_smoothing:
-                smooth = o.label_smoothing / max(logits.shape[1], 1) * (r.w * (lse_t - z_t)).sum(1, keepdim=True)
+                smooth = r.smooth_share * (r.w * (lse_t - z_t)).sum(1, keepdim=True)
         else:
             per_weight = torch.zeros_like(r.z) if logits_t is None else r.p * (lse_t - z_t)
             if target_t is not None:
@@ -485,10 +487,9 @@ def _run(
         return (loss, *rest)
     if _common.recording():
         o = o._replace(flags=o.flags | SAVE)
-        if stats:
-            loss, _, _, *rest = ops.cross_entropy_forward_stats_recorded(logits, target, weight, sample_weight, *o)
-            return (loss, *rest)
-        return (ops.cross_entropy_forward_recorded(logits, target, weight, sample_weight, *o)[0],)
+        run = ops.cross_entropy_forward_stats_recorded if stats else ops.cross_entropy_forward_recorded
+        loss, _, _, *rest = run(logits, target, weight, sample_weight, *o)
+        return (loss, *rest)
     wanted = torch.is_grad_enabled() and (
         logits.requires_grad or target.requires_grad or (weight is not None and weight.requires_grad)
     )
@@ -769,9 +770,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     buffer, so state dicts are interchangeable with torch's. ``sample_weight`` is an argument of the call.
     """
 
-    options: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # of modules that were torch's before they became one of this class
+    # Of modules that were torch's before they became one of this class.
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,

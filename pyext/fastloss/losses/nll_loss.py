@@ -42,17 +42,8 @@ torch.library.register_vmap("fastloss::nll_loss_forward", loop_vmap(ops.nll_loss
 torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_loss_backward, 1))
 
 
-def _row_weights(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether a row counts, its class index (ignored ones replaced) and w_t (0 there): [N, 1, d1, ...] each."""
-    target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
-    counts = (target != options[2]).unsqueeze(1)
-    index = torch.where(counts, target.unsqueeze(1), 0)
-    if weight is None:
-        return counts, index, counts.to(_common.accum_dtype(input.dtype))
-    # Chosen, not multiplied, here and below: weights of ignored classes may be infinite.
-    return counts, index, torch.where(counts, weight[index], 0.0)
+def _row_weights(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _rowwise.row_weights(target, weight, ctx.options[2], _common.accum_dtype(input.dtype))
 
 
 def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -61,11 +52,10 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
     with torch.no_grad():
         grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
     if _common.differentiated_again(grad_output, input):
-        counts, index, w_t = _row_weights(input, target, weight, ctx.options)
-        every = list(range(input.dim()))  # nothing of dimension 0: vmap over no samples cannot combine that with others
-        upstream = grad_output.unsqueeze(1) if ctx.options[0] == NONE else grad_output.reshape([1 for _ in every])
+        counts, index, w_t = _row_weights(ctx, input, target, weight)
+        upstream = _rowwise.per_row(grad_output, w_t, ctx.options[0])
         if ctx.options[0] == MEAN:
-            upstream = upstream / w_t.sum(every, keepdim=True)
+            upstream = upstream / w_t.sum().view_as(upstream)
         rows = torch.where(counts, upstream * -w_t, 0.0).to(input.dtype)
         # The loss is linear in the input: the second derivative is there, and 0.
         zeros = torch.where(torch.zeros_like(input, dtype=torch.bool), input, 0.0)
@@ -75,7 +65,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
     with _common.saved_for_jvp(ctx) as (input, target, weight, _):
-        counts, index, w_t = _row_weights(input, target, weight, ctx.options)
+        counts, index, w_t = _row_weights(ctx, input, target, weight)
         rows = torch.where(counts, -w_t * input_t.gather(1, index), 0.0).squeeze(1)
         reduction, loss_dtype, _ = ctx.options
         if reduction != NONE:

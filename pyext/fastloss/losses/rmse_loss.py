@@ -96,9 +96,8 @@ def _roots(x: Operands, row_dims: int, eps: float) -> Tensor:
     """sqrt(mean or sum of w d^2 over the trailing dimensions + eps)."""
     o = Options(NUMBERS["rmse_loss"], eps, x.reduction, row_dims, x.weight_denominator, DTYPE_CODES[x.dtype])
     args = (x.input, x.target, x.weight, x.mask, o)
-    if _common.functorch_active() or _common.forward_mode_active() or _common.recording():
-        return _composed(*args)
-    if _pointwise.differentiates(x.weight):
+    transformed = _common.functorch_active() or _common.forward_mode_active() or _common.recording()
+    if transformed or _pointwise.differentiates(x.weight):
         return _composed(*args)
     if not (torch.is_grad_enabled() and (x.input.requires_grad or x.target.requires_grad)):
         return ops.pointwise_forward(*args[:4], *o)[0]
