@@ -9,9 +9,9 @@ import fastloss
 import pytest
 import torch
 import torch.nn.functional as F
-from fastloss._library import ops
-from fastloss.losses._common import MEAN, NONE, SUM
-from fastloss.losses.cross_entropy import ALL_IGNORED_ZERO, GRAD, SAVE, STATS, ZERO_TIMES_INF
+from fastloss._library import MEAN, NONE, SUM, ops
+from fastloss.formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
+from fastloss.losses.cross_entropy import GRAD, SAVE, STATS
 from fastloss.testing import SPECS
 
 LOSSES = {"cross_entropy": (fastloss.cross_entropy, F.cross_entropy), "nll_loss": (fastloss.nll_loss, F.nll_loss)}

@@ -6,7 +6,9 @@ from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
+from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
+from .losses.focal_loss import FocalLoss, focal_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
@@ -18,8 +20,10 @@ from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
 from .patching import patch, unpatch
 
 __all__ = [
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "FocalLoss",
     "HuberLoss",
     "L1Loss",
     "LogCoshLoss",
@@ -29,10 +33,12 @@ __all__ = [
     "RelativeL1Loss",
     "SmoothL1Loss",
     "__version__",
+    "binary_cross_entropy_with_logits",
     "check",
     "check_errors",
     "cross_entropy",
     "explain",
+    "focal_loss",
     "huber_loss",
     "l1_loss",
     "log_cosh_loss",

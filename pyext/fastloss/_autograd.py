@@ -120,7 +120,7 @@ class Rules:
     def tangent(self, tensors: Tensors, tangents: Sequence[Tensor | None], o: Any) -> Tensor:
         """The loss's derivative along the tangents: the pullback, which is linear, pulled back itself."""
         loss, pullback = self._pullback(tensors, o, [t is not None for t in tangents])
-        _, push = torch.func.vjp(pullback, torch.zeros_like(loss))
+        push = torch.func.vjp(pullback, torch.zeros_like(loss))[1]
         (tangent,) = push(tuple(t for t in tangents if t is not None))
         return tangent.to(DTYPES[o.loss_dtype])
 

@@ -5,7 +5,7 @@ and benchmarks hold the kernels to them as well. A formula is exact where it is 
 the kernels, 0 for ``|d|`` at 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +22,14 @@ class Formula(NamedTuple):
     """A pointwise loss.
 
     Attributes:
-        terms: what is summed, ``terms(*operands, **parameters)``: each element's loss, or a tuple for several sums.
-        finish: what is made of the sums (or means) over a row, ``finish(*sums, **parameters)``; None: the sum itself.
+        terms: what is summed, ``terms(*operands, ***parameters)``: each element's loss, or a tuple for several sums.
+        parameters: their names, in the kernels' order.
+        finish: what is made of the sums (or means) over a row, ``finish(*sums, ***parameters)``; None: the sum itself.
         wide: taken in float64, where squares of float32 neither overflow nor vanish.
     """
 
     terms: Callable[..., Any]
+    parameters: tuple[str, ...] = ()
     finish: Callable[..., Tensor] | None = None
     wide: bool = False
 
@@ -94,18 +96,18 @@ def _cosine_finish(product: Tensor, x_square: Tensor, t_square: Tensor, eps: flo
 FORMULAS: dict[str, Formula] = {
     "l1_loss": Formula(l1_loss),
     "mse_loss": Formula(mse_loss),
-    "rmse_loss": Formula(lambda x, t, eps=0.0: (x - t) ** 2, lambda square, eps=0.0: _root(square + eps), wide=True),
-    "smooth_l1_loss": Formula(smooth_l1_loss),
-    "huber_loss": Formula(huber_loss),
+    "rmse_loss": Formula(lambda x, t, eps: (x - t) ** 2, ("eps",), lambda square, eps: _root(square + eps), wide=True),
+    "smooth_l1_loss": Formula(smooth_l1_loss, ("beta",)),
+    "huber_loss": Formula(huber_loss, ("delta",)),
     "log_cosh_loss": Formula(log_cosh_loss),
-    "relative_l1_loss": Formula(relative_l1_loss),
-    "symmetric_relative_l1_loss": Formula(lambda x, t, eps: relative_l1_loss(x, t, eps, True)),
-    "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits),
-    "cosine_distance_loss": Formula(_cosine_terms, _cosine_finish),
+    "relative_l1_loss": Formula(relative_l1_loss, ("eps", "symmetric")),
+    "symmetric_relative_l1_loss": Formula(lambda x, t, eps: relative_l1_loss(x, t, eps, True), ("eps",)),
+    "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits, ("label_smoothing",)),
+    "cosine_distance_loss": Formula(_cosine_terms, ("eps",), _cosine_finish),
 }
 
 
-def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o: Any) -> Tensor:
+def pointwise(formula: Formula, tensors: Tensors, parameters: Mapping[str, float], o: Any) -> Tensor:
     """The loss of pointwise operands (then weight, mask), reduced as ``o`` says: see csrc/pointwise/pointwise.h."""
     *operands, weight, mask = tensors
     operands = [t for t in operands if t is not None]
@@ -117,7 +119,7 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o
         unused = (weight == 0) & ~torch.stack([t.detach().isfinite() for t in operands]).all(0)
         hidden = unused if hidden is None else hidden | unused
     values = [t.to(accum) if hidden is None else torch.where(hidden, 1.0, t.to(accum)) for t in operands]
-    terms = formula.terms(*values, *parameters)
+    terms = formula.terms(*values, **parameters)
     terms = terms if isinstance(terms, tuple) else (terms,)
     share = None if weight is None else weight.to(accum)
     if mask is not None:
@@ -125,7 +127,7 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o
     if share is not None:
         terms = tuple(term * share for term in terms)
     if o.reduction == NONE:
-        return terms[0] if formula.finish is None else formula.finish(*terms, *parameters)
+        return terms[0] if formula.finish is None else formula.finish(*terms, **parameters)
     cols = list(range(o.row_dims, first.dim()))
 
     def summed(t: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o
             # Where a mask leaves nothing: nan, without a gradient.
             nothing = torch.zeros_like(total, dtype=torch.bool) if mask is None else total == 0
             sums = [torch.where(nothing, torch.nan, s / torch.where(nothing, 1.0, total)) for s in sums]
-    result = sums[0] if formula.finish is None else formula.finish(*sums, *parameters)
+    result = sums[0] if formula.finish is None else formula.finish(*sums, **parameters)
     return result.to(accum)
 
 

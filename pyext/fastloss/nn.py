@@ -1,6 +1,8 @@
 """The class names of :mod:`torch.nn`: ``import fastloss.nn as nn``. Some are fastloss's own."""
 
+from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.cross_entropy import CrossEntropyLoss
+from .losses.focal_loss import FocalLoss
 from .losses.huber_loss import HuberLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
@@ -11,7 +13,9 @@ from .losses.rmse_loss import RMSELoss
 from .losses.smooth_l1_loss import SmoothL1Loss
 
 __all__ = [
+    "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "FocalLoss",
     "HuberLoss",
     "L1Loss",
     "LogCoshLoss",

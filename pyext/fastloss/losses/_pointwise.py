@@ -25,9 +25,9 @@ from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, loop_vm
 
 NUMBERS: dict[str, int] = {name: i for i, name in enumerate(ops.pointwise_losses().split())}
 NAMES = list(NUMBERS)
-PARAMETERS = [0, 0, 0, 1, 1, 1, 0, 1, 1]
 SUMS = [1] * 9
 OPERANDS, MAX_DIMS = 4, 24
+_PARAMETERS = ("p0", "p1", "p2", "p3")
 _CACHED = 1 << 20  # elements
 _NO_OPERANDS = (None,) * (OPERANDS - 2)
 
@@ -81,7 +81,8 @@ class _Pointwise(Rules):
 
     def formula(self, tensors: Tensors, o: Options) -> Tensor:
         formula = formulas.FORMULAS[NAMES[o.loss]]
-        return formulas.pointwise(formula, tensors, o[5 : 5 + PARAMETERS[o.loss]], o)
+        parameters = dict(zip(formula.parameters, o[-len(_PARAMETERS) :], strict=False))
+        return formulas.pointwise(formula, tensors, parameters, o)
 
     def fusable(self, tensors: Tensors, o: Options) -> bool:
         weight = tensors[OPERANDS]
@@ -191,7 +192,7 @@ class Operands(NamedTuple):
     further: tuple[Tensor, ...] = ()  # operands beside input and target
 
 
-def _require(name: str, value: Any, function: str) -> None:
+def require(function: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):  # torch's losses call size() of it: numpy's arrays have one that is no function
         kind = TypeError if hasattr(value, "size") else AttributeError
         raise kind(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
@@ -208,7 +209,7 @@ def _expand(function: str, name: str, t: Tensor, shape: torch.Size) -> Tensor:
         ) from None
 
 
-def _sample_weight(function: str, sample_weight: Tensor, shape: torch.Size) -> Tensor:
+def per_sample(function: str, sample_weight: Tensor, shape: torch.Size) -> Tensor:
     if not sample_weight.is_floating_point() or sample_weight.dtype not in DTYPE_CODES:
         raise RuntimeError(f"{function}(): sample_weight must be floating point, got {sample_weight.dtype}")
     if sample_weight.shape != shape[:1]:
@@ -222,6 +223,13 @@ def _sample_weight(function: str, sample_weight: Tensor, shape: torch.Size) -> T
             "reduction='none' and multiply"
         )
     return sample_weight.view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else sample_weight
+
+
+def expanded_mask(function: str, mask: Tensor, shape: torch.Size) -> Tensor:
+    """The mask in the loss's shape."""
+    if mask.dtype is not torch.bool:
+        raise RuntimeError(f"{function}(): mask must be a boolean tensor (True: counts), got {mask.dtype}")
+    return _expand(function, "mask", mask, shape)
 
 
 def is_plain(input: Any, target: Any) -> bool:
@@ -258,11 +266,11 @@ def check(
     and does not. ``mean_counts``: 'mean' divides by the count whatever the weights. ``keeps_input_dtype``: the loss has
     the input's dtype instead of the promoted one.
     """
-    _require("target", target, function)
-    _require("input", input, function)
+    require(function, "target", target)
+    require(function, "input", input)
     for name, t in (("weight", weight), ("sample_weight", sample_weight), ("mask", mask)):
         if t is not None:
-            _require(name, t, function)
+            require(function, name, t)
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -337,13 +345,11 @@ def check(
             code = SUM if code == MEAN and weight.numel() and not input.numel() else code  # 0 over that sum
         weight = _expand(function, "weight", weight, shape)
     if sample_weight is not None:
-        per_sample = _sample_weight(function, sample_weight, shape)
-        weight = per_sample if weight is None else weight * per_sample
+        by_sample = per_sample(function, sample_weight, shape)
+        weight = by_sample if weight is None else weight * by_sample
         denominator = denominator or 1.0
     if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise RuntimeError(f"{function}(): mask must be a boolean tensor (True: counts), got {mask.dtype}")
-        mask = _expand(function, "mask", mask, shape)
+        mask = expanded_mask(function, mask, shape)
     if code != MEAN or mean_counts:
         denominator = 0.0
     if input.dim() > MAX_DIMS:  # merge what would be merged anyway, at the cost of a copy
