@@ -1,6 +1,6 @@
 """Negative log likelihood of given log-probabilities. One element per row is read; backward writes each element once.
 
-The mathematics is in ``csrc/rowwise/nll_loss.h``.
+The mathematics is in ``csrc/rowwise/row_losses.h``.
 """
 
 from typing import Any
@@ -18,28 +18,32 @@ from ._common import DTYPE_CODES, DTYPES, MEAN, NONE
 _SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
-@torch.library.register_fake("fastloss::nll_loss_forward")
-def _(input: Any, target: Any, weight: Any, reduction: Any, loss_dtype: Any, ignore_index: Any) -> Any:
-    loss = input.new_empty(target.shape if reduction == NONE else [], dtype=DTYPES[loss_dtype])
-    return loss, input.new_empty([], dtype=_common.accum_dtype(input.dtype))
+_NUMBER = ops.row_losses().split().index("nll_loss")
 
 
-@torch.library.register_fake("fastloss::nll_loss_backward")
-def _(
-    grad_output: Any,
-    input: Any,
-    target: Any,
-    weight: Any,
-    total_weight: Any,
-    reduction: Any,
-    loss_dtype: Any,
-    ignore_index: Any,
-) -> Any:
+def _forward(input: Any, target: Any, weight: Any, *options: Any) -> Any:
+    return ops.row_loss_forward(input, target, weight, _NUMBER, (), *options, 0)
+
+
+@torch.library.register_fake("fastloss::row_loss_value")
+def _(input: Any, target: Any, weight: Any, loss: Any, params: Any, reduction: Any, loss_dtype: Any, *_: Any) -> Any:
+    return input.new_empty(target.shape if reduction == NONE else [], dtype=DTYPES[loss_dtype])
+
+
+@torch.library.register_fake("fastloss::row_loss_forward")
+def _(input: Any, target: Any, weight: Any, loss: Any, params: Any, reduction: Any, loss_dtype: Any, *_: Any) -> Any:
+    value = input.new_empty(target.shape if reduction == NONE else [], dtype=DTYPES[loss_dtype])
+    return value, input.new_empty([], dtype=_common.accum_dtype(input.dtype))
+
+
+@torch.library.register_fake("fastloss::row_loss_backward")
+def _(grad_output: Any, input: Any, *rest: Any) -> Any:
     return torch.empty_like(input)
 
 
-torch.library.register_vmap("fastloss::nll_loss_forward", loop_vmap(ops.nll_loss_forward, 2))
-torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_loss_backward, 1))
+torch.library.register_vmap("fastloss::row_loss_value", loop_vmap(ops.row_loss_value, 1))
+torch.library.register_vmap("fastloss::row_loss_forward", loop_vmap(ops.row_loss_forward, 2))
+torch.library.register_vmap("fastloss::row_loss_backward", loop_vmap(ops.row_loss_backward, 1))
 
 
 def _row_weights(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +54,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
     input, target, weight, total_weight = ctx.saved_tensors
     grad_output = grad_output.contiguous()
     with torch.no_grad():
-        grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
+        grad = ops.row_loss_backward(grad_output, input, target, weight, total_weight, _NUMBER, (), *ctx.options, 0)
     if _common.differentiated_again(grad_output, input):
         counts, index, w_t = _row_weights(ctx, input, target, weight)
         upstream = _rowwise.per_row(grad_output, w_t, ctx.options[0])
@@ -76,7 +80,7 @@ def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
 class _NllLoss(Function):
     @staticmethod
     def forward(ctx: Any, input: Any, target: Any, weight: Any, *options: int) -> Any:
-        loss, total_weight = ops.nll_loss_forward(input, target, weight, *options)
+        loss, total_weight = _forward(input, target, weight, *options)
         ctx.options = options
         ctx.save_for_backward(input, target, weight, total_weight)
         ctx.save_for_forward(input, target, weight, total_weight)  # vmap wants the same as for backward
@@ -99,7 +103,7 @@ class _NllLossTransformed(Function):
 
     @staticmethod
     def forward(input: Any, target: Any, weight: Any, *options: int) -> Any:
-        return ops.nll_loss_forward(input, target, weight, *options)
+        return _forward(input, target, weight, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
@@ -116,7 +120,21 @@ class _NllLossTransformed(Function):
 
 
 _apply_transformed = _common.opaque_apply(_NllLossTransformed)
-define_recorded("nll_loss_forward_recorded", ops.nll_loss_forward, _NllLossTransformed)
+
+
+class _NllLossRecorded(_NllLossTransformed):
+    """The same with the operator's own arguments."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
+        _NllLossTransformed.setup_context(ctx, (*inputs[:3], *inputs[5:8]), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (*_backward(ctx, *grads), None, None, None)
+
+
+define_recorded("nll_loss_forward_recorded", ops.row_loss_forward, _NllLossRecorded)
 
 
 def nll_loss(
@@ -206,11 +224,11 @@ def nll_loss(
     elif _common.forward_mode_active():
         loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
     elif _common.recording():
-        loss = ops.nll_loss_forward_recorded(input, target, weight, *options)[0]
+        loss = ops.nll_loss_forward_recorded(input, target, weight, _NUMBER, (), *options, 0)[0]
     elif torch.is_grad_enabled() and input.requires_grad:
         loss = _NllLoss.apply(input, target, weight, *options)[0]
     else:
-        loss = ops.nll_loss_forward(input, target, weight, *options)[0]
+        loss = _forward(input, target, weight, *options)[0]
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     return loss.reshape(()) if single else loss
