@@ -9,7 +9,7 @@
 #include "../common/scale_grad_cuda.h"
 #include "../pointwise/pointwise_cuda.h"
 #include "../rowwise/cross_entropy_cuda.h"
-#include "../rowwise/nll_loss_cuda.h"
+#include "../rowwise/row_loss_cuda.h"
 #include "arrays.h"
 #include "emulator.h"
 
@@ -58,11 +58,11 @@ Status run_cross_entropy_backward(const CrossEntropyArgs& a) {
   regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/true);
   return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_backward_cuda);
 }
-Status run_nll_loss_forward(const NllLossArgs& a) {
-  return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_forward_cuda);
+Status run_row_loss_forward(const RowLossArgs& a) {
+  return with_workspace(a, row_loss_workspace_bytes_cuda, row_loss_forward_cuda);
 }
-Status run_nll_loss_backward(const NllLossArgs& a) {
-  return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_backward_cuda);
+Status run_row_loss_backward(const RowLossArgs& a) {
+  return with_workspace(a, row_loss_workspace_bytes_cuda, row_loss_backward_cuda);
 }
 const char* const* pointwise_names() { return host::names_of(host::Losses{}); }
 Status run_pointwise_forward(const PointwiseArgs& a) {
@@ -136,7 +136,7 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
       "provoke", [](emulator::Fault fault) { run_core([&] { return emulator::provoke(fault); }); }, py::arg("fault"),
       "Run a kernel with a fault, for the test of the emulator.");
   bind_cross_entropy(m);
-  bind_nll_loss(m);
+  bind_row_loss(m);
   bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);

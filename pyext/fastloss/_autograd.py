@@ -92,9 +92,9 @@ class Rules:
         """Forward, with the gradient in the memory of the first tensor."""
         raise NotImplementedError
 
-    def regime(self, tensors: Tensors, o: Any, grads: bool) -> str:
+    def regime(self, tensors: Tensors, o: Any, path: "Path") -> str:
         """Which kernel forward takes, in words."""
-        return str(ops.current_isa())
+        raise NotImplementedError
 
     def operators(self, path: "Path", o: Any, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The operators that forward and a first backward call."""

@@ -88,7 +88,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         return Explanation("fastloss", device, "none", "composed of torch operations", 0, 0)
     costs = [_cost(step) for step in steps]
     paths = dict.fromkeys(step.path for step in steps)
-    kernels = dict.fromkeys(step.rules.regime(step.tensors, step.options, _in_forward(step)) for step in steps)
+    kernels = dict.fromkeys(step.rules.regime(step.tensors, step.options, step.path) for step in steps)
     return Explanation(
         "fastloss",
         device,

@@ -344,24 +344,43 @@ def cross_entropy_tangent(tensors: Tensors, tangents: Sequence[Tensor | None], o
     return result.to(DTYPES[o.loss_dtype])
 
 
-def nll_loss_gradients(grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:
-    """By the log-probabilities: -w_t at the target. The second derivative is there, and 0."""
-    input, target, weight = tensors
-    counts, index, w_t = row_weights(target, weight, o.ignore_index, accum_dtype(input.dtype))
-    upstream = per_row(grad_output, w_t, o.reduction)
-    if o.reduction == MEAN:
-        upstream = upstream / w_t.sum().view_as(upstream)
-    rows = torch.where(counts, upstream * -w_t, 0.0).to(input.dtype)
-    zeros = torch.where(torch.zeros_like(input, dtype=torch.bool), input, 0.0)
-    return (zeros.scatter(1, index, rows),)
+class RowFormula(NamedTuple):
+    """A loss over a class axis that needs no softmax.
+
+    Attributes:
+        value: of each row, ``value(x, index, **parameters)`` for x [N, C, ...] and index [N, 1, ...]: [N, 1, ...].
+        parameters: their names, in the kernels' order.
+    """
+
+    value: Callable[..., Tensor]
+    parameters: tuple[str, ...] = ()
 
 
-def nll_loss_tangent(tensors: Tensors, tangents: Sequence[Tensor | None], o: Any) -> Tensor:
-    """-w_t times the tangent of the target's log-probability, reduced as the loss is."""
+def nll_loss(x: Tensor, index: Tensor) -> Tensor:
+    """-x_t"""
+    return -x.gather(1, index)
+
+
+def multi_margin_loss(x: Tensor, index: Tensor, p: float, margin: float) -> Tensor:
+    """sum over c != t of max(0, margin - x_t + x_c)^p / C"""
+    z = (margin - x.gather(1, index) + x).clamp(min=0)
+    others = torch.ones_like(z).scatter(1, index, 0.0)
+    return (others * (z if p == 1 else z * z)).sum(1, keepdim=True) / x.shape[1]
+
+
+ROW_LOSSES: dict[str, RowFormula] = {
+    "nll_loss": RowFormula(nll_loss),
+    "multi_margin_loss": RowFormula(multi_margin_loss, ("p", "margin")),
+}
+
+
+def row_loss(formula: RowFormula, tensors: Tensors, parameters: Mapping[str, float], o: Any) -> Tensor:
+    """The loss of rows of input [N, C, ...] with target and weight, reduced as ``o`` says: see csrc/rowwise/row_loss.h."""
     input, target, weight = tensors
-    counts, index, w_t = row_weights(target, weight, o.ignore_index, accum_dtype(input.dtype))
-    along = torch.zeros_like(input) if tangents[0] is None else tangents[0]
-    rows = torch.where(counts, -w_t * along.gather(1, index), 0.0).squeeze(1)
-    if o.reduction != NONE:
-        rows = rows.sum() / w_t.sum() if o.reduction == MEAN else rows.sum()
-    return rows.to(DTYPES[o.loss_dtype])
+    mean_over_rows, ignores_nothing = o.flags & 1, o.flags & 2
+    accum = accum_dtype(input.dtype)
+    counts, index, w_t = row_weights(target, weight, -1 if ignores_nothing else o.ignore_index, accum)
+    rows = torch.where(counts, w_t * formula.value(input.to(accum), index, **parameters), 0.0)
+    if o.reduction == NONE:
+        return rows.squeeze(1)
+    return rows.sum() / (counts if mean_over_rows else w_t).sum() if o.reduction == MEAN else rows.sum()

@@ -116,9 +116,11 @@ class _CrossEntropy(Rules):
         others = target.requires_grad or (weight is not None and weight.requires_grad)
         return o.reduction != NONE and logits.requires_grad and not others
 
-    def regime(self, tensors: Tensors, o: Options, grads: bool) -> str:
+    def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
         transform = o.softcap, o.logit_scale
-        return ops.cross_entropy_regime(*tensors[:2], o.label_smoothing, *transform, o.flags | (GRAD if grads else 0))
+        return ops.cross_entropy_regime(
+            *tensors[:2], o.label_smoothing, *transform, o.flags | (GRAD if path in (Path.FUSED, Path.IN_PLACE) else 0)
+        )
 
     def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
         stats = "_stats" if o.flags & STATS else ""

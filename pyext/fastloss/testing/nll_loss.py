@@ -61,4 +61,6 @@ def fewest_bytes(sample: Sample, gradient: bool) -> tuple[int, int]:
 
 
 # unwrap: torch's own, even where fastloss.patch() is in force.
-SPEC = LossSpec("nll_loss", function, inspect.unwrap(F.nll_loss), reference, samples, fewest_bytes)
+SPEC = LossSpec(
+    "nll_loss", function, inspect.unwrap(F.nll_loss), reference, samples, fewest_bytes, operator="row_loss_forward"
+)
