@@ -375,7 +375,7 @@ ROW_LOSSES: dict[str, RowFormula] = {
 
 
 def row_loss(formula: RowFormula, tensors: Tensors, parameters: Mapping[str, float], o: Any) -> Tensor:
-    """The loss of rows of input [N, C, ...] with target and weight, reduced as ``o`` says: see csrc/rowwise/row_loss.h."""
+    """The loss of the rows of input, target and weight, reduced as ``o`` says: see csrc/rowwise/row_loss.h."""
     input, target, weight = tensors
     mean_over_rows, ignores_nothing = o.flags & 1, o.flags & 2
     accum = accum_dtype(input.dtype)
