@@ -1,8 +1,8 @@
 """What the losses over a class axis that need no softmax share: operators, and checks of their arguments.
 
 Such a loss is w_t f(row, t), summed over the rows. Its mathematics is in ``csrc/rowwise/row_losses.h``, its composed
-form in ``fastloss/formulas.py``, the contract of the kernels in ``csrc/rowwise/row_loss.h``. A loss's own file gives the
-names, the docstring and the parameters, and calls :func:`run`.
+form in ``fastloss/formulas.py``, the contract of the kernels in ``csrc/rowwise/row_loss.h``. A loss's own file gives
+the names, the docstring and the parameters, and calls :func:`run`.
 """
 
 from collections.abc import Sequence

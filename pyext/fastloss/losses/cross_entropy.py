@@ -550,6 +550,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     usual = weight is sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
+    usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
     usual = usual and label_smoothing == z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
     usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
     if usual and isinstance(reduction, str) and _is_plain(input, target):
