@@ -110,11 +110,11 @@ Status row_loss_backward(const RowLossArgs& a, ParallelFor parallel_for) {
   const double total = a.reduction == Reduction::mean ? double(*static_cast<const T*>(a.total_weight)) : 1.0;
   S* grad = static_cast<S*>(a.grad);
   const Strides g = a.grad_strides;
-  // at w_t grad_output / D; 0 stays 0, whatever grad_output is.
-  const auto scaled = [&](double at, int64_t t, int64_t row) {
-    if (at == 0) return 0.0;
+  // v w_t grad_output / D; 0 stays 0, whatever grad_output is.
+  const auto scaled = [&](double v, int64_t t, int64_t row) {
+    if (v == 0) return 0.0;
     const double w = weight ? double(weight[t]) : 1.0;
-    return at * w * load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0) / total;
+    return v * w * load_scalar(a.grad_output, a.loss_type, a.grad_output_per_row ? row : 0) / total;
   };
   // -1: without gradient. Out of range here only if somebody wrote to the targets after forward had looked.
   const auto target_of = [&](int64_t row) {

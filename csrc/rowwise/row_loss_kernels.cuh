@@ -48,14 +48,13 @@ __device__ __forceinline__ void store_loss(const RowLossArgs& a, int64_t i, doub
     static_cast<T*>(a.loss)[i] = from_accum<T>(loss);
 }
 
-// at w_t grad_output / D; 0 stays 0, whatever grad_output is.
+// v w_t grad_output / D; 0 stays 0, whatever grad_output is.
 template <class T>
-__device__ __forceinline__ accum_t<T> scaled(double at, const RowLossArgs& a, int64_t row, int64_t t,
-                                             double per_total) {
-  const int64_t at = a.grad_output_per_row ? row : 0;
-  const double g = is_float_loss<T>(a) ? double(static_cast<const float*>(a.grad_output)[at])
-                                       : double(to_accum(static_cast<const T*>(a.grad_output)[at]));
-  return at == 0 ? accum_t<T>(0) : accum_t<T>(at * weight_of<T>(a, t) * g * per_total);
+__device__ __forceinline__ accum_t<T> scaled(double v, const RowLossArgs& a, int64_t row, int64_t t, double per_total) {
+  const int64_t i = a.grad_output_per_row ? row : 0;
+  const double g = is_float_loss<T>(a) ? double(static_cast<const float*>(a.grad_output)[i])
+                                       : double(to_accum(static_cast<const T*>(a.grad_output)[i]));
+  return v == 0 ? accum_t<T>(0) : accum_t<T>(v * weight_of<T>(a, t) * g * per_total);
 }
 template <class T>
 __device__ __forceinline__ double one_over_total(const RowLossArgs& a) {

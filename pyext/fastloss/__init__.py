@@ -13,6 +13,7 @@ from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
 from .losses.mse_loss import MSELoss, mse_loss
+from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
@@ -28,6 +29,7 @@ __all__ = [
     "L1Loss",
     "LogCoshLoss",
     "MSELoss",
+    "MultiMarginLoss",
     "NLLLoss",
     "RMSELoss",
     "RelativeL1Loss",
@@ -43,6 +45,7 @@ __all__ = [
     "l1_loss",
     "log_cosh_loss",
     "mse_loss",
+    "multi_margin_loss",
     "nll_loss",
     "patch",
     "relative_l1_loss",

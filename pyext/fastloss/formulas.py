@@ -361,7 +361,7 @@ def nll_loss(x: Tensor, index: Tensor) -> Tensor:
     return -x.gather(1, index)
 
 
-def multi_margin_loss(x: Tensor, index: Tensor, p: float, margin: float) -> Tensor:
+def multi_margin_loss(x: Tensor, index: Tensor, p: float = 1.0, margin: float = 1.0) -> Tensor:
     """sum over c != t of max(0, margin - x_t + x_c)^p / C"""
     z = (margin - x.gather(1, index) + x).clamp(min=0)
     others = torch.ones_like(z).scatter(1, index, 0.0)

@@ -7,6 +7,7 @@ from .losses.huber_loss import huber_loss
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
 from .losses.mse_loss import mse_loss
+from .losses.multi_margin_loss import multi_margin_loss
 from .losses.nll_loss import nll_loss
 from .losses.relative_l1_loss import relative_l1_loss
 from .losses.rmse_loss import rmse_loss
@@ -20,6 +21,7 @@ __all__ = [
     "l1_loss",
     "log_cosh_loss",
     "mse_loss",
+    "multi_margin_loss",
     "nll_loss",
     "relative_l1_loss",
     "rmse_loss",

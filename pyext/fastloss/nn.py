@@ -7,6 +7,7 @@ from .losses.huber_loss import HuberLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
 from .losses.mse_loss import MSELoss
+from .losses.multi_margin_loss import MultiMarginLoss
 from .losses.nll_loss import NLLLoss
 from .losses.relative_l1_loss import RelativeL1Loss
 from .losses.rmse_loss import RMSELoss
@@ -20,6 +21,7 @@ __all__ = [
     "L1Loss",
     "LogCoshLoss",
     "MSELoss",
+    "MultiMarginLoss",
     "NLLLoss",
     "RMSELoss",
     "RelativeL1Loss",
