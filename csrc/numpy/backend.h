@@ -14,7 +14,6 @@ Status run_row_loss_forward(const RowLossArgs& a);
 Status run_row_loss_backward(const RowLossArgs& a);
 Status run_pointwise_forward(const PointwiseArgs& a);
 Status run_pointwise_backward(const PointwiseArgs& a);
-Status run_pointwise_second(const PointwiseArgs& a);
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type);
 std::string failure_message(const Status& status);  // neither ok nor bad_target
 

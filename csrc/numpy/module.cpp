@@ -38,7 +38,6 @@ Status run_row_loss_forward(const RowLossArgs& a) { return row_loss_forward_cpu(
 Status run_row_loss_backward(const RowLossArgs& a) { return row_loss_backward_cpu(a, thread_ranges); }
 Status run_pointwise_forward(const PointwiseArgs& a) { return pointwise_forward_cpu(a, thread_ranges); }
 Status run_pointwise_backward(const PointwiseArgs& a) { return pointwise_backward_cpu(a, thread_ranges); }
-Status run_pointwise_second(const PointwiseArgs& a) { return pointwise_second_cpu(a, thread_ranges); }
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
   scale_grad_cpu(grad, out, type, count, scale, scale_type, thread_ranges);
   return {};

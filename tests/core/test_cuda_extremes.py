@@ -458,7 +458,7 @@ def test_pointwise_beyond_32_bits():
     x[-6:], t[-6:] = stored(np.arange(1.0, 7), "bfloat16"), stored(np.arange(6.0, 0, -1), "bfloat16")
     others = tile + 2**19 * np.arange(1, 5) + 100  # of blocks that do not run; as far from the end of the tail
     x[others] = stored(5.0, "bfloat16")
-    emulated.pointwise_forward(x, t, loss="mse_loss", reduction="sum", grad_input=grad)
+    emulated.pointwise_forward([x, t], loss="mse_loss", reduction="sum", grads=[grad])
     assert (exact(grad[-6:]) == [-10, -6, -2, 2, 6, 10]).all()
     assert (grad[others] == 0).all()
 
@@ -475,7 +475,7 @@ def test_blocks_that_take_several_rows(cols):
     for row in taken:
         x[row, -3:], t[row, -3:], mask[row, -3:] = rng.normal(size=3), rng.normal(size=3), [1, row % 2, 1]
     grad = sparse((rows, cols), "float32")
-    out = emulated.pointwise_forward(x, t, loss="rmse_loss", row_dims=1, mask=mask, grad_input=grad)
+    out = emulated.pointwise_forward([x, t], loss="rmse_loss", params=[0.0], row_dims=1, mask=mask, grads=[grad])
     d = (exact(x[taken, -3:]) - exact(t[taken, -3:])) * mask[taken, -3:]
     want = np.sqrt((d**2).sum(1) / mask[taken, -3:].sum(1))
     np.testing.assert_allclose(out["loss"][taken], want, rtol=1e-6)
