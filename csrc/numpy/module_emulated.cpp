@@ -35,29 +35,33 @@ CudaContext context_of_device() {
   return context;
 }
 
-// A call with a workspace of exactly the size it asks for, filled with nan (64 MiB of it: calls that run in part only
-// may ask for gigabytes).
+// call(context) with a workspace of exactly that size, filled with nan (64 MiB of it: calls that run in part only may
+// ask for gigabytes).
+template <class F>
+Status with_bytes(int64_t bytes, const F& call) {
+  CudaContext context = context_of_device();
+  context.workspace_bytes = bytes;
+  const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(bytes)]);
+  std::memset(workspace.get(), 0xff, std::min(size_t(bytes), size_t(64) << 20));
+  context.workspace = workspace.get();
+  return call(context);
+}
 template <class Args>
 Status with_workspace(const Args& a, int64_t (*bytes)(const Args&, const CudaContext&),
                       Status (*call)(const Args&, const CudaContext&)) {
-  CudaContext context = context_of_device();
-  context.workspace_bytes = bytes(a, context);
-  const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(context.workspace_bytes)]);
-  std::memset(workspace.get(), 0xff, std::min(size_t(context.workspace_bytes), size_t(64) << 20));
-  context.workspace = workspace.get();
-  return call(a, context);
+  return with_bytes(bytes(a, context_of_device()), [&](const CudaContext& context) { return call(a, context); });
+}
+Status run_cross_entropy(const CrossEntropyArgs& a, bool backward) {
+  const CrossEntropyPlan plan = cross_entropy_plan_cuda(a, context_of_device(), backward);
+  regime = cross_entropy_regime_cuda(plan);
+  return with_bytes(plan.workspace_bytes,
+                    [&](const CudaContext& context) { return cross_entropy_run_cuda(plan, context); });
 }
 
 }  // namespace
 
-Status run_cross_entropy_forward(const CrossEntropyArgs& a) {
-  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/false);
-  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_forward_cuda);
-}
-Status run_cross_entropy_backward(const CrossEntropyArgs& a) {
-  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/true);
-  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_backward_cuda);
-}
+Status run_cross_entropy_forward(const CrossEntropyArgs& a) { return run_cross_entropy(a, /*backward=*/false); }
+Status run_cross_entropy_backward(const CrossEntropyArgs& a) { return run_cross_entropy(a, /*backward=*/true); }
 Status run_nll_loss_forward(const NllLossArgs& a) {
   return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_forward_cuda);
 }
