@@ -204,19 +204,18 @@ class Rows {
 template <class T>
 class RowBatch {
   using lane_int = typename bits_of<T>::type;
-  static constexpr lane_int kElsewhere =
-      lane_int(~uint64_t(0) >> (65 - 8 * sizeof(lane_int)));  // no class: the largest
-  static constexpr int64_t kValues = 12;
+  // The largest number, which is no class: the target of a row is one of another shard.
+  static constexpr lane_int kElsewhere = lane_int(~uint64_t(0) >> (65 - 8 * sizeof(lane_int)));
+  static constexpr int64_t kValues = 12, kIndices = 2;
   const int64_t pitch_;
-  Scratch<T> values_;
-  Scratch<int64_t> indices_;
-  Scratch<lane_int> lane_target_;
+  Scratch<unsigned char> memory_;  // all arrays: an allocation costs as much as some rows
 
  public:
   explicit RowBatch(int64_t rows)
-      : pitch_(round_up(rows, kLanes<T>)), values_(kValues * pitch_), indices_(2 * pitch_), lane_target_(pitch_) {}
-  T* value(int i) { return values_.get() + i * pitch_; }
-  int64_t* index(int i) { return indices_.get() + i * pitch_; }
+      : pitch_(round_up(rows, kLanes<T>)),
+        memory_(pitch_ * int64_t(kIndices * sizeof(int64_t) + kValues * sizeof(T) + sizeof(lane_int))) {}
+  int64_t* index(int i) { return reinterpret_cast<int64_t*>(memory_.get()) + i * pitch_; }
+  T* value(int i) { return reinterpret_cast<T*>(index(kIndices)) + i * pitch_; }
 
   T *const max = value(0), *const ref = value(1), *const others = value(2);  // statistics: see RowStats
   T *const dot = value(3), *const mass = value(4);
@@ -228,7 +227,8 @@ class RowBatch {
   int64_t* const target = index(0);                              // class index, -1: ignored, none or elsewhere
   int64_t* const best = index(1);                                // where to look for the maximum
   Rows logits, prob, grad;
-  lane_int* const lane_target = lane_target_.get();  // the same, but kElsewhere where a shard's target is elsewhere
+  lane_int* const lane_target =
+      reinterpret_cast<lane_int*>(value(kValues));  // the same, but kElsewhere where a shard's target is elsewhere
 
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
     // Copies of the members: stores to integers could change those, as far as the compiler knows, and it would not

@@ -196,16 +196,16 @@ inline void row_grad(const CallConstants<T>& call, const S* x, int64_t prob_offs
 // The exponentials of a batch of rows, if they are kept.
 template <class T>
 class KeptRows {
-  const int64_t chunks_, pitch_;
-  Scratch<T> exps_, chunk_ref_;
+  const int64_t rows_, chunks_, pitch_;
+  Scratch<T> memory_;
 
  public:
   KeptRows(int64_t rows, int64_t classes)
-      : chunks_((classes + kChunk - 1) / kChunk),
+      : rows_(rows),
+        chunks_((classes + kChunk - 1) / kChunk),
         pitch_(round_up(classes, kLanes<T>)),
-        exps_(rows * pitch_),
-        chunk_ref_(rows * chunks_) {}
-  KeptRow<T> row(int64_t b) { return {exps_.get() + b * pitch_, chunk_ref_.get() + b * chunks_}; }
+        memory_(rows * (pitch_ + chunks_)) {}
+  KeptRow<T> row(int64_t b) { return {memory_.get() + b * pitch_, memory_.get() + rows_ * pitch_ + b * chunks_}; }
 };
 
 template <Mode kMode, bool kTransform, bool kKeep, class S>

@@ -258,14 +258,18 @@ inline void tile_gradient(const CallConstants<T>& call, const RowBatch<T>& s, in
 }
 
 template <class T>
-struct Tiles {  // z, then its gradient; probabilities; the gradient once more, in the order of memory
+class Tiles {  // z, then its gradient; probabilities; the gradient once more, in the order of memory
+  Scratch<T> memory_;
+
+ public:
   Tiles(const TileShape& shape, bool soft, bool staged)
-      : shape(shape),
-        tile(shape.classes * shape.pitch),
-        prob(soft ? shape.classes * shape.pitch : 1),
-        stage(staged ? shape.classes * shape.rows : 1) {}
+      : memory_(shape.classes * (shape.pitch * (soft ? 2 : 1) + (staged ? shape.rows : 0))),
+        shape(shape),
+        tile(memory_.get()),
+        prob(tile + (soft ? shape.classes * shape.pitch : 0)),
+        stage(prob + shape.classes * shape.pitch) {}
   const TileShape shape;
-  Scratch<T> tile, prob, stage;
+  T *const tile, *const prob, *const stage;
 };
 
 template <Mode kMode, bool kTransform, class S>
@@ -276,7 +280,7 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
   const RowConstants<T>& k = call.k;
   const int64_t step = tiles.shape.classes, pitch = tiles.shape.pitch, lanes = round_up(n, kLanes<T>);
   const S* x = static_cast<const S*>(a.logits);
-  T *const tile = tiles.tile.get(), *const prob = tiles.prob.get();
+  T *const tile = tiles.tile, *const prob = tiles.prob;
   s.logits = {first, n, a.inner, a.logits_strides};
   if constexpr (kMode == Mode::soft) s.prob = {first, n, a.inner, a.target_strides};
 
@@ -384,7 +388,7 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
     } else {
       gradient([tile, pitch](int64_t c, int64_t v, vec<T> g) { store(tile + c * pitch + v, g); });
       if (call.streamed && whole && stride == 1 && s.grad.step == a.classes) {
-        S* const stage = reinterpret_cast<S*>(tiles.stage.get());
+        S* const stage = reinterpret_cast<S*>(tiles.stage);
         store_tile(stage, s.grad, n, stride, classes, tile, pitch);
         stream_bytes(grad + s.grad[0], stage, n * a.classes * int64_t(sizeof(S)));
       } else {

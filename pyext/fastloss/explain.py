@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._library import ops
-from .losses import _common, _rowwise
+from .losses import _common
 from .losses.cross_entropy import GRAD, STATS
 from .patching import takes
 
@@ -77,8 +77,7 @@ def explain(input: Tensor, target: Tensor, *, reduction: str = "mean", **options
         gradient, read, written = "in forward, while the row is at hand; scaled in backward", one + extra, one
         flags |= GRAD
     x, t = x.detach(), t.detach() if soft else t.detach().contiguous()
-    if not _rowwise.mergeable(x, t if soft else None):  # the call makes contiguous copies
-        x, t = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in (x, t))
     transform = options.get("softcap") or 0.0, options.get("logit_scale", 1.0)
-    kernel = ops.cross_entropy_regime(x, t, options.get("label_smoothing", 0.0), *transform, flags)
+    tail = 1, 0, -100, options.get("label_smoothing", 0.0), 0.0, *transform, 0, [], flags
+    kernel = ops.cross_entropy_regime(x, t, None, None, None, *tail)
     return Explanation("fastloss", device, kernel, gradient, read, written)

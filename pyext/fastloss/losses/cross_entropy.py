@@ -37,11 +37,13 @@ class CrossEntropyStats(NamedTuple):
         argmax: predicted class, int64, shape of an index target.
         accuracy: share of the counted targets that were predicted right, float32, shape (). For probability targets the
             wanted class is their arg-max.
+        entropy: of each row's softmax, in nats, shape and dtype of lse.
     """
 
     lse: Tensor
     argmax: Tensor
     accuracy: Tensor
+    entropy: Tensor
 
 
 class _Options(NamedTuple):
@@ -54,17 +56,20 @@ class _Options(NamedTuple):
     z_loss: float
     softcap: float
     logit_scale: float
+    row_map: int
+    map_params: list[float]
     flags: int
 
 
 # ------------------------------------------------------------------------------------------------ fake kernels, vmap
 
 
-def _saved_count(logits: Tensor, target: Tensor) -> int:
+def _saved_count(logits: Tensor, target: Tensor, options: _Options) -> int:
     rows = 1
     for n in _rowwise.row_shape(logits):
         rows = rows * n
-    return (3 if target.is_floating_point() else 2) * rows + 2
+    soft, mapped = target.is_floating_point(), options.row_map != 0
+    return (2 + soft + mapped + (soft and mapped)) * rows + 2
 
 
 def _fake_loss(logits: Tensor, options: _Options) -> Tensor:
@@ -76,53 +81,60 @@ def _fake_saved_grad(logits: Tensor, target: Tensor, options: _Options) -> tuple
     nothing = logits.new_empty([0], dtype=torch.float32)
     saved, grad = nothing, torch.empty_like(nothing)
     if options.flags & SAVE:
-        saved = logits.new_empty([_saved_count(logits, target)], dtype=_common.accum_dtype(logits.dtype))
+        saved = logits.new_empty([_saved_count(logits, target, options)], dtype=_common.accum_dtype(logits.dtype))
     if options.flags & GRAD:
         grad = torch.empty_like(logits)
     return saved, grad
 
 
-def _fake_stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _rowwise.row_shape(logits)
     return (
         logits.new_empty(shape, dtype=_common.accum_dtype(logits.dtype)),
         logits.new_empty(shape, dtype=torch.int64),
         logits.new_empty([], dtype=torch.float32),
+        logits.new_empty(shape, dtype=_common.accum_dtype(logits.dtype)),
     )
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *options: Any) -> Any:
     return (_fake_loss(logits, _Options(*options)), *_fake_saved_grad(logits, target, _Options(*options)))
 
 
+@torch.library.register_fake("fastloss::cross_entropy_value")
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *options: Any) -> Any:
+    return _fake_loss(logits, _Options(*options))
+
+
 @torch.library.register_fake("fastloss::cross_entropy_forward_stats")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *options: Any) -> Any:
     o = _Options(*options)
     return (_fake_loss(logits, o), *_fake_saved_grad(logits, target, o), *_fake_stats(logits))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_inplace")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *options: Any) -> Any:
     o = _Options(*options)
     if o.flags & STATS:
         return (_fake_loss(logits, o), *_fake_stats(logits))
-    return (_fake_loss(logits, o), *(logits.new_empty([0], dtype=torch.float32) for _ in range(3)))
+    return (_fake_loss(logits, o), *(logits.new_empty([0], dtype=torch.float32) for _ in range(4)))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_backward")
-def _(grad_output: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, saved: Any, *options: Any) -> Any:
+def _(grad_output: Any, logits: Any, *_: Any) -> Any:
     return torch.empty_like(logits)
 
 
 @torch.library.register_fake("fastloss::cross_entropy_target_backward")
-def _(grad_output: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, saved: Any, *options: Any) -> Any:
+def _(grad_output: Any, logits: Any, target: Any, *_: Any) -> Any:
     return torch.empty_like(target)
 
 
 for _name, _outputs in (
+    ("cross_entropy_value", 1),
     ("cross_entropy_forward", 3),
-    ("cross_entropy_forward_stats", 6),
+    ("cross_entropy_forward_stats", 7),
     ("cross_entropy_backward", 1),
     ("cross_entropy_target_backward", 1),
 ):
@@ -242,12 +254,14 @@ def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: An
     if need_target:
         with torch.no_grad():
             grad_target = ops.cross_entropy_target_backward(
-                grad_output, logits, target, weight, sample_weight, saved, *o
+                grad_output, logits, target, weight, sample_weight, None, saved, *o
             )
     if need_weight:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z)
         with torch.no_grad():
             plain, wide = o._replace(label_smoothing=0.0), target.detach().to(weight.dtype)  # detach: no tangent
-            per_class = ops.cross_entropy_target_backward(grad_output, logits, wide, None, sample_weight, saved, *plain)
+            per_class = ops.cross_entropy_target_backward(
+                grad_output, logits, wide, None, sample_weight, None, saved, *plain
+            )
             grad_weight = _sum_rows(_product(_smoothed(wide, o), per_class, o), weight)
     if _common.differentiated_again(grad_output, logits, target, weight):
         f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, grad_output, o)
@@ -306,7 +320,7 @@ class _Fused(Function):
     @staticmethod
     def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         o = options._replace(flags=options.flags | GRAD)
-        loss, _, ctx.grad = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
+        loss, _, ctx.grad = ops.cross_entropy_forward(logits, target, weight, sample_weight, None, *o)
         ctx.options = options
         ctx.save_for_backward(logits, target, weight, sample_weight)
         return loss
@@ -323,7 +337,7 @@ class _FusedStats(Function):
     @staticmethod
     def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         o = options._replace(flags=options.flags | GRAD)
-        loss, _, ctx.grad, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+        loss, _, ctx.grad, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, None, *o)
         ctx.options = options
         ctx.save_for_backward(logits, target, weight, sample_weight)
         ctx.mark_non_differentiable(*stats)
@@ -358,7 +372,7 @@ class _InPlace(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
-        loss, *stats = ops.cross_entropy_forward_inplace(logits, target, weight, sample_weight, *options)
+        loss, *stats = ops.cross_entropy_forward_inplace(logits, target, weight, sample_weight, None, *options)
         torch.autograd.graph.increment_version(logits)
         ctx.grad = logits.detach()  # shares the version counter
         ctx.version = logits._version
@@ -385,9 +399,9 @@ class _Recompute(Function):
     def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
         o = options._replace(flags=options.flags | SAVE)
         if options.flags & STATS:
-            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, None, *o)
         else:
-            loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
+            loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, None, *o)
             stats = []
         ctx.options = options
         ctx.save_for_backward(logits, target, weight, sample_weight, saved)
@@ -410,7 +424,7 @@ class _ForwardMode(_Recompute):
 
     @staticmethod
     def jvp(ctx: Any, logits_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
-        return (_jvp(ctx, logits_t, target_t, weight_t), *[None] * (1 + 3 * bool(ctx.options.flags & STATS)))
+        return (_jvp(ctx, logits_t, target_t, weight_t), *[None] * (1 + 4 * bool(ctx.options.flags & STATS)))
 
 
 def _recompute_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
@@ -420,7 +434,7 @@ def _recompute_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]
     logits, target, weight, sample_weight, saved = tensors
 
     def kernel_grad(g: Tensor) -> Tensor:
-        return ops.cross_entropy_backward(g, logits, target, weight, sample_weight, saved, *ctx.options)
+        return ops.cross_entropy_backward(g, logits, target, weight, sample_weight, None, saved, *ctx.options)
 
     return _backward(ctx, grad_output, tensors, kernel_grad)
 
@@ -431,18 +445,18 @@ class _Transformed(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
+    def forward(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *options: Any) -> Any:
         o = _Options(*options)
         o = o._replace(flags=o.flags | SAVE)
         if o.flags & STATS:
-            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, None, *o)
             return (loss, saved, *stats)
-        loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
+        loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, None, *o)
         return loss, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
-        logits, target, weight, sample_weight, *options = inputs
+        logits, target, weight, sample_weight, _, *options = inputs
         ctx.options = _Options(*options)
         ctx.set_materialize_grads(False)  # as in _ForwardMode
         _, saved, *stats = output
@@ -453,14 +467,19 @@ class _Transformed(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        return (*_recompute_backward(ctx, grad_output)[:4], *[None] * len(_Options._fields))
+        return (*_recompute_backward(ctx, grad_output)[:4], *[None] * (1 + len(_Options._fields)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         tangent = _jvp(ctx, *tangents[:3])
         if not ctx.options.flags & STATS:
             return tangent, _common.no_tangent(ctx, 4)
-        return (tangent, *(_common.no_tangent(ctx, i) for i in (4, 5)), None, _common.no_tangent(ctx, 7))
+        return (
+            tangent,
+            *(_common.no_tangent(ctx, i) for i in (4, 5)),
+            None,
+            *(_common.no_tangent(ctx, i) for i in (7, 8)),
+        )
 
 
 _apply_transformed = _common.opaque_apply(_Transformed)
@@ -480,7 +499,7 @@ def _run(
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
     if _common.transforms_active():
-        loss, _, *rest = _apply_transformed(logits, target, weight, sample_weight, *o)
+        loss, _, *rest = _apply_transformed(logits, target, weight, sample_weight, None, *o)
         return (loss, *rest)
     if _common.forward_mode_active():
         loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)
@@ -488,16 +507,16 @@ def _run(
     if _common.recording():
         o = o._replace(flags=o.flags | SAVE)
         run = ops.cross_entropy_forward_stats_recorded if stats else ops.cross_entropy_forward_recorded
-        loss, _, _, *rest = run(logits, target, weight, sample_weight, *o)
+        loss, _, _, *rest = run(logits, target, weight, sample_weight, None, *o)
         return (loss, *rest)
     wanted = torch.is_grad_enabled() and (
         logits.requires_grad or target.requires_grad or (weight is not None and weight.requires_grad)
     )
     if not wanted:
         if stats:
-            loss, _, _, *rest = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
+            loss, _, _, *rest = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, None, *o)
             return (loss, *rest)
-        return (ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)[0],)
+        return (ops.cross_entropy_value(logits, target, weight, sample_weight, None, *o),)
     fused = o.reduction != NONE and logits.requires_grad
     fused = fused and not (target.requires_grad or (weight is not None and weight.requires_grad))
     fused = fused and not torch.compiler.is_compiling() and not _common.saved_tensor_hooks_active()
@@ -684,15 +703,11 @@ def cross_entropy(
         loss_dtype = torch.promote_types(input.dtype, target.dtype)
         if target.dtype not in DTYPE_CODES:
             raise NotImplementedError(f"cross_entropy(): probabilities of dtype {target.dtype} are not supported")
-        if not _rowwise.mergeable(input, target):
-            input, target = input.contiguous(), target.contiguous()
     else:
         _rowwise.check_index_shapes(input, target, "cross_entropy")
         _rowwise.check_index_dtype(target, "cross_entropy")
         loss_dtype = input.dtype
         target = _rowwise.index_target(target)
-        if not _rowwise.mergeable(input):
-            input = input.contiguous()
     accum = _common.accum_dtype(input.dtype)
     if weight is not None:
         if soft and not weight.is_floating_point() and not weight.is_complex():
@@ -752,6 +767,8 @@ def cross_entropy(
         float(z_loss),
         float(softcap) if softcap is not None else 0.0,
         float(logit_scale),
+        0,
+        [],
         flags + STATS * bool(return_stats),
     )
     loss, *stats = _run(input, target, weight, sample_weight, options, grad_in_forward, inplace_grad)
