@@ -361,7 +361,11 @@ inline void for_each_vector(const Chunk<T, kOperands>& chunk, DoubleSum<T>* sums
   if (i < n) {
     const auto a = body([i, n](const T* p, T fill) { return load_tail(p + i, n - i, fill); },
                         [i, n](T* p, vec<T> v, bool) { store_tail(p + i, n - i, v); });
-    unrolled<kSums>([&](auto j) { sums[decltype(j)::value].add(a.value[decltype(j)::value]); });
+    const auto is_inside = iota<T>() < T(n - i);
+    unrolled<kSums>([&](auto j) {
+      constexpr int k = decltype(j)::value;
+      sums[k].add(is_inside ? a.value[k] : vec<T>{});
+    });
   }
 }
 

@@ -7,6 +7,7 @@ from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
+from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
 from .losses.focal_loss import FocalLoss, focal_loss
 from .losses.huber_loss import HuberLoss, huber_loss
@@ -22,6 +23,7 @@ from .patching import patch, unpatch
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "CosineDistanceLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "FocalLoss",
@@ -38,6 +40,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "check",
     "check_errors",
+    "cosine_distance_loss",
     "cross_entropy",
     "explain",
     "focal_loss",

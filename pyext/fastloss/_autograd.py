@@ -104,6 +104,10 @@ class Rules:
             return (f"{self.name}_forward",), ("scale_grad_",) * sum(needs)
         return (f"{self.name}_forward",), (f"{self.name}_backward",) if any(needs) else ()
 
+    def gradient_bytes(self, tensors: Tensors, o: Any, needs: Needs) -> int:
+        """Allocated by the operators for the gradients that ``needs`` names."""
+        return sum(t.nbytes for t, needed in zip(tensors, needs, strict=False) if needed)
+
     # ---- derived from the formula; overridden where the order of its operations matters to infinities
 
     def gradients(self, grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:

@@ -90,7 +90,7 @@ def _cosine_terms(x: Tensor, t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def _cosine_finish(product: Tensor, x_square: Tensor, t_square: Tensor, eps: float = 0.0) -> Tensor:
-    return 1 - product / _root(x_square * t_square).clamp(min=eps)
+    return 1 - product / (_root(x_square) * _root(t_square)).clamp(min=eps)
 
 
 FORMULAS: dict[str, Formula] = {
@@ -101,7 +101,6 @@ FORMULAS: dict[str, Formula] = {
     "huber_loss": Formula(huber_loss, ("delta",)),
     "log_cosh_loss": Formula(log_cosh_loss),
     "relative_l1_loss": Formula(relative_l1_loss, ("eps", "symmetric")),
-    "symmetric_relative_l1_loss": Formula(lambda x, t, eps: relative_l1_loss(x, t, eps, True), ("eps",)),
     "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits, ("label_smoothing",)),
     "cosine_distance_loss": Formula(_cosine_terms, ("eps",), _cosine_finish),
 }

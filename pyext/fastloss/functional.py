@@ -1,6 +1,7 @@
 """The function names of :mod:`torch.nn.functional`: ``import fastloss.functional as F``. Some are fastloss's own."""
 
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
+from .losses.cosine_distance_loss import cosine_distance_loss
 from .losses.cross_entropy import cross_entropy
 from .losses.focal_loss import focal_loss
 from .losses.huber_loss import huber_loss
@@ -15,6 +16,7 @@ from .losses.smooth_l1_loss import smooth_l1_loss
 
 __all__ = [
     "binary_cross_entropy_with_logits",
+    "cosine_distance_loss",
     "cross_entropy",
     "focal_loss",
     "huber_loss",

@@ -1,6 +1,7 @@
 """The class names of :mod:`torch.nn`: ``import fastloss.nn as nn``. Some are fastloss's own."""
 
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
+from .losses.cosine_distance_loss import CosineDistanceLoss
 from .losses.cross_entropy import CrossEntropyLoss
 from .losses.focal_loss import FocalLoss
 from .losses.huber_loss import HuberLoss
@@ -15,6 +16,7 @@ from .losses.smooth_l1_loss import SmoothL1Loss
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "CosineDistanceLoss",
     "CrossEntropyLoss",
     "FocalLoss",
     "HuberLoss",

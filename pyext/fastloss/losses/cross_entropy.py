@@ -122,6 +122,10 @@ class _CrossEntropy(Rules):
             *tensors[:2], o.label_smoothing, *transform, o.flags | (GRAD if path in (Path.FUSED, Path.IN_PLACE) else 0)
         )
 
+    def gradient_bytes(self, tensors: Tensors, o: Options, needs: Needs) -> int:
+        by_weight = tensors[0].numel() * tensors[2].element_size() if needs[2] else 0  # before its sum over the rows
+        return super().gradient_bytes(tensors, o, needs[:2]) + by_weight
+
     def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
         stats = "_stats" if o.flags & STATS else ""
         if path is Path.VALUE:
