@@ -157,7 +157,9 @@ def _focal(nll: Tensor, gamma: float, _: float) -> Tensor:
 
 
 # g(nll) by the name of csrc/rowwise/row_maps.h, with its two parameters.
-ROW_MAPS: dict[str, Callable[[Tensor, float, float], Tensor]] = {"focal": _focal}
+ROW_MAPS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "focal": _focal,
+}
 
 
 # --------------------------------------------------------------------------------------------- losses over a class axis
