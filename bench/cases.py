@@ -30,7 +30,9 @@ FORWARD, BOTH, SCALED, BACKWARD = "forward", "forward+backward", "forward+backwa
 MODES = (FORWARD, BOTH, SCALED, BACKWARD)
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _WITH_GOALS = ("l1_loss", "mse_loss", "rmse_loss")
-POINTWISE = (*_WITH_GOALS, *(name for name in LOSSES if name not in _WITH_GOALS))
+# Of an input and a target, summed.
+_PLAIN = (name for name, loss in LOSSES.items() if not loss.further and not loss.per_sample)
+POINTWISE = (*_WITH_GOALS, *(name for name in _PLAIN if name not in _WITH_GOALS))
 Goals = Mapping[str, Mapping[str, float]]  # mode -> rival -> goal
 
 

@@ -1,4 +1,4 @@
-"""A new pointwise loss, by the steps of CONTRIBUTING.md to the letter, in a copy of the repository."""
+"""New losses of every kind, by the steps of CONTRIBUTING.md to the letter, in a copy of the repository."""
 
 import os
 import re
@@ -11,24 +11,49 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = re.compile(
-    r"(?:The new file `(?P<new>[^`]+)`|In `(?P<file>[^`]+)`, above `(?P<anchor>[^`]+)`):\n\n```\w+\n(?P<text>.*?)```\n",
+    r"(?:The new file `(?P<new>[^`]+)`|In `(?P<file>[^`]+)`,\s+above `(?P<anchor>[^`]+)`):"
+    r"\n\n```\w+\n(?P<text>.*?)```\n",
     re.DOTALL,
 )
+NAMES = ("gaussian_loss", "soft_iou_loss", "poly1_loss", "brier_loss")
+# What each is, said once more and apart from the page; arguments of one call.
 CHECK = """
 import fastloss, torch
 from fastloss.testing import check_gradients
 
-x, t = torch.randn(40, 50, dtype=torch.float64) * 3, torch.randn(40, 50, dtype=torch.float64)
-exact = (0.7**2 / 2 * torch.log1p(((x - t) / 0.7) ** 2)).mean()
-for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-    loss = fastloss.CauchyLoss(scale=0.7)(x.to(dtype), t.to(dtype))
-    assert loss.dtype == dtype and abs(loss.item() / exact.item() - 1) < tolerance, (dtype, loss, exact)
-check_gradients(fastloss.cauchy_loss, x[0].requires_grad_(), t[0].requires_grad_(), forward_mode=True, scale=0.7)
+torch.manual_seed(0)
+wide = torch.randn(40, 50, dtype=torch.float64) * 3
+x, t, p = wide, torch.randn(40, 50, dtype=torch.float64), wide.softmax(1)
+s, index = torch.randn(50, dtype=torch.float64), torch.arange(40) % 50
+one_hot = torch.nn.functional.one_hot(index, 50).double()
+variance = s.exp().expand(40, 50)
+both, either = (p * one_hot).sum(1), (p + one_hot - p * one_hot).sum(1)
+p_t = p.gather(1, index[:, None])
+exact = {
+    "GaussianLoss": torch.nn.functional.gaussian_nll_loss(x, t, variance),
+    "SoftIoULoss": (1 - (both + 0.5) / (either + 0.5)).mean(),
+    "Poly1Loss": torch.nn.functional.cross_entropy(x, index) + 0.7 * (1 - p_t).mean(),
+    "BrierLoss": ((p - one_hot) ** 2).sum(1).mean(),
+}
+calls = {
+    "GaussianLoss": ({}, (x, t, s)),
+    "SoftIoULoss": ({"smooth": 0.5}, (p, one_hot)),
+    "Poly1Loss": ({"epsilon": 0.7}, (x, index)),
+    "BrierLoss": ({}, (p, index)),
+}
+for name, (options, args) in calls.items():
+    module = getattr(fastloss, name)(**options)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        loss = module(*(a.to(dtype) if a.is_floating_point() else a for a in args))
+        assert loss.dtype == dtype and abs(loss.item() / exact[name].item() - 1) < tolerance, (name, dtype, loss, exact)
+    few = [a[:3].detach().requires_grad_() if a.is_floating_point() else a[:3] for a in args if a is not s]
+    few += [s.detach().requires_grad_()] * (name == "GaussianLoss")
+    check_gradients(module, *few, forward_mode=True)
 """
 
 
 def steps():
-    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Add a pointwise loss\n")[1].split("\n## ")[0]
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Add a loss\n")[1].split("\n## ")[0]
     found = list(STEP.finditer(section))
     assert len(found) == section.count("\n```") // 2, "a code block that says not where it goes"
     return found
@@ -40,42 +65,62 @@ def apply(step, root):
         return
     path = root / step["file"]
     text = path.read_text()
+    assert step["anchor"] in text, f"{step['file']} has no {step['anchor']}"
     at = text.index(step["anchor"])
     line = text.rindex("\n", 0, at) + 1
     path.write_text(text[:line] + step["text"] + text[line:])
 
 
-def test_a_new_loss(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs commands in a copy of the repository with the new losses, built."""
     if not (ROOT / "setup.py").exists() or not shutil.which("cmake") or not shutil.which("c++"):
         pytest.skip("needs the sources, cmake and a C++ compiler")
+    root = tmp_path_factory.mktemp("copy")
     leave = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py", "*.egg-info", "results")
     for name in ("csrc", "pyext", "tests", "tools", "bench"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=leave)
+        shutil.copytree(ROOT / name, root / name, ignore=leave)
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, root)
     for step in steps():
-        apply(step, tmp_path)
+        apply(step, root)
 
     # The CPU alone, and one instruction set beside the portable one.
-    environment = {**os.environ, "FASTLOSS_CUDA": "0", "FASTLOSS_ISAS": "avx2", "PYTHONPATH": str(tmp_path / "pyext")}
+    environment = {**os.environ, "FASTLOSS_CUDA": "0", "FASTLOSS_ISAS": "avx2", "PYTHONPATH": str(root / "pyext")}
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment["PATH"]))
 
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout
 
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    return run
+
+
+def test_new_losses_are_what_they_should_be(run):
     run(sys.executable, "-c", CHECK)
-    # The registry brings it to the tests of every loss, to the benchmarks and to the README.
-    tests = ("tests/test_contract.py", "tests/test_pointwise.py")
-    chosen = "cauchy and (float64 or numerical or kernels or mask or sum)"
-    said = run(sys.executable, "-m", "pytest", "-q", "--device", "cpu", "-p", "no:cacheprovider", *tests, "-k", chosen)
-    assert int(re.search(r"(\d+) passed", said)[1]) > 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_loss_passes_the_tests_of_every_loss(name, run):
+    """Its spec brings it to them."""
+    chosen = f"{name} and (float64 or numerical or kernels)"
+    options = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-k", chosen)
+    said = run(sys.executable, "-m", "pytest", "tests/test_contract.py", *options)
+    assert int(re.search(r"(\d+) passed", said)[1]) > 40
+
+
+def test_new_losses_are_known_everywhere(run):
+    """To the tests that look whether every loss has a spec, to the README, to the benchmarks."""
+    complete = ("tests/test_pointwise.py", "tests/test_row_losses.py", "tests/test_transforms.py")
+    options = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-k", "has_a_spec or specs_are")
+    run(sys.executable, "-m", "pytest", *complete, *options)
     run(sys.executable, "tools/loss_table.py")
-    assert "| `cauchy_loss` | `CauchyLoss` | Cauchy's loss" in (tmp_path / "README.md").read_text()
-    cases = "import sys; sys.path.insert(0, 'bench'); import cases; print([c.name for c in cases.CPU])"
-    assert "cauchy_loss" in run(sys.executable, "-c", cases)
+    written = run(sys.executable, "-c", "print(open('README.md').read())")
+    for name in NAMES:
+        assert f"| `{name}` |" in written
+    run(sys.executable, "-c", "import sys; sys.path.insert(0, 'bench'); import cases")
 
 
 def test_the_readme_has_every_loss():

@@ -157,7 +157,9 @@ def _focal(nll: Tensor, gamma: float) -> Tensor:
 
 
 # g(nll) by the names of csrc/rowwise/row_maps.h.
-ROW_MAPS: dict[str, Callable[..., Tensor]] = {"focal": _focal}
+ROW_MAPS: dict[str, Callable[..., Tensor]] = {
+    "focal": _focal,
+}
 # All of them in the order of their numbers, with the names of their parameters; the first is none.
 ROW_MAP_KINDS = [
     (name, tuple(parameters.split(",")) if parameters else ())

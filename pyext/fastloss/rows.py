@@ -358,10 +358,10 @@ def row_loss(
             raise ValueError(f"row_loss(): normalizer must be one number, got shape {list(normalizer.shape)}")
         divisors = (normalizer.detach().reshape(()).double(),) * 2
     if o.reduction == "none":
-        loss = sum(parts[1:], parts[0]) + (z_part if o.z_loss else 0.0)
+        loss = torch.stack(parts).sum(0) + (z_part if o.z_loss else 0.0)
     else:
         by = divisors if o.reduction == "mean" else (1.0, 1.0)
-        loss = sum(p.double().sum() / by[0] for p in parts)
+        loss = torch.stack([p.double().sum() / by[0] for p in parts]).sum()
         if o.z_loss:
             loss = loss + z_part.double().sum() / by[1]
         if o.reduction == "mean" and o.all_ignored == "zero":

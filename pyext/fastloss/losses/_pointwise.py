@@ -13,7 +13,7 @@ Operands are never copied to be broadcast or made contiguous: the kernels take s
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -384,6 +384,23 @@ def run_checked(x: Operands, loss: str, params: Sequence[float] = (), row_dims: 
     return run(tensors, loss, params, x.reduction, x.dtype, row_dims, x.weight_denominator)
 
 
+def with_further(function: str, x: Operands, further: Mapping[str, Tensor]) -> Operands:
+    """Operands beside input and target: floating, broadcast to the loss's shape, differentiable."""
+    dtype = x.dtype
+    for name, t in further.items():
+        require(function, name, t)
+        _arguments.require_supported_tensors(function, x.input, t)
+        _arguments.require_same_device(function, ("input", x.input), (name, t))
+        if t.dtype not in DTYPE_CODES:
+            raise NotImplementedError(
+                f'{function}(): "{function}" not implemented for {name} of dtype {t.dtype}: expected float32, float64, '
+                "float16 or bfloat16"
+            )
+        dtype = torch.promote_types(dtype, _arguments.autocast_dtype(t.dtype, t.device))
+    expanded = tuple(_expand(function, name, t, x.input.shape) for name, t in further.items())
+    return x._replace(further=expanded, dtype=dtype)
+
+
 def pointwise_loss(
     function: str,
     input: Tensor,
@@ -395,24 +412,57 @@ def pointwise_loss(
     *,
     loss: str | None = None,
     params: Sequence[float] = (),
+    further: Mapping[str, Tensor] | None = None,
     **rules: bool,
 ) -> Tensor:
-    """The whole of a pointwise loss: what a face calls.
+    """The whole of a pointwise loss without a formula after its sums: what a face calls.
 
     Args:
         function: the face's name, for messages.
         input, target, reduction, weight, sample_weight, mask: what the face was called with.
         loss: the loss's name in losses.h, where that differs from the face's.
         params: the loss's parameters.
+        further: operands beside input and target, by the names of the face's arguments, in the order of losses.h.
         rules: see :func:`check`.
     """
     name = loss or function
-    if weight is None and sample_weight is None and mask is None and is_plain(input, target):
+    if further is None and weight is None and sample_weight is None and mask is None and is_plain(input, target):
         code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
         if code is not None:
             return run((input, target, None, None, None, None), name, params, code, input.dtype)
     x = check(function, input, target, reduction, weight, sample_weight, mask, **rules)
+    if further is not None:
+        x = with_further(function, x, further)
     return run_checked(x, name, params)
+
+
+def loss_of_groups(
+    loss: str, x: Operands, dims: Sequence[int], params: Sequence[float] = (), *, inner: int = SUM, share: float = 0.0
+) -> Tensor:
+    """What a loss with a formula after its sums is of each group of elements, over ``dims``, reduced as ``x`` says.
+
+    A group that is masked out as a whole counts as 0, and not in the mean.
+
+    Args:
+        loss, params: as above.
+        x: the operands, checked.
+        dims: dimensions of a group, none of them negative.
+        inner, share: how each group itself is reduced: SUM, or MEAN, over the weights where ``share`` is 1.
+    """
+    row_dims = x.input.dim() - len(dims)
+    tensors = (x.input, x.target, x.weight, x.mask, *x.further)
+    input, target, weight, mask, *further = (dims_last(t, dims) for t in tensors)
+    groups = Operands(input, target, weight, mask, inner, share, x.dtype, tuple(further))  # type: ignore[arg-type]
+    each = run_checked(groups, loss, params, row_dims)
+    counted: Any = None
+    if mask is not None:
+        counted = mask.any(-1) if len(dims) == 1 else mask.flatten(row_dims).any(-1) if dims else mask
+        each = torch.where(counted, each, 0)
+    if x.reduction == NONE:
+        return each
+    if x.reduction == SUM:
+        return each.sum()
+    return each.mean() if counted is None else (each.sum() / counted.sum()).to(each.dtype)
 
 
 def dims_last(t: Tensor | None, dims: Sequence[int]) -> Tensor | None:

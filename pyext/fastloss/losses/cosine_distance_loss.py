@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._library import MEAN, NONE, SUM
 from . import _pointwise
 
 
@@ -58,19 +57,7 @@ def cosine_distance_loss(
     rank = x.input.dim()
     if not -rank <= dim < rank:
         raise IndexError(f"{name}(): dim {dim} is out of range for input of {rank} dimensions")
-    first, second, w, counts = (_pointwise.dims_last(t, [dim % rank]) for t in (x.input, x.target, x.weight, x.mask))
-    assert first is not None and second is not None
-    vectors = _pointwise.Operands(first, second, w, counts, SUM, 0.0, x.dtype)
-    distances = _pointwise.run_checked(vectors, name, (float(eps),), rank - 1)
-    counted = None if vectors.mask is None else vectors.mask.any(-1)
-    if counted is not None:
-        distances = torch.where(counted, distances, 0)
-    if x.reduction == NONE:
-        return distances
-    total = distances.sum()
-    if x.reduction != MEAN:
-        return total
-    return distances.mean() if counted is None else (total / counted.sum()).to(total.dtype)
+    return _pointwise.loss_of_groups(name, x, [dim % rank], (float(eps),))
 
 
 class CosineDistanceLoss(torch.nn.Module):

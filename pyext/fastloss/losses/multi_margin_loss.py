@@ -1,4 +1,4 @@
-"""Multi-class margin loss: hinges for all classes whose score is not a margin below the target's.
+"""Multi-class margin loss: a hinge for every class whose score is not a margin below the target's.
 
 The mathematics is in ``csrc/rowwise/row_losses.h``.
 """
@@ -38,24 +38,34 @@ def multi_margin_loss(
         The loss, in the input's dtype (float32 for 16-bit input under autocast).
 
     Raises:
-        IndexError: a target outside [0, C); on CUDA by a later call, see :func:`fastloss.set_error_mode`.
-        ValueError: p neither 1 nor 2; a weight that is not one-dimensional.
-        ValueError, RuntimeError, TypeError, NotImplementedError: as :func:`fastloss.nll_loss`.
+        IndexError: a target outside [0, C) (torch: RuntimeError); on CUDA by a later call, see
+            :func:`fastloss.set_error_mode`.
+        ValueError, RuntimeError, TypeError, NotImplementedError: as torch, for shapes, dtypes and arguments.
     """
     if has_torch_function_variadic(input, target, weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(multi_margin_loss, (input, target, weight), input, target, **options)
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
+    name = "multi_margin_loss"
     if p != 1 and p != 2:
         raise ValueError(f"only p == 1 and p == 2 supported, got {p}")
     if isinstance(weight, Tensor) and weight.dim() != 1:
         raise ValueError(f"weight must be one-dimensional, with an element for each class, got {list(weight.shape)}")
-    params = (float(p), _arguments.as_float("multi_margin_loss", "margin", margin))
+    _arguments.require_tensor("input", input, name)
+    _arguments.require_tensor("target", target, name)
+    if input.dim() == 0:
+        input = input.reshape(1)  # a row of one class
+    if input.shape[min(input.dim() - 1, 1)] == 0:
+        raise RuntimeError(f"{name}(): Expected non-empty vector or matrix, but got: {list(input.shape)}")
+    if input.dim() == 2 and target.shape != input.shape[:1]:
+        raise RuntimeError(
+            f"{name}(): inconsistent target size, expected {list(input.shape[:1])} but got {list(target.shape)}: one "
+            "class index for each row of the input"
+        )
+    params = (float(p), _arguments.as_float(name, "margin", margin))
     flags = _row_loss.MEAN_OVER_ROWS | _row_loss.IGNORES_NOTHING
-    return _row_loss.run(
-        "multi_margin_loss", input, target, weight, reduction, params=params, flags=flags, same_dtype=True
-    )
+    return _row_loss.run(name, input, target, weight, reduction, params=params, flags=flags, same_dtype=True)
 
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):

@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,22 +122,9 @@ def _per_group(x: Operands, dim: int | Sequence[int], eps: float) -> Tensor:
     dims = sorted(d % rank for d in dims)
     if len(set(dims)) < len(dims):
         raise RuntimeError(f"rmse_loss(): dim names a dimension twice: {dim}")
-    input, target, weight, mask = (_pointwise.dims_last(t, dims) for t in (x.input, x.target, x.weight, x.mask))
-    assert input is not None and target is not None
-    row_dims = rank - len(dims)
     # Per group it is a mean whatever happens to the roots; 1 is the weights' share in it.
-    share = 1.0 if weight is not None else 0.0
-    groups = Operands(input, target, weight, mask, MEAN, share, x.dtype)
-    roots = _pointwise.run_checked(groups, "rmse_loss", (eps,), row_dims)
-    counted: Any = None
-    if mask is not None:
-        counted = mask.any(-1) if len(dims) == 1 else mask.flatten(row_dims).any(-1) if dims else mask
-        roots = torch.where(counted, roots, 0)
-    if x.reduction == NONE:
-        return roots
-    if x.reduction == SUM:
-        return roots.sum()
-    return roots.mean() if counted is None else (roots.sum() / counted.sum()).to(roots.dtype)
+    share = 1.0 if x.weight is not None else 0.0
+    return _pointwise.loss_of_groups("rmse_loss", x, dims, (eps,), inner=MEAN, share=share)
 
 
 class RMSELoss(torch.nn.Module):

@@ -5,13 +5,14 @@ and the fewest bytes that an implementation must move. :func:`check_gradients`, 
 :func:`assert_sound` are for users' tests too. Nothing here needs pytest.
 """
 
-from . import binary_cross_entropy_with_logits, cross_entropy, focal_loss, pointwise, row_losses
+from . import binary_cross_entropy_with_logits, cross_entropy, pointwise, row_losses, row_maps
 from ._checks import assert_close, check_gradients
 from ._sound import assert_sound
 from ._spec import LossSpec, Sample
 
 SPECS: dict[str, LossSpec] = {
-    **{spec.name: spec for spec in (cross_entropy.SPEC, focal_loss.SPEC)},
+    cross_entropy.SPEC.name: cross_entropy.SPEC,
+    **row_maps.SPECS,
     **row_losses.SPECS,
     **pointwise.SPECS,
     binary_cross_entropy_with_logits.SPEC.name: binary_cross_entropy_with_logits.SPEC,

@@ -23,6 +23,9 @@ class PointwiseLoss:
     """What a pointwise loss is.
 
     Attributes:
+        further: names of operands beside input and target.
+        per_sample: it has a formula after the sums over each sample, all dimensions but the first.
+        positive: it takes operands above 0.
         options: values of its own options to be tried, beside the defaults.
         mean_counts: ``'mean'`` divides by the count of elements whatever their weights.
         defaults: options whose default depends on the dtype of input and target.
@@ -30,6 +33,9 @@ class PointwiseLoss:
 
     options: tuple[dict[str, Any], ...] = ()
     mean_counts: bool = False
+    further: tuple[str, ...] = ()
+    per_sample: bool = False
+    positive: bool = False
     defaults: Callable[[torch.dtype], dict[str, Any]] = lambda dtype: {}
 
 
@@ -47,22 +53,28 @@ LOSSES: dict[str, PointwiseLoss] = {
 
 
 def _operands(
-    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, t, weights and mask in float64, broadcast; what the mask hides is 1 with weight 0."""
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    *further: Tensor,
+) -> tuple[Tensor, ...]:
+    """x, t, weights, mask and further operands in float64, broadcast; what the mask hides is 1 with weight 0."""
     x, t = torch.broadcast_tensors(input.double(), target.double())
     w = torch.ones_like(x) if weight is None else weight.double().expand(x.shape)
     if sample_weight is not None:
         w = w * sample_weight.double().reshape(-1, *[1] * (x.dim() - 1))
     counts = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand(x.shape)
-    return torch.where(counts, x, 1.0), torch.where(counts, t, 1.0), torch.where(counts, w, 0.0), counts
+    x, t, *rest = (torch.where(counts, operand.double(), 1.0) for operand in (x, t, *further))
+    return x, t, torch.where(counts, w, 0.0), counts, *rest
 
 
 def _reference(name: str, loss: PointwiseLoss) -> Callable[..., Tensor]:
     def reference(
         input: Tensor,
         target: Tensor,
-        *,
+        *further: Tensor,
         reduction: str = "mean",
         weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
@@ -70,9 +82,14 @@ def _reference(name: str, loss: PointwiseLoss) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         """The loss in float64, from its definition; float64 whatever the arguments' dtypes."""
-        x, t, w, counts = _operands(input, target, weight, sample_weight, mask)
+        x, t, w, counts, *others = _operands(input, target, weight, sample_weight, mask, *further)
         options = {**loss.defaults(torch.promote_types(input.dtype, target.dtype)), **options}
-        values = w * FORMULAS[name].terms(x, t, **options)
+        formula = FORMULAS[name]
+        terms = formula.terms(x, t, *others, **options)
+        if formula.finish is not None:
+            each = formula.finish(*((w * term).flatten(1).sum(1) for term in terms), **options)
+            return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
+        values = w * terms
         if reduction == "none":
             return values
         if reduction == "sum":
@@ -116,32 +133,42 @@ def reference_rmse(
     return roots.sum() if reduction == "sum" else roots.sum() / some.sum()
 
 
-def _samples(options: tuple[dict[str, Any], ...]) -> Callable[[str | torch.device, torch.dtype], Iterator[Sample]]:
+def _samples(loss: PointwiseLoss) -> Callable[[str | torch.device, torch.dtype], Iterator[Sample]]:
     def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         """Every shape and every option, at sizes that numerical differentiation can afford."""
-        make = Maker(device, dtype)
+        maker = Maker(device, dtype)
         weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
+        def make(*shape: int, requires_grad: bool = True) -> Tensor:
+            values = maker.positive(*shape) if loss.positive else maker.normal(*shape, requires_grad=False)
+            return values.requires_grad_(requires_grad)
+
         def call(name: str, input: Tensor, target: Tensor, **options: Any) -> Sample:
-            return Sample(name, (input, target), options)
+            further = [make(*input.shape[-1:]) for _ in loss.further]  # broadcast: a number for each column
+            return Sample(name, (input, target, *further), options)
 
         mask = (torch.arange(12).reshape(3, 4) % 5 != 1).to(device)
-        weights = {"weight": make.positive(3, 4), "sample_weight": make.positive(3, dtype=weight_dtype)}
+        weights = {"weight": maker.positive(3, 4), "sample_weight": maker.positive(3, dtype=weight_dtype)}
+        by_sample = {"sample_weight": weights["sample_weight"]}
+        if loss.per_sample:
+            del weights["sample_weight"]
         for reduction in ("mean", "sum", "none"):
-            x, t = make.normal(3, 4), make.normal(3, 4, requires_grad=False)
+            x, t = make(3, 4), make(3, 4, requires_grad=False)
             yield call(f"plain, {reduction}", x, t, reduction=reduction)
-            yield call(f"both, {reduction}", x, make.normal(3, 4), reduction=reduction)
+            yield call(f"both, {reduction}", x, make(3, 4), reduction=reduction)
             yield call(f"mask, {reduction}", x, t, mask=mask, reduction=reduction)
-            yield call(f"weights, {reduction}", x, make.normal(3, 4), reduction=reduction, **weights)
+            yield call(f"weights, {reduction}", x, make(3, 4), reduction=reduction, **weights)
             yield call(f"weights and mask, {reduction}", x, t, mask=mask, reduction=reduction, **weights)
-            for own in options:
+            for own in loss.options:
                 named = ", ".join(f"{k} {v}" for k, v in own.items())
-                yield call(f"{named}, {reduction}", x, make.normal(3, 4), reduction=reduction, **own)
-        yield call("a number", make.normal(), make.normal())
-        yield call("transposed", make.normal(4, 3, requires_grad=False).t().requires_grad_(), make.normal(3, 4))
-        channels_last = make.normal(2, 3, 2, 2, requires_grad=False).contiguous(memory_format=torch.channels_last)
-        yield call("channels last", channels_last.requires_grad_(), make.normal(2, 3, 2, 2), reduction="none")
-        yield call("weight by sample", make.normal(3, 4), make.normal(3, 4), sample_weight=weights["sample_weight"])
+                yield call(f"{named}, {reduction}", x, make(3, 4), reduction=reduction, **own)
+        if not loss.per_sample:
+            yield call("a number", make(), make())
+        yield call("transposed", make(4, 3, requires_grad=False).t().requires_grad_(), make(3, 4))
+        channels_last = make(2, 3, 2, 2, requires_grad=False).contiguous(memory_format=torch.channels_last)
+        yield call("channels last", channels_last.requires_grad_(), make(2, 3, 2, 2), reduction="none")
+        if not loss.per_sample:
+            yield call("weight by sample", make(3, 4), make(3, 4), **by_sample)
 
     return samples
 
@@ -201,7 +228,7 @@ def _cosine_samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[
 
 _ROOTS = ({"dim": 1}, {"dim": (0, -1), "eps": 0.01}, {"dim": 0}, {"eps": 0.1})
 SPECS: Mapping[str, LossSpec] = {
-    **{name: _spec(name, _reference(name, loss), _samples(loss.options)) for name, loss in LOSSES.items()},
-    "rmse_loss": _spec("rmse_loss", reference_rmse, _samples(_ROOTS)),
+    **{name: _spec(name, _reference(name, loss), _samples(loss)) for name, loss in LOSSES.items()},
+    "rmse_loss": _spec("rmse_loss", reference_rmse, _samples(PointwiseLoss(_ROOTS))),
     "cosine_distance_loss": _spec("cosine_distance_loss", reference_cosine, _cosine_samples),
 }
