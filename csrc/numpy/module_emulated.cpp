@@ -9,6 +9,7 @@
 #include "../common/scale_grad_cuda.h"
 #include "../pointwise/pointwise_cuda.h"
 #include "../rowwise/cross_entropy_cuda.h"
+#include "../rowwise/dice_loss_cuda.h"
 #include "../rowwise/nll_loss_cuda.h"
 #include "arrays.h"
 #include "emulator.h"
@@ -63,6 +64,12 @@ Status run_nll_loss_forward(const NllLossArgs& a) {
 }
 Status run_nll_loss_backward(const NllLossArgs& a) {
   return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_backward_cuda);
+}
+Status run_dice_loss_forward(const DiceLossArgs& a) {
+  return with_workspace(a, dice_loss_workspace_bytes_cuda, dice_loss_forward_cuda);
+}
+Status run_dice_loss_backward(const DiceLossArgs& a) {
+  return with_workspace(a, dice_loss_workspace_bytes_cuda, dice_loss_backward_cuda);
 }
 const char* const* pointwise_names() { return host::names_of(host::Losses{}); }
 Status run_pointwise_forward(const PointwiseArgs& a) {
@@ -137,6 +144,7 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
       "Run a kernel with a fault, for the test of the emulator.");
   bind_cross_entropy(m);
   bind_nll_loss(m);
+  bind_dice_loss(m);
   bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);
