@@ -1,16 +1,16 @@
 // Dice loss: the contract between the binding (or any other caller) and the kernels. Milletari et al., "V-Net" (2016).
 //
 // The input is seen as x[outer, classes, inner] with any strides; a row (a pixel) is one (outer, inner) position,
-// row r = o * inner + i, rows = outer * inner. The rows are split evenly into groups that follow each other: a group for
-// each sample, or a single one for the batch. p is the softmax of x over the classes, its sigmoid, or x itself; t is 1
-// for the row's class and 0 for the others, or what a dense target says. Over the rows of a group that count:
+// row r = o * inner + i, rows = outer * inner. The rows are split evenly into groups that follow each other: a group
+// for each sample, or a single one for the batch. p is the softmax of x over the classes, its sigmoid, or x itself; t
+// is 1 for the row's class and 0 for the others, or what a dense target says. Over the rows of a group that count:
 //
 //   I = sum p t,   P = sum p,   T = sum t                   squared: P = sum p^2, T = sum t^2
 //   loss of a group and class    l = 1 - (2 I + smooth_nr) / (P + T + smooth_dr)
 //   result                       w_c l for each, or their sum, or their sum divided by their number
 //
-// A row whose target is ignore_index is in none of the sums. Classes below first_class have no loss; they are part of the
-// softmax nevertheless.
+// A row whose target is ignore_index is in none of the sums. Classes below first_class have no loss; they are part of
+// the softmax nevertheless.
 //
 // Fewest bytes: forward 1 read of the input; backward 1 read + 1 write (dense targets: one more read each). No one-hot
 // tensor, no probabilities in memory. Everything else is O(rows) or O(groups * classes).
@@ -24,7 +24,7 @@ enum class Activation : int32_t { none = 0, softmax = 1, sigmoid = 2 };
 struct DiceLossArgs {
   // ---- problem
   int64_t outer = 0, classes = 0, inner = 1;
-  int64_t groups = 1;  // samples, or 1 for the whole batch; divides rows()
+  int64_t groups = 1;           // samples, or 1 for the whole batch; divides rows()
   const void* input = nullptr;  // [outer, classes, inner]
   DType input_type = DType::f32;
   Strides input_strides;

@@ -124,7 +124,8 @@ class DiceTile {
       const auto counts = index(v) >= 0;
       bool all = true;
       for (int i = 0; i < kLanes<T>; ++i) all &= counts[i] != 0;
-      for (int64_t c = 0; !all && c < a.classes; ++c) store(of_class(c) + v, counts ? load(of_class(c) + v) : splat(fill));
+      for (int64_t c = 0; !all && c < a.classes; ++c)
+        store(of_class(c) + v, counts ? load(of_class(c) + v) : splat(fill));
     }
   }
 
@@ -162,7 +163,8 @@ class DiceTile {
         const int64_t v = v0 + i * kLanes<T>;
         const vec<T> inverse = index(v) >= 0 ? T(1) / sum[i] : vec<T>{};
         store(values_.at(v), inverse);
-        if constexpr (kSlopes) store(values_.at(shape.pitch + v), inverse * linear[i] + inverse * (inverse * square[i]));
+        if constexpr (kSlopes)
+          store(values_.at(shape.pitch + v), inverse * linear[i] + inverse * (inverse * square[i]));
       }
     });
   }
@@ -391,14 +393,13 @@ inline Status dice_backward(const DiceLossArgs& a, ParallelFor parallel_for) {
                      if (a.grad_target)
                        return with_storage(a.target_type, [&](auto* tag) {
                          using G = typename strip_pointer<decltype(tag)>::type;
-                         tile.store_gradient(static_cast<G*>(a.grad_target), a.grad_target_strides, target_streamed,
-                                             [&](const auto& put) {
-                                               tile.template target_gradient<kActivation>(slopes.get(), put);
-                                             });
+                         tile.store_gradient(
+                             static_cast<G*>(a.grad_target), a.grad_target_strides, target_streamed,
+                             [&](const auto& put) { tile.template target_gradient<kActivation>(slopes.get(), put); });
                        });
-                   tile.store_gradient(
-                       static_cast<S*>(a.grad), a.grad_strides, streamed,
-                       [&](const auto& put) { tile.template gradient<kActivation>(slopes.get(), put); });
+                   tile.store_gradient(static_cast<S*>(a.grad), a.grad_strides, streamed, [&](const auto& put) {
+                     tile.template gradient<kActivation>(slopes.get(), put);
+                   });
                  },
                  [](int64_t, int64_t) {});
              if (streamed || target_streamed) stream_fence();
@@ -413,9 +414,11 @@ inline Status dice_dispatch(const DiceLossArgs& a, const F& f) {
     using S = typename strip_pointer<decltype(tag)>::type;
     switch (a.activation) {
       case Activation::softmax:
-        return a.dense ? f.template run<Activation::softmax, true, S>() : f.template run<Activation::softmax, false, S>();
+        return a.dense ? f.template run<Activation::softmax, true, S>()
+                       : f.template run<Activation::softmax, false, S>();
       case Activation::sigmoid:
-        return a.dense ? f.template run<Activation::sigmoid, true, S>() : f.template run<Activation::sigmoid, false, S>();
+        return a.dense ? f.template run<Activation::sigmoid, true, S>()
+                       : f.template run<Activation::sigmoid, false, S>();
       default:
         return a.dense ? f.template run<Activation::none, true, S>() : f.template run<Activation::none, false, S>();
     }

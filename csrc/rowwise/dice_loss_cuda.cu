@@ -5,8 +5,8 @@ namespace fastloss {
 
 namespace {
 
-constexpr int64_t kMostParts = 4096;         // blocks, unless there are more groups
-constexpr int64_t kMostShared = 48 * 1024;   // without asking the device
+constexpr int64_t kMostParts = 4096;        // blocks, unless there are more groups
+constexpr int64_t kMostShared = 48 * 1024;  // without asking the device
 constexpr int64_t kMostFinishBlocks = 4096;
 
 struct DiceConfig {
@@ -24,8 +24,8 @@ bool takes_vectors(const DiceLossArgs& a, const void* data, const Strides& s, in
 
 DiceConfig dice_config(const DiceLossArgs& a, bool backward) {
   const int64_t lanes = 16 / size_of(a.input_type), accum = size_of(accum_of(a.input_type));
-  const bool vectors = takes_vectors(a, a.input, a.input_strides, lanes) &&
-                       (!a.grad || takes_vectors(a, a.grad, a.grad_strides, lanes));
+  const bool vectors =
+      takes_vectors(a, a.input, a.input_strides, lanes) && (!a.grad || takes_vectors(a, a.grad, a.grad_strides, lanes));
   DiceConfig c;
   c.rows = vectors ? static_cast<int>(lanes) : 1;
   c.threads = kDiceThreads;
@@ -91,7 +91,8 @@ Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context)
   if (status.code != Status::ok) return status;
   if (a.classes > 0)
     with_rows(a.input_type, config.rows, [&](auto tag, auto rows) {
-      status = launch(dice_loss_sums_kernel<decltype(tag), decltype(rows)::value>, shape_of(a, config), context.stream, p);
+      status =
+          launch(dice_loss_sums_kernel<decltype(tag), decltype(rows)::value>, shape_of(a, config), context.stream, p);
     });
   if (status.code != Status::ok) return status;
   LaunchShape finish;
@@ -99,9 +100,8 @@ Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context)
   finish.grid = items < 1 ? 1 : items < kMostFinishBlocks ? items : kMostFinishBlocks;
   finish.block = kDiceFinishThreads;
   finish.shared = (3 * kWarp + 1) * static_cast<int>(sizeof(double));
-  with_type(a.input_type, [&](auto tag) {
-    status = launch(dice_loss_finish_kernel<decltype(tag)>, finish, context.stream, p);
-  });
+  with_type(a.input_type,
+            [&](auto tag) { status = launch(dice_loss_finish_kernel<decltype(tag)>, finish, context.stream, p); });
   return status;
 }
 

@@ -1,5 +1,5 @@
-// Dice loss on the GPU: the interface to the launchers. Torch-free, no CUDA headers. As in cross_entropy_cuda.h: nothing
-// synchronises, bad targets go into the record of errors_cuda.h.
+// Dice loss on the GPU: the interface to the launchers. Torch-free, no CUDA headers. As in cross_entropy_cuda.h:
+// nothing synchronises, bad targets go into the record of errors_cuda.h.
 #pragma once
 #include "../common/cuda_context.h"
 #include "dice_loss.h"

@@ -1,13 +1,15 @@
 // Dice loss on the GPU: see dice_loss.h.
 //   dice_loss_sums_kernel      I, P, T of every class over the rows of a block, one partial sum each
-//   dice_loss_finish_kernel    one block for each group and class adds these up in order; the last block to come adds up
+//   dice_loss_finish_kernel    one block for each group and class adds these up in order; the last block to come adds
+//   up
 //                              the losses
 //   dice_loss_gradient_kernel  the gradient by the input, or by a dense target
-// A thread takes kRows adjacent rows at a time (16 bytes of each class), or one row where the layout does not allow that,
-// and walks along their classes twice: for the maximum and the sum of the softmax, and for what is wanted. Memory is read
-// once: a block's rows stay in the L1 cache between the two, up to some hundred classes, and in the L2 beyond. Channels
-// first, adjacent threads have adjacent rows; channels last, the L1 turns a warp's walk into whole lines. Sums: floats
-// over the rows of a warp, doubles from there. Blocks and partial sums follow from the shape alone. No atomics on floats.
+// A thread takes kRows adjacent rows at a time (16 bytes of each class), or one row where the layout does not allow
+// that, and walks along their classes twice: for the maximum and the sum of the softmax, and for what is wanted. Memory
+// is read once: a block's rows stay in the L1 cache between the two, up to some hundred classes, and in the L2 beyond.
+// Channels first, adjacent threads have adjacent rows; channels last, the L1 turns a warp's walk into whole lines.
+// Sums: floats over the rows of a warp, doubles from there. Blocks and partial sums follow from the shape alone. No
+// atomics on floats.
 #pragma once
 #include <math.h>
 
@@ -17,7 +19,7 @@
 
 namespace fastloss {
 
-constexpr int kDiceThreads = 128;
+constexpr int kDiceThreads = 128;  // four blocks of a multiprocessor have 128 registers a thread
 constexpr int kDiceFinishThreads = 128;
 
 struct DiceLossParams {
@@ -44,8 +46,8 @@ struct DiceRows {
   int64_t first;         // the first of them
   int64_t outer, inner;  // where that is
   const T* x;
-  int64_t target;         // dense: offset of the first row's class 0
-  int64_t index[kRows];   // class indices; -1: does not count
+  int64_t target;        // dense: offset of the first row's class 0
+  int64_t index[kRows];  // class indices; -1: does not count
   bool counts[kRows];
 
   __device__ __forceinline__ DiceRows(const DiceLossParams& p, int64_t group, int64_t at) {
@@ -99,8 +101,7 @@ struct DiceSlopeTable {
   __device__ __forceinline__ DiceSlopes<A> computed(int64_t c) const {
     const DiceLossArgs& a = p.a;
     const double weight = a.weight ? double(static_cast<const A*>(a.weight)[c]) : 1.0;
-    const double up =
-        c < a.first_class ? 0.0 : load_as<double>(a.grad_output, a.loss_type, dice_place(a, group, c));
+    const double up = c < a.first_class ? 0.0 : load_as<double>(a.grad_output, a.loss_type, dice_place(a, group, c));
     return dice_slopes<A>(a, group, c, weight, up);
   }
   __device__ __forceinline__ DiceSlopes<A> operator[](int64_t c) const { return shared ? shared[c] : computed(c); }
@@ -181,13 +182,13 @@ __device__ __forceinline__ DiceElement<A> dice_element(Activation activation, A 
 }
 
 template <class T, int kRows>
-__global__ void __launch_bounds__(kDiceThreads) dice_loss_sums_kernel(const DiceLossParams p) {
+__global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_sums_kernel(const DiceLossParams p) {
   using A = accum_t<T>;
   const DiceLossArgs& a = p.a;
   const int64_t group = blockIdx.x / p.parts, part = blockIdx.x % p.parts, sets = 3 * a.classes;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  double* const in_shared = reinterpret_cast<double*>(shared_memory());    // [warps, classes, 3]
-  double* const partials = p.partials + group * sets * p.parts + part;      // [classes, 3], parts apart
+  double* const in_shared = reinterpret_cast<double*>(shared_memory());  // [warps, classes, 3]
+  double* const partials = p.partials + group * sets * p.parts + part;   // [classes, 3], parts apart
   double* const sums = p.shared ? in_shared + warp * sets : partials;
   const int64_t step = p.shared ? 1 : p.parts;
   for (int64_t c = 0; c < a.classes && lane < 3; ++c) sums[(3 * c + lane) * step] = 0;
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kDiceFinishThreads) dice_loss_finish_kernel(co
 }
 
 template <class T, int kRows>
-__global__ void __launch_bounds__(kDiceThreads) dice_loss_gradient_kernel(const DiceLossParams p) {
+__global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_gradient_kernel(const DiceLossParams p) {
   using A = accum_t<T>;
   const DiceLossArgs& a = p.a;
   const int64_t group = blockIdx.x / p.parts, part = blockIdx.x % p.parts;

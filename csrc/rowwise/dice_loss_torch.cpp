@@ -3,7 +3,8 @@
 //   input     [N, C, d1, ...] float32, float64, float16, bfloat16
 //   target    [N, d1, ...] any integer dtype, contiguous; or floating, of the input's shape
 //   weight    [C], accumulation dtype (float64 for a float64 input, else float32)
-//   loss      [], or for reduction none [C'] with `batch`, else [N, C']; of loss_dtype (the value of DType). C' is C, or
+//   loss      [], or for reduction none [C'] with `batch`, else [N, C']; of loss_dtype (the value of DType). C' is C,
+//   or
 //             C - 1 without the background
 //   saved     [N or 1, C, 2] float64: what backward needs
 #include "../common/cpu_isa.h"
@@ -23,8 +24,7 @@ using OptionalTensor = std::optional<Tensor>;
 // One operator call: the contract's arguments, and the tensors whose storage they point into.
 struct Call {
   DiceLossArgs args;
-  const Tensor& input;
-  const Tensor& target;
+  Tensor input, target;
   bool batch;
 
   Call(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t activation, bool batch,
@@ -32,7 +32,6 @@ struct Call {
        int64_t ignore_index, int64_t reduction, int64_t loss_dtype)
       : input(input), target(target), batch(batch) {
     if (input.dim() < 2) throw std::invalid_argument("input: expected [N, C, ...]");
-    args.input = input.data_ptr();
     args.input_type = dtype_of(input, "input");
     args.dense = is_floating(target);
     args.groups = batch ? 1 : input.size(0);
@@ -46,13 +45,11 @@ struct Call {
     }
     if (target.is_cuda() != input.is_cuda() || target.get_device_index() != input.get_device_index())
       throw std::invalid_argument("target: expected the device of the input");
-    args.target = target.data_ptr();
     if (weight) {
       require_vector(*weight, "weight", input.size(1), scalar_type_of(accum_of(args.input_type)), input);
       args.weight = weight->data_ptr();
     }
-    if (activation < 0 || activation > int64_t(Activation::sigmoid))
-      throw std::invalid_argument("activation: unknown");
+    if (activation < 0 || activation > int64_t(Activation::sigmoid)) throw std::invalid_argument("activation: unknown");
     if (loss_dtype < 0 || loss_dtype > int64_t(DType::bf16)) throw std::invalid_argument("loss_dtype: unknown");
     args.activation = Activation(activation);
     args.squared = squared;
@@ -65,9 +62,21 @@ struct Call {
     args.loss_type = DType(loss_dtype);
   }
 
-  // Fixes the [outer, classes, inner] view, which must suit the gradient too, if there is one.
-  void set_layout(const Tensor* grad) {
-    const Collapsed c = collapse({&input, args.dense ? &target : &input, grad ? grad : &input});
+  // Fixes the [outer, classes, inner] view of input, dense target and gradient, if there is one. Where no view suits
+  // them all, contiguous tensors take their place, *grad's too.
+  void set_layout(Tensor* grad) {
+    auto view = [&] { return collapse({&input, args.dense ? &target : &input, grad ? grad : &input}); };
+    Collapsed c;
+    try {
+      c = view();
+    } catch (const std::invalid_argument&) {
+      input = torch::stable::contiguous(input);
+      if (args.dense) target = torch::stable::contiguous(target);
+      if (grad) *grad = allocate(*grad, grad->sizes().data(), grad->dim(), grad->scalar_type());
+      c = view();
+    }
+    args.input = input.data_ptr();
+    args.target = target.data_ptr();
     args.outer = c.outer;
     args.classes = c.classes;
     args.inner = c.inner;
@@ -104,8 +113,9 @@ struct Call {
   Tensor backward(bool of_target, const Tensor& grad_output, const Tensor& saved) {
     if (of_target && !args.dense) throw std::invalid_argument("target: class indices have no gradient");
     Tensor grad = allocate_like(of_target ? target : input);
-    set_layout(&grad);
-    (of_target ? args.grad_target : args.grad) = grad.data_ptr();
+    Tensor to = grad;
+    set_layout(&to);
+    (of_target ? args.grad_target : args.grad) = to.data_ptr();
     require_vector(saved, "saved", args.saved_count(), ScalarType::Double, input);
     args.saved = static_cast<double*>(saved.data_ptr());
     const int64_t count = args.reduction == Reduction::none ? args.groups * losses() : 1;
@@ -119,6 +129,7 @@ struct Call {
 #endif
       status = dice_loss_backward_cpu(args, torch_parallel);
     raise_if_failed(status, target, args.classes, args.ignore_index);
+    if (to.get() != grad.get()) torch::stable::copy_(grad, to);
     return grad;
   }
 

@@ -7,6 +7,7 @@ from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
+from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
@@ -20,6 +21,7 @@ from .patching import patch, unpatch
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "DiceLoss",
     "HuberLoss",
     "L1Loss",
     "LogCoshLoss",
@@ -32,6 +34,7 @@ __all__ = [
     "check",
     "check_errors",
     "cross_entropy",
+    "dice_loss",
     "explain",
     "huber_loss",
     "l1_loss",

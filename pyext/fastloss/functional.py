@@ -1,6 +1,7 @@
 """The function names of :mod:`torch.nn.functional`: ``import fastloss.functional as F``. Some are fastloss's own."""
 
 from .losses.cross_entropy import cross_entropy
+from .losses.dice_loss import dice_loss
 from .losses.huber_loss import huber_loss
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
@@ -12,6 +13,7 @@ from .losses.smooth_l1_loss import smooth_l1_loss
 
 __all__ = [
     "cross_entropy",
+    "dice_loss",
     "huber_loss",
     "l1_loss",
     "log_cosh_loss",

@@ -1,6 +1,7 @@
 """The class names of :mod:`torch.nn`: ``import fastloss.nn as nn``. Some are fastloss's own."""
 
 from .losses.cross_entropy import CrossEntropyLoss
+from .losses.dice_loss import DiceLoss
 from .losses.huber_loss import HuberLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
@@ -12,6 +13,7 @@ from .losses.smooth_l1_loss import SmoothL1Loss
 
 __all__ = [
     "CrossEntropyLoss",
+    "DiceLoss",
     "HuberLoss",
     "L1Loss",
     "LogCoshLoss",

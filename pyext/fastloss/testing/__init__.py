@@ -5,13 +5,13 @@ and the fewest bytes that an implementation must move. :func:`check_gradients`, 
 :func:`assert_sound` are for users' tests too. Nothing here needs pytest.
 """
 
-from . import cross_entropy, nll_loss, pointwise
+from . import cross_entropy, dice_loss, nll_loss, pointwise
 from ._checks import assert_close, check_gradients
 from ._sound import assert_sound
 from ._spec import LossSpec, Sample
 
 SPECS: dict[str, LossSpec] = {
-    **{spec.name: spec for spec in (cross_entropy.SPEC, nll_loss.SPEC)},
+    **{spec.name: spec for spec in (cross_entropy.SPEC, nll_loss.SPEC, dice_loss.SPEC)},
     **pointwise.SPECS,
 }
 
