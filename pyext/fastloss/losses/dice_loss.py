@@ -147,7 +147,7 @@ def dice_loss(
     Example:
         >>> logits = torch.tensor([[[2.0, -1.0, 0.5], [-2.0, 1.0, 1.5]]])  # one sample, two classes, three pixels
         >>> fastloss.dice_loss(logits, torch.tensor([[0, 1, 1]]))
-        tensor(0.1351)
+        tensor(0.1416)
 
     The same as other libraries' DiceLoss:
 
@@ -158,12 +158,12 @@ def dice_loss(
       Not copied: for K = 0 MONAI sums over samples and classes; for C = 1 it leaves out activation, weight or
       include_background with a warning; its ``'none'`` appends dimensions of size 1. Not here: ``jaccard``,
       ``soft_label``, ``other_act``.
-    - segmentation_models_pytorch: batch=True and skip_absent=True; ``smooth`` is both smooth_nr and smooth_dr (its
-      ``eps``, a least denominator, is a smooth_dr of that size); mode ``'multiclass'`` is activation='softmax',
-      ``'multilabel'`` and ``'binary'`` are 'sigmoid' with a floating target; ``from_logits=False`` is None;
-      ``class_weights`` w are ``weight=w * C / w.sum()``, since its mean divides by the sum of the weights; ``classes``
-      are weights of 0 for the others and ``C / len(classes)`` for these. Not copied: without ignore_index its targets
-      that are out of range fail without naming value or place. Not here: ``log_loss``.
+    - segmentation_models_pytorch: batch=True and skip_absent=True; ``smooth`` s is smooth_nr=2*s and smooth_dr=2*s (its
+      ``eps`` bounds the denominator; smooth_dr, which is added to it, serves as well); mode ``'multiclass'`` is
+      activation='softmax', ``'multilabel'`` and ``'binary'`` are 'sigmoid' with a floating target;
+      ``from_logits=False`` is None; ``class_weights`` w are ``weight=w * C / w.sum()``, since its mean divides by the
+      sum of the weights; ``classes`` are weights of 0 for the others and ``C / len(classes)`` for these. Not copied:
+      its overlap is ``sum(min(p, t))``, the same where targets are 0 and 1 only. Not here: ``log_loss``.
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(

@@ -72,10 +72,12 @@ def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield call("sigmoid", *pair(ignore_every=5), activation="sigmoid")
     yield call("probabilities", make.probabilities(2, 3, 2, 4, requires_grad=True), pair()[1], activation=None)
     for activation in ("softmax", "sigmoid", None):
-        yield call(f"squared, {activation}", *pair(ignore_every=4), activation=activation, squared=True)
-        x, t = make.normal(2, 3, 5), make.probabilities(2, 3, 5, requires_grad=True)
+        of = make.probabilities if activation is None else make.normal
+        t = make.classes(3, 2, 5, ignore_every=4)
+        yield call(f"squared, {activation}", of(2, 3, 5, requires_grad=True), t, activation=activation, squared=True)
+        x, t = of(2, 3, 5, requires_grad=True), make.probabilities(2, 3, 5, requires_grad=True)
         yield call(f"floating target, {activation}", x, t, activation=activation)
-        x, t = make.normal(2, 3, 5), make.probabilities(2, 3, 5, requires_grad=True)
+        x, t = of(2, 3, 5, requires_grad=True), make.probabilities(2, 3, 5, requires_grad=True)
         yield call(f"floating target, squared, {activation}", x, t, activation=activation, squared=True, batch=True)
     yield call("one class", make.normal(2, 1, 6), make.probabilities(2, 1, 6) * 0 + 1, activation="sigmoid")
     yield call("smooth", *pair(), smooth_nr=0.5, smooth_dr=2.0)
