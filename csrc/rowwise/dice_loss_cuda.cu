@@ -38,6 +38,9 @@ DiceConfig dice_config(const DiceLossArgs& a, bool backward) {
   return c;
 }
 
+// Class indices travel in 32 bits.
+bool indices_fit(const DiceLossArgs& a) { return a.dense || a.classes <= INT32_MAX; }
+
 int64_t counter_bytes(const DiceLossArgs& a) { return (4 * (a.groups + 1) + 15) / 16 * 16; }
 
 // For the kernels of T, with as many rows per thread as the configuration says.
@@ -76,6 +79,7 @@ int64_t dice_loss_workspace_bytes_cuda(const DiceLossArgs& a, const CudaContext&
 }
 
 Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context) {
+  if (!indices_fit(a)) return {Status::unsupported};
   const DiceConfig config = dice_config(a, /*backward=*/false);
   DiceLossParams p = params_of(a, config);
   Status status;
@@ -106,6 +110,7 @@ Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context)
 }
 
 Status dice_loss_backward_cuda(const DiceLossArgs& a, const CudaContext& context) {
+  if (!indices_fit(a)) return {Status::unsupported};
   const DiceConfig config = dice_config(a, /*backward=*/true);
   if (a.classes == 0) return {};
   const DiceLossParams p = params_of(a, config);

@@ -28,7 +28,7 @@ struct DiceLossParams {
   int64_t parts;      // blocks of a group
   double* partials;   // [groups, classes, 3, parts]
   double* losses;     // [groups, classes]; null: not reduced
-  unsigned* bad;      // [groups], zeroed: bad targets
+  unsigned* bad;      // [groups], zeroed: bad targets; null: not to be reported
   unsigned* counter;  // zeroed: blocks of the finish kernel that are done
   BadTargetRecord* record;
   bool shared;  // sums, slopes: in shared memory. Else sums: a block is one warp, and adds to its partials. Slopes:
@@ -43,37 +43,36 @@ template <class T, int kRows>
 struct DiceRows {
   using A = accum_t<T>;
   bool any;              // the thread has rows
-  int64_t first;         // the first of them
-  int64_t outer, inner;  // where that is
+  int64_t outer, inner;  // where the first of them is
   const T* x;
   int64_t target;        // dense: offset of the first row's class 0
-  int64_t index[kRows];  // class indices; -1: does not count
-  bool counts[kRows];
+  int32_t index[kRows];  // class indices, -1: does not count; dense: 0
 
   __device__ __forceinline__ DiceRows(const DiceLossParams& p, int64_t group, int64_t at) {
     const DiceLossArgs& a = p.a;
     any = at < p.rows_per_group;
-    first = group * p.rows_per_group + (any ? at : 0);
+    const int64_t first = group * p.rows_per_group + (any ? at : 0);
     outer = first / a.inner;
     inner = first - outer * a.inner;
     x = static_cast<const T*>(a.input) + outer * a.input_strides.outer + inner * a.input_strides.inner;
     target = outer * a.target_strides.outer + inner * a.target_strides.inner;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) index[i] = -1, counts[i] = any && a.dense;
+    for (int i = 0; i < kRows; ++i) index[i] = any && a.dense ? 0 : -1;
     if (!any || a.dense) return;
-    load_indices(a.target, a.index_type, first, index);
+    int64_t loaded[kRows];
+    load_indices(a.target, a.index_type, first, loaded);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) counts[i] = index[i] != a.ignore_index && index[i] >= 0 && index[i] < a.classes;
-  }
-  __device__ __forceinline__ void report_bad_targets(const DiceLossParams& p, int64_t group) const {
-    if (!any || p.a.dense) return;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      if (!counts[i] && index[i] != p.a.ignore_index) {
-        record_bad_target(p.record, first + i, index[i]);
+    for (int i = 0; i < kRows; ++i) {
+      if (loaded[i] == a.ignore_index) continue;
+      if (loaded[i] >= 0 && loaded[i] < a.classes) {
+        index[i] = static_cast<int32_t>(loaded[i]);
+      } else if (p.bad) {
+        record_bad_target(p.record, first + i, loaded[i]);
         atomicAdd(&p.bad[group], 1u);
       }
+    }
   }
+  __device__ __forceinline__ bool counts(int i) const { return index[i] >= 0; }
   __device__ __forceinline__ void load_class(const DiceLossParams& p, int64_t c, A (&out)[kRows]) const {
     const T* at = x + c * p.a.input_strides.cls;
     if constexpr (kRows == 1)
@@ -86,7 +85,7 @@ struct DiceRows {
       load_run(p.a.target, p.a.target_type, target + c * p.a.target_strides.cls, p.a.target_strides.inner, out);
     } else {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) out[i] = counts[i] && index[i] == c ? A(1) : A(0);
+      for (int i = 0; i < kRows; ++i) out[i] = index[i] == c ? A(1) : A(0);
     }
   }
 };
@@ -196,7 +195,6 @@ __global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_sums_kernel(const D
   const int64_t tile = int64_t(blockDim.x) * kRows;
   for (int64_t at = part * tile; at < p.rows_per_group; at += p.parts * tile) {
     const DiceRows<T, kRows> rows(p, group, at + int64_t(threadIdx.x) * kRows);
-    rows.report_bad_targets(p, group);
     DiceSoftmax<A, kRows> softmax;
     if (a.activation == Activation::softmax) softmax.walk(p, rows, nullptr);
     for (int64_t c = 0; c < a.classes; ++c) {
@@ -209,7 +207,7 @@ __global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_sums_kernel(const D
         for (int i = 0; i < kRows; ++i) {
           A value = a.activation == Activation::softmax ? dice_exp(x[i] - softmax.ref[i]) * softmax.inverse[i]
                                                         : dice_element(a.activation, x[i]).p;
-          value = rows.counts[i] ? value : A(0);
+          value = rows.counts(i) ? value : A(0);
           sum[0] += value * t[i];
           sum[1] += a.squared ? value * value : value;
           sum[2] += a.squared ? t[i] * t[i] : t[i];
@@ -230,7 +228,7 @@ __global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_sums_kernel(const D
 }
 
 template <class T>
-__global__ void __launch_bounds__(kDiceFinishThreads) dice_loss_finish_kernel(const DiceLossParams p) {
+__global__ void __launch_bounds__(kDiceFinishThreads, 8) dice_loss_finish_kernel(const DiceLossParams p) {
   using A = accum_t<T>;
   const DiceLossArgs& a = p.a;
   double* const scratch = reinterpret_cast<double*>(shared_memory());
@@ -309,7 +307,7 @@ __global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_gradient_kernel(con
           g = element.slope * (slope.by_other * t[i] + slope.constant + value * slope.by_own);
         }
         if (!a.grad) g = slope.by_other * value + slope.constant + slope.by_own * t[i];
-        x[i] = rows.counts[i] ? g : A(0);
+        x[i] = rows.counts(i) ? g : A(0);
       }
       if (!a.grad) {
 #pragma unroll
