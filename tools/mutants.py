@@ -5,7 +5,8 @@
 Every barrier and fence is removed in turn, and every bound of a loop or guard over rows, classes, vectors and the like
 is shifted by one either way. All faults are compiled in at once (FASTLOSS_MUTANT chooses one at run time), as plain C++
 and under the sanitizers; a fault is caught when the short form of the emulated tests (tests/core/test_cuda_on_cpu.py,
-test_cuda_extremes.py, test_pointwise_core.py) fails, in the plain build or under the sanitizer that is made for it.
+test_cuda_extremes.py, test_pointwise_core.py, test_dice_core.py) fails, in the plain build or under the sanitizer that
+is made for it.
 Exits 1 when one survives that EQUIVALENT does not explain.
 """
 
@@ -159,7 +160,8 @@ def passes(module: Path, mutant: int = 0, quiet: bool = True) -> bool:
     """Does the short form of the emulated tests pass? A fault may also make it run forever."""
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x", "-s", "--tb=line",
                "-k", "not policy and not [core", "tests/core/test_cuda_on_cpu.py",
-               "tests/core/test_cuda_extremes.py", "tests/core/test_pointwise_core.py"]  # fmt: skip
+               "tests/core/test_cuda_extremes.py", "tests/core/test_pointwise_core.py",
+               "tests/core/test_dice_core.py"]  # fmt: skip
     output = subprocess.DEVNULL if quiet else None
     try:
         return subprocess.run(command, cwd=ROOT, env=environment(module, mutant), stdout=output, stderr=output,

@@ -390,3 +390,41 @@ def row_loss(formula: RowFormula, tensors: Tensors, parameters: Mapping[str, flo
     if o.reduction == NONE:
         return rows.squeeze(1)
     return rows.sum() / (counts if mean_over_rows else w_t).sum() if o.reduction == MEAN else rows.sum()
+
+
+# ------------------------------------------------------------------------------------------------------------ dice loss
+
+
+def dice_loss(tensors: Tensors, o: Any) -> Tensor:
+    """1 - (2 sum p t + smooth_nr) / (sum p + sum t + smooth_dr), of every sample and class; squares in the denominator
+    with ``squared``. The activations have the codes 0 (none), 1 (softmax), 2 (sigmoid)."""
+    x, target, weight = tensors
+    x = x.to(accum_dtype(x.dtype))
+    if target.is_floating_point():
+        counts, t = None, target.to(x.dtype)
+    else:
+        index = target.to(torch.int64).unsqueeze(1)
+        counts = index != o.ignore_index
+        classes = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1] * (x.dim() - 2))
+        t = ((index == classes) & counts).to(x.dtype)
+        x = torch.where(counts, x, 0.0)
+    p = x.softmax(1) if o.activation == 1 else x.sigmoid() if o.activation == 2 else x
+    if counts is not None:
+        p = torch.where(counts, p, 0.0)
+    dims = [0] * o.batch + list(range(2, x.dim()))
+
+    def sums(values: Tensor) -> Tensor:
+        return values.sum(dims) if dims else values  # torch takes no dimensions for all
+
+    area_t = sums(t * t if o.squared else t)
+    area = sums(p * p if o.squared else p) + area_t + o.smooth_dr
+    if o.skip_absent:
+        area = torch.where(area_t == 0, 1.0, area)
+    loss = 1 - (2 * sums(p * t) + o.smooth_nr) / area
+    if o.skip_absent:
+        loss = torch.where(area_t == 0, 0.0, loss)
+    if weight is not None:
+        loss = loss * weight
+    if not o.include_background:
+        loss = loss[..., 1:]
+    return loss if o.reduction == NONE else loss.mean() if o.reduction == MEAN else loss.sum()
