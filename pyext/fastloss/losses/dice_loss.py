@@ -97,6 +97,7 @@ def dice_loss(
     ignore_index: int = -100,
     batch: bool = False,
     squared: bool = False,
+    smooth: float | None = None,
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     include_background: bool = True,
@@ -124,6 +125,7 @@ def dice_loss(
         ignore_index: class index that marks pixels to leave out of all sums; such pixels have gradient 0.
         batch: sums over the whole batch instead of each sample.
         squared: :math:`\sum p^2 + \sum t^2` in the denominator, as V-Net has it.
+        smooth: both smooth_nr and smooth_dr; None: what these say.
         smooth_nr, smooth_dr: not negative; where a class is neither predicted nor there, the loss is
             ``1 - smooth_nr / smooth_dr``.
         include_background: False leaves class 0 out of the result (it remains part of the softmax).
@@ -166,22 +168,8 @@ def dice_loss(
       its overlap is ``sum(min(p, t))``, the same where targets are 0 and 1 only. Not here: ``log_loss``.
     """
     if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            dice_loss,
-            (input, target, weight),
-            input,
-            target,
-            weight=weight,
-            activation=activation,
-            ignore_index=ignore_index,
-            batch=batch,
-            squared=squared,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            include_background=include_background,
-            skip_absent=skip_absent,
-            reduction=reduction,
-        )
+        options = {name: value for name, value in locals().items() if name not in ("input", "target")}
+        return handle_torch_function(dice_loss, (input, target, weight), input, target, **options)
     name = "dice_loss"
     red = _arguments.reduction_code(reduction)
     if activation not in _ACTIVATIONS:
@@ -191,6 +179,8 @@ def dice_loss(
     if weight is not None:
         _arguments.require_tensor("weight", weight, name)
     ignore_index = _arguments.as_int(name, "ignore_index", ignore_index)
+    if smooth is not None:
+        smooth_nr = smooth_dr = _smooth("smooth", smooth)
     smooth_nr, smooth_dr = _smooth("smooth_nr", smooth_nr), _smooth("smooth_dr", smooth_dr)
     _arguments.require_supported_tensors(name, input, target, weight)
     _arguments.require_same_device(name, ("input", input), ("target", target), ("weight", weight))
@@ -287,6 +277,7 @@ class DiceLoss(torch.nn.Module):
         ignore_index: int = -100,
         batch: bool = False,
         squared: bool = False,
+        smooth: float | None = None,
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         include_background: bool = True,
@@ -296,7 +287,7 @@ class DiceLoss(torch.nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.activation, self.ignore_index, self.batch, self.squared = activation, ignore_index, batch, squared
-        self.smooth_nr, self.smooth_dr = smooth_nr, smooth_dr
+        self.smooth, self.smooth_nr, self.smooth_dr = smooth, smooth_nr, smooth_dr
         self.include_background, self.skip_absent, self.reduction = include_background, skip_absent, reduction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -309,6 +300,7 @@ class DiceLoss(torch.nn.Module):
             ignore_index=self.ignore_index,
             batch=self.batch,
             squared=self.squared,
+            smooth=self.smooth,
             smooth_nr=self.smooth_nr,
             smooth_dr=self.smooth_dr,
             include_background=self.include_background,
