@@ -388,7 +388,7 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 }
 
 template <class Loss, class A>
-__global__ void __launch_bounds__(kPointwiseThreads, Loss::operands > 2 ? 2 : 3)
+__global__ void __launch_bounds__(kPointwiseThreads, Loss::operands* Loss::sums > 2 ? 2 : 3)
     pointwise_general_kernel(const PointwiseParams p) {
   constexpr int kGroup = kPointwiseGroup / int(sizeof(A));
   const PointwiseArgs& a = p.a;
