@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 try:
+    from fastloss.formulas import FORMULAS
     from fastloss.testing.pointwise import LOSSES
 except ImportError:  # the rivals can be measured without fastloss
-    LOSSES = {}
+    LOSSES, FORMULAS = {}, {}
 
 FORWARD, BOTH, SCALED, BACKWARD = "forward", "forward+backward", "forward+backward, scaled", "backward"
 MODES = (FORWARD, BOTH, SCALED, BACKWARD)
@@ -100,7 +101,7 @@ class Problem:
         if case.loss in POINTWISE:
             theirs = getattr(F, "mse_loss" if case.loss == "rmse_loss" else case.loss, None)
             if theirs is None:
-                values = LOSSES[case.loss].formula(x, target, **LOSSES[case.loss].defaults(self.x.dtype))
+                values = FORMULAS[case.loss].terms(x, target, **LOSSES[case.loss].defaults(self.x.dtype))
                 return values.mean() if reduction == "mean" else values.sum()
             value = theirs(x, target, reduction=reduction)
             return value.sqrt() if case.loss == "rmse_loss" and reduction == "mean" else value

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from ._version import require_supported
 
@@ -21,6 +22,12 @@ except OSError as error:
     ) from error
 
 ops = torch.ops.fastloss
+
+NONE, MEAN, SUM = 0, 1, 2  # codes of the C++ enum Reduction
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+# Codes of the C++ enum DType.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def set_isa(name: str) -> None:
@@ -47,21 +54,23 @@ def _(grad: torch.Tensor, scale: torch.Tensor) -> None:
     return None
 
 
-def loop_vmap(op: Callable[..., Any], outputs: int) -> Callable[..., Any]:
+def loop_vmap(op: Callable[..., Any]) -> Callable[..., Any]:
     """A batching rule that calls ``op`` once per sample and stacks: torch.func.vmap over one of our operators."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         def results(sample: Callable[..., torch.Tensor]) -> Any:
-            result = op(*(a if d is None else sample(a, d) for a, d in zip(args, in_dims, strict=True)))
-            return (result,) if outputs == 1 else result
+            dims = zip(args, in_dims, strict=True)
+            return op(*(sample(a, d) if isinstance(a, torch.Tensor) and d is not None else a for a, d in dims))
 
         if info.batch_size:
             samples = [results(lambda a, d, i=i: a.select(d, i)) for i in range(info.batch_size)]
-            columns = [torch.stack(column) for column in zip(*samples, strict=True)]
+            columns = zip(*(tree_leaves(sample) for sample in samples), strict=True)
+            stacked = [torch.stack(column) for column in columns]
         else:  # one sample of zeros tells the shapes and dtypes
-            zeros = results(lambda a, d: a.new_zeros(a.movedim(d, 0).shape[1:]))
-            columns = [r.new_empty((0, *r.shape)) for r in zeros]
-        return (columns[0], 0) if outputs == 1 else (tuple(columns), (0,) * outputs)
+            samples = [results(lambda a, d: a.new_zeros(a.movedim(d, 0).shape[1:]))]
+            stacked = [r.new_empty((0, *r.shape)) for r in tree_leaves(samples[0])]
+        structure = tree_structure(samples[0])
+        return tree_unflatten(stacked, structure), tree_unflatten([0] * len(stacked), structure)
 
     return rule
 
@@ -69,17 +78,30 @@ def loop_vmap(op: Callable[..., Any], outputs: int) -> Callable[..., Any]:
 _recorded = torch.library.Library("fastloss", "FRAGMENT")
 
 
-def define_recorded(name: str, op: Any, function: Any) -> None:
-    """Defines ``fastloss::<name>``: ``op`` with the rules of ``function``, a torch.autograd.Function that takes its
-    arguments one by one. Programs that torch.export and torch.jit.trace record keep operators and forget the Function
-    around them, and would lose the gradient. Elsewhere the Function itself is faster."""
-    schema = str(op.default._schema).partition("(")
-    _recorded.define(f"{name}({schema[2]}")
-    _recorded.impl(name, lambda *args: op(*args), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastloss::{name}", lambda *args: op(*args), lib=_recorded)
+def define_recorded(name: str, tensors: int, options: Any, outputs: int, function: Any) -> None:
+    """Defines ``fastloss::<name>`` with the rules of ``function``, a torch.autograd.Function that takes so many tensors,
+    then ``options`` one by one. Programs that torch.export and torch.jit.trace record keep operators and forget the
+    Function around them, and would lose the gradient. Elsewhere the Function itself is faster."""
+    arguments = [f"Tensor? t{i}" for i in range(tensors)]
+    arguments += [f"{kind.__name__} {option}" for option, kind in options.__annotations__.items()]
+    _recorded.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})")
+    _recorded.impl(name, lambda *args: function.forward(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastloss::{name}", lambda *args: function.forward(*args), lib=_recorded)
     torch.library.register_autograd(
         f"fastloss::{name}", function.backward, setup_context=function.setup_context, lib=_recorded
     )
 
 
-__all__ = ["cuda_built", "define_recorded", "loop_vmap", "ops", "set_isa"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_CODES",
+    "MEAN",
+    "NONE",
+    "REDUCTIONS",
+    "SUM",
+    "cuda_built",
+    "define_recorded",
+    "loop_vmap",
+    "ops",
+    "set_isa",
+]

@@ -1,20 +1,32 @@
 """Where a call runs: which device, kernel and instruction set, how the gradient is made, how many bytes move."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import ops
-from .losses import _common, _rowwise
-from .losses.cross_entropy import GRAD, STATS
+from ._autograd import Path, Step, rehearsal
+from .losses.cross_entropy import cross_entropy
 from .patching import takes
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` returns; ``print`` it."""
+    """What :func:`explain` returns; ``print`` it.
+
+    Attributes:
+        handled_by: ``"fastloss"``, or ``"torch: <reason>"``.
+        device: of the input, with its name.
+        kernel: which one forward takes.
+        gradient: how it is made.
+        bytes_read, bytes_written: by the kernels at least, forward and backward, what is small beside the operands left
+            out of the second.
+        bytes_allocated: for gradients, forward and backward.
+        forward, backward: the operators that are called, in their order.
+    """
 
     handled_by: str
     device: str
@@ -22,6 +34,9 @@ class Explanation:
     gradient: str
     bytes_read: int
     bytes_written: int
+    bytes_allocated: int = 0
+    forward: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         mib = 1 / 2**20
@@ -30,55 +45,79 @@ class Explanation:
             f"device      {self.device}\n"
             f"kernel      {self.kernel}\n"
             f"gradient    {self.gradient}\n"
-            f"bytes       {self.bytes_read * mib:.1f} MiB read, {self.bytes_written * mib:.1f} MiB written at least"
+            f"bytes       {self.bytes_read * mib:.1f} MiB read, {self.bytes_written * mib:.1f} MiB written at least, "
+            f"{self.bytes_allocated * mib:.1f} MiB allocated for gradients\n"
+            f"operators   {', '.join(self.forward) or 'none'}; backward: {', '.join(self.backward) or 'none'}"
         )
 
 
-def explain(input: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any) -> Explanation:
-    """Say which device, kernel and instruction set a call of :func:`fastloss.cross_entropy` takes, without running it.
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Say which device, kernel and instruction set a loss takes, and how it makes its gradient, without running it.
 
-    Args:
-        input, target, reduction, options: as for :func:`fastloss.cross_entropy`. Whether a gradient is made depends on
-            ``input.requires_grad`` and torch's grad mode, as it would in the call.
+    ``explain(loss, input, target, ...)`` with any loss of fastloss, a function or a module, and the arguments of the
+    call; ``explain(input, target, ...)`` is about :func:`fastloss.cross_entropy`. Whether a gradient is made depends on
+    what requires grad and on torch's grad mode, as it would in the call; the call's own code decides, so that wrong
+    arguments raise what they would raise there.
 
     Returns:
         An :class:`Explanation`. ``handled_by`` is ``"torch: <reason>"`` for inputs that :func:`fastloss.patch` would
         leave to torch (a direct call raises for them, but for sparse probabilities, which it makes dense).
+
+    Example::
+
+        >>> print(fastloss.explain(fastloss.l1_loss, x, t, reduction="sum").gradient)
+        in forward, while the row is at hand; scaled in backward
     """
-    reason = takes((input, target), {k: v for k, v in options.items() if isinstance(v, Tensor)})
-    device = str(input.device)
+    loss: Callable[..., Any] = cross_entropy
+    if args and not isinstance(args[0], Tensor):
+        loss, *args = args  # type: ignore[assignment]
+    if not callable(loss):
+        raise TypeError(f"explain(): the first argument must be a loss or its input, not {type(loss).__name__}")
+    given = (*args, *(v for v in kwargs.values()))
+    first = next((a for a in (kwargs.get("input"), *given) if isinstance(a, Tensor)), None)
+    device = "none" if first is None else str(first.device)
     if device.startswith("cuda") and torch.cuda.is_available():
-        device += f" ({torch.cuda.get_device_name(input.device)})"
+        device += f" ({torch.cuda.get_device_name(device)})"
+    reason = takes(tuple(args), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)})
     if reason is not None:
-        return Explanation(f"torch: {reason}", device, "torch's own", "torch's own", 0, 0)
-    soft = input.shape == target.shape
-    x, t = (
-        (input.unsqueeze(0), target.unsqueeze(0) if soft else target.reshape(1))
-        if input.dim() == 1
-        else (input, target)
+        theirs = hasattr(F, getattr(loss, "__name__", "")) or isinstance(loss, torch.nn.Module)
+        return Explanation(f"{'torch' if theirs else 'nobody'}: {reason}", device, "torch's own", "torch's own", 0, 0)
+    with rehearsal() as steps:
+        loss(*args, **kwargs)
+    if not steps:
+        return Explanation("fastloss", device, "none", "composed of torch operations", 0, 0)
+    costs = [_cost(step) for step in steps]
+    paths = dict.fromkeys(step.path for step in steps)
+    kernels = dict.fromkeys(step.rules.regime(step.tensors, step.options, _in_forward(step)) for step in steps)
+    return Explanation(
+        "fastloss",
+        device,
+        "; ".join(kernels),
+        "; ".join(path.value for path in paths),
+        *(sum(column) for column in zip(*costs, strict=True)),
+        *(tuple(name for step in steps for name in _operators(step)[way]) for way in (0, 1)),
     )
-    class_dim = options.get("class_dim")
-    if class_dim is not None and x.dim() > 1:
-        x, t = x.movedim(class_dim, 1), t.movedim(class_dim, 1) if soft else t
-    one = input.numel() * input.element_size()
-    extra = target.numel() * target.element_size()
-    in_forward = options.get("grad_in_forward")
-    in_forward = input.dtype is not torch.float16 if in_forward is None else in_forward
-    wanted = torch.is_grad_enabled() and input.requires_grad
-    flags = STATS * bool(options.get("return_stats"))
-    if not wanted:
-        gradient, read, written = "none wanted", one + extra, 0
-    elif options.get("inplace_grad") and reduction != "none":
-        gradient, read, written = "in forward, in the memory of the input", one + extra, one
-        flags |= GRAD
-    elif reduction == "none" or (soft and target.requires_grad) or _common.functorch_active() or not in_forward:
-        gradient, read, written = "in backward, from the logits (read twice)", 2 * (one + extra), one
-    else:
-        gradient, read, written = "in forward, while the row is at hand; scaled in backward", one + extra, one
-        flags |= GRAD
-    x, t = x.detach(), t.detach() if soft else t.detach().contiguous()
-    if not _rowwise.mergeable(x, t if soft else None):  # the call makes contiguous copies
-        x, t = (torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in (x, t))
-    transform = options.get("softcap") or 0.0, options.get("logit_scale", 1.0)
-    kernel = ops.cross_entropy_regime(x, t, options.get("label_smoothing", 0.0), *transform, flags)
-    return Explanation("fastloss", device, kernel, gradient, read, written)
+
+
+def _operators(step: Step) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return step.rules.operators(step.path, step.options, step.needs)
+
+
+def _in_forward(step: Step) -> bool:
+    return step.path in (Path.FUSED, Path.IN_PLACE)
+
+
+def _cost(step: Step) -> tuple[int, int, int]:
+    """Bytes read, written and allocated."""
+    operands = sum(_distinct_bytes(t) for t in step.tensors if t is not None)
+    gradients = sum(t.nbytes for t, needed in zip(step.tensors, step.needs, strict=False) if needed)
+    times = 1 if step.path is Path.VALUE or _in_forward(step) else 2
+    return times * operands, gradients, 0 if step.path is Path.IN_PLACE else gradients
+
+
+def _distinct_bytes(t: Tensor) -> int:
+    """Of a tensor that may be expanded."""
+    distinct = t.element_size()
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        distinct *= size if stride else min(size, 1)
+    return distinct

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import functional
-from .losses._common import DTYPE_CODES, unsupported
+from ._arguments import unsupported
+from ._library import DTYPE_CODES
 
 _originals: dict[str, Callable[..., Any]] = {}
 _lock = threading.RLock()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._common import DTYPE_CODES, NONE
+from .._library import DTYPE_CODES
 
 INDEX_DTYPES = frozenset(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -25,25 +25,6 @@ def index_target(target: Tensor) -> Tensor:
             raise IndexError(f"Target {value} is out of bounds. target{row or ''} = {value} is no class index")
         target = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
     return target if target.is_contiguous() else target.contiguous()
-
-
-def row_weights(
-    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether a row counts, its class index (ignored ones replaced) and w_t (0 there): [N, 1, d1, ...] each.
-
-    Class weights [C] are chosen, not multiplied: those of classes that no target has may be infinite.
-    """
-    target = target.to(torch.int64)  # torch's own operators do not take every integer dtype everywhere
-    counts = (target != ignore_index).unsqueeze(1)
-    index = torch.where(counts, target.unsqueeze(1), 0)
-    return counts, index, counts.to(dtype) if weight is None else torch.where(counts, weight.to(dtype)[index], 0.0)
-
-
-def per_row(grad_output: Tensor, rows: Tensor, reduction: int) -> Tensor:
-    """grad_output as it multiplies rows [N, 1, d1, ...]. Never of dimension 0: vmap over no samples cannot combine that
-    with others."""
-    return grad_output.unsqueeze(1) if reduction == NONE else grad_output.reshape([1] * rows.dim())
 
 
 def check_single_target(target: Tensor, function: str) -> None:

@@ -1,31 +1,26 @@
 """Cross entropy: log-softmax and negative log likelihood in one pass over the logits.
 
-The mathematics is in ``csrc/rowwise/cross_entropy.h``; this file checks arguments, chooses the path and gives autograd
-its rules. Three ways to a gradient:
-
-- *fused* (scalar reductions): the gradient for grad_output 1 is computed in forward while the row is at hand, one read
-  and one write of the logits in all; backward scales it, or returns it untouched when grad_output is 1;
-- *recomputing* (reduction ``none``, float16, torch.compile, forward mode, ``grad_in_forward=False``): forward reads the
-  logits once and saves two numbers per row; backward reads them again and writes the gradient;
-- the same under torch.func transforms, in the form that they ask for.
+The mathematics is in ``csrc/rowwise/cross_entropy.h``, its composed form in ``fastloss/formulas.py``. This file says
+what the operators take (:class:`_CrossEntropy`, of which the engine makes autograd) and checks arguments. The fused
+gradient costs one read and one write of the logits in all; recomputing reads them twice and keeps two numbers per row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors
-from .._library import define_recorded, loop_vmap, ops
-from . import _common, _rowwise
-from ._common import DTYPE_CODES, DTYPES, MEAN, NONE
+from .. import _arguments, errors, formulas
+from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
+from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, loop_vmap, ops
+from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
+from . import _rowwise
 
-# Bits of `flags`, as in cross_entropy_torch.cpp.
-SAVE, GRAD, ALL_IGNORED_ZERO, ZERO_TIMES_INF, STATS = 1, 2, 4, 8, 16
+# The other bits of `flags`, as in cross_entropy_torch.cpp.
+SAVE, GRAD, STATS = 1, 2, 16
 
 
 class CrossEntropyStats(NamedTuple):
@@ -44,477 +39,167 @@ class CrossEntropyStats(NamedTuple):
     accuracy: Tensor
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """The operators' trailing arguments, in their order."""
 
     reduction: int
     loss_dtype: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-    logit_scale: float
-    flags: int
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0: none
+    logit_scale: float = 1.0
+    row_map: int = 0  # 0: none
+    map_a: float = 0.0
+    map_b: float = 0.0
+    flags: int = 0
 
 
-# ------------------------------------------------------------------------------------------------ fake kernels, vmap
+def _call(op: Any, before: Sequence[Any], tensors: Tensors, o: Options, flags: int = 0, saved: Any = ()) -> Any:
+    return op(*before, *tensors[:4], *saved, *o[:7], o.flags | flags)
 
 
-def _saved_count(logits: Tensor, target: Tensor) -> int:
-    rows = 1
-    for n in _rowwise.row_shape(logits):
-        rows = rows * n
-    return (3 if target.is_floating_point() else 2) * rows + 2
+class _CrossEntropy(Rules):
+    """Operands: logits, target, weight, sample_weight, normalizer. The first three may have gradients."""
+
+    name, tensors, wants, options = "cross_entropy", 5, 3, Options
+
+    def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
+        if o.flags & STATS:
+            loss, _, _, *stats = _call(ops.cross_entropy_forward_stats, (), tensors, o)
+            return (loss, *stats)
+        return (_call(ops.cross_entropy_forward, (), tensors, o)[0],)
+
+    def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
+        op = ops.cross_entropy_forward_stats if o.flags & STATS else ops.cross_entropy_forward
+        loss, saved, grad, *stats = _call(op, (), tensors, o, SAVE if needs is None else GRAD)
+        return Outcome(loss, saved, (grad, None, None), tuple(stats))
+
+    def in_place(self, tensors: Tensors, o: Options) -> Outcome:
+        loss, *stats = _call(ops.cross_entropy_forward_inplace, (), tensors, o)
+        return Outcome(loss, stats=tuple(stats) if o.flags & STATS else ())
+
+    def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
+        logits, target, weight, sample_weight, normalizer = tensors
+        g = (grad_output.contiguous(),)
+        grad = _call(ops.cross_entropy_backward, g, tensors, o, saved=(saved,)) if needs[0] else None
+        of_target = ops.cross_entropy_target_backward
+        grad_target = _call(of_target, g, tensors, o, saved=(saved,)) if needs[1] else None
+        grad_weight = None
+        if needs[2]:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z)
+            wide = target.detach().to(weight.dtype)  # detach: no tangent
+            plain = (logits, wide, None, sample_weight, normalizer)
+            per_class = _call(of_target, g, plain, o._replace(label_smoothing=0.0), saved=(saved,))
+            q = formulas.smoothed(wide, o)
+            grad_weight = formulas.sum_rows(formulas.product(q, per_class, o), weight)
+        return grad, grad_target, grad_weight
+
+    def formula(self, tensors: Tensors, o: Options) -> Tensor:
+        return formulas.cross_entropy(tensors, o)
+
+    def gradients(self, grad_output: Tensor, tensors: Tensors, o: Options, needs: Needs) -> Grads:
+        if o.row_map:
+            return super().gradients(grad_output, tensors, o, needs)
+        return formulas.cross_entropy_gradients(grad_output, tensors, o, needs)
+
+    def tangent(self, tensors: Tensors, tangents: Sequence[Tensor | None], o: Options) -> Tensor:
+        return (
+            super().tangent(tensors, tangents, o) if o.row_map else formulas.cross_entropy_tangent(tensors, tangents, o)
+        )
+
+    def fusable(self, tensors: Tensors, o: Options) -> bool:
+        logits, target, weight = tensors[:3]
+        others = target.requires_grad or (weight is not None and weight.requires_grad)
+        return o.reduction != NONE and logits.requires_grad and not others
+
+    def regime(self, tensors: Tensors, o: Options, grads: bool) -> str:
+        transform = o.softcap, o.logit_scale
+        return ops.cross_entropy_regime(*tensors[:2], o.label_smoothing, *transform, o.flags | (GRAD if grads else 0))
+
+    def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        stats = "_stats" if o.flags & STATS else ""
+        if path is Path.VALUE:
+            return ("cross_entropy_forward_stats" if stats else "cross_entropy_value",), ()
+        if path is Path.IN_PLACE:
+            return ("cross_entropy_forward_inplace",), ("scale_grad_",)
+        forward = (f"cross_entropy_forward{stats}",)
+        if path is Path.FUSED:
+            return forward, ("scale_grad_",)
+        backward = ("cross_entropy_backward", "cross_entropy_target_backward", "cross_entropy_target_backward")
+        return forward, tuple(name for name, needed in zip(backward, needs, strict=True) if needed)
 
 
-def _fake_loss(logits: Tensor, options: _Options) -> Tensor:
-    shape = _rowwise.row_shape(logits) if options.reduction == NONE else []
-    return logits.new_empty(shape, dtype=DTYPES[options.loss_dtype])
+# --------------------------------------------------------------------------------------------------- fake kernels, vmap
 
 
-def _fake_saved_grad(logits: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    nothing = logits.new_empty([0], dtype=torch.float32)
-    saved, grad = nothing, torch.empty_like(nothing)
-    if options.flags & SAVE:
-        saved = logits.new_empty([_saved_count(logits, target)], dtype=_common.accum_dtype(logits.dtype))
-    if options.flags & GRAD:
+def _fake_loss(logits: Tensor, o: Options) -> Tensor:
+    shape = _rowwise.row_shape(logits) if o.reduction == NONE else []
+    return logits.new_empty(shape, dtype=DTYPES[o.loss_dtype])
+
+
+def _fake_forward(logits: Tensor, target: Tensor, o: Options) -> tuple[Tensor, ...]:
+    saved = grad = None
+    if o.flags & SAVE:
+        rows = 1
+        for n in _rowwise.row_shape(logits):
+            rows = rows * n
+        count = (3 if target.is_floating_point() else 2) * rows + 2
+        saved = logits.new_empty([count], dtype=accum_dtype(logits.dtype))
+    if o.flags & GRAD:
         grad = torch.empty_like(logits)
-    return saved, grad
+    nothing = (logits.new_empty([0], dtype=torch.float32) for _ in range(2))
+    return (_fake_loss(logits, o), *(n if t is None else t for t, n in zip((saved, grad), nothing, strict=True)))
 
 
-def _fake_stats(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape = _rowwise.row_shape(logits)
+def _fake_stats(logits: Tensor) -> tuple[Tensor, ...]:
+    shape, accum = _rowwise.row_shape(logits), accum_dtype(logits.dtype)
     return (
-        logits.new_empty(shape, dtype=_common.accum_dtype(logits.dtype)),
+        logits.new_empty(shape, dtype=accum),
         logits.new_empty(shape, dtype=torch.int64),
         logits.new_empty([], dtype=torch.float32),
     )
 
 
+def _options(rest: Sequence[Any]) -> Options:
+    *options, flags = rest
+    return Options(*options)._replace(flags=flags)
+
+
 @torch.library.register_fake("fastloss::cross_entropy_forward")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
-    return (_fake_loss(logits, _Options(*options)), *_fake_saved_grad(logits, target, _Options(*options)))
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *rest: Any) -> Any:
+    return _fake_forward(logits, target, _options(rest))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_stats")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
-    o = _Options(*options)
-    return (_fake_loss(logits, o), *_fake_saved_grad(logits, target, o), *_fake_stats(logits))
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *rest: Any) -> Any:
+    return (*_fake_forward(logits, target, _options(rest)), *_fake_stats(logits))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_inplace")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
-    o = _Options(*options)
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *rest: Any) -> Any:
+    o = _options(rest)
     if o.flags & STATS:
         return (_fake_loss(logits, o), *_fake_stats(logits))
     return (_fake_loss(logits, o), *(logits.new_empty([0], dtype=torch.float32) for _ in range(3)))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_backward")
-def _(grad_output: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, saved: Any, *options: Any) -> Any:
+def _(grad_output: Any, logits: Any, *rest: Any) -> Any:
     return torch.empty_like(logits)
 
 
 @torch.library.register_fake("fastloss::cross_entropy_target_backward")
-def _(grad_output: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, saved: Any, *options: Any) -> Any:
+def _(grad_output: Any, logits: Any, target: Any, *rest: Any) -> Any:
     return torch.empty_like(target)
 
 
-for _name, _outputs in (
-    ("cross_entropy_forward", 3),
-    ("cross_entropy_forward_stats", 6),
-    ("cross_entropy_backward", 1),
-    ("cross_entropy_target_backward", 1),
-):
-    torch.library.register_vmap(f"fastloss::{_name}", loop_vmap(getattr(ops, _name), _outputs))
+for _name in ("forward", "forward_stats", "backward", "target_backward"):
+    torch.library.register_vmap(f"fastloss::cross_entropy_{_name}", loop_vmap(getattr(ops, f"cross_entropy_{_name}")))
 
+_engine = Engine(_CrossEntropy(), stats=3)
 
-# --------------------------------------------------------------------------- formulas for second order and forward mode
 
-
-class _Terms(NamedTuple):
-    """What the formulas share, all in the accumulation type; `w` and `s` so that they broadcast against the logits."""
-
-    z: Tensor
-    slope: Any  # dz/dx
-    lse: Tensor
-    softmax: Tensor
-    w: Tensor
-    s: Tensor
-    counts: Tensor  # rows
-    target_index: Tensor | None  # of an index target, in its range for ignored rows too
-    row_weight: Tensor  # what the row adds to D, but for s
-    p: Any  # smoothed probabilities, or None
-    smooth_share: float  # e / C
-
-
-def _smooth_share(logits: Tensor, o: _Options) -> float:
-    return o.label_smoothing / max(logits.shape[1], 1)
-
-
-def _smoothed(p: Tensor, o: _Options) -> Tensor:
-    return p * (1 - o.label_smoothing) + _smooth_share(p, o)
-
-
-def _terms(logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, o: _Options) -> _Terms:
-    accum = _common.accum_dtype(logits.dtype)
-    z = logits.to(accum) * o.logit_scale
-    slope: Any = o.logit_scale
-    if o.softcap > 0:
-        t = torch.tanh(z / o.softcap)
-        z, slope = o.softcap * t, o.logit_scale * (1 - t * t)
-    lse, softmax = torch.logsumexp(z, 1, keepdim=True), torch.softmax(z, 1)
-    w = torch.ones(1, dtype=accum, device=z.device) if weight is None else weight.to(accum)
-    w = w.view(-1, *[1] * (logits.dim() - 2))
-    s = torch.ones_like(lse) if sample_weight is None else sample_weight.unsqueeze(1)
-    share = _smooth_share(logits, o)
-    if target.is_floating_point():
-        p, counts = _smoothed(target.to(accum), o), torch.ones_like(lse, dtype=torch.bool)
-        return _Terms(z, slope, lse, softmax, w, s, counts, None, torch.ones_like(lse), p, share)
-    counts, index, row_weight = _rowwise.row_weights(target, weight, o.ignore_index, accum)
-    return _Terms(z, slope, lse, softmax, w, s, counts, index, row_weight, None, share)
-
-
-def _formula(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    grad_output: Tensor,
-    o: _Options,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients composed of torch operations, so that they can be differentiated again.
-
-    Returns the derivatives with respect to logits, probabilities, and class weight (the last per row and class, still
-    to be summed over the rows), each times grad_output. float16 and bfloat16 are computed in float32.
-    """
-    r = _terms(logits, target, weight, sample_weight, o)
-    per_row = _rowwise.per_row(grad_output.to(r.z.dtype), r.row_weight, o.reduction)
-
-    def row_scale(denominator: Tensor) -> Tensor:
-        if o.reduction != MEAN:
-            return torch.where(r.counts, per_row * r.s, 0.0)
-        total = (r.s * denominator).sum().view_as(per_row)
-        if o.flags & ALL_IGNORED_ZERO:
-            total = torch.where(r.counts.any(), total, 1.0)
-        return torch.where(r.counts, per_row / total * r.s, 0.0)
-
-    # By the log-probabilities first, as torch does: infinite weights then give the same infinities.
-    u = row_scale(r.row_weight)
-    if r.target_index is None:
-        by_log_p = -u * (r.w * r.p)
-    else:
-        is_target = torch.zeros_like(r.z, dtype=torch.bool).scatter(1, r.target_index, True)
-        # Chosen, not multiplied: see row_weights.
-        by_log_p = torch.where(is_target, -(1 - o.label_smoothing) * r.row_weight * u, 0.0)
-        if o.label_smoothing:
-            by_log_p = by_log_p - r.smooth_share * r.w * u
-    grad = by_log_p - r.softmax * by_log_p.sum(1, keepdim=True)
-    if o.z_loss:
-        grad = grad + row_scale(r.counts) * torch.where(r.counts, (2 * o.z_loss) * r.lse * r.softmax, 0.0)
-    grad = (grad * r.slope).to(logits.dtype)
-    if r.target_index is not None:
-        return grad, None, None
-    minus_log_p = r.lse - r.z
-    return grad, u * (1 - o.label_smoothing) * r.w * minus_log_p, u * r.p * minus_log_p
-
-
-def _product(factor: Tensor, value: Tensor, o: _Options) -> Tensor:
-    """factor * value; with zero_times_inf="zero" an exact 0 wins over an infinite value."""
-    product = factor * value
-    return torch.where(factor == 0, 0.0, product) if o.flags & ZERO_TIMES_INF else product
-
-
-def _sum_rows(per_class: Tensor, weight: Tensor) -> Tensor:
-    return per_class.sum([d for d in range(per_class.dim()) if d != 1]).to(weight.dtype)
-
-
-def _backward(ctx: Any, grad_output: Tensor, saved_tensors: Any, kernel_grad: Any) -> tuple[Any, ...]:
-    """Gradients for (logits, target, weight). ``kernel_grad`` gives the logits' own, as the path at hand gets it."""
-    logits, target, weight, sample_weight, saved = saved_tensors
-    o: _Options = ctx.options
-    need_logits, need_target, need_weight = ctx.needs_input_grad[:3]
-    grad_output = grad_output.contiguous()
-    grad = grad_target = grad_weight = None
-    if need_logits:
-        with torch.no_grad():
-            grad = kernel_grad(grad_output)
-    if need_target:
-        with torch.no_grad():
-            grad_target = ops.cross_entropy_target_backward(
-                grad_output, logits, target, weight, sample_weight, saved, *o
-            )
-    if need_weight:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z)
-        with torch.no_grad():
-            plain, wide = o._replace(label_smoothing=0.0), target.detach().to(weight.dtype)  # detach: no tangent
-            per_class = ops.cross_entropy_target_backward(grad_output, logits, wide, None, sample_weight, saved, *plain)
-            grad_weight = _sum_rows(_product(_smoothed(wide, o), per_class, o), weight)
-    if _common.differentiated_again(grad_output, logits, target, weight):
-        f_logits, f_target, f_weight = _formula(logits, target, weight, sample_weight, grad_output, o)
-        grad = None if grad is None else _common.attach(grad, f_logits)
-        if grad_target is not None and f_target is not None:
-            grad_target = _common.attach(grad_target, f_target)
-        if grad_weight is not None and f_weight is not None:
-            grad_weight = _common.attach(grad_weight, _sum_rows(f_weight, weight))
-    return grad, grad_target, grad_weight, None, None
-
-
-def _jvp(ctx: Any, logits_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None) -> Tensor:
-    """The loss's tangent, in the loss's own order of operations: sums over the rows first, each divided once."""
-    o: _Options = ctx.options
-    with _common.saved_for_jvp(ctx) as (logits, target, weight, sample_weight, *_):
-        r = _terms(logits, target, weight, sample_weight, o)
-        z_t = torch.zeros_like(r.z) if logits_t is None else logits_t.to(r.z.dtype) * r.slope
-        lse_t = (r.softmax * z_t).sum(1, keepdim=True)
-        smooth: Any = None
-        if r.target_index is not None:
-            nll = (1 - o.label_smoothing) * r.row_weight * (lse_t - z_t.gather(1, r.target_index))
-            if o.label_smoothing:
-                smooth = r.smooth_share * (r.w * (lse_t - z_t)).sum(1, keepdim=True)
-        else:
-            per_weight = torch.zeros_like(r.z) if logits_t is None else r.p * (lse_t - z_t)
-            if target_t is not None:
-                per_weight = per_weight + (1 - o.label_smoothing) * _product(target_t, r.lse - r.z, o)
-            terms = torch.zeros_like(r.z) if logits_t is target_t is None else _product(r.w, per_weight, o)
-            if weight_t is not None:
-                minus_p_log_p = _product(r.p, r.lse - r.z, o)
-                terms = terms + _product(weight_t.view(r.w.shape), minus_p_log_p, o)
-            nll = terms.sum(1, keepdim=True)
-
-        def reduced(rows: Tensor, denominator: Tensor) -> Tensor:
-            rows = torch.where(r.counts, r.s * rows, 0.0)
-            if o.reduction == NONE:
-                return rows.squeeze(1)
-            return rows.sum() / (r.s * denominator).sum() if o.reduction == MEAN else rows.sum()
-
-        result = reduced(nll, r.row_weight)
-        if smooth is not None:
-            result = result + reduced(smooth, r.row_weight)
-        if o.z_loss:
-            result = result + reduced(2 * o.z_loss * r.lse * lse_t, r.counts)
-        if o.reduction == MEAN and o.flags & ALL_IGNORED_ZERO:
-            result = torch.where(r.counts.any(), result, 0.0)
-        return result.to(DTYPES[o.loss_dtype])
-
-
-# --------------------------------------------------------------------------------------------------- autograd
-
-
-class _Fused(Function):
-    """Gradient in forward, held outside the saved tensors: the logits may then change after forward, as in torch."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
-        o = options._replace(flags=options.flags | GRAD)
-        loss, _, ctx.grad = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
-        ctx.options = options
-        ctx.save_for_backward(logits, target, weight, sample_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any) -> Any:
-        return _fused_backward(ctx, grad_output)
-
-
-_apply_fused = _common.direct_apply(_Fused)
-
-
-class _FusedStats(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
-        o = options._replace(flags=options.flags | GRAD)
-        loss, _, ctx.grad, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
-        ctx.options = options
-        ctx.save_for_backward(logits, target, weight, sample_weight)
-        ctx.mark_non_differentiable(*stats)
-        return (loss, *stats)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        return _fused_backward(ctx, grad_output)
-
-
-def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    grad = ctx.grad
-    if grad is None:
-        raise RuntimeError(
-            "Trying to backward through the graph a second time: the gradient of this cross entropy was given away the "
-            "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
-        )
-    keep = _common.keeps_graph()
-    if not keep:
-        ctx.grad = None
-    if torch.is_grad_enabled():
-        saved = (*ctx.saved_tensors, None)
-        return _backward(ctx, grad_output, saved, lambda g: ops.scale_grad(grad, g))
-    if keep or _common.is_batched(grad_output):
-        return ops.scale_grad(grad, grad_output), None, None, None, None
-    ops.scale_grad_(grad, grad_output)
-    return grad, None, None, None, None
-
-
-class _InPlace(Function):
-    """The gradient takes the logits' own memory; their version counter is moved on."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
-        loss, *stats = ops.cross_entropy_forward_inplace(logits, target, weight, sample_weight, *options)
-        torch.autograd.graph.increment_version(logits)
-        ctx.grad = logits.detach()  # shares the version counter
-        ctx.version = logits._version
-        ctx.mark_non_differentiable(*stats)
-        return (loss, *stats)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "cross_entropy(inplace_grad=True) cannot be differentiated twice: its logits are gone. Leave "
-                "inplace_grad out where create_graph=True is used."
-            )
-        if ctx.grad is not None and ctx.grad._version != ctx.version:
-            raise RuntimeError(
-                "cross_entropy(inplace_grad=True): one of the variables needed for gradient computation has been "
-                "modified by an inplace operation: the logits, whose memory holds the gradient since forward."
-            )
-        return _fused_backward(ctx, grad_output)
-
-
-class _Recompute(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Any, target: Any, weight: Any, sample_weight: Any, options: Any) -> Any:
-        o = options._replace(flags=options.flags | SAVE)
-        if options.flags & STATS:
-            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
-        else:
-            loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
-            stats = []
-        ctx.options = options
-        ctx.save_for_backward(logits, target, weight, sample_weight, saved)
-        ctx.save_for_forward(logits, target, weight, sample_weight, saved)  # vmap wants the same as for backward
-        ctx.mark_non_differentiable(saved, *stats)
-        return (loss, saved, *stats)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        return _recompute_backward(ctx, grad_output)
-
-
-class _ForwardMode(_Recompute):
-    """A class of its own because torch.compile refuses functions with a jvp."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        ctx.set_materialize_grads(False)  # zeros for probabilities and weights would meet infinite ones in jvp
-        return _Recompute.forward(ctx, *args)
-
-    @staticmethod
-    def jvp(ctx: Any, logits_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
-        return (_jvp(ctx, logits_t, target_t, weight_t), *[None] * (1 + 3 * bool(ctx.options.flags & STATS)))
-
-
-def _recompute_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None:  # see set_materialize_grads
-        return (None,) * 5
-    tensors = ctx.saved_tensors[:5]
-    logits, target, weight, sample_weight, saved = tensors
-
-    def kernel_grad(g: Tensor) -> Tensor:
-        return ops.cross_entropy_backward(g, logits, target, weight, sample_weight, saved, *ctx.options)
-
-    return _backward(ctx, grad_output, tensors, kernel_grad)
-
-
-class _Transformed(Function):
-    """The recomputing path in the form that torch.func transforms ask for: options one by one, as jvp of vmap wants."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: Any, target: Any, weight: Any, sample_weight: Any, *options: Any) -> Any:
-        o = _Options(*options)
-        o = o._replace(flags=o.flags | SAVE)
-        if o.flags & STATS:
-            loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
-            return (loss, saved, *stats)
-        loss, saved, _ = ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)
-        return loss, saved
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
-        logits, target, weight, sample_weight, *options = inputs
-        ctx.options = _Options(*options)
-        ctx.set_materialize_grads(False)  # as in _ForwardMode
-        _, saved, *stats = output
-        ctx.mark_non_differentiable(saved, *stats)
-        tensors = logits, target, weight, sample_weight, saved, *stats
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)  # vmap wants the same as for backward
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        return (*_recompute_backward(ctx, grad_output)[:4], *[None] * len(_Options._fields))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        tangent = _jvp(ctx, *tangents[:3])
-        if not ctx.options.flags & STATS:
-            return tangent, _common.no_tangent(ctx, 4)
-        return (tangent, *(_common.no_tangent(ctx, i) for i in (4, 5)), None, _common.no_tangent(ctx, 7))
-
-
-_apply_transformed = _common.opaque_apply(_Transformed)
-for _name in ("cross_entropy_forward", "cross_entropy_forward_stats"):
-    define_recorded(f"{_name}_recorded", getattr(ops, _name), _Transformed)
-
-
-def _run(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    o: _Options,
-    grad_in_forward: bool | None,
-    inplace_grad: bool,
-) -> tuple[Tensor, ...]:
-    """Loss (and statistics) of canonical arguments: chooses among the paths."""
-    stats = bool(o.flags & STATS)
-    if _common.transforms_active():
-        loss, _, *rest = _apply_transformed(logits, target, weight, sample_weight, *o)
-        return (loss, *rest)
-    if _common.forward_mode_active():
-        loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)
-        return (loss, *rest)
-    if _common.recording():
-        o = o._replace(flags=o.flags | SAVE)
-        run = ops.cross_entropy_forward_stats_recorded if stats else ops.cross_entropy_forward_recorded
-        loss, _, _, *rest = run(logits, target, weight, sample_weight, *o)
-        return (loss, *rest)
-    wanted = torch.is_grad_enabled() and (
-        logits.requires_grad or target.requires_grad or (weight is not None and weight.requires_grad)
-    )
-    if not wanted:
-        if stats:
-            loss, _, _, *rest = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, *o)
-            return (loss, *rest)
-        return (ops.cross_entropy_forward(logits, target, weight, sample_weight, *o)[0],)
-    fused = o.reduction != NONE and logits.requires_grad
-    fused = fused and not (target.requires_grad or (weight is not None and weight.requires_grad))
-    fused = fused and not torch.compiler.is_compiling() and not _common.saved_tensor_hooks_active()
-    if inplace_grad and fused:
-        loss, *rest = _InPlace.apply(logits, target, weight, sample_weight, o)
-        return (loss, *rest) if stats else (loss,)
-    if grad_in_forward is None:
-        grad_in_forward = logits.dtype is not torch.float16
-    if fused and grad_in_forward:
-        if stats:
-            return _FusedStats.apply(logits, target, weight, sample_weight, o)
-        return (_apply_fused(logits, target, weight, sample_weight, o),)
-    loss, _, *rest = _Recompute.apply(logits, target, weight, sample_weight, o)
-    return (loss, *rest)
-
-
-# ------------------------------------------------------------------------------------------------- function, module
+# ----------------------------------------------------------------------------------------------------- function, module
 
 
 def cross_entropy(
@@ -610,31 +295,31 @@ def cross_entropy(
             grad_in_forward=grad_in_forward,
         )
     if size_average is not None or reduce is not None:
-        reduction = _common.legacy_reduction(size_average, reduce)
-    red = _common.reduction_code(reduction)
+        reduction = _arguments.legacy_reduction(size_average, reduce)
+    red = _arguments.reduction_code(reduction)
 
-    _common.require_tensor("input", input, "cross_entropy")
-    _common.require_tensor("target", target, "cross_entropy")
+    _arguments.require_tensor("input", input, "cross_entropy")
+    _arguments.require_tensor("target", target, "cross_entropy")
     if weight is not None:
-        _common.require_tensor("weight", weight, "cross_entropy")
+        _arguments.require_tensor("weight", weight, "cross_entropy")
     if sample_weight is not None:
-        _common.require_tensor("sample_weight", sample_weight, "cross_entropy")
+        _arguments.require_tensor("sample_weight", sample_weight, "cross_entropy")
     given = input
     soft = input.shape == target.shape
     if soft and target.layout is not torch.strided and target.is_floating_point():
         target = target.to_dense()
-    ignore_index = _common.as_int("cross_entropy", "ignore_index", ignore_index)
-    label_smoothing = _common.as_float("cross_entropy", "label_smoothing", label_smoothing)
-    z_loss = _common.as_float("cross_entropy", "z_loss", z_loss)
-    logit_scale = _common.as_float("cross_entropy", "logit_scale", logit_scale)
-    softcap = None if softcap is None else _common.as_float("cross_entropy", "softcap", softcap)
-    _common.require_supported_tensors("cross_entropy", input, target, weight, sample_weight)
-    _common.require_same_device(
+    ignore_index = _arguments.as_int("cross_entropy", "ignore_index", ignore_index)
+    label_smoothing = _arguments.as_float("cross_entropy", "label_smoothing", label_smoothing)
+    z_loss = _arguments.as_float("cross_entropy", "z_loss", z_loss)
+    logit_scale = _arguments.as_float("cross_entropy", "logit_scale", logit_scale)
+    softcap = None if softcap is None else _arguments.as_float("cross_entropy", "softcap", softcap)
+    _arguments.require_supported_tensors("cross_entropy", input, target, weight, sample_weight)
+    _arguments.require_same_device(
         "cross_entropy", ("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight)
     )
 
     # Bring the classes to dimension 1 of [N, C, ...].
-    class_dim = None if class_dim is None else _common.as_int("cross_entropy", "class_dim", class_dim)
+    class_dim = None if class_dim is None else _arguments.as_int("cross_entropy", "class_dim", class_dim)
     if class_dim is not None and (class_dim != 1 or input.dim() == 1):
         if not -input.dim() <= class_dim < input.dim():
             raise IndexError(
@@ -693,7 +378,7 @@ def cross_entropy(
         target = _rowwise.index_target(target)
         if not _rowwise.mergeable(input):
             input = input.contiguous()
-    accum = _common.accum_dtype(input.dtype)
+    accum = accum_dtype(input.dtype)
     if weight is not None:
         if soft and not weight.is_floating_point() and not weight.is_complex():
             weight = weight.to(input.dtype)  # as torch, whose product promotes
@@ -728,14 +413,14 @@ def cross_entropy(
                 "use reduction='none' and multiply"
             )
         sample_weight = sample_weight.to(accum).contiguous()
-    loss_dtype = _common.autocast_dtype(loss_dtype, input.device)
+    loss_dtype = _arguments.autocast_dtype(loss_dtype, input.device)
     if inplace_grad and input.requires_grad and torch.is_grad_enabled():
         if any(t is not None and t.is_leaf and t.requires_grad for t in (given, given._base)):
             raise RuntimeError(
                 "cross_entropy(inplace_grad=True): input is a leaf that requires grad, or a view of one, and its "
                 "memory cannot become its own gradient. inplace_grad is for logits that a model computed."
             )
-        if not _common.is_dense(input):
+        if not _arguments.is_dense(input):
             raise RuntimeError(
                 "cross_entropy(inplace_grad=True): elements of input share memory (an expanded tensor?) or do not fill "
                 "it; pass input.contiguous()"
@@ -744,7 +429,7 @@ def cross_entropy(
     if single and not soft and input.is_cuda:
         all_ignored = "zero"  # torch's CUDA kernel gives 0 for a single ignored target, its CPU kernel nan
     flags = ALL_IGNORED_ZERO * (all_ignored == "zero") + ZERO_TIMES_INF * (zero_times_inf == "zero")
-    options = _Options(
+    options = Options(
         red,
         DTYPE_CODES[loss_dtype],
         ignore_index,
@@ -752,9 +437,10 @@ def cross_entropy(
         float(z_loss),
         float(softcap) if softcap is not None else 0.0,
         float(logit_scale),
-        flags + STATS * bool(return_stats),
+        flags=flags + STATS * bool(return_stats),
     )
-    loss, *stats = _run(input, target, weight, sample_weight, options, grad_in_forward, inplace_grad)
+    tensors = (input, target, weight, sample_weight, None)
+    loss, *stats = _engine(tensors, options, in_forward=grad_in_forward, in_place=inplace_grad, stats=return_stats)
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     if single:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _common
+from .. import _arguments
 from ._pointwise import pointwise_loss
 
 
@@ -56,7 +56,7 @@ def huber_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
-    delta = _common.as_float("huber_loss", "delta", delta)
+    delta = _arguments.as_float("huber_loss", "delta", delta)
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta. delta is {delta}")
     return pointwise_loss(
@@ -67,7 +67,7 @@ def huber_loss(
         weight,
         sample_weight,
         mask,
-        param=delta,
+        params=(delta,),
         torch_weight=True,
         mean_counts=True,
         keeps_input_dtype=True,

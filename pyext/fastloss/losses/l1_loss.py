@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _common
-from ._common import MEAN, NONE
+from .. import _arguments
+from .._library import MEAN, NONE, REDUCTIONS
 from ._pointwise import pointwise_loss
 
 
@@ -60,7 +60,7 @@ def l1_loss(
             mask=mask,
         )
     if size_average is not None or reduce is not None:
-        reduction = _common.legacy_reduction(size_average, reduce)
+        reduction = _arguments.legacy_reduction(size_average, reduce)
     if isinstance(input, Tensor) and isinstance(target, Tensor):
         promoted = torch.promote_types(input.dtype, target.dtype)
         if promoted.is_complex or not promoted.is_floating_point:
@@ -85,12 +85,12 @@ def _composed_l1_loss(
     if weight is not None:
         if weight.shape != input.shape:
             raise ValueError("Weights and input must have the same size.")
-        if reduction not in _common.REDUCTIONS:
+        if reduction not in REDUCTIONS:
             raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
         errors = errors * weight
         if reduction == "mean":
             return errors.sum() / weight.sum()
-    code = _common.reduction_code(reduction)
+    code = _arguments.reduction_code(reduction)
     return errors if code == NONE else errors.mean() if code == MEAN else errors.sum()
 
 

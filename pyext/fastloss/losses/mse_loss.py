@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _common
+from .. import _arguments
 from ._pointwise import pointwise_loss
 
 
@@ -56,7 +56,7 @@ def mse_loss(
             mask=mask,
         )
     if size_average is not None or reduce is not None:
-        reduction = _common.legacy_reduction(size_average, reduce)
+        reduction = _arguments.legacy_reduction(size_average, reduce)
     return pointwise_loss("mse_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
 
 

@@ -3,120 +3,69 @@
 The mathematics is in ``csrc/rowwise/nll_loss.h``.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import errors
-from .._library import define_recorded, loop_vmap, ops
-from . import _common, _rowwise
-from ._common import DTYPE_CODES, DTYPES, MEAN, NONE
+from .. import _arguments, errors, formulas
+from .._autograd import Engine, Grads, Needs, Outcome, Rules, Tensors, accum_dtype
+from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
+from . import _rowwise
 
 _SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 
 
+class Options(NamedTuple):
+    """The operators' trailing arguments, in their order."""
+
+    reduction: int
+    loss_dtype: int
+    ignore_index: int
+
+
+class _NllLoss(Rules):
+    """Operands: input, target, weight. The first may have a gradient."""
+
+    name, tensors, wants, options = "nll_loss", 3, 1, Options
+
+    def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
+        return (ops.nll_loss_forward(*tensors, *o)[0],)
+
+    def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
+        return Outcome(*ops.nll_loss_forward(*tensors, *o))
+
+    def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
+        return (ops.nll_loss_backward(grad_output.contiguous(), *tensors, saved, *o),)
+
+    def gradients(self, grad_output: Tensor, tensors: Tensors, o: Options, needs: Needs) -> Grads:
+        return formulas.nll_loss_gradients(grad_output, tensors, o, needs)
+
+    def tangent(self, tensors: Tensors, tangents: Sequence[Tensor | None], o: Options) -> Tensor:
+        return formulas.nll_loss_tangent(tensors, tangents, o)
+
+    def fusable(self, tensors: Tensors, o: Options) -> bool:
+        return False  # backward writes every element anyway, and reads none
+
+
 @torch.library.register_fake("fastloss::nll_loss_forward")
-def _(input: Any, target: Any, weight: Any, reduction: Any, loss_dtype: Any, ignore_index: Any) -> Any:
-    loss = input.new_empty(target.shape if reduction == NONE else [], dtype=DTYPES[loss_dtype])
-    return loss, input.new_empty([], dtype=_common.accum_dtype(input.dtype))
+def _(input: Any, target: Any, weight: Any, *options: Any) -> Any:
+    o = Options(*options)
+    loss = input.new_empty(target.shape if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
+    return loss, input.new_empty([], dtype=accum_dtype(input.dtype))
 
 
 @torch.library.register_fake("fastloss::nll_loss_backward")
-def _(
-    grad_output: Any,
-    input: Any,
-    target: Any,
-    weight: Any,
-    total_weight: Any,
-    reduction: Any,
-    loss_dtype: Any,
-    ignore_index: Any,
-) -> Any:
+def _(grad_output: Any, input: Any, *rest: Any) -> Any:
     return torch.empty_like(input)
 
 
-torch.library.register_vmap("fastloss::nll_loss_forward", loop_vmap(ops.nll_loss_forward, 2))
-torch.library.register_vmap("fastloss::nll_loss_backward", loop_vmap(ops.nll_loss_backward, 1))
+for _name in ("nll_loss_forward", "nll_loss_backward"):
+    torch.library.register_vmap(f"fastloss::{_name}", loop_vmap(getattr(ops, _name)))
 
-
-def _row_weights(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _rowwise.row_weights(target, weight, ctx.options[2], _common.accum_dtype(input.dtype))
-
-
-def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-    input, target, weight, total_weight = ctx.saved_tensors
-    grad_output = grad_output.contiguous()
-    with torch.no_grad():
-        grad = ops.nll_loss_backward(grad_output, input, target, weight, total_weight, *ctx.options)
-    if _common.differentiated_again(grad_output, input):
-        counts, index, w_t = _row_weights(ctx, input, target, weight)
-        upstream = _rowwise.per_row(grad_output, w_t, ctx.options[0])
-        if ctx.options[0] == MEAN:
-            upstream = upstream / w_t.sum().view_as(upstream)
-        rows = torch.where(counts, upstream * -w_t, 0.0).to(input.dtype)
-        # The loss is linear in the input: the second derivative is there, and 0.
-        zeros = torch.where(torch.zeros_like(input, dtype=torch.bool), input, 0.0)
-        grad = _common.attach(grad, zeros.scatter(1, index, rows))
-    return grad, None, None, None, None, None
-
-
-def _jvp(ctx: Any, input_t: Tensor, *_: Any) -> tuple[Any, ...]:
-    with _common.saved_for_jvp(ctx) as (input, target, weight, _):
-        counts, index, w_t = _row_weights(ctx, input, target, weight)
-        rows = torch.where(counts, -w_t * input_t.gather(1, index), 0.0).squeeze(1)
-        reduction, loss_dtype, _ = ctx.options
-        if reduction != NONE:
-            rows = rows.sum() / w_t.sum() if reduction == MEAN else rows.sum()
-        return rows.to(DTYPES[loss_dtype]), None
-
-
-class _NllLoss(Function):
-    @staticmethod
-    def forward(ctx: Any, input: Any, target: Any, weight: Any, *options: int) -> Any:
-        loss, total_weight = ops.nll_loss_forward(input, target, weight, *options)
-        ctx.options = options
-        ctx.save_for_backward(input, target, weight, total_weight)
-        ctx.save_for_forward(input, target, weight, total_weight)  # vmap wants the same as for backward
-        ctx.mark_non_differentiable(total_weight)
-        return loss, total_weight
-
-    backward = staticmethod(_backward)
-
-
-class _NllLossForwardMode(_NllLoss):
-    """A class of its own because torch.compile refuses functions with a jvp."""
-
-    jvp = staticmethod(_jvp)
-
-
-class _NllLossTransformed(Function):
-    """The same in the form that torch.func transforms ask for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input: Any, target: Any, weight: Any, *options: int) -> Any:
-        return ops.nll_loss_forward(input, target, weight, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
-        input, target, weight, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(input, target, weight, output[1])
-        ctx.save_for_forward(input, target, weight, output[1])  # vmap wants the same as for backward
-
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _jvp(ctx, *tangents)[0], _common.no_tangent(ctx, -1)
-
-
-_apply_transformed = _common.opaque_apply(_NllLossTransformed)
-define_recorded("nll_loss_forward_recorded", ops.nll_loss_forward, _NllLossTransformed)
+_engine = Engine(_NllLoss())
 
 
 def nll_loss(
@@ -162,15 +111,15 @@ def nll_loss(
             reduction=reduction,
         )
     if size_average is not None or reduce is not None:
-        reduction = _common.legacy_reduction(size_average, reduce)
-    red = _common.reduction_code(reduction)
-    _common.require_tensor("input", input, "nll_loss_nd")
-    _common.require_tensor("target", target, "nll_loss_nd")
+        reduction = _arguments.legacy_reduction(size_average, reduce)
+    red = _arguments.reduction_code(reduction)
+    _arguments.require_tensor("input", input, "nll_loss_nd")
+    _arguments.require_tensor("target", target, "nll_loss_nd")
     if weight is not None:
-        _common.require_tensor("weight", weight, "nll_loss_nd")
-    ignore_index = _common.as_int("nll_loss_nd", "ignore_index", ignore_index)
-    _common.require_supported_tensors("nll_loss", input, target, weight)
-    _common.require_same_device("nll_loss", ("input", input), ("target", target), ("weight", weight))
+        _arguments.require_tensor("weight", weight, "nll_loss_nd")
+    ignore_index = _arguments.as_int("nll_loss_nd", "ignore_index", ignore_index)
+    _arguments.require_supported_tensors("nll_loss", input, target, weight)
+    _arguments.require_same_device("nll_loss", ("input", input), ("target", target), ("weight", weight))
     if input.dim() == 0:
         raise ValueError("Expected 1 or more dimensions (got 0)")
     single = input.dim() == 1
@@ -183,10 +132,10 @@ def nll_loss(
     target = _rowwise.index_target(target)
     if not _rowwise.mergeable(input):
         input = input.contiguous()
-    loss_dtype = _common.autocast_dtype(input.dtype, input.device)
+    loss_dtype = _arguments.autocast_dtype(input.dtype, input.device)
     if weight is not None:
         _rowwise.check_weight(weight, input.shape[1], "nll_loss", any_shape=input.dim() > 2)
-        if _common.autocast_dtype(weight.dtype, input.device) is not loss_dtype:
+        if _arguments.autocast_dtype(weight.dtype, input.device) is not loss_dtype:
             raise RuntimeError(
                 f"expected scalar type {_SCALAR_TYPES[input.dtype]} but found "
                 f"{_SCALAR_TYPES.get(weight.dtype, weight.dtype)}: "
@@ -198,19 +147,9 @@ def nll_loss(
                 "nll_loss(): not differentiable with respect to argument 'weight'. This input cannot have "
                 "requires_grad True; pass weight.detach()"
             )
-        weight = weight.to(_common.accum_dtype(input.dtype)).flatten().contiguous()
+        weight = weight.to(accum_dtype(input.dtype)).flatten().contiguous()
 
-    options = (red, DTYPE_CODES[loss_dtype], ignore_index)
-    if _common.transforms_active():
-        loss = _apply_transformed(input, target, weight, *options)[0]
-    elif _common.forward_mode_active():
-        loss = _NllLossForwardMode.apply(input, target, weight, *options)[0]
-    elif _common.recording():
-        loss = ops.nll_loss_forward_recorded(input, target, weight, *options)[0]
-    elif torch.is_grad_enabled() and input.requires_grad:
-        loss = _NllLoss.apply(input, target, weight, *options)[0]
-    else:
-        loss = ops.nll_loss_forward(input, target, weight, *options)[0]
+    (loss,) = _engine((input, target, weight), Options(red, DTYPE_CODES[loss_dtype], ignore_index))
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     return loss.reshape(()) if single else loss

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _common
-from ._common import DTYPE_CODES
+from .. import _arguments
+from .._library import DTYPE_CODES
 from ._pointwise import pointwise_loss
 
 
@@ -65,12 +65,12 @@ def relative_l1_loss(
         if isinstance(input, Tensor) and isinstance(target, Tensor):
             dtype = torch.promote_types(input.dtype, target.dtype)
             eps = torch.finfo(dtype).eps if dtype in DTYPE_CODES else 1.0  # other dtypes are refused below
-    eps = _common.as_float("relative_l1_loss", "eps", eps)
+    eps = _arguments.as_float("relative_l1_loss", "eps", eps)
     if not eps > 0:
         raise ValueError(f"relative_l1_loss(): eps must be positive, or a target of 0 would divide by it; got {eps}")
     loss = "symmetric_relative_l1_loss" if symmetric else "relative_l1_loss"
     return pointwise_loss(
-        "relative_l1_loss", input, target, reduction, weight, sample_weight, mask, loss=loss, param=eps
+        "relative_l1_loss", input, target, reduction, weight, sample_weight, mask, loss=loss, params=(eps,)
     )
 
 

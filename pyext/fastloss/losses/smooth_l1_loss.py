@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _common
+from .. import _arguments
 from ._pointwise import pointwise_loss
 
 
@@ -60,13 +60,13 @@ def smooth_l1_loss(
             mask=mask,
         )
     if size_average is not None or reduce is not None:
-        reduction = _common.legacy_reduction(size_average, reduce)
-    beta = _common.as_float("smooth_l1_loss", "beta", beta)
+        reduction = _arguments.legacy_reduction(size_average, reduce)
+    beta = _arguments.as_float("smooth_l1_loss", "beta", beta)
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. beta is {beta}; it must be >= 0")
     loss = "smooth_l1_loss" if beta > 0 else "l1_loss"
     return pointwise_loss(
-        "smooth_l1_loss", input, target, reduction, weight, sample_weight, mask, loss=loss, param=beta
+        "smooth_l1_loss", input, target, reduction, weight, sample_weight, mask, loss=loss, params=(beta,)
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..formulas import FORMULAS
 from ._spec import LossSpec, Maker, Sample
 
 
@@ -22,46 +23,23 @@ class PointwiseLoss:
     """What a pointwise loss is.
 
     Attributes:
-        formula: its value for each element, ``formula(x, t, **options)``, composed of torch operations.
         options: values of its own options to be tried, beside the defaults.
         mean_counts: ``'mean'`` divides by the count of elements whatever their weights.
         defaults: options whose default depends on the dtype of input and target.
     """
 
-    formula: Callable[..., Tensor]
     options: tuple[dict[str, Any], ...] = ()
     mean_counts: bool = False
     defaults: Callable[[torch.dtype], dict[str, Any]] = lambda dtype: {}
 
 
-def _smooth_l1(x: Tensor, t: Tensor, beta: float = 1.0) -> Tensor:
-    a = (x - t).abs()
-    return torch.where(a < beta, 0.5 * a**2 / beta, a - 0.5 * beta) if beta else a
-
-
-def _huber(x: Tensor, t: Tensor, delta: float = 1.0) -> Tensor:
-    a = (x - t).abs()
-    return torch.where(a <= delta, 0.5 * a**2, delta * (a - 0.5 * delta))
-
-
-def _log_cosh(x: Tensor, t: Tensor) -> Tensor:
-    # log cosh d = log1p(2 sinh(d / 2)^2), which keeps small residuals.
-    return torch.log1p(2 * ((x - t) / 2).sinh() ** 2)
-
-
-def _relative_l1(x: Tensor, t: Tensor, eps: float = 0.0, symmetric: bool = False) -> Tensor:
-    scale = (x.abs() + t.abs()) / 2 if symmetric else t.abs()
-    return (x - t).abs() / scale.clamp(min=eps)
-
-
 LOSSES: dict[str, PointwiseLoss] = {
-    "l1_loss": PointwiseLoss(lambda x, t: (x - t).abs()),
-    "mse_loss": PointwiseLoss(lambda x, t: (x - t) ** 2),
-    "smooth_l1_loss": PointwiseLoss(_smooth_l1, ({"beta": 0.4}, {"beta": 0.0})),
-    "huber_loss": PointwiseLoss(_huber, ({"delta": 0.4},), mean_counts=True),
-    "log_cosh_loss": PointwiseLoss(_log_cosh),
+    "l1_loss": PointwiseLoss(),
+    "mse_loss": PointwiseLoss(),
+    "smooth_l1_loss": PointwiseLoss(({"beta": 0.4}, {"beta": 0.0})),
+    "huber_loss": PointwiseLoss(({"delta": 0.4},), mean_counts=True),
+    "log_cosh_loss": PointwiseLoss(),
     "relative_l1_loss": PointwiseLoss(
-        _relative_l1,
         ({"eps": 0.3}, {"eps": 0.3, "symmetric": True}),
         defaults=lambda dtype: {"eps": torch.finfo(dtype).eps},
     ),
@@ -80,7 +58,7 @@ def _operands(
     return torch.where(counts, x, 1.0), torch.where(counts, t, 1.0), torch.where(counts, w, 0.0), counts
 
 
-def _reference(loss: PointwiseLoss) -> Callable[..., Tensor]:
+def _reference(name: str, loss: PointwiseLoss) -> Callable[..., Tensor]:
     def reference(
         input: Tensor,
         target: Tensor,
@@ -94,7 +72,7 @@ def _reference(loss: PointwiseLoss) -> Callable[..., Tensor]:
         """The loss in float64, from its definition; float64 whatever the arguments' dtypes."""
         x, t, w, counts = _operands(input, target, weight, sample_weight, mask)
         options = {**loss.defaults(torch.promote_types(input.dtype, target.dtype)), **options}
-        values = w * loss.formula(x, t, **options)
+        values = w * FORMULAS[name].terms(x, t, **options)
         if reduction == "none":
             return values
         if reduction == "sum":
@@ -184,6 +162,6 @@ def _spec(name: str, reference: Callable[..., Tensor], options: tuple[dict[str, 
 
 _ROOTS = ({"dim": 1}, {"dim": (0, -1), "eps": 0.01}, {"dim": 0}, {"eps": 0.1})
 SPECS: Mapping[str, LossSpec] = {
-    **{name: _spec(name, _reference(loss), loss.options) for name, loss in LOSSES.items()},
+    **{name: _spec(name, _reference(name, loss), loss.options) for name, loss in LOSSES.items()},
     "rmse_loss": _spec("rmse_loss", reference_rmse, _ROOTS),
 }

@@ -1,0 +1,588 @@
+"""One engine for every loss: from its operators and its formula to every way in which it can be differentiated.
+
+A loss hands over :class:`Rules`: what its operators are called with, and its formula in torch operations.
+:class:`Engine` makes of them
+
+- *value*: nothing wants a gradient;
+- *fused* (scalar reductions): the gradient for a grad_output of 1 is computed in forward, while the row is at hand;
+  backward scales it, or returns it untouched where grad_output is 1;
+- *in place*: the same, in the memory of the input;
+- *recompute*: forward keeps O(1) numbers per row; backward reads the operands again and writes the gradient;
+- *forward mode*, *transformed* (torch.func) and *recorded* (torch.export, torch.jit.trace): recompute, in the form that
+  each of them asks for.
+
+Which of these a call takes is said by :func:`choose`, a pure function, which :func:`fastloss.explain` asks as well.
+Second and higher derivatives, and those of forward mode, are torch's of the formula: the kernel's value with the
+formula's derivative (:func:`attach`).
+"""
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import Function, forward_ad
+
+from ._library import DTYPES, define_recorded, ops
+
+Tensors = Sequence[Any]  # tensors, or None where one is absent
+Needs = Sequence[bool]  # which of them want a gradient
+Grads = tuple[Tensor | None, ...]
+
+# ----------------------------------------------------------------------------------------------- what a loss hands over
+
+
+class Outcome(NamedTuple):
+    """What a forward operator leaves.
+
+    Attributes:
+        loss: the loss.
+        saved: what backward needs beside the operands, one tensor.
+        grads: gradients for a grad_output of 1, where these were wanted; one for each tensor that may have one.
+        stats: further results, without a gradient.
+        scale: what the gradients lack: it was known at the end only. None: nothing.
+    """
+
+    loss: Tensor
+    saved: Tensor | None = None
+    grads: Grads = ()
+    stats: tuple[Tensor, ...] = ()
+    scale: Tensor | None = None
+
+
+class Rules:
+    """What a loss (or a family of them) tells the engine. Its operators take ``tensors``, then ``options`` one by one.
+
+    Attributes:
+        name: of the operators: ``fastloss::<name>_value``, ``_forward``, ``_backward``.
+        tensors: how many arguments are tensors (or None).
+        wants: how many of them, from the first on, may have gradients.
+        options: the NamedTuple of the options.
+    """
+
+    name: str
+    tensors: int
+    wants: int
+    options: Any
+
+    def value(self, tensors: Tensors, o: Any) -> tuple[Tensor, ...]:
+        """Loss and statistics, for nobody who wants a gradient."""
+        raise NotImplementedError
+
+    def forward(self, tensors: Tensors, o: Any, needs: Needs | None) -> Outcome:
+        """With the gradients that ``needs`` names, or, where that is None, with what backward needs."""
+        raise NotImplementedError
+
+    def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Any, needs: Needs) -> Grads:
+        """The gradients that ``needs`` names, by the kernels."""
+        raise NotImplementedError
+
+    def formula(self, tensors: Tensors, o: Any) -> Tensor:
+        """The loss composed of torch operations, in the accumulation type; its derivatives are the loss's."""
+        raise NotImplementedError
+
+    def fusable(self, tensors: Tensors, o: Any) -> bool:
+        """Whether forward can compute all gradients that are wanted."""
+        raise NotImplementedError
+
+    def in_place(self, tensors: Tensors, o: Any) -> Outcome:
+        """Forward, with the gradient in the memory of the first tensor."""
+        raise NotImplementedError
+
+    def regime(self, tensors: Tensors, o: Any, grads: bool) -> str:
+        """Which kernel forward takes, in words."""
+        return str(ops.current_isa())
+
+    def operators(self, path: "Path", o: Any, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The operators that forward and a first backward call."""
+        if path is Path.VALUE:
+            return (f"{self.name}_value",), ()
+        if path is Path.FUSED:
+            return (f"{self.name}_forward",), ("scale_grad_",) * sum(needs)
+        return (f"{self.name}_forward",), (f"{self.name}_backward",) if any(needs) else ()
+
+    # ---- derived from the formula; overridden where the order of its operations matters to infinities
+
+    def gradients(self, grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:
+        """The gradients that ``needs`` names, composed of torch operations, so that they can be differentiated."""
+        if batched_by_legacy(grad_output, *tensors):
+            raise NotImplementedError(
+                f"fastloss, {self.name}: create_graph=True together with vectorize=True or is_grads_batched=True; use "
+                "vectorize=False or torch.func"
+            )
+        loss, pullback = self._pullback(tensors, o, needs)
+        found = iter(pullback(grad_output.to(loss.dtype)))
+        return tuple(next(found) if needed else None for needed in needs)
+
+    def tangent(self, tensors: Tensors, tangents: Sequence[Tensor | None], o: Any) -> Tensor:
+        """The loss's derivative along the tangents: the pullback, which is linear, pulled back itself."""
+        loss, pullback = self._pullback(tensors, o, [t is not None for t in tangents])
+        _, push = torch.func.vjp(pullback, torch.zeros_like(loss))
+        (tangent,) = push(tuple(t for t in tangents if t is not None))
+        return tangent.to(DTYPES[o.loss_dtype])
+
+    def _pullback(self, tensors: Tensors, o: Any, needs: Needs) -> Any:
+        """The formula's value, and the function from a grad_output to the gradients that ``needs`` names."""
+        places = [i for i, needed in enumerate(needs) if needed]
+
+        def loss_of(*wanted: Tensor) -> Tensor:
+            full = list(tensors)
+            for place, t in zip(places, wanted, strict=True):
+                full[place] = t
+            return self.formula(full, o)
+
+        return torch.func.vjp(loss_of, *(tensors[i] for i in places))
+
+
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums and exponentials are taken in float64 for float64, else in float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------- the path to a gradient
+
+
+class Path(enum.Enum):
+    """How a call comes to its gradient."""
+
+    VALUE = "none wanted"
+    FUSED = "in forward, while the row is at hand; scaled in backward"
+    IN_PLACE = "in forward, in the memory of the input"
+    RECOMPUTE = "in backward, from the operands, which are read again"
+    FORWARD_MODE = "by forward mode, from the formula; in backward, from the operands, which are read again"
+    TRANSFORMED = "by torch.func, which decides; in backward, from the operands, which are read again"
+    RECORDED = "in the recorded program's backward, from the operands, which are read again"
+
+
+def choose(
+    *,
+    wanted: bool,
+    transformed: bool,
+    forward_mode: bool,
+    recorded: bool,
+    fusable: bool,
+    deferred: bool,
+    in_forward: bool,
+    in_place: bool,
+) -> Path:
+    """The path to the gradient, from what is known of a call and of nothing else.
+
+    Args:
+        wanted: grad mode is on and an operand requires grad.
+        transformed, forward_mode, recorded: a transform of torch.func, a dual level, a recorder is active.
+        fusable: forward can compute every gradient that is wanted.
+        deferred: nothing may be held between forward and backward but saved tensors (saved tensor hooks), or what is
+            held is somebody else's choice (torch.compile).
+        in_forward: whether a gradient for a grad_output of 1 is as good as the one that is asked for later.
+        in_place: the gradient may take the memory of the input.
+    """
+    if transformed:
+        return Path.TRANSFORMED
+    if forward_mode:
+        return Path.FORWARD_MODE
+    if recorded:
+        return Path.RECORDED
+    if not wanted:
+        return Path.VALUE
+    if not fusable or deferred:
+        return Path.RECOMPUTE
+    if in_place:
+        return Path.IN_PLACE
+    return Path.FUSED if in_forward else Path.RECOMPUTE
+
+
+class Step(NamedTuple):
+    """One call of an engine, as :func:`fastloss.explain` hears of it."""
+
+    rules: Rules
+    path: Path
+    tensors: tuple[Any, ...]
+    options: Any
+    needs: tuple[bool, ...]
+
+
+_steps: list[Step] | None = None  # where engines report to instead of computing
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[list[Step]]:
+    """Within it nothing is computed: engines report the steps that they would take and return losses of zeros."""
+    global _steps
+    before, _steps = _steps, []
+    try:
+        yield _steps
+    finally:
+        _steps = before
+
+
+# ----------------------------------------------------------------------------------------------------------- the engine
+
+
+class Engine:
+    """Differentiates a loss by its :class:`Rules`; called with operands and options, it returns loss and statistics."""
+
+    def __init__(self, rules: Rules, stats: int = 0) -> None:
+        """``stats``: how many statistics the operators of a call with statistics return."""
+        self.rules = rules
+        self._functions(rules)
+        names = {0: f"{rules.name}_recorded", stats: f"{rules.name}{'_stats' * bool(stats)}_recorded"}
+        for count, name in names.items():
+            define_recorded(name, rules.tensors, rules.options, 2 + count, self.Transformed)
+        self._recorded, self._recorded_stats = getattr(ops, names[0]), getattr(ops, names[stats])
+
+    def __call__(
+        self,
+        tensors: tuple[Any, ...],
+        o: Any,
+        *,
+        in_forward: bool | None = None,
+        in_place: bool = False,
+        stats: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Loss and statistics. ``in_forward``: None leaves it to the dtype."""
+        path = self._path(tensors, o, in_forward, in_place)
+        if _steps is not None:
+            return self._rehearse(path, tensors, o, stats)
+        if path is Path.VALUE:
+            return self.rules.value(tensors, o)
+        if path is Path.FUSED:
+            return self._fused(*tensors, o)
+        if path is Path.TRANSFORMED:
+            loss, _, *rest = self._transformed(*tensors, *o)
+        elif path is Path.RECORDED:
+            loss, _, *rest = (self._recorded_stats if stats else self._recorded)(*tensors, *o)
+        elif path is Path.IN_PLACE:
+            loss, *rest = self.InPlace.apply(*tensors, o)
+        else:
+            function = self.ForwardMode if path is Path.FORWARD_MODE else self.Recompute
+            loss, _, *rest = function.apply(*tensors, o)
+        return (loss, *rest)
+
+    def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
+        rules, wanted = self.rules, False
+        if torch.is_grad_enabled():
+            for t in tensors[: rules.wants]:
+                if t is not None and t.requires_grad:
+                    wanted = True
+                    break
+        fusable = wanted and rules.fusable(tensors, o)
+        if in_forward is None:
+            # An unscaled float16 gradient could underflow before the loss scale arrives.
+            in_forward = fusable and not any(t is not None and t.dtype is torch.float16 for t in tensors[: rules.wants])
+        return choose(
+            wanted=wanted,
+            transformed=transforms_active(),
+            forward_mode=forward_ad._current_level >= 0,
+            recorded=recording(),
+            fusable=fusable,
+            deferred=fusable and (torch.compiler.is_compiling() or saved_tensor_hooks_active()),
+            in_forward=in_forward,
+            in_place=in_place,
+        )
+
+    def _rehearse(self, path: Path, tensors: tuple[Any, ...], o: Any, stats: bool) -> tuple[Tensor, ...]:
+        assert _steps is not None
+        needs = tuple(t is not None and t.requires_grad and path is not Path.VALUE for t in tensors[: self.rules.wants])
+        _steps.append(Step(self.rules, path, tensors, o, needs))
+        shapes = self.rules.value([None if t is None else t.detach().to("meta") for t in tensors], o)
+        first = next(t for t in tensors if t is not None)
+        zeros = [torch.zeros((), dtype=s.dtype, device=first.device).expand(s.shape) for s in shapes]
+        return (zeros[0].requires_grad_(any(needs)), *zeros[1:])
+
+    def _functions(self, rules: Rules) -> None:
+        """The classes of torch.autograd, one for each path."""
+        count, wants = rules.tensors, rules.wants
+
+        class Fused(Function):
+            """The gradients are held outside the saved tensors: the operands may then change after forward, as torch
+            allows, and the gradients can be given away."""
+
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                tensors = args[:count]
+                ctx.options = args[count]
+                loss, _, ctx.grads, stats, ctx.scale = rules.forward(tensors, ctx.options, ctx.needs_input_grad[:wants])
+                ctx.save_for_backward(*tensors)
+                if stats:
+                    ctx.mark_non_differentiable(*stats)
+                return (loss, *stats)
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
+                return _scaled(rules, ctx, grad_output)
+
+        class InPlace(Function):
+            """The gradient takes the memory of the first tensor, whose version counter is moved on."""
+
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                outcome = rules.in_place(args[:count], args[count])
+                torch.autograd.graph.increment_version(args[0])
+                grad = args[0].detach()  # shares the version counter
+                ctx.grads, ctx.scale, ctx.version = (grad, *[None] * (wants - 1)), None, grad._version
+                ctx.mark_non_differentiable(*outcome.stats)
+                return (outcome.loss, *outcome.stats)
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        f"{rules.name}(inplace_grad=True) cannot be differentiated twice: its logits are gone. Leave "
+                        "inplace_grad out where create_graph=True is used."
+                    )
+                if ctx.grads is not None and ctx.grads[0]._version != ctx.version:
+                    raise RuntimeError(
+                        f"{rules.name}(inplace_grad=True): one of the variables needed for gradient computation has "
+                        "been modified by an inplace operation: the logits, whose memory holds the gradient since "
+                        "forward."
+                    )
+                return _scaled(rules, ctx, grad_output)
+
+        class Recompute(Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                tensors = args[:count]
+                ctx.options = args[count]
+                loss, saved, _, stats, _ = rules.forward(tensors, ctx.options, None)
+                ctx.save_for_backward(*tensors, saved)
+                ctx.save_for_forward(*tensors, saved)
+                ctx.mark_non_differentiable(saved, *stats)
+                return (loss, saved, *stats)
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
+                return (*_recomputed(rules, ctx, grad_output), *[None] * (count - wants + 1))
+
+        class ForwardMode(Recompute):
+            """A class of its own because torch.compile refuses functions with a jvp."""
+
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                ctx.set_materialize_grads(False)  # zeros for tangents that are not there would meet infinities
+                results = Recompute.forward(ctx, *args)
+                ctx.further = tuple(t.is_floating_point() for t in results[1:])
+                return results
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                return (_pushed(rules, ctx, tangents), *[None] * len(ctx.further))
+
+        class Transformed(Function):
+            """Recompute in the form that torch.func asks for: options one by one, since it miscounts tuples."""
+
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                loss, saved, _, stats, _ = rules.forward(args[:count], rules.options(*args[count:]), None)
+                return (loss, saved, *stats)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                ctx.options = rules.options(*inputs[count:])
+                ctx.set_materialize_grads(False)  # as in ForwardMode
+                ctx.mark_non_differentiable(*output[1:])
+                ctx.further = tuple(t.is_floating_point() for t in output[1:])
+                # vmap wants the same for both; the statistics are for no_tangent.
+                ctx.save_for_backward(*inputs[:count], *output[1:])
+                ctx.save_for_forward(*inputs[:count], *output[1:])
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
+                rest = count - wants + len(rules.options._fields)
+                return (*_recomputed(rules, ctx, grad_output), *[None] * rest)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                rest = (no_tangent(ctx, count + i) if floating else None for i, floating in enumerate(ctx.further))
+                return (_pushed(rules, ctx, tangents), *rest)
+
+        for function in (Fused, InPlace, Recompute, ForwardMode, Transformed):
+            # In profiles and in the names of grad_fn: CrossEntropyFusedBackward.
+            loss = "".join(word.capitalize() for word in rules.name.split("_"))
+            function.__name__ = function.__qualname__ = f"{loss}{function.__name__}"
+        self.InPlace, self.Recompute, self.ForwardMode, self.Transformed = InPlace, Recompute, ForwardMode, Transformed
+        self._fused = direct_apply(Fused)
+        self._transformed = opaque_apply(Transformed)
+
+
+def _scaled(rules: Rules, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    """The gradients that forward has computed, times grad_output."""
+    grads = ctx.grads
+    if grads is None:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: the gradient of this loss was given away the first "
+            "time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
+        )
+    rest = (None,) * (rules.tensors - rules.wants + 1)
+    keep = keeps_graph()
+    if not keep:
+        ctx.grads = None
+    scale = grad_output if ctx.scale is None else grad_output * ctx.scale
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            scaled = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
+        needs = tuple(g is not None for g in grads)
+        return (*_differentiable(rules, scaled, grad_output, ctx.saved_tensors, ctx.options, needs), *rest)
+    if keep or is_batched(grad_output):
+        return (*(None if g is None else ops.scale_grad(g, scale) for g in grads), *rest)
+    for g in grads:
+        if g is not None:
+            ops.scale_grad_(g, scale)
+    return grads + rest
+
+
+def _recomputed(rules: Rules, ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    """The gradients of the tensors that may have one, by the kernels."""
+    if grad_output is None:  # see set_materialize_grads
+        return (None,) * rules.wants
+    saved_tensors = ctx.saved_tensors  # once: checkpointing recomputes it
+    tensors, saved = saved_tensors[: rules.tensors], saved_tensors[rules.tensors]
+    needs = ctx.needs_input_grad[: rules.wants]
+    with torch.no_grad():
+        grads = rules.backward(grad_output, tensors, saved, ctx.options, needs)
+    return _differentiable(rules, grads, grad_output, tensors, ctx.options, needs)
+
+
+def _differentiable(rules: Rules, grads: Grads, grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:
+    """The same gradients, with derivatives of their own where somebody asks for them."""
+    if not differentiated_again(grad_output, *tensors[: rules.wants]):
+        return grads
+    formulas = rules.gradients(grad_output, tensors, o, needs)
+    return tuple(g if f is None or g is None else attach(g, f) for g, f in zip(grads, formulas, strict=True))
+
+
+def _pushed(rules: Rules, ctx: Any, tangents: Sequence[Any]) -> Tensor:
+    """The loss's tangent."""
+    with saved_for_jvp(ctx) as saved:
+        return rules.tangent(saved[: rules.tensors], tangents[: rules.wants], ctx.options)
+
+
+# ------------------------------------------------------------------------------------------ torch's state, and its gaps
+
+
+def forward_mode_active() -> bool:
+    return bool(forward_ad._current_level >= 0)
+
+
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether saved tensors are packed by somebody: checkpointing, offloading. Then nothing may be held beside them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+_opaque: list[Callable[..., Any]] = []
+
+
+def opaque_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for use after :func:`transforms_active`: torch.compile takes the call into its graph as it is,
+    to be differentiated by the transforms there, instead of looking into rules of ours that it does not understand."""
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args)
+
+    _opaque.append(apply)
+    return apply
+
+
+def _allow_in_graph() -> bool:
+    for apply in _opaque:
+        torch.compiler.allow_in_graph(apply)
+    return True
+
+
+# What torch.compiler.assume_constant_result sets: torch.compile runs the function instead of looking into it. That and
+# allow_in_graph import torch._dynamo, for which an import of fastloss need not wait.
+_allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def recording() -> bool:
+    """Whether torch.export or torch.jit.trace records the operators that are called: see define_recorded."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+
+
+def transforms_active() -> bool:
+    """Whether the loss is called within a transform of torch.func."""
+    if not functorch_active():
+        return False
+    if torch.compiler.is_compiling():
+        _allow_in_graph()
+    return True
+
+
+def _primal(t: Tensor) -> Tensor:
+    """In a jvp of torch.func: t without this jvp's tangent, but with those of the forward modes around it."""
+    interpreter = retrieve_current_functorch_interpreter() if functorch_active() else None
+    if interpreter is None or interpreter.key() != torch._C._functorch.TransformType.Vmap:
+        return forward_ad.unpack_dual(t, level=0).primal
+    value, dim = torch._C._functorch._unwrap_batched(t, interpreter.level())  # unpack_dual has no rule for vmap
+    with interpreter.lower():
+        value = _primal(value)
+    return value if dim is None else torch._C._functorch._add_batch_dim(value, dim, interpreter.level())
+
+
+@contextlib.contextmanager
+def saved_for_jvp(ctx: Any) -> Iterator[tuple[Any, ...]]:
+    """What a jvp has saved, and the state in which to compute with it: torch turns forward mode off in the jvp of a
+    function, which would leave the tangents of an outer forward mode out without a word."""
+    if not functorch_active():  # torch has no nested levels then
+        yield ctx.saved_for_forward
+        return
+    # Where the jvp runs under vmap, functorch hands over as `saved_tensors` what was saved.
+    saved = ctx.saved_tensors if hasattr(ctx, "_pt_new_saved_tensors") else ctx.saved_for_forward
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield tuple(None if t is None else _primal(t) for t in saved)
+
+
+def no_tangent(ctx: Any, index: int) -> Tensor | None:
+    """In jvp, for an output that is not differentiable, the ``index``-th that was saved. Under vmap, functorch forgets
+    that it is not where it is batched, and wants a tangent; elsewhere it refuses one."""
+    depth, inner = 0, ctx
+    while "_pt_new_saved_tensors" in vars(inner):  # one for each vmap between the jvp and its function
+        depth, inner = depth + 1, inner._pt_inner_ctx
+    output = ctx.saved_tensors[index] if depth else None
+    if output is None or torch._C._functorch.maybe_get_level(output) <= torch._C._functorch.current_level() - depth:
+        return None
+    return torch.zeros_like(output)
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether ``t`` stands for a batch (vmap, is_grads_batched), which operators that mutate cannot take."""
+    return bool(torch._C._functorch.is_batchedtensor(t)) or batched_by_legacy(t)
+
+
+# In a backward pass: whether this graph may be run again (retain_graph, create_graph).
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def direct_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls that name every argument and have looked at :func:`functorch_active` themselves:
+    without the wrapper in Python that binds defaults and looks too, which costs 3 us."""
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+def batched_by_legacy(*tensors: Tensor | None) -> bool:
+    """By the vmap of torch.autograd.functional: it hides whether a tensor requires grad, has no detach, and loses,
+    without a word, the derivatives of custom functions."""
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
+def differentiated_again(*tensors: Tensor | None) -> bool:
+    """In a backward pass: whether its result must itself be differentiable (create_graph, nested torch.func)."""
+    if functorch_active():  # an outer transform, forward mode maybe, which requires_grad does not tell
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors) or batched_by_legacy(*tensors)
+
+
+def attach(value: Tensor, formula: Tensor) -> Tensor:
+    """``value``, made by a kernel, with the derivative of ``formula``, the same thing composed of torch operations."""
+    if batched_by_legacy(formula):
+        return formula.to(value.dtype)
+    return value + torch.nan_to_num(formula - formula.detach(), nan=0.0, posinf=0.0, neginf=0.0).to(value.dtype)
