@@ -153,7 +153,7 @@ judge() {
     "$python" -m pip install -q --no-index --no-deps --target "$wheels" build/gpu/wheels/*.whl
     export PYTHONPATH=$PYTHONPATH:$wheels
   fi
-  run judge judge 200 25 "$python" tools/judge.py "$file" --device cuda
+  run judge judge 200 25 "$python" "$file" fastloss --allow "errors:int32 target" --allow "errors:weight dtype" --device cuda
 }
 judge &
 sanitizers &

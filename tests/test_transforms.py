@@ -9,9 +9,9 @@ import fastloss
 import pytest
 import torch
 import torch.nn.functional as F
-from fastloss._library import ops
-from fastloss.losses._common import MEAN, NONE, SUM
-from fastloss.losses.cross_entropy import ALL_IGNORED_ZERO, GRAD, SAVE, STATS, ZERO_TIMES_INF
+from fastloss._library import MEAN, NONE, SUM, ops
+from fastloss.formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
+from fastloss.losses.cross_entropy import GRAD, SAVE, STATS
 from fastloss.testing import SPECS
 
 LOSSES = {"cross_entropy": (fastloss.cross_entropy, F.cross_entropy), "nll_loss": (fastloss.nll_loss, F.nll_loss)}
@@ -599,11 +599,13 @@ def operator_calls(device):
                 yield ops.cross_entropy_forward_inplace, (*arguments, 0)
                 yield ops.cross_entropy_forward_inplace, (*arguments, STATS)
         for reduction in (NONE, MEAN, SUM):
-            for forward in (ops.nll_loss_forward, ops.nll_loss_forward_recorded):
-                yield forward, (x, t, w, reduction, 0, -100)
-            total = ops.nll_loss_forward(x, t, w, reduction, 0, -100)[1]
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
-            yield ops.nll_loss_backward, (g, x, t, w, total, reduction, 0, -100)
+            for loss, params in enumerate(([], [2.0, 0.5])):
+                options = (loss, params, reduction, 0, -100, 0)
+                for forward in (ops.row_loss_value, ops.row_loss_forward, ops.nll_loss_forward_recorded):
+                    yield forward, (x, t, w, *options)
+                total = ops.row_loss_forward(x, t, w, *options)[1]
+                yield ops.row_loss_backward, (g, x, t, w, total, *options)
         u, mask = torch.linspace(-1, 1, x.numel(), device=device).view_as(x), x > 0.1
         for reduction, extra in ((NONE, (w.view(-1, *[1] * (x.dim() - 2)).expand_as(x), mask)), (MEAN, (None, None))):
             options = (ops.pointwise_losses().split().index("huber_loss"), 0.5, reduction, 0, 0.0, 0)

@@ -29,7 +29,7 @@ COMMON_FROM = "reductions, common to the GPU and the emulator"
 SYNC = re.compile(r"\b(block_barrier|warp_barrier|memory_fence|system_fence|cluster_arrive|cluster_wait)\(\);")
 LIMITS = (
     r"p\.(?:rows|classes|outer|inner|count|blocks|totals_count|slice|parts)|(?:p\.)?a\.(?:cols|rows \* p\.parts)"
-    r"|classes|count|blocks|warps|parts|groups|vectors|rows|items|elements|inner_tiles|kPositions"
+    r"|classes|count|blocks|warps|parts|groups|kGroup|vectors|rows|items|elements|inner_tiles|kPositions"
     r"|span\.head(?: \+ span\.tail)?"
 )
 BOUND = re.compile(rf"(?<= < )(?:{LIMITS})\b(?! \+)|(?<= >= )(?:{LIMITS})\b")
@@ -37,7 +37,7 @@ NOT_CODE = re.compile(r"^\s*(//|#|template|static_assert)")
 
 # What --quick takes: about a minute's worth of those that the plain build notices, from every kernel.
 QUICK = ("group_sum(lane < warps", "the results are there", "load16_stream(x + column", "base = first; base < p.rows",
-         "(*ticket !=", "i < p.parts", "item < items", "inner_tile >= inner_tiles", "cluster_arrive(); cluster_wait();",
+         "(*ticket !=", "i < parts", "item < items", "inner_tile >= inner_tiles", "cluster_arrive(); cluster_wait();",
          "< elements) grad", "v >= count", "< p.totals_count", "i < count; i += step")  # fmt: skip
 # Faults that change nothing, by what the line says; `shift` 0: the removal.
 EQUIVALENT: list[tuple[str, int, str]] = [
@@ -54,6 +54,7 @@ EQUIVALENT: list[tuple[str, int, str]] = [
     ("blockIdx.x < inner_tiles ? 0", 1, "the loop wraps round"),
     ("blockIdx.x < inner_tiles ? 0", -1, "saves a division, the quotient is 0"),
     ("base < classes; base += chunk", 1, "classes past the last one are -inf"),
+    ("count >= kGroup && run_from(p, i) >= kGroup", 1, "the same one element at a time"),
     ("k * lanes >= classes) break;  // spares the rest", 1, "what follows has a guard of its own"),
 ]
 

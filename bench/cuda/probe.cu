@@ -24,7 +24,7 @@
 #include "common/scale_grad_cuda.h"
 #include "rowwise/cross_entropy_cuda.h"
 #include "rowwise/cross_entropy_policy.h"
-#include "rowwise/nll_loss_cuda.h"
+#include "rowwise/row_loss_cuda.h"
 
 using namespace fastloss;
 
@@ -712,7 +712,7 @@ static void check_all() {
       for (int64_t j = 0; j < c; ++j) store_host(w.host.data(), accum_of(type), j, 0.5 + j);
       for (int64_t j = 0; j < rows; ++j) store_host(up.host.data(), type, j, 2);
       for (Buffer* b : {&x, &t, &w, &up}) b->upload();
-      NllLossArgs a;
+      RowLossArgs a;
       a.outer = o, a.classes = c, a.inner = i;
       a.input = x.data(), a.input_type = type, a.input_strides = {c * i, i, 1};
       a.target = t.data(), a.weight = w.data(), a.reduction = reduction;
@@ -720,10 +720,10 @@ static void check_all() {
       a.grad_output = up.data(), a.grad_output_per_row = reduction == Reduction::none;
       a.grad = g.data(), a.grad_strides = a.input_strides;
       CudaContext context;
-      context.workspace_bytes = nll_loss_workspace_bytes_cuda(a, context);
+      context.workspace_bytes = row_loss_workspace_bytes_cuda(a, context);
       Buffer workspace(context.workspace_bytes);
       context.workspace = workspace.data();
-      const Status s1 = nll_loss_forward_cuda(a, context), s2 = nll_loss_backward_cuda(a, context);
+      const Status s1 = row_loss_forward_cuda(a, context), s2 = row_loss_backward_cuda(a, context);
       OK(cudaDeviceSynchronize());
       double sum = 0, weights = 0;
       Case label;

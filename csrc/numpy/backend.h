@@ -4,17 +4,16 @@
 
 #include "../pointwise/pointwise.h"
 #include "../rowwise/cross_entropy.h"
-#include "../rowwise/nll_loss.h"
+#include "../rowwise/row_loss.h"
 
 namespace fastloss {
 
 Status run_cross_entropy_forward(const CrossEntropyArgs& a);
 Status run_cross_entropy_backward(const CrossEntropyArgs& a);
-Status run_nll_loss_forward(const NllLossArgs& a);
-Status run_nll_loss_backward(const NllLossArgs& a);
+Status run_row_loss_forward(const RowLossArgs& a);
+Status run_row_loss_backward(const RowLossArgs& a);
 Status run_pointwise_forward(const PointwiseArgs& a);
 Status run_pointwise_backward(const PointwiseArgs& a);
-Status run_pointwise_second(const PointwiseArgs& a);
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type);
 std::string failure_message(const Status& status);  // neither ok nor bad_target
 

@@ -34,11 +34,10 @@ Isa isa_of(const std::string& name) {
 
 Status run_cross_entropy_forward(const CrossEntropyArgs& a) { return cross_entropy_forward_cpu(a, thread_ranges); }
 Status run_cross_entropy_backward(const CrossEntropyArgs& a) { return cross_entropy_backward_cpu(a, thread_ranges); }
-Status run_nll_loss_forward(const NllLossArgs& a) { return nll_loss_forward_cpu(a, thread_ranges); }
-Status run_nll_loss_backward(const NllLossArgs& a) { return nll_loss_backward_cpu(a, thread_ranges); }
+Status run_row_loss_forward(const RowLossArgs& a) { return row_loss_forward_cpu(a, thread_ranges); }
+Status run_row_loss_backward(const RowLossArgs& a) { return row_loss_backward_cpu(a, thread_ranges); }
 Status run_pointwise_forward(const PointwiseArgs& a) { return pointwise_forward_cpu(a, thread_ranges); }
 Status run_pointwise_backward(const PointwiseArgs& a) { return pointwise_backward_cpu(a, thread_ranges); }
-Status run_pointwise_second(const PointwiseArgs& a) { return pointwise_second_cpu(a, thread_ranges); }
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
   scale_grad_cpu(grad, out, type, count, scale, scale_type, thread_ranges);
   return {};
@@ -65,7 +64,7 @@ PYBIND11_MODULE(fastloss_core_numpy, m) {
       "set_isa", [](const std::string& name) { return set_isa(isa_of(name)); }, py::arg("name"),
       "Use portable, avx2 or avx512; False, changing nothing, when the machine or the build lacks it.");
   bind_cross_entropy(m);
-  bind_nll_loss(m);
+  bind_row_loss(m);
   bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);

@@ -9,7 +9,7 @@
 #include "../common/scale_grad_cuda.h"
 #include "../pointwise/pointwise_cuda.h"
 #include "../rowwise/cross_entropy_cuda.h"
-#include "../rowwise/nll_loss_cuda.h"
+#include "../rowwise/row_loss_cuda.h"
 #include "arrays.h"
 #include "emulator.h"
 
@@ -37,15 +37,25 @@ CudaContext context_of_device() {
 
 // A call with a workspace of exactly the size it asks for, filled with nan (64 MiB of it: calls that run in part only
 // may ask for gigabytes).
+template <class Call>
+Status with_workspace(int64_t bytes, const Call& call) {
+  CudaContext context = context_of_device();
+  context.workspace_bytes = bytes;
+  const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(bytes)]);
+  std::memset(workspace.get(), 0xff, std::min(size_t(bytes), size_t(64) << 20));
+  context.workspace = workspace.get();
+  return call(context);
+}
 template <class Args>
 Status with_workspace(const Args& a, int64_t (*bytes)(const Args&, const CudaContext&),
                       Status (*call)(const Args&, const CudaContext&)) {
-  CudaContext context = context_of_device();
-  context.workspace_bytes = bytes(a, context);
-  const std::unique_ptr<unsigned char[]> workspace(new unsigned char[size_t(context.workspace_bytes)]);
-  std::memset(workspace.get(), 0xff, std::min(size_t(context.workspace_bytes), size_t(64) << 20));
-  context.workspace = workspace.get();
-  return call(a, context);
+  return with_workspace(bytes(a, context_of_device()), [&](const CudaContext& context) { return call(a, context); });
+}
+Status run_pointwise(const PointwiseArgs& a, PointwisePass pass) {
+  const PointwiseConfig config = pointwise_config(a, pass);
+  regime = pointwise_regime_name(config.regime);
+  return with_workspace(config.workspace_bytes,
+                        [&](const CudaContext& context) { return pointwise_cuda(a, config, context); });
 }
 
 }  // namespace
@@ -58,22 +68,15 @@ Status run_cross_entropy_backward(const CrossEntropyArgs& a) {
   regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/true);
   return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_backward_cuda);
 }
-Status run_nll_loss_forward(const NllLossArgs& a) {
-  return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_forward_cuda);
+Status run_row_loss_forward(const RowLossArgs& a) {
+  return with_workspace(a, row_loss_workspace_bytes_cuda, row_loss_forward_cuda);
 }
-Status run_nll_loss_backward(const NllLossArgs& a) {
-  return with_workspace(a, nll_loss_workspace_bytes_cuda, nll_loss_backward_cuda);
+Status run_row_loss_backward(const RowLossArgs& a) {
+  return with_workspace(a, row_loss_workspace_bytes_cuda, row_loss_backward_cuda);
 }
-const char* const* pointwise_names() { return host::names_of(host::Losses{}); }
-Status run_pointwise_forward(const PointwiseArgs& a) {
-  return with_workspace(a, pointwise_workspace_bytes_cuda, pointwise_forward_cuda);
-}
-Status run_pointwise_backward(const PointwiseArgs& a) {
-  return with_workspace(a, pointwise_workspace_bytes_cuda, pointwise_backward_cuda);
-}
-Status run_pointwise_second(const PointwiseArgs& a) {
-  return with_workspace(a, pointwise_workspace_bytes_cuda, pointwise_second_cuda);
-}
+const PointwiseLoss* pointwise_losses() { return host::list_of(host::Losses{}); }
+Status run_pointwise_forward(const PointwiseArgs& a) { return run_pointwise(a, PointwisePass::forward); }
+Status run_pointwise_backward(const PointwiseArgs& a) { return run_pointwise(a, PointwisePass::backward); }
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
   return scale_grad_cuda(grad, out, type, count, scale, scale_type, context_of_device());
 }
@@ -109,7 +112,9 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
         return all;
       },
       "(grid, block, cluster) of every launch since set_seed.");
-  m.def("regime", [] { return regime; }, "The kernel of the last call of cross entropy, as explain() says it.");
+  m.def(
+      "regime", [] { return regime; },
+      "The kernel of the last call of cross entropy or of a pointwise loss, as explain() says it.");
   m.def(
       "take_bad_target",
       []() -> std::optional<std::pair<int64_t, int64_t>> {
@@ -136,7 +141,7 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
       "provoke", [](emulator::Fault fault) { run_core([&] { return emulator::provoke(fault); }); }, py::arg("fault"),
       "Run a kernel with a fault, for the test of the emulator.");
   bind_cross_entropy(m);
-  bind_nll_loss(m);
+  bind_row_loss(m);
   bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);

@@ -1,5 +1,8 @@
 // The pointwise losses on numpy arrays; the contract is pointwise/pointwise.h.
+#include <pybind11/stl.h>
+
 #include "../pointwise/layout.h"
+#include "../pointwise/pointwise_policy.h"
 #include "arrays.h"
 
 namespace fastloss {
@@ -19,152 +22,175 @@ void set_optional(PointwiseArgs& a, PointwiseOperand& o, const py::object& x, co
   if (!x.is_none()) set_operand(a, o, x.cast<py::array>(), name);
 }
 
-PointwiseArgs pointwise_args(const py::array& input, const py::array& target, const std::string& loss, double param,
-                             const std::string& reduction, int row_dims, const py::object& weight,
-                             const py::object& mask, double weight_denominator) {
+// What all functions take.
+struct Problem {
+  std::vector<py::array> operands;
+  std::string loss;
+  std::vector<double> params;
+  std::string reduction;
+  int row_dims;
+  py::object weight, mask;
+  double weight_denominator;
+};
+
+PointwiseArgs pointwise_args(const Problem& p) {
   PointwiseArgs a;
-  while (pointwise_names()[a.loss] && loss != pointwise_names()[a.loss]) ++a.loss;
-  if (!pointwise_names()[a.loss]) throw py::value_error("loss: there is no " + loss);
-  if (input.ndim() > kPointwiseDims || row_dims > input.ndim()) throw py::value_error("input: wrong number of axes");
-  a.param = param;
+  const PointwiseLoss* all = pointwise_losses();
+  while (all[a.loss].name && p.loss != all[a.loss].name) ++a.loss;
+  const PointwiseLoss& loss = all[a.loss];
+  if (!loss.name) throw py::value_error("loss: there is no " + p.loss);
+  if (p.operands.size() < 2 || int(p.operands.size()) > loss.operands || int(p.params.size()) > loss.params)
+    throw py::value_error("operands, params: not as many as the loss has");
+  const py::array& input = p.operands[0];
+  if (input.ndim() > kPointwiseDims || p.row_dims > input.ndim()) throw py::value_error("input: wrong number of axes");
+  a.sums = loss.sums;
+  a.finishes = loss.finishes;
+  std::copy(p.params.begin(), p.params.end(), a.params);
   a.dim = int(input.ndim());
-  a.row_dims = row_dims;
+  a.row_dims = p.row_dims;
   a.cols = 1;
   for (int k = 0; k < a.dim; ++k) {
     a.sizes[k] = input.shape(k);
-    (k < row_dims ? a.rows : a.cols) *= a.sizes[k];
+    (k < p.row_dims ? a.rows : a.cols) *= a.sizes[k];
   }
-  a.reduction = reduction_of(reduction);
-  a.weight_denominator = weight_denominator;
-  set_operand(a, a.input, input, "input");
-  set_operand(a, a.target, target, "target");
-  set_optional(a, a.weight, weight, "weight");
-  set_optional(a, a.mask, mask, "mask");
+  a.reduction = reduction_of(p.reduction);
+  a.weight_denominator = p.weight_denominator;
+  for (size_t k = 0; k < p.operands.size(); ++k) set_operand(a, a.operands[k], p.operands[k], "operand");
+  set_optional(a, a.weight, p.weight, "weight");
+  set_optional(a, a.mask, p.mask, "mask");
   a.loss_type = a.accum;
   return a;
 }
 
-// What all three functions return: arrays of the accumulation dtype, gradients of their operand's own.
-class Results {
- public:
-  Results(PointwiseArgs& a, const py::array& input, const py::array& target) : a_(a) {
-    shape_ = {input.shape(), input.shape() + input.ndim()};
-    rows_ = {shape_.begin(), shape_.begin() + a.row_dims};
-    input_ = input.dtype();
-    target_ = target.dtype();
-  }
-  void want_loss() {
-    const py::array loss(numpy_dtype(a_.loss_type), a_.reduction == Reduction::none ? shape_ : rows_);
-    if (a_.reduction == Reduction::none)
-      set_operand(a_, a_.loss_elements, loss, "loss");
-    else
-      a_.loss_out = const_cast<void*>(loss.data());
-    results_["loss"] = loss;
-  }
-  void want_factor() {
-    const py::array factor(py::dtype("float64"), rows_);
-    a_.factor = static_cast<double*>(const_cast<void*>(factor.data()));
-    results_["factor"] = factor;
-  }
-  void want_grads(const py::object& input, const py::object& target) {
-    want_grad(input, a_.grad_input, input_, "grad_input");
-    want_grad(target, a_.grad_target, target_, "grad_target");
-  }
-  template <class F>
-  py::dict run(const F& f) {
-    coalesce(a_);
-    run_core(f);
-    return results_;
-  }
+std::vector<py::ssize_t> shape_of(const PointwiseArgs& a, int dims) { return {a.sizes, a.sizes + dims}; }
 
- private:
-  void want_grad(const py::object& wanted, PointwiseOperand& o, const py::dtype& type, const char* name) {
-    Output(wanted, type, shape_, name).put(results_, name);
-    if (results_.contains(name)) set_operand(a_, o, results_[name], name);
+// The gradients wanted, False, True or an array to write to for each operand: a list with None in the other places.
+py::list want_grads(PointwiseArgs& a, const Problem& p, const std::vector<py::object>& wanted) {
+  py::list grads;
+  for (size_t k = 0; k < wanted.size(); ++k) {
+    py::dict made;
+    Output(wanted[k], p.operands.at(k).dtype(), shape_of(a, a.dim), "grad").put(made, "grad");
+    const bool any = made.contains("grad");
+    if (any) set_operand(a, a.grads[k], made["grad"], "grad");
+    grads.append(any ? py::object(made["grad"]) : py::none());
   }
-
-  PointwiseArgs& a_;
-  std::vector<py::ssize_t> shape_, rows_;
-  py::dtype input_, target_;
-  py::dict results_;
-};
-
-void set_factor(PointwiseArgs& a, const py::array& factor) {
-  if (a.reduction != Reduction::none)
-    a.factor = static_cast<double*>(const_cast<void*>(flat_input(factor, a.rows, py::dtype("float64"), "factor")));
-}
-void set_grad_output(PointwiseArgs& a, const py::array& grad_output) {
-  if (a.reduction == Reduction::none) return set_operand(a, a.grad_output_elements, grad_output, "grad_output");
-  a.grad_output = flat_input(grad_output, a.rows, grad_output.dtype(), "grad_output");
-  a.grad_output_type = float_type(grad_output, "grad_output");
+  return grads;
 }
 
-py::dict forward(const py::array& input, const py::array& target, const std::string& loss, double param,
-                 const std::string& reduction, int row_dims, const py::object& weight, const py::object& mask,
-                 double weight_denominator, const py::object& grad_input, const py::object& grad_target) {
-  PointwiseArgs a = pointwise_args(input, target, loss, param, reduction, row_dims, weight, mask, weight_denominator);
-  Results results(a, input, target);
-  results.want_loss();
-  if (a.reduction != Reduction::none) results.want_factor();
-  results.want_grads(grad_input, grad_target);
-  return results.run([&] { return run_pointwise_forward(a); });
+py::dict forward(const Problem& p, const std::vector<py::object>& grads, bool value_only) {
+  PointwiseArgs a = pointwise_args(p);
+  py::dict results;
+  const bool none = a.reduction == Reduction::none;
+  const py::array loss(numpy_dtype(a.loss_type), shape_of(a, none ? a.dim : a.row_dims));
+  if (none)
+    set_operand(a, a.loss_elements, loss, "loss");
+  else
+    a.loss_out = const_cast<void*>(loss.data());
+  results["loss"] = loss;
+  if (!none && !value_only) {
+    std::vector<py::ssize_t> shape = shape_of(a, a.row_dims);
+    if (a.sums > 1) shape.push_back(a.sums);
+    const py::array factor(py::dtype("float64"), shape);
+    a.factor = static_cast<double*>(const_cast<void*>(factor.data()));
+    results["factor"] = factor;
+  }
+  results["grads"] = want_grads(a, p, grads);
+  coalesce(a);
+  run_core([&] { return run_pointwise_forward(a); });
+  return results;
 }
 
-py::dict backward(const py::array& grad_output, const py::array& factor, const py::array& input,
-                  const py::array& target, const std::string& loss, double param, const std::string& reduction,
-                  int row_dims, const py::object& weight, const py::object& mask, double weight_denominator,
-                  const py::object& grad_input, const py::object& grad_target) {
-  PointwiseArgs a = pointwise_args(input, target, loss, param, reduction, row_dims, weight, mask, weight_denominator);
-  set_factor(a, factor);
-  set_grad_output(a, grad_output);
-  Results results(a, input, target);
-  results.want_grads(grad_input, grad_target);
-  return results.run([&] { return run_pointwise_backward(a); });
-}
-
-py::dict second(const py::array& grad_output, const py::array& factor, const py::object& tangent_input,
-                const py::object& tangent_target, const py::array& input, const py::array& target,
-                const std::string& loss, double param, const std::string& reduction, int row_dims,
-                const py::object& weight, const py::object& mask, double weight_denominator, bool gradients) {
-  PointwiseArgs a = pointwise_args(input, target, loss, param, reduction, row_dims, weight, mask, weight_denominator);
-  set_factor(a, factor);
-  set_optional(a, a.tangent_input, tangent_input, "tangent_input");
-  set_optional(a, a.tangent_target, tangent_target, "tangent_target");
-  Results results(a, input, target);
-  if (gradients) {
-    set_grad_output(a, grad_output);
-    results.want_grads(py::bool_(true), py::bool_(true));
+py::list backward(const py::array& grad_output, const py::array& factor, const Problem& p,
+                  const std::vector<py::object>& wanted) {
+  PointwiseArgs a = pointwise_args(p);
+  if (a.reduction == Reduction::none) {
+    set_operand(a, a.grad_output_elements, grad_output, "grad_output");
   } else {
-    results.want_loss();
+    const void* data = flat_input(factor, a.rows * a.sums, py::dtype("float64"), "factor");
+    a.factor = static_cast<double*>(const_cast<void*>(data));
+    a.grad_output = flat_input(grad_output, a.rows, grad_output.dtype(), "grad_output");
+    a.grad_output_type = float_type(grad_output, "grad_output");
   }
-  return results.run([&] { return run_pointwise_second(a); });
+  py::list grads = want_grads(a, p, wanted);
+  coalesce(a);
+  run_core([&] { return run_pointwise_backward(a); });
+  return grads;
+}
+
+// The CUDA launch of a call on memory that is not there.
+using Layout = std::tuple<std::string, std::vector<int64_t>, int>;  // dtype, strides, bytes past a multiple of 64
+py::dict config(const std::vector<int64_t>& sizes, const std::vector<Layout>& operands,
+                const std::vector<Layout>& grads, bool weight, bool mask, const std::string& reduction, int row_dims,
+                int sums, bool is_backward) {
+  PointwiseArgs a;
+  a.sums = sums;
+  a.dim = int(sizes.size());
+  a.row_dims = row_dims;
+  a.cols = 1;
+  for (int k = 0; k < a.dim; ++k) (k < row_dims ? a.rows : a.cols) *= a.sizes[k] = sizes[size_t(k)];
+  a.reduction = reduction_of(reduction);
+  const auto set = [&](PointwiseOperand& o, const Layout& layout) {
+    const auto& [dtype, strides, offset] = layout;
+    o.data = reinterpret_cast<void*>(uintptr_t(1 << 20) + uintptr_t(offset));
+    o.type = named_type(dtype);
+    if (o.type == DType::f64) a.accum = DType::f64;
+    std::copy(strides.begin(), strides.end(), o.strides);
+  };
+  for (size_t k = 0; k < operands.size(); ++k) set(a.operands[k], operands[k]);
+  for (size_t k = 0; k < grads.size(); ++k) set(a.grads[k], grads[k]);
+  if (weight) a.weight = a.operands[0];
+  if (mask) a.mask = a.operands[0];
+  coalesce(a);
+  const PointwiseConfig c = pointwise_config(a, is_backward ? PointwisePass::backward : PointwisePass::forward);
+  py::dict d;
+  d["regime"] = pointwise_regime_name(c.regime);
+  d["wide"] = c.wide;
+  d["parts"] = c.parts;
+  d["grid"] = c.grid;
+  d["workspace_bytes"] = c.workspace_bytes;
+  return d;
 }
 
 py::list losses() {
-  py::list names;
-  for (const char* const* name = pointwise_names(); *name; ++name) names.append(*name);
-  return names;
+  py::list all;
+  for (const PointwiseLoss* loss = pointwise_losses(); loss->name; ++loss)
+    all.append(py::make_tuple(loss->name, loss->operands, loss->sums, loss->params));
+  return all;
 }
 
 }  // namespace
 
 void bind_pointwise(py::module_& m) {
+  using namespace py::literals;
   const py::object none = py::none();
-  m.def("pointwise_losses", &losses);
-  m.def("pointwise_forward", &forward, py::arg("input"), py::arg("target"), py::kw_only(), py::arg("loss"),
-        py::arg("param") = 0.0, py::arg("reduction") = "mean", py::arg("row_dims") = 0, py::arg("weight") = none,
-        py::arg("mask") = none, py::arg("weight_denominator") = 0.0, py::arg("grad_input") = false,
-        py::arg("grad_target") = false,
-        "A dict of loss, factor and the gradients wanted: False, True, or an array to write to.");
-  m.def("pointwise_backward", &backward, py::arg("grad_output"), py::arg("factor"), py::arg("input"), py::arg("target"),
-        py::kw_only(), py::arg("loss"), py::arg("param") = 0.0, py::arg("reduction") = "mean", py::arg("row_dims") = 0,
-        py::arg("weight") = none, py::arg("mask") = none, py::arg("weight_denominator") = 0.0,
-        py::arg("grad_input") = true, py::arg("grad_target") = true, "A dict of the gradients wanted.");
-  m.def("pointwise_second", &second, py::arg("grad_output"), py::arg("factor"), py::arg("tangent_input"),
-        py::arg("tangent_target"), py::arg("input"), py::arg("target"), py::kw_only(), py::arg("loss"),
-        py::arg("param") = 0.0, py::arg("reduction") = "mean", py::arg("row_dims") = 0, py::arg("weight") = none,
-        py::arg("mask") = none, py::arg("weight_denominator") = 0.0, py::arg("gradients") = false,
-        "The derivative of the loss along the tangents, or that of the gradients.");
+  m.def("pointwise_losses", &losses, "(name, operands, sums, params) of every loss, in the order of their numbers.");
+  m.def(
+      "pointwise_forward",
+      [](const std::vector<py::array>& operands, const std::string& loss, const std::vector<double>& params,
+         const std::string& reduction, int row_dims, const py::object& weight, const py::object& mask,
+         double weight_denominator, const std::vector<py::object>& grads, bool value_only) {
+        return forward({operands, loss, params, reduction, row_dims, weight, mask, weight_denominator}, grads,
+                       value_only);
+      },
+      "operands"_a, py::kw_only(), "loss"_a, "params"_a = std::vector<double>{}, "reduction"_a = "mean",
+      "row_dims"_a = 0, "weight"_a = none, "mask"_a = none, "weight_denominator"_a = 0.0,
+      "grads"_a = std::vector<py::object>{}, "value_only"_a = false,
+      "A dict of loss, factor and grads: for each operand False, True, or an array to write to.");
+  m.def(
+      "pointwise_backward",
+      [](const py::array& grad_output, const py::array& factor, const std::vector<py::array>& operands,
+         const std::string& loss, const std::vector<double>& params, const std::string& reduction, int row_dims,
+         const py::object& weight, const py::object& mask, double weight_denominator,
+         const std::vector<py::object>& grads) {
+        return backward(grad_output, factor,
+                        {operands, loss, params, reduction, row_dims, weight, mask, weight_denominator}, grads);
+      },
+      "grad_output"_a, "factor"_a, "operands"_a, py::kw_only(), "loss"_a, "params"_a = std::vector<double>{},
+      "reduction"_a = "mean", "row_dims"_a = 0, "weight"_a = none, "mask"_a = none, "weight_denominator"_a = 0.0,
+      "grads"_a = std::vector<bool>{true, true}, "A list of the gradients wanted.");
+  m.def("pointwise_config", &config, "sizes"_a, "operands"_a, py::kw_only(), "grads"_a, "weight"_a = false,
+        "mask"_a = false, "reduction"_a = "mean", "row_dims"_a = 0, "sums"_a = 1, "is_backward"_a = false,
+        "The CUDA launch of a call whose operands and gradients are (dtype, strides, bytes past a multiple of 64).");
 }
 
 }  // namespace fastloss

@@ -6,16 +6,25 @@ namespace fastloss {
 
 template <class F>
 void for_each_operand(PointwiseArgs& a, const F& f) {
-  PointwiseOperand* operands[] = {&a.input,         &a.target,        &a.weight,      &a.mask,
-                                  &a.loss_elements, &a.grad_input,    &a.grad_target, &a.grad_output_elements,
-                                  &a.tangent_input, &a.tangent_target};
-  for (PointwiseOperand* o : operands)
+  for (PointwiseOperand& o : a.operands)
+    if (o.data) f(o);
+  for (PointwiseOperand& o : a.grads)
+    if (o.data) f(o);
+  for (PointwiseOperand* o : {&a.weight, &a.mask, &a.loss_elements, &a.grad_output_elements})
     if (o->data) f(*o);
 }
 
-// Axes in the order of the memory of input and target, axes of size 1 left out, adjacent ones that
-// every operand walks as one merged. Rows keep their order, since results are numbered by them.
+// Axes in the order of the memory of the first two operands, axes of size 1 left out, adjacent ones that every operand
+// walks as one merged. Rows keep their order, since results are numbered by them.
 inline void coalesce(PointwiseArgs& a) {
+  bool flat = true;  // the usual call, quickly
+  for_each_operand(a, [&](PointwiseOperand& o) { flat = flat && is_flat(a, o); });
+  if (flat) {
+    a.dim = 1;
+    a.sizes[0] = a.count();
+    for_each_operand(a, [&](PointwiseOperand& o) { o.strides[0] = 1; });
+    return;
+  }
   auto swap_axes = [&](int i, int j) {
     const int64_t size = a.sizes[i];
     a.sizes[i] = a.sizes[j];
@@ -27,27 +36,23 @@ inline void coalesce(PointwiseArgs& a) {
     });
   };
   auto step = [&](int i) {  // one of the two may be broadcast along the axis
-    const int64_t x = a.input.strides[i], t = a.target.strides[i];
+    const int64_t x = a.operands[0].strides[i], t = a.operands[1].strides[i];
     return x > t ? x : t;
   };
   for (int i = a.row_dims + 1; i < a.dim; ++i)
     for (int j = i; j > a.row_dims && step(j) > step(j - 1); --j) swap_axes(j, j - 1);
 
-  int kept = 0, kept_rows = 0;
+  int kept = 0;
   for (int k = 0; k < a.dim; ++k) {
     const int64_t size = a.sizes[k];
-    if (size != 1) {
-      bool merges = kept > 0 && (k < a.row_dims || kept > kept_rows);
-      if (merges)
-        for_each_operand(a, [&](PointwiseOperand& o) { merges &= o.strides[kept - 1] == o.strides[k] * size; });
-      const int to = merges ? kept - 1 : kept++;
-      a.sizes[to] = merges ? a.sizes[to] * size : size;
-      for_each_operand(a, [&](PointwiseOperand& o) { o.strides[to] = o.strides[k]; });
-    }
-    if (k < a.row_dims) kept_rows = kept;
+    if (size == 1) continue;
+    bool merges = kept > 0;
+    for_each_operand(a, [&](PointwiseOperand& o) { merges = merges && o.strides[kept - 1] == o.strides[k] * size; });
+    const int to = merges ? kept - 1 : kept++;
+    a.sizes[to] = merges ? a.sizes[to] * size : size;
+    for_each_operand(a, [&](PointwiseOperand& o) { o.strides[to] = o.strides[k]; });
   }
   a.dim = kept;
-  a.row_dims = kept_rows;
 }
 
 }  // namespace fastloss

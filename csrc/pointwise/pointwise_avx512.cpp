@@ -4,5 +4,4 @@
 namespace fastloss {
 Status pointwise_forward_avx512(const PointwiseArgs& a, ParallelFor f) { return avx512::pointwise_forward(a, f); }
 Status pointwise_backward_avx512(const PointwiseArgs& a, ParallelFor f) { return avx512::pointwise_backward(a, f); }
-Status pointwise_second_avx512(const PointwiseArgs& a, ParallelFor f) { return avx512::pointwise_second(a, f); }
 }  // namespace fastloss

@@ -2,18 +2,30 @@
 //
 // A row is cut into blocks of kBlock elements, whatever the number of threads; a block is walked in chunks that stay in
 // the L1 cache. Of each chunk the operands are brought into arrays of the accumulation type (contiguous ones of that
-// type are used where they lie), the loss is evaluated on vectors, results go back. So every dtype, stride and
-// broadcast costs one loop over a chunk, and a loss is compiled for float and double alone. Sums are taken in double,
-// one per block, and added pairwise.
+// type are used where they lie, a short pattern that repeats is written out once), the loss is evaluated on vectors,
+// results go back. So every dtype, stride and broadcast costs one loop over a chunk, and a loss is compiled for float
+// and double alone. Sums are taken in double, one per block, and added pairwise.
 #pragma once
 #include "../common/cpu_support.h"
 #include "losses.h"
-#include "pointwise.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
 constexpr int64_t kChunk = 1024, kBlock = 16 * kChunk;
+
+template <int kValue>
+struct integral {
+  static constexpr int value = kValue;
+};
+// f(integral<0>{}), ..., f(integral<kCount - 1>{}): a loop whose index is a constant.
+template <int kCount, int kFirst = 0, class F>
+inline void unrolled(const F& f) {
+  if constexpr (kFirst < kCount) {
+    f(integral<kFirst>{});
+    unrolled<kCount, kFirst + 1>(f);
+  }
+}
 
 // ---- chunks in and out
 
@@ -21,129 +33,262 @@ constexpr int64_t kChunk = 1024, kBlock = 16 * kChunk;
 // operand, and in the chunk.
 template <class F>
 inline void for_each_run(const PointwiseArgs& a, const PointwiseOperand& o, int64_t begin, int64_t n, const F& f) {
-  if (a.dim <= 1) return f(a.dim ? begin * o.strides[0] : 0, n, int64_t(0));
   const int last = a.dim - 1;
-  for (int64_t at = 0; at < n;) {
-    int64_t rest = begin + at, offset = 0;
-    const int64_t first = rest % a.sizes[last];
-    for (int k = last; k >= 0; --k) {
-      offset += rest % a.sizes[k] * o.strides[k];
-      rest /= a.sizes[k];
-    }
-    const int64_t run = min_of(n - at, a.sizes[last] - first);
+  if (last == 0) return f(begin * o.strides[0], n, int64_t(0));
+  int64_t index[kPointwiseDims], offset = 0;
+  for (int k = last; k >= 0; --k) {
+    index[k] = begin % a.sizes[k];
+    begin /= a.sizes[k];
+    offset += index[k] * o.strides[k];
+  }
+  for (int64_t at = 0;;) {
+    const int64_t run = min_of(n - at, a.sizes[last] - index[last]);
     f(offset, run, at);
     at += run;
+    if (at >= n) return;
+    offset -= index[last] * o.strides[last];
+    index[last] = 0;
+    for (int k = last - 1; k >= 0; --k) {
+      offset += o.strides[k];
+      if (++index[k] < a.sizes[k]) break;
+      offset -= a.sizes[k] * o.strides[k];
+      index[k] = 0;
+    }
   }
 }
-inline int64_t last_stride(const PointwiseArgs& a, const PointwiseOperand& o) {
-  return a.dim ? o.strides[a.dim - 1] : 1;
-}
-inline bool is_flat(const PointwiseArgs& a, const PointwiseOperand& o) { return a.dim <= 1 && last_stride(a, o) == 1; }
 
 template <class T>
 constexpr DType dtype_of = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
-// Elements [begin, begin + n) as T: the operand itself where that can be, else in `buffer`.
-template <class T>
-inline const T* fetch(const PointwiseArgs& a, const PointwiseOperand& o, int64_t begin, int64_t n, T* buffer) {
-  if (o.type == dtype_of<T> && is_flat(a, o)) return static_cast<const T*>(o.data) + begin;
-  const int64_t stride = last_stride(a, o);
-  with_storage(o.type, [&](auto* tag) {
-    using S = typename strip_pointer<decltype(tag)>::type;
-    for_each_run(a, o, begin, n, [&](int64_t offset, int64_t count, int64_t at) {
-      const S* from = static_cast<const S*>(o.data) + offset;
-      T* to = buffer + at;
-      int64_t i = 0;
-      if (stride == 0) {
-        const T value = T(to_accum(from[0]));
-        for (; i < count; ++i) to[i] = value;
-      } else if (stride == 1) {
-        if constexpr (sizeof(T) == sizeof(accum_t<S>))
-          for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
-        for (; i < count; ++i) to[i] = T(to_accum(from[i]));
-      } else {
-        for (; i < count; ++i) to[i] = T(to_accum(from[i * stride]));
-      }
-    });
-  });
-  return buffer;
-}
+// An operand of a call, and how its elements lie.
+class Walked {
+ public:
+  Walked() = default;
+  Walked(const PointwiseArgs& a, const PointwiseOperand& o)
+      : a_(&a), o_(&o), stride_(o.strides[a.dim - 1]), flat_(is_flat(a, o)) {
+    if (flat_) stride_ = 1;
+  }
 
-// Where the results for elements [begin, ...) go: into the operand itself where that can be, else into `buffer`, which
-// put_back then brings to the operand.
-template <class T>
-inline T* place(const PointwiseArgs& a, const PointwiseOperand& o, int64_t begin, T* buffer) {
-  if (!o.data) return nullptr;
-  return o.type == dtype_of<T> && is_flat(a, o) ? static_cast<T*>(o.data) + begin : buffer;
-}
-template <class T>
-inline void put_back(const PointwiseArgs& a, const PointwiseOperand& o, int64_t begin, int64_t n, const T* results,
-                     const T* buffer, bool past) {
-  if (results != buffer || !o.data) return;
-  const int64_t stride = last_stride(a, o);
-  with_storage(o.type, [&](auto* tag) {
-    using S = typename strip_pointer<decltype(tag)>::type;
-    for_each_run(a, o, begin, n, [&](int64_t offset, int64_t count, int64_t at) {
-      S* to = static_cast<S*>(o.data) + offset;
-      const T* from = buffer + at;
-      int64_t i = 0;
-      if constexpr (sizeof(T) == sizeof(accum_t<S>))
-        if (stride == 1)
-          for (; i + kLanes<T> <= count; i += kLanes<T>)
-            past ? stream(to + i, load(from + i)) : store(to + i, load(from + i));
-      for (; i < count; ++i) to[i * stride] = from_accum<S, T>(from[i]);
-    });
-  });
-}
+ protected:
+  const PointwiseArgs* a_ = nullptr;
+  const PointwiseOperand* o_ = nullptr;
+  int64_t stride_ = 1;  // along a run
+  bool flat_ = false;   // a single run
 
-template <class T>
-struct Buffers {
-  Scratch<T> memory{8 * kChunk};
-  T* operator[](int i) { return memory.get() + i * kChunk; }
+  template <class F>
+  void runs(int64_t begin, int64_t n, const F& f) const {
+    flat_ ? f(begin, n, int64_t(0)) : for_each_run(*a_, *o_, begin, n, f);
+  }
 };
-enum Buffer { kX, kT, kM, kGradX, kGradT, kValue, kTangentX, kTangentT };
 
-// The inputs of a chunk: x, t and the multiplier m (null: ones), which holds weight, mask and per-element grad_output.
-// A masked element becomes x = t = 1 with m = 0, so that nothing of what it held is used.
+// An operand to read, by the chunk, as T.
 template <class T>
+class Reader : public Walked {
+ public:
+  Reader() = default;
+  // Chunks have at most `chunk` elements; the buffer has room for two.
+  Reader(const PointwiseArgs& a, const PointwiseOperand& o, T* buffer, int64_t chunk) : Walked(a, o), buffer_(buffer) {
+    if (!o.data) {
+      for (int64_t i = 0; i < chunk; ++i) buffer[i] = T(1);
+      period_ = 1;
+      return;
+    }
+    in_place_ = o.type == dtype_of<T> && stride_ == 1;
+    if (flat_) return;
+    const int64_t period = repeats_after();
+    if (period <= 0 || period > chunk) return;
+    copy(0, period);
+    for (int64_t i = period; i < chunk + period; ++i) buffer[i] = buffer[i - period];
+    period_ = period;
+  }
+
+  // Elements [begin, begin + n), until the next call.
+  const T* at(int64_t begin, int64_t n) {
+    if (period_) return period_ == 1 ? buffer_ : buffer_ + begin % period_;
+    if (in_place_) {
+      if (flat_) return static_cast<const T*>(o_->data) + begin;
+      const int64_t size = a_->sizes[a_->dim - 1];
+      if (begin % size + n <= size) {  // one run
+        int64_t start = 0;
+        runs(begin, n, [&](int64_t offset, int64_t, int64_t) { start = offset; });
+        return static_cast<const T*>(o_->data) + start;
+      }
+    }
+    copy(begin, n);
+    return buffer_;
+  }
+
+ private:
+  T* buffer_ = nullptr;
+  bool in_place_ = false;
+  int64_t period_ = 0;  // of the pattern that the buffer holds
+
+  // The number of elements after which the operand begins again, being broadcast along the axes before.
+  int64_t repeats_after() const {
+    int k = 0;
+    while (k < a_->dim && o_->strides[k] == 0) ++k;
+    int64_t period = 1;
+    for (; k < a_->dim; ++k) period *= a_->sizes[k];
+    return period;
+  }
+
+  void copy(int64_t begin, int64_t n) {
+    with_storage(o_->type, [&](auto* tag) {
+      using S = typename strip_pointer<decltype(tag)>::type;
+      runs(begin, n, [&](int64_t offset, int64_t count, int64_t at) {
+        const S* from = static_cast<const S*>(o_->data) + offset;
+        T* to = buffer_ + at;
+        int64_t i = 0;
+        if (stride_ == 0) {
+          const T value = T(to_accum(from[0]));
+          for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, splat(value));
+          for (; i < count; ++i) to[i] = value;
+        } else if (stride_ == 1) {
+          if constexpr (sizeof(T) == sizeof(accum_t<S>))
+            for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
+          for (; i < count; ++i) to[i] = T(to_accum(from[i]));
+        } else {
+          for (; i < count; ++i) to[i] = T(to_accum(from[i * stride_]));
+        }
+      });
+    });
+  }
+};
+
+// A result, by the chunk: written into the operand itself where that can be, else into a buffer that put_back brings
+// there, past the caches if so asked.
+template <class T>
+class Writer : public Walked {
+ public:
+  Writer() = default;
+  Writer(const PointwiseArgs& a, const PointwiseOperand& o, T* buffer)
+      : Walked(a, o), buffer_(buffer), in_place_(flat_ && o.type == dtype_of<T>) {}
+  bool is_direct() const { return !o_->data || in_place_; }
+  T* at(int64_t begin) const {
+    if (!o_->data) return nullptr;
+    return in_place_ ? static_cast<T*>(o_->data) + begin : buffer_;
+  }
+  void put_back(int64_t begin, int64_t n, bool past) const {
+    if (is_direct()) return;
+    with_storage(o_->type, [&](auto* tag) {
+      using S = typename strip_pointer<decltype(tag)>::type;
+      runs(begin, n, [&](int64_t offset, int64_t count, int64_t at) {
+        S* to = static_cast<S*>(o_->data) + offset;
+        const T* from = buffer_ + at;
+        int64_t i = 0;
+        if constexpr (sizeof(T) == sizeof(accum_t<S>))
+          if (stride_ == 1)
+            for (; i + kLanes<T> <= count; i += kLanes<T>)
+              past ? stream(to + i, load(from + i)) : store(to + i, load(from + i));
+        for (; i < count; ++i) to[i * stride_] = from_accum<S, T>(from[i]);
+      });
+    });
+  }
+
+ private:
+  T* buffer_ = nullptr;
+  bool in_place_ = false;
+};
+
+class MaskReader : public Walked {
+ public:
+  using Walked::Walked;
+  template <class F>
+  void at(int64_t begin, int64_t n, const F& f) const {  // f(mask, stride, count, at) for each run
+    const unsigned char* mask = static_cast<const unsigned char*>(o_->data);
+    runs(begin, n, [&](int64_t offset, int64_t count, int64_t at) { f(mask + offset, stride_, count, at); });
+  }
+};
+
+// The inputs of a chunk: operands x and the multiplier m (null: ones), which holds weight, mask and per-element
+// grad_output. A masked element becomes x_k = 1 with m = 0, so that nothing of what it held is used.
+template <class T, int kOperands>
 struct Chunk {
-  const T *x, *t, *m;
+  const T* x[kOperands];
+  const T* m;
   int64_t n;
   bool far;  // too large for the caches: read_ahead, which would displace from L1 what they hold
 };
-template <class T>
-inline Chunk<T> fetch_chunk(const PointwiseArgs& a, int64_t begin, int64_t n, Buffers<T>& buffers,
-                            bool with_grad_output, double* denominator) {
-  Chunk<T> c{fetch(a, a.input, begin, n, buffers[kX]), fetch(a, a.target, begin, n, buffers[kT]), nullptr, n,
-             a.count() * int64_t(sizeof(T)) >= kStreamBytes};
-  if (a.weight.data) c.m = fetch(a, a.weight, begin, n, buffers[kM]);
-  if (a.mask.data) {
-    T *x = buffers[kX], *t = buffers[kT], *m = buffers[kM];
-    const unsigned char* mask = static_cast<const unsigned char*>(a.mask.data);
-    const int64_t stride = last_stride(a, a.mask);
+
+// What a thread needs to go through a call chunk by chunk.
+template <class T, int kOperands>
+class Chunks {
+ public:
+  Writer<T> values, grads[kOperands];
+
+  explicit Chunks(const PointwiseArgs& a)
+      : a_(a), room_(min_of(kChunk, round_up(a.cols + 1, kLanes<T>))), memory_(kBuffers * room_), mask_(a, a.mask) {
+    for (int k = 0; k < kOperands; ++k) {
+      operands_[k] = Reader<T>(a, a.operands[k], buffer(2), room_);
+      grads[k] = Writer<T>(a, a.grads[k], buffer(1));
+      masked_[k] = buffer(1);
+    }
+    values = Writer<T>(a, a.loss_elements, buffer(1));
+    m_ = buffer(1);
+    if (a.weight.data) weight_ = Reader<T>(a, a.weight, buffer(2), room_);
+    if (a.grad_output_elements.data) grad_output_ = Reader<T>(a, a.grad_output_elements, buffer(2), room_);
+  }
+
+  // Elements [begin, begin + n), until the next call; what they have of the denominator is added to it.
+  Chunk<T, kOperands> fetch(int64_t begin, int64_t n, double* denominator) {
+    Chunk<T, kOperands> c{{}, nullptr, n, a_.count() * int64_t(sizeof(T)) >= kStreamBytes};
+    for (int k = 0; k < kOperands; ++k) c.x[k] = operands_[k].at(begin, n);
+    if (a_.weight.data) c.m = weight_.at(begin, n);
+    if (a_.mask.data) {
+      const int64_t counted = apply_mask(c, begin);
+      if (a_.weight_denominator == 0) *denominator += double(counted);
+    }
+    if (a_.weight_denominator != 0 && c.m)
+      for (int64_t i = 0; i < n; ++i) *denominator += double(c.m[i]);
+    if (a_.grad_output_elements.data) {
+      const T* g = grad_output_.at(begin, n);
+      for (int64_t i = 0; i < n; ++i) m_[i] = c.m ? (c.m[i] == T(0) ? T(0) : c.m[i] * g[i]) : g[i];
+      c.m = m_;
+    }
+    return c;
+  }
+  void put_back(int64_t begin, int64_t n, bool past) const {
+    values.put_back(begin, n, past);
+    for (const Writer<T>& grad : grads) grad.put_back(begin, n, past);
+  }
+  bool is_direct() const {
+    bool all = values.is_direct();
+    for (const Writer<T>& grad : grads) all = all && grad.is_direct();
+    return all;
+  }
+
+ private:
+  static constexpr int kBuffers = 4 * kOperands + 6;
+  const PointwiseArgs& a_;
+  const int64_t room_;  // elements of a chunk, at most
+  Scratch<T> memory_;
+  int64_t taken_ = 0;
+  Reader<T> operands_[kOperands], weight_, grad_output_;
+  MaskReader mask_;
+  T *masked_[kOperands], *m_;
+
+  T* buffer(int chunks) {
+    T* at = memory_.get() + taken_;
+    taken_ += chunks * room_;
+    return at;
+  }
+  // Masks the operands and m; returns how many elements count.
+  int64_t apply_mask(Chunk<T, kOperands>& c, int64_t begin) {
     int64_t counted = 0;
-    for_each_run(a, a.mask, begin, n, [&](int64_t offset, int64_t count, int64_t at) {
+    mask_.at(begin, c.n, [&](const unsigned char* mask, int64_t stride, int64_t count, int64_t at) {
+      for (int k = 0; k < kOperands; ++k)
+        for (int64_t i = 0; i < count; ++i) masked_[k][at + i] = mask[i * stride] ? c.x[k][at + i] : T(1);
       for (int64_t i = 0; i < count; ++i) {
-        const bool counts = mask[offset + i * stride];
-        x[at + i] = counts ? c.x[at + i] : T(1);
-        t[at + i] = counts ? c.t[at + i] : T(1);
-        m[at + i] = !counts ? T(0) : c.m ? c.m[at + i] : T(1);
+        const bool counts = mask[i * stride];
+        m_[at + i] = !counts ? T(0) : c.m ? c.m[at + i] : T(1);
         counted += counts;
       }
     });
-    if (a.weight_denominator == 0) *denominator += double(counted);
-    c = {x, t, m, n, c.far};
+    for (int k = 0; k < kOperands; ++k) c.x[k] = masked_[k];
+    c.m = m_;
+    return counted;
   }
-  if (a.weight_denominator != 0 && c.m)
-    for (int64_t i = 0; i < n; ++i) *denominator += double(c.m[i]);
-  if (with_grad_output && a.grad_output_elements.data) {
-    const T* g = fetch(a, a.grad_output_elements, begin, n, buffers[kValue]);
-    T* m = buffers[kM];
-    for (int64_t i = 0; i < n; ++i) m[i] = c.m ? (c.m[i] == T(0) ? T(0) : c.m[i] * g[i]) : g[i];
-    c.m = m;
-  }
-  return c;
-}
+};
 
 // ---- evaluation
 
@@ -165,11 +310,11 @@ struct DoubleSum {
   }
   // m times the value of a loss of residuals d, taken in double; m may be null.
   template <class Loss>
-  void add_value(vec<T> d, const vec<T>* m, double param) {
+  void add_value(vec<T> d, const vec<T>* m, const Params<double>& params) {
     Piece factor[kParts];
     if (m) __builtin_memcpy(factor, m, sizeof *m);
     add(d, [&](vec<double> lanes, int k) {
-      const vec<double> value = Loss::of(lanes, param).value;
+      const vec<double> value = Loss::of(lanes, params).value;
       return m ? value * __builtin_convertvector(factor[k], vec<double>) : value;
     });
   }
@@ -181,10 +326,10 @@ struct DoubleSum {
 };
 
 // body(load_at, store_at) for every vector of the chunk; the last one may be partial: what lies outside is read as
-// `fill` and not stored. store_at(p, v, true) goes past the caches. What body returns is summed (kSum): four vectors in
-// a tree, then in double.
-template <class T, bool kSum, bool kWrites, class F>
-inline void for_each_vector(const Chunk<T>& chunk, DoubleSum<T>* sum, const F& body) {
+// `fill` and not stored. store_at(p, v, true) goes past the caches. The first kSums of the vectors that body returns
+// are summed: four of each in a tree, then in double.
+template <class T, int kSums, bool kWrites, int kOperands, class F>
+inline void for_each_vector(const Chunk<T, kOperands>& chunk, DoubleSum<T>* sums, const F& body) {
   constexpr int64_t kStep = kLanes<T>, kNear = 2048 / int64_t(sizeof(T));
   const int64_t n = chunk.n;
   int64_t i = 0;
@@ -198,12 +343,15 @@ inline void for_each_vector(const Chunk<T>& chunk, DoubleSum<T>* sum, const F& b
           [i](T* p, vec<T> v, bool past) { past ? stream(p + i, v) : store(p + i, v); });
     };
     for (; i + 4 * kStep <= n; i += 4 * kStep) {
-      const vec<T> a = at(i), b = at(i + kStep), c = at(i + 2 * kStep), d = at(i + 3 * kStep);
-      if constexpr (kSum) sum->add((a + b) + (c + d));
+      const auto a = at(i), b = at(i + kStep), c = at(i + 2 * kStep), d = at(i + 3 * kStep);
+      unrolled<kSums>([&](auto j) {
+        constexpr int k = decltype(j)::value;
+        sums[k].add((a.value[k] + b.value[k]) + (c.value[k] + d.value[k]));
+      });
     }
     for (; i + kStep <= n; i += kStep) {
-      const vec<T> a = at(i);
-      if constexpr (kSum) sum->add(a);
+      const auto a = at(i);
+      unrolled<kSums>([&](auto j) { sums[decltype(j)::value].add(a.value[decltype(j)::value]); });
     }
   };
   if constexpr (kWrites)  // no faster with more streams than it has
@@ -211,203 +359,207 @@ inline void for_each_vector(const Chunk<T>& chunk, DoubleSum<T>* sum, const F& b
   else
     chunk.far ? whole_vectors(constant<true>{}) : whole_vectors(constant<false>{});
   if (i < n) {
-    const vec<T> a = body([i, n](const T* p, T fill) { return load_tail(p + i, n - i, fill); },
-                          [i, n](T* p, vec<T> v, bool) { store_tail(p + i, n - i, v); });
-    if constexpr (kSum) sum->add(a);
+    const auto a = body([i, n](const T* p, T fill) { return load_tail(p + i, n - i, fill); },
+                        [i, n](T* p, vec<T> v, bool) { store_tail(p + i, n - i, v); });
+    const auto is_inside = iota<T>() < T(n - i);
+    unrolled<kSums>([&](auto j) {
+      constexpr int k = decltype(j)::value;
+      sums[k].add(is_inside ? a.value[k] : vec<T>{});
+    });
   }
 }
 
-template <int kValue>
-struct integral {
-  static constexpr int value = kValue;
-};
-enum Want { kWantSum = 1, kWantValues = 2, kWantGradX = 4, kWantGradT = 8 };
+// What a call wants of a chunk: sums; the first term by element; the gradient of the first operand alone; those of any.
+enum Want { kWantSums = 1, kWantValues = 2, kWantFirstGrad = 4, kWantGrads = 8 };
 
-// The loss over a chunk: returns sum m f, with kWide of values taken in double; writes m f to `values` and scale m f_x,
-// scale m f_t to gx, gt, as wanted, past the caches if so asked.
+// Where the results of a chunk go, and what multiplies gradients by the terms; null: not wanted.
+template <class Loss, class T>
+struct Results {
+  double sums[Loss::sums];
+  T scale[Loss::sums];
+  T* values;
+  T* grads[Loss::operands];
+  bool past;  // the caches
+};
+
+// The loss over a chunk: sums m f_j, with kWide of values taken in double; writes m f and sum_j scale_j m df_j/dx_k.
 template <class Loss, class T, int kWant, bool kWide>
-__attribute__((noinline)) double evaluate_as(const Chunk<T>& c, T param, T scale, T* values, T* gx, T* gt, bool past) {
-  DoubleSum<T> sum;
-  for_each_vector<T, (kWant & kWantSum) && !kWide, kWant != kWantSum>(c, &sum, [&](auto load_at, auto store_at) {
-    const vec<T> x = load_at(c.x, T(1)), t = load_at(c.t, T(1));
-    const Jet<vec<T>> j = jet<Loss>(x, t, param);
-    const vec<T> m = c.m ? load_at(c.m, T(0)) : splat(T(1)), value = c.m ? m * j.value : j.value;
-    if constexpr ((kWant & kWantSum) && kWide) sum.template add_value<Loss>(x - t, c.m ? &m : nullptr, double(param));
-    if constexpr (kWant & kWantValues) store_at(values, value, past);
-    const vec<T> ms = m * scale;
-    if constexpr (kWant & kWantGradX) store_at(gx, ms * j.x, past);
-    if constexpr (kWant & kWantGradT) store_at(gt, ms * j.t, past);
-    return rounded(value);
+__attribute__((noinline)) void evaluate_as(const Chunk<T, Loss::operands>& c, const PointwiseArgs& a,
+                                           Results<Loss, T>& r) {
+  constexpr int kSums = Loss::sums, kGrads = kWant & kWantGrads ? Loss::operands : kWant & kWantFirstGrad ? 1 : 0;
+  static_assert(!kWide || (Loss::residual && kSums == 1), "wide values are those of one residual");
+  struct Values {
+    vec<T> value[kSums];
+  };
+  DoubleSum<T> sums[kSums];
+  const Params<T> params = params_of<T>(a);
+  const Params<double> wide_params = params_of<double>(a);
+  T scale[kSums], *grads[Loss::operands];
+  unrolled<kSums>([&](auto j) { scale[decltype(j)::value] = r.scale[decltype(j)::value]; });
+  unrolled<Loss::operands>([&](auto k) { grads[decltype(k)::value] = r.grads[decltype(k)::value]; });
+  T* const values = r.values;
+  const bool past = r.past;
+  constexpr int kVectorSums = (kWant & kWantSums) && !kWide ? kSums : 0;
+  for_each_vector<T, kVectorSums, kWant != kWantSums>(c, sums, [&](auto load_at, auto store_at) {
+    vec<T> x[Loss::operands];
+    unrolled<Loss::operands>([&](auto k) { x[decltype(k)::value] = load_at(c.x[decltype(k)::value], T(1)); });
+    const auto f = jet<Loss, vec<T>>(x, params);
+    const vec<T> m = c.m ? load_at(c.m, T(0)) : splat(T(1));
+    Values result;
+    unrolled<kSums>([&](auto j) {
+      constexpr int i = decltype(j)::value;
+      result.value[i] = c.m ? m * f.value[i] : f.value[i];
+    });
+    if constexpr ((kWant & kWantSums) && kWide)
+      sums[0].template add_value<Loss>(x[0] - x[1], c.m ? &m : nullptr, wide_params);
+    if constexpr (kWant & kWantValues) store_at(values, result.value[0], past);
+    unrolled<kGrads>([&](auto operand) {
+      constexpr int k = decltype(operand)::value;
+      if ((kWant & kWantGrads) && !grads[k]) return;
+      vec<T> grad = m * scale[0] * f.slope[0][k];
+      unrolled<kSums, 1>([&](auto j) { grad += m * scale[decltype(j)::value] * f.slope[decltype(j)::value][k]; });
+      store_at(grads[k], grad, past);
+    });
+    unrolled<kSums>([&](auto j) { result.value[decltype(j)::value] = rounded(result.value[decltype(j)::value]); });
+    return result;
   });
-  return sum.total();
+  unrolled<kSums>([&](auto j) { r.sums[decltype(j)::value] = sums[decltype(j)::value].total(); });
 }
 
 // The same; of a wide loss in float, values are taken in double only where the sum shows that some may have overflowed
 // or vanished (flushed to zero they are less than 2^-116 together), which weights would hide.
 template <class Loss, class T, int kWant>
-inline double evaluate(const Chunk<T>& c, T param, T scale, T* values, T* gx, T* gt, bool past) {
-  if constexpr (Loss::wide && (kWant & kWantSum) && sizeof(T) == 4) {
-    if (c.m) return evaluate_as<Loss, T, kWant, true>(c, param, scale, values, gx, gt, past);
-    const double sum = evaluate_as<Loss, T, kWant, false>(c, param, scale, values, gx, gt, past);
-    const bool sound = sum > 0x1p-80 && sum < 0x1p127;
-    return sound ? sum : evaluate_as<Loss, T, kWantSum, true>(c, param, scale, nullptr, nullptr, nullptr, false);
+inline void evaluate(const Chunk<T, Loss::operands>& c, const PointwiseArgs& a, Results<Loss, T>& r) {
+  if constexpr (Loss::wide && (kWant & kWantSums) && sizeof(T) == 4) {
+    if (c.m) return evaluate_as<Loss, T, kWant, true>(c, a, r);
+    evaluate_as<Loss, T, kWant, false>(c, a, r);
+    const bool sound = r.sums[0] > 0x1p-80 && r.sums[0] < 0x1p127;
+    if (!sound) evaluate_as<Loss, T, kWantSums, true>(c, a, r);
   } else {
-    return evaluate_as<Loss, T, kWant, false>(c, param, scale, values, gx, gt, past);
+    evaluate_as<Loss, T, kWant, false>(c, a, r);
   }
-}
-
-// Second order: with v = (vx, vt), either may be null, returns sum m (v . grad f), writes m (v . grad f) to `values`,
-// scale m (hessian of f) v to hx, ht, as wanted. Masked elements have m = 0 whatever their v.
-template <class Loss, class T>
-__attribute__((noinline)) double evaluate_second(const Chunk<T>& c, T param, T scale, const T* vx, const T* vt,
-                                                 T* values, T* hx, T* ht) {
-  DoubleSum<T> sum;
-  for_each_vector<T, true, true>(c, &sum, [&](auto load_at, auto store_at) {
-    const Jet<vec<T>> j = jet<Loss>(load_at(c.x, T(1)), load_at(c.t, T(1)), param);
-    const vec<T> m = c.m ? load_at(c.m, T(0)) : splat(T(1));
-    vec<T> a = vx ? load_at(vx, T(0)) : vec<T>{}, b = vt ? load_at(vt, T(0)) : vec<T>{};
-    a = m == T(0) ? vec<T>{} : a;
-    b = m == T(0) ? vec<T>{} : b;
-    const vec<T> slope = m * (a * j.x + b * j.t);
-    if (values) store_at(values, slope, false);
-    if (hx) store_at(hx, m * scale * (a * j.xx + b * j.xt), false);
-    if (ht) store_at(ht, m * scale * (a * j.xt + b * j.tt), false);
-    return slope;
-  });
-  return sum.total();
 }
 
 // ---- the passes
 
 inline int64_t blocks_of(const PointwiseArgs& a) { return (a.cols + kBlock - 1) / kBlock; }
 
-// Whether results are too large to be read back from the caches; and whether they are all written where they lie.
+// Whether results are too large to be read back from the caches.
 inline bool is_streamed(const PointwiseArgs& a) {
-  const bool any = a.grad_input.data || a.grad_target.data || a.loss_elements.data;
-  return any && a.count() * size_of(a.accum) >= kStreamBytes;
-}
-template <class T>
-inline bool is_direct(const PointwiseArgs& a) {
-  const PointwiseOperand* results[] = {&a.grad_input, &a.grad_target, &a.loss_elements};
-  for (const PointwiseOperand* o : results)
-    if (o->data && !(o->type == dtype_of<T> && is_flat(a, *o))) return false;
-  return true;
+  return (a.wants_grads() || a.loss_elements.data) && a.count() * size_of(a.accum) >= kStreamBytes;
 }
 
-// body(row, begin, n, buffers, item) over all chunks; item numbers the block. Blocks go to threads.
-template <class T, class F>
+// body(chunks, row, begin, n, item) over all chunks; item numbers the block. Blocks go to threads.
+template <class Loss, class T, class F>
 inline void for_each_chunk(const PointwiseArgs& a, ParallelFor parallel_for, const F& body) {
   const int64_t blocks = blocks_of(a);
   parallel(parallel_for, a.rows * blocks, grain_for(min_of(a.cols, kBlock)), [&](int64_t first, int64_t last) {
-    Buffers<T> buffers;
+    Chunks<T, Loss::operands> chunks(a);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / blocks, from = item % blocks * kBlock, to = min_of(a.cols, from + kBlock);
       for (int64_t at = from; at < to; at += kChunk)
-        body(row, row * a.cols + at, min_of(kChunk, to - at), buffers, item);
+        body(chunks, row, row * a.cols + at, min_of(kChunk, to - at), item);
     }
     if (is_streamed(a)) stream_fence();
   });
 }
 
-// Calls f(constant want) for what a call wants.
-template <class F>
-inline void with_want(int want, const F& f) {
-  switch (want) {
-    case kWantSum: return f(integral<kWantSum>{});
-    case kWantSum | kWantGradX: return f(integral<kWantSum | kWantGradX>{});
-    case kWantSum | kWantGradX | kWantGradT: return f(integral<kWantSum | kWantGradX | kWantGradT>{});
-    case kWantValues: return f(integral<kWantValues>{});
-    case kWantGradX: return f(integral<kWantGradX>{});
-    case kWantGradT: return f(integral<kWantGradT>{});
-    case kWantGradX | kWantGradT: return f(integral<kWantGradX | kWantGradT>{});
+// Evaluates the chunks of a call, with results as prepare(results, row) sets scale and done(results, item) takes sums.
+template <class Loss, class T, int kWant, class Prepare, class Done>
+inline void walk(const PointwiseArgs& a, ParallelFor parallel_for, double* denominators, const Prepare& prepare,
+                 const Done& done) {
+  const bool past = is_streamed(a);
+  for_each_chunk<Loss, T>(a, parallel_for,
+                          [&](Chunks<T, Loss::operands>& chunks, int64_t row, int64_t begin, int64_t n, int64_t item) {
+                            double ignored = 0;
+                            const auto c = chunks.fetch(begin, n, denominators ? &denominators[item] : &ignored);
+                            Results<Loss, T> r;
+                            prepare(r, row);
+                            r.values = chunks.values.at(begin);
+                            for (int k = 0; k < Loss::operands; ++k) r.grads[k] = chunks.grads[k].at(begin);
+                            r.past = past && chunks.is_direct();
+                            evaluate<Loss, T, kWant>(c, a, r);
+                            done(r, item);
+                            chunks.put_back(begin, n, past);
+                          });
+}
+
+inline bool wants_first_grad_only(const PointwiseArgs& a) {
+  return a.grads[0].data && !a.grads[1].data && !a.grads[2].data && !a.grads[3].data;
+}
+
+// Gradients of weights that add up to 0, where forward has written them without their factor.
+template <class T, int kOperands>
+inline void fill_nan(const PointwiseArgs& a, int64_t row) {
+  Chunks<T, kOperands> chunks(a);
+  for (int64_t at = 0; at < a.cols; at += kChunk) {
+    const int64_t n = min_of(kChunk, a.cols - at), begin = row * a.cols + at;
+    for (Writer<T>& grad : chunks.grads) {
+      T* to = grad.at(begin);
+      for (int64_t i = 0; to && i < n; ++i) to[i] = kNan<T>;
+    }
+    chunks.put_back(begin, n, false);
   }
 }
 
-// Results and factors of the reductions, from the partial sums of the blocks.
-inline void finish(const PointwiseArgs& a, bool root, const double* sums, const double* denominators) {
-  const int64_t blocks = blocks_of(a);
+// Losses and factors of the rows, from the partial sums of the blocks: those of each term, then the denominators.
+template <class Loss, class T>
+inline void finish(const PointwiseArgs& a, const double* partial) {
+  const int64_t blocks = blocks_of(a), items = a.rows * blocks;
   for (int64_t row = 0; row < a.rows; ++row) {
-    const double denominator = a.counts_all() ? 0 : pairwise_sum(denominators + row * blocks, blocks, 1);
-    const RowResult r = row_result(a, root, pairwise_sum(sums + row * blocks, blocks, 1), denominator);
+    double sums[Loss::sums];
+    for (int j = 0; j < Loss::sums; ++j) sums[j] = pairwise_sum(partial + j * items + row * blocks, blocks, 1);
+    const double denominator =
+        a.counts_all() ? 0 : pairwise_sum(partial + Loss::sums * items + row * blocks, blocks, 1);
+    const auto r = row_result<Loss>(a, sums, denominator);
     if (a.loss_out) store_scalar(a.loss_out, a.loss_type, row, r.value);
-    if (a.factor) a.factor[row] = r.factor;
+    if (a.factor)
+      for (int j = 0; j < Loss::sums; ++j) a.factor[row * Loss::sums + j] = r.factor[j];
+    if (a.wants_grads() && may_divide_by_zero(a) && denominator == 0) fill_nan<T, Loss::operands>(a, row);
   }
 }
 
 template <class Loss, class T>
 inline void forward(const PointwiseArgs& a, ParallelFor parallel_for) {
-  const bool elements = a.loss_elements.data != nullptr;
+  constexpr int kSums = Loss::sums;
   const int64_t items = a.rows * blocks_of(a);
-  Scratch<double> partial(2 * items + 2);
-  double *sums = partial.get(), *denominators = sums + items;
-  for (int64_t i = 0; i < 2 * items; ++i) sums[i] = 0;
-  const T scale = T(factor_is_known(a, Loss::root) && a.reduction == Reduction::mean ? 1 / double(a.cols) : 1.0);
-  const int want =
-      elements ? kWantValues : kWantSum | (a.grad_input.data ? kWantGradX : 0) | (a.grad_target.data ? kWantGradT : 0);
-  const bool past = is_streamed(a), direct = is_direct<T>(a);
-  with_want(want, [&](auto wanted) {
-    for_each_chunk<T>(a, parallel_for, [&](int64_t, int64_t begin, int64_t n, Buffers<T>& buffers, int64_t item) {
-      const Chunk<T> c = fetch_chunk(a, begin, n, buffers, false, &denominators[item]);
-      T* values = place(a, a.loss_elements, begin, buffers[kValue]);
-      T *gx = place(a, a.grad_input, begin, buffers[kGradX]), *gt = place(a, a.grad_target, begin, buffers[kGradT]);
-      sums[item] += evaluate<Loss, T, wanted.value>(c, T(a.param), scale, values, gx, gt, past && direct);
-      put_back(a, a.loss_elements, begin, n, values, buffers[kValue], past);
-      put_back(a, a.grad_input, begin, n, gx, buffers[kGradX], past);
-      put_back(a, a.grad_target, begin, n, gt, buffers[kGradT], past);
-    });
-  });
-  if (!elements) finish(a, Loss::root, sums, denominators);
-}
-
-// factor[row] grad_output[row]
-template <class T>
-inline T row_scale(const PointwiseArgs& a, int64_t row) {
-  double s = a.factor ? a.factor[row] : 1;
-  if (a.grad_output) s *= load_scalar(a.grad_output, a.grad_output_type, row);
-  return T(sizeof(T) == 4 ? finite_scale(s) : s);
+  Scratch<double> partial((kSums + 1) * items + 1);
+  for (int64_t i = 0; i < (kSums + 1) * items; ++i) partial[i] = 0;
+  const T scale = T(factor_is_known(a) && a.reduction == Reduction::mean ? 1 / double(a.cols) : 1.0);
+  const auto prepare = [&](Results<Loss, T>& r, int64_t) {
+    for (int j = 0; j < kSums; ++j) r.scale[j] = scale;
+  };
+  const auto done = [&](const Results<Loss, T>& r, int64_t item) {
+    for (int j = 0; j < kSums; ++j) partial[j * items + item] += r.sums[j];
+  };
+  double* denominators = &partial[kSums * items];
+  if constexpr (!Loss::finishes)
+    if (a.loss_elements.data)
+      return walk<Loss, T, kWantValues>(a, parallel_for, denominators, prepare,
+                                        [](const Results<Loss, T>&, int64_t) {});
+  if (kSums > 1 || !a.wants_grads())
+    walk<Loss, T, kWantSums>(a, parallel_for, denominators, prepare, done);
+  else if (wants_first_grad_only(a))
+    walk<Loss, T, kWantSums | kWantFirstGrad>(a, parallel_for, denominators, prepare, done);
+  else
+    walk<Loss, T, kWantSums | kWantGrads>(a, parallel_for, denominators, prepare, done);
+  finish<Loss, T>(a, partial.get());
 }
 
 template <class Loss, class T>
 inline void backward(const PointwiseArgs& a, ParallelFor parallel_for) {
-  const bool past = is_streamed(a), direct = is_direct<T>(a);
-  with_want((a.grad_input.data ? kWantGradX : 0) | (a.grad_target.data ? kWantGradT : 0), [&](auto wanted) {
-    for_each_chunk<T>(a, parallel_for, [&](int64_t row, int64_t begin, int64_t n, Buffers<T>& buffers, int64_t) {
-      double denominator = 0;
-      const Chunk<T> c = fetch_chunk(a, begin, n, buffers, true, &denominator);
-      T *gx = place(a, a.grad_input, begin, buffers[kGradX]), *gt = place(a, a.grad_target, begin, buffers[kGradT]);
-      evaluate<Loss, T, wanted.value>(c, T(a.param), row_scale<T>(a, row), static_cast<T*>(nullptr), gx, gt,
-                                      past && direct);
-      put_back(a, a.grad_input, begin, n, gx, buffers[kGradX], past);
-      put_back(a, a.grad_target, begin, n, gt, buffers[kGradT], past);
-    });
-  });
-}
-
-template <class Loss, class T>
-inline void second(const PointwiseArgs& a, ParallelFor parallel_for) {
-  const bool past = false;
-  Scratch<double> sums(a.rows * blocks_of(a) + 1);
-  const bool gradients = a.grad_input.data || a.grad_target.data;
-  // One call gives either the derivative of the loss or that of the gradient: m holds grad_output in the second only.
-  for_each_chunk<T>(a, parallel_for, [&](int64_t row, int64_t begin, int64_t n, Buffers<T>& buffers, int64_t item) {
-    double denominator = 0;
-    const Chunk<T> c = fetch_chunk(a, begin, n, buffers, gradients, &denominator);
-    const T* vx = a.tangent_input.data ? fetch(a, a.tangent_input, begin, n, buffers[kTangentX]) : nullptr;
-    const T* vt = a.tangent_target.data ? fetch(a, a.tangent_target, begin, n, buffers[kTangentT]) : nullptr;
-    T* values = place(a, a.loss_elements, begin, buffers[kValue]);
-    T *hx = place(a, a.grad_input, begin, buffers[kGradX]), *ht = place(a, a.grad_target, begin, buffers[kGradT]);
-    const double sum =
-        evaluate_second<Loss, T>(c, T(a.param), gradients ? row_scale<T>(a, row) : T(1), vx, vt, values, hx, ht);
-    sums[item] = begin % a.cols % kBlock == 0 ? sum : sums[item] + sum;
-    put_back(a, a.loss_elements, begin, n, values, buffers[kValue], past);
-    put_back(a, a.grad_input, begin, n, hx, buffers[kGradX], past);
-    put_back(a, a.grad_target, begin, n, ht, buffers[kGradT], past);
-  });
-  if (!a.loss_out) return;
-  const int64_t blocks = blocks_of(a);
-  for (int64_t row = 0; row < a.rows; ++row)
-    store_scalar(a.loss_out, a.loss_type, row,
-                 pairwise_sum(sums.get() + row * blocks, blocks, 1) * (a.factor ? a.factor[row] : 1));
+  const auto prepare = [&](Results<Loss, T>& r, int64_t row) {  // factor grad_output
+    for (int j = 0; j < Loss::sums; ++j) {
+      double s = a.factor ? a.factor[row * Loss::sums + j] : 1;
+      if (a.grad_output) s *= load_scalar(a.grad_output, a.grad_output_type, row);
+      r.scale[j] = T(sizeof(T) == 4 ? finite_scale(s) : s);
+    }
+  };
+  const auto done = [](const Results<Loss, T>&, int64_t) {};
+  if (wants_first_grad_only(a))
+    walk<Loss, T, kWantFirstGrad>(a, parallel_for, nullptr, prepare, done);
+  else
+    walk<Loss, T, kWantGrads>(a, parallel_for, nullptr, prepare, done);
 }
 
 // f(Loss{}, T{}) for the loss and the accumulation type of a call.
@@ -425,9 +577,6 @@ inline Status pointwise_forward(const PointwiseArgs& a, ParallelFor parallel_for
 }
 inline Status pointwise_backward(const PointwiseArgs& a, ParallelFor parallel_for) {
   return with_kernel(a, [&](auto loss, auto zero) { backward<decltype(loss), decltype(zero)>(a, parallel_for); });
-}
-inline Status pointwise_second(const PointwiseArgs& a, ParallelFor parallel_for) {
-  return with_kernel(a, [&](auto loss, auto zero) { second<decltype(loss), decltype(zero)>(a, parallel_for); });
 }
 
 }  // namespace FASTLOSS_ISA

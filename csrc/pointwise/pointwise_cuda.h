@@ -2,14 +2,11 @@
 // nothing synchronises, everything can be captured into a CUDA graph.
 #pragma once
 #include "../common/cuda_context.h"
-#include "pointwise.h"
+#include "pointwise_policy.h"
 
 namespace fastloss {
 
-// Scratch that a call needs on the device, 16-byte aligned; need not be initialised.
-int64_t pointwise_workspace_bytes_cuda(const PointwiseArgs& a, const CudaContext& context);
-Status pointwise_forward_cuda(const PointwiseArgs& a, const CudaContext& context);
-Status pointwise_backward_cuda(const PointwiseArgs& a, const CudaContext& context);
-Status pointwise_second_cuda(const PointwiseArgs& a, const CudaContext& context);
+// Runs the pass that `config` was made for, from these arguments; the context has config.workspace_bytes of scratch.
+Status pointwise_cuda(const PointwiseArgs& a, const PointwiseConfig& config, const CudaContext& context);
 
 }  // namespace fastloss

@@ -9,13 +9,7 @@ template <class T>
 Status launch_pointwise_streaming(const LaunchShape& shape, const PointwiseParams& params, void* stream) {
   Status status;
   gpu::with_loss(gpu::Losses{}, params.a.loss, [&](auto loss) {
-    using Loss = decltype(loss);
-    if (params.pass == PointwisePass::backward)
-      status = launch(pointwise_streaming_kernel<Loss, T, false, true>, shape, stream, params);
-    else if (params.a.grad_input.data)
-      status = launch(pointwise_streaming_kernel<Loss, T, true, true>, shape, stream, params);
-    else
-      status = launch(pointwise_streaming_kernel<Loss, T, true, false>, shape, stream, params);
+    status = launch(pointwise_streaming_kernel<decltype(loss), T>, shape, stream, params);
   });
   return status;
 }

@@ -4,5 +4,4 @@
 namespace fastloss {
 Status pointwise_forward_portable(const PointwiseArgs& a, ParallelFor f) { return portable::pointwise_forward(a, f); }
 Status pointwise_backward_portable(const PointwiseArgs& a, ParallelFor f) { return portable::pointwise_backward(a, f); }
-Status pointwise_second_portable(const PointwiseArgs& a, ParallelFor f) { return portable::pointwise_second(a, f); }
 }  // namespace fastloss

@@ -82,7 +82,7 @@ void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType
                                 " contiguous elements of the dtype that the kernel reads, on the device of the input");
 }
 
-Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
+std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tensors) {
   const Tensor& first = **tensors.begin();
   const int64_t dim = first.dim();
   Collapsed r;
@@ -104,7 +104,7 @@ Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
   int64_t split = n;  // first dimension of the inner group
   for (int64_t k = 0; k + 1 < n; ++k)
     if (!merges(k)) {
-      if (split != n) throw std::invalid_argument("fastloss: this layout needs logits.contiguous()");
+      if (split != n) return std::nullopt;
       split = k + 1;
     }
   if (split == n && n > 0 && first.stride(1) != 1) split = 0;  // one group: rows outside unless classes are strided
@@ -117,6 +117,10 @@ Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
     ++i;
   }
   return r;
+}
+Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
+  if (const std::optional<Collapsed> r = try_collapse(tensors)) return *r;
+  throw std::invalid_argument("fastloss: this layout needs logits.contiguous()");
 }
 
 void torch_parallel(int64_t count, int64_t grain, RangeBody body, void* ctx) {
@@ -136,14 +140,15 @@ void torch_parallel(int64_t count, int64_t grain, RangeBody body, void* ctx) {
         "parallel_for");
 }
 
-void raise_if_failed(const Status& status, const Tensor& target, int64_t classes, int64_t ignore_index) {
+void raise_if_failed(const Status& status, const Tensor& target, int64_t classes, std::optional<int64_t> ignore_index) {
   switch (status.code) {
     case Status::ok: return;
     case Status::bad_target:
-      throw std::out_of_range("Target " + std::to_string(status.value) + " is out of bounds. " +
-                              row_name(target, status.row) + " = " + std::to_string(status.value) + ", but there are " +
-                              std::to_string(classes) + " classes: expected 0 <= target < " + std::to_string(classes) +
-                              ", or ignore_index (" + std::to_string(ignore_index) + ") for targets to leave out.");
+      throw std::out_of_range(
+          "Target " + std::to_string(status.value) + " is out of bounds. " + row_name(target, status.row) + " = " +
+          std::to_string(status.value) + ", but there are " + std::to_string(classes) +
+          " classes: expected 0 <= target < " + std::to_string(classes) +
+          (ignore_index ? ", or ignore_index (" + std::to_string(*ignore_index) + ") for targets to leave out." : "."));
     case Status::cuda_error:
       throw std::runtime_error("fastloss: CUDA error " + std::to_string(status.value) + " at a kernel launch");
     case Status::unsupported: throw std::runtime_error("fastloss: no kernel for this input");

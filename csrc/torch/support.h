@@ -75,18 +75,20 @@ Tensor allocate_like(const Tensor& t);
 void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType type, const Tensor& like);
 
 // A tensor [N, C, d1, ...] seen as [outer, classes, inner] with inner * outer rows in row-major order of
-// (N, d1, ...). All tensors of a call must allow the same split; collapse() raises when they do not.
+// (N, d1, ...). All tensors of a call must allow the same split; where they do not, try_collapse() gives nothing and
+// collapse() raises.
 struct Collapsed {
   int64_t outer = 1, classes = 0, inner = 1;
   Strides strides[3];  // of the tensors in the order given
 };
+std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tensors);
 Collapsed collapse(std::initializer_list<const Tensor*> tensors);
 
 // PyTorch's thread pool, for the CPU kernels.
 void torch_parallel(int64_t count, int64_t grain, RangeBody body, void* ctx);
 
-// Raises what a core function returned. `target` names the row in its own shape.
-void raise_if_failed(const Status& status, const Tensor& target, int64_t classes, int64_t ignore_index);
+// Raises what a core function returned. `target` names the row in its own shape; ignore_index, if the loss has one.
+void raise_if_failed(const Status& status, const Tensor& target, int64_t classes, std::optional<int64_t> ignore_index);
 
 #if defined(FASTLOSS_HAVE_CUDA)
 // Raises the IndexError that a kernel has left, if any; never waits for the GPU.

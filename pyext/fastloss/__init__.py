@@ -6,11 +6,15 @@ from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
+from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
+from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
+from .losses.focal_loss import FocalLoss, focal_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
 from .losses.mse_loss import MSELoss, mse_loss
+from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
@@ -18,25 +22,33 @@ from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
 from .patching import patch, unpatch
 
 __all__ = [
+    "BCEWithLogitsLoss",
+    "CosineDistanceLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "FocalLoss",
     "HuberLoss",
     "L1Loss",
     "LogCoshLoss",
     "MSELoss",
+    "MultiMarginLoss",
     "NLLLoss",
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
     "__version__",
+    "binary_cross_entropy_with_logits",
     "check",
     "check_errors",
+    "cosine_distance_loss",
     "cross_entropy",
     "explain",
+    "focal_loss",
     "huber_loss",
     "l1_loss",
     "log_cosh_loss",
     "mse_loss",
+    "multi_margin_loss",
     "nll_loss",
     "patch",
     "relative_l1_loss",

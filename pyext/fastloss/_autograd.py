@@ -92,9 +92,9 @@ class Rules:
         """Forward, with the gradient in the memory of the first tensor."""
         raise NotImplementedError
 
-    def regime(self, tensors: Tensors, o: Any, grads: bool) -> str:
+    def regime(self, tensors: Tensors, o: Any, path: "Path") -> str:
         """Which kernel forward takes, in words."""
-        return str(ops.current_isa())
+        raise NotImplementedError
 
     def operators(self, path: "Path", o: Any, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The operators that forward and a first backward call."""
@@ -103,6 +103,10 @@ class Rules:
         if path is Path.FUSED:
             return (f"{self.name}_forward",), ("scale_grad_",) * sum(needs)
         return (f"{self.name}_forward",), (f"{self.name}_backward",) if any(needs) else ()
+
+    def gradient_bytes(self, tensors: Tensors, o: Any, needs: Needs) -> int:
+        """Allocated by the operators for the gradients that ``needs`` names."""
+        return sum(t.nbytes for t, needed in zip(tensors, needs, strict=False) if needed)
 
     # ---- derived from the formula; overridden where the order of its operations matters to infinities
 
@@ -120,7 +124,7 @@ class Rules:
     def tangent(self, tensors: Tensors, tangents: Sequence[Tensor | None], o: Any) -> Tensor:
         """The loss's derivative along the tangents: the pullback, which is linear, pulled back itself."""
         loss, pullback = self._pullback(tensors, o, [t is not None for t in tangents])
-        _, push = torch.func.vjp(pullback, torch.zeros_like(loss))
+        push = torch.func.vjp(pullback, torch.zeros_like(loss))[1]
         (tangent,) = push(tuple(t for t in tangents if t is not None))
         return tangent.to(DTYPES[o.loss_dtype])
 

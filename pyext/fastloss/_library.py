@@ -79,7 +79,7 @@ _recorded = torch.library.Library("fastloss", "FRAGMENT")
 
 
 def define_recorded(name: str, tensors: int, options: Any, outputs: int, function: Any) -> None:
-    """Defines ``fastloss::<name>`` with the rules of ``function``, a torch.autograd.Function that takes so many tensors,
+    """Defines ``fastloss::<name>`` with the rules of ``function``, an autograd.Function that takes so many tensors,
     then ``options`` one by one. Programs that torch.export and torch.jit.trace record keep operators and forget the
     Function around them, and would lose the gradient. Elsewhere the Function itself is faster."""
     arguments = [f"Tensor? t{i}" for i in range(tensors)]

@@ -88,7 +88,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         return Explanation("fastloss", device, "none", "composed of torch operations", 0, 0)
     costs = [_cost(step) for step in steps]
     paths = dict.fromkeys(step.path for step in steps)
-    kernels = dict.fromkeys(step.rules.regime(step.tensors, step.options, _in_forward(step)) for step in steps)
+    kernels = dict.fromkeys(step.rules.regime(step.tensors, step.options, step.path) for step in steps)
     return Explanation(
         "fastloss",
         device,
@@ -112,7 +112,8 @@ def _cost(step: Step) -> tuple[int, int, int]:
     operands = sum(_distinct_bytes(t) for t in step.tensors if t is not None)
     gradients = sum(t.nbytes for t, needed in zip(step.tensors, step.needs, strict=False) if needed)
     times = 1 if step.path is Path.VALUE or _in_forward(step) else 2
-    return times * operands, gradients, 0 if step.path is Path.IN_PLACE else gradients
+    allocated = step.rules.gradient_bytes(step.tensors, step.options, step.needs)
+    return times * operands, gradients, 0 if step.path is Path.IN_PLACE else allocated
 
 
 def _distinct_bytes(t: Tensor) -> int:

@@ -5,7 +5,7 @@ and benchmarks hold the kernels to them as well. A formula is exact where it is 
 the kernels, 0 for ``|d|`` at 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +22,14 @@ class Formula(NamedTuple):
     """A pointwise loss.
 
     Attributes:
-        terms: what is summed, ``terms(*operands, **parameters)``: each element's loss, or a tuple for several sums.
-        finish: what is made of the sums (or means) over a row, ``finish(*sums, **parameters)``; None: the sum itself.
+        terms: what is summed, ``terms(*operands, ***parameters)``: each element's loss, or a tuple for several sums.
+        parameters: their names, in the kernels' order.
+        finish: what is made of the sums (or means) over a row, ``finish(*sums, ***parameters)``; None: the sum itself.
         wide: taken in float64, where squares of float32 neither overflow nor vanish.
     """
 
     terms: Callable[..., Any]
+    parameters: tuple[str, ...] = ()
     finish: Callable[..., Tensor] | None = None
     wide: bool = False
 
@@ -88,24 +90,23 @@ def _cosine_terms(x: Tensor, t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def _cosine_finish(product: Tensor, x_square: Tensor, t_square: Tensor, eps: float = 0.0) -> Tensor:
-    return 1 - product / _root(x_square * t_square).clamp(min=eps)
+    return 1 - product / (_root(x_square) * _root(t_square)).clamp(min=eps)
 
 
 FORMULAS: dict[str, Formula] = {
     "l1_loss": Formula(l1_loss),
     "mse_loss": Formula(mse_loss),
-    "rmse_loss": Formula(lambda x, t, eps=0.0: (x - t) ** 2, lambda square, eps=0.0: _root(square + eps), wide=True),
-    "smooth_l1_loss": Formula(smooth_l1_loss),
-    "huber_loss": Formula(huber_loss),
+    "rmse_loss": Formula(lambda x, t, eps: (x - t) ** 2, ("eps",), lambda square, eps: _root(square + eps), wide=True),
+    "smooth_l1_loss": Formula(smooth_l1_loss, ("beta",)),
+    "huber_loss": Formula(huber_loss, ("delta",)),
     "log_cosh_loss": Formula(log_cosh_loss),
-    "relative_l1_loss": Formula(relative_l1_loss),
-    "symmetric_relative_l1_loss": Formula(lambda x, t, eps: relative_l1_loss(x, t, eps, True)),
-    "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits),
-    "cosine_distance_loss": Formula(_cosine_terms, _cosine_finish),
+    "relative_l1_loss": Formula(relative_l1_loss, ("eps", "symmetric")),
+    "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits, ("label_smoothing",)),
+    "cosine_distance_loss": Formula(_cosine_terms, ("eps",), _cosine_finish),
 }
 
 
-def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o: Any) -> Tensor:
+def pointwise(formula: Formula, tensors: Tensors, parameters: Mapping[str, float], o: Any) -> Tensor:
     """The loss of pointwise operands (then weight, mask), reduced as ``o`` says: see csrc/pointwise/pointwise.h."""
     *operands, weight, mask = tensors
     operands = [t for t in operands if t is not None]
@@ -117,7 +118,7 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o
         unused = (weight == 0) & ~torch.stack([t.detach().isfinite() for t in operands]).all(0)
         hidden = unused if hidden is None else hidden | unused
     values = [t.to(accum) if hidden is None else torch.where(hidden, 1.0, t.to(accum)) for t in operands]
-    terms = formula.terms(*values, *parameters)
+    terms = formula.terms(*values, **parameters)
     terms = terms if isinstance(terms, tuple) else (terms,)
     share = None if weight is None else weight.to(accum)
     if mask is not None:
@@ -125,7 +126,7 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o
     if share is not None:
         terms = tuple(term * share for term in terms)
     if o.reduction == NONE:
-        return terms[0] if formula.finish is None else formula.finish(*terms, *parameters)
+        return terms[0] if formula.finish is None else formula.finish(*terms, **parameters)
     cols = list(range(o.row_dims, first.dim()))
 
     def summed(t: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Sequence[float], o
             # Where a mask leaves nothing: nan, without a gradient.
             nothing = torch.zeros_like(total, dtype=torch.bool) if mask is None else total == 0
             sums = [torch.where(nothing, torch.nan, s / torch.where(nothing, 1.0, total)) for s in sums]
-    result = sums[0] if formula.finish is None else formula.finish(*sums, *parameters)
+    result = sums[0] if formula.finish is None else formula.finish(*sums, **parameters)
     return result.to(accum)
 
 
@@ -342,24 +343,43 @@ def cross_entropy_tangent(tensors: Tensors, tangents: Sequence[Tensor | None], o
     return result.to(DTYPES[o.loss_dtype])
 
 
-def nll_loss_gradients(grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:
-    """By the log-probabilities: -w_t at the target. The second derivative is there, and 0."""
-    input, target, weight = tensors
-    counts, index, w_t = row_weights(target, weight, o.ignore_index, accum_dtype(input.dtype))
-    upstream = per_row(grad_output, w_t, o.reduction)
-    if o.reduction == MEAN:
-        upstream = upstream / w_t.sum().view_as(upstream)
-    rows = torch.where(counts, upstream * -w_t, 0.0).to(input.dtype)
-    zeros = torch.where(torch.zeros_like(input, dtype=torch.bool), input, 0.0)
-    return (zeros.scatter(1, index, rows),)
+class RowFormula(NamedTuple):
+    """A loss over a class axis that needs no softmax.
+
+    Attributes:
+        value: of each row, ``value(x, index, **parameters)`` for x [N, C, ...] and index [N, 1, ...]: [N, 1, ...].
+        parameters: their names, in the kernels' order.
+    """
+
+    value: Callable[..., Tensor]
+    parameters: tuple[str, ...] = ()
 
 
-def nll_loss_tangent(tensors: Tensors, tangents: Sequence[Tensor | None], o: Any) -> Tensor:
-    """-w_t times the tangent of the target's log-probability, reduced as the loss is."""
+def nll_loss(x: Tensor, index: Tensor) -> Tensor:
+    """-x_t"""
+    return -x.gather(1, index)
+
+
+def multi_margin_loss(x: Tensor, index: Tensor, p: float = 1.0, margin: float = 1.0) -> Tensor:
+    """sum over c != t of max(0, margin - x_t + x_c)^p / C"""
+    z = (margin - x.gather(1, index) + x).clamp(min=0)
+    others = torch.ones_like(z).scatter(1, index, 0.0)
+    return (others * (z if p == 1 else z * z)).sum(1, keepdim=True) / x.shape[1]
+
+
+ROW_LOSSES: dict[str, RowFormula] = {
+    "nll_loss": RowFormula(nll_loss),
+    "multi_margin_loss": RowFormula(multi_margin_loss, ("p", "margin")),
+}
+
+
+def row_loss(formula: RowFormula, tensors: Tensors, parameters: Mapping[str, float], o: Any) -> Tensor:
+    """The loss of the rows of input, target and weight, reduced as ``o`` says: see csrc/rowwise/row_loss.h."""
     input, target, weight = tensors
-    counts, index, w_t = row_weights(target, weight, o.ignore_index, accum_dtype(input.dtype))
-    along = torch.zeros_like(input) if tangents[0] is None else tangents[0]
-    rows = torch.where(counts, -w_t * along.gather(1, index), 0.0).squeeze(1)
-    if o.reduction != NONE:
-        rows = rows.sum() / w_t.sum() if o.reduction == MEAN else rows.sum()
-    return rows.to(DTYPES[o.loss_dtype])
+    mean_over_rows, ignores_nothing = o.flags & 1, o.flags & 2
+    accum = accum_dtype(input.dtype)
+    counts, index, w_t = row_weights(target, weight, -1 if ignores_nothing else o.ignore_index, accum)
+    rows = torch.where(counts, w_t * formula.value(input.to(accum), index, **parameters), 0.0)
+    if o.reduction == NONE:
+        return rows.squeeze(1)
+    return rows.sum() / (counts if mean_over_rows else w_t).sum() if o.reduction == MEAN else rows.sum()

@@ -79,6 +79,28 @@ def reference(x, target, *, weight=None, sample_weight=None, ignore_index=-100, 
     return loss, back(g[:, None] * by_z * dz), back(by_p)
 
 
+def multi_margin(x, target, p, margin, options, grad_output):
+    """Multi-margin loss and its gradient in float64; x: [outer, classes, inner]."""
+    outer, classes, inner = x.shape
+    rows = x.transpose(0, 2, 1).reshape(-1, classes)
+    counted = target != options.get("ignore_index", -100)
+    w = options["weight"].astype(float) if "weight" in options else np.ones(classes)
+    w = np.where(counted, w[target * counted], 0)
+    is_target = np.arange(classes) == target[:, None]
+    z = np.where(
+        is_target, 0, np.maximum(0, margin - np.take_along_axis(rows, target[:, None] * counted[:, None], 1) + rows)
+    )
+    loss = w * (z**p).sum(1) / classes
+    slope = (z > 0) * p * z ** (p - 1) / classes
+    d = 1.0
+    if options["reduction"] == "mean":
+        d = counted.sum() if options.get("mean_over_rows") else w.sum()
+    grad = np.where(is_target, -slope.sum(1, keepdims=True), slope) * (w * grad_output / d)[:, None]
+    return loss if options["reduction"] == "none" else loss.sum() / d, grad.reshape(outer, inner, classes).transpose(
+        0, 2, 1
+    )
+
+
 def problem(shape, dtype, features, layout="contiguous", soft=False, seed=0):
     """Arrays of one problem, and the same in float64 for the reference."""
     rng = np.random.default_rng([seed, *shape])

@@ -5,7 +5,7 @@ Also what runs under AddressSanitizer and UndefinedBehaviorSanitizer (`make asan
 
 import numpy as np
 import pytest
-from numpy_reference import DTYPES, FEATURES, close, exact, problem, reference, stored
+from numpy_reference import DTYPES, FEATURES, close, exact, multi_margin, problem, reference, stored
 
 core = pytest.importorskip(
     "fastloss_core_numpy", reason="the numpy binding of the core is not on PYTHONPATH: run `make test`"
@@ -128,11 +128,11 @@ def test_nll_loss(dtype, reduction):
         w = np.where(counted, options["weight"].astype(float)[target % shape[1]], 0)
         picked = np.take_along_axis(rows, target[:, None] % shape[1], 1)[:, 0]
         want = {"none": -w * picked, "sum": -(w * picked).sum(), "mean": -(w * picked).sum() / w.sum()}[reduction]
-        got = core.nll_loss_forward(x, target, reduction=reduction, **options)
+        got = core.row_loss_forward(x, target, reduction=reduction, **options)
         close(got["loss"], want, dtype)
 
         grad_output = stored(np.linspace(1, 2, len(rows)) if reduction == "none" else np.array(3.0), dtype)
-        back = core.nll_loss_backward(x, target, got["total_weight"], grad_output, reduction=reduction, **options)[
+        back = core.row_loss_backward(x, target, got["total_weight"], grad_output, reduction=reduction, **options)[
             "grad"
         ]
         by_row = -w * exact(grad_output) / (w.sum() if reduction == "mean" else 1)
@@ -140,12 +140,36 @@ def test_nll_loss(dtype, reduction):
         outer, classes, inner = exact_x.shape
         close(back, want_grad.reshape(outer, inner, classes).transpose(0, 2, 1), dtype)
         wide = "float64" if dtype == "float64" else "float32"  # as under autocast
-        got = core.nll_loss_forward(x, target, reduction=reduction, loss_dtype=wide, **options)
+        got = core.row_loss_forward(x, target, reduction=reduction, loss_dtype=wide, **options)
         close(got["loss"], want, wide)
         grad_output = np.asarray(exact(grad_output), wide)
         options["loss_dtype"] = wide
-        again = core.nll_loss_backward(x, target, got["total_weight"], grad_output, reduction=reduction, **options)
+        again = core.row_loss_backward(x, target, got["total_weight"], grad_output, reduction=reduction, **options)
         assert (again["grad"] == back).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", (1, 2))
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+def test_multi_margin_loss(dtype, p, reduction):
+    for shape in ((6, 5), (3, 4, 7), (900, 33), (2, 70001)):
+        for layout in ("contiguous", "sliced", "classes last"):
+            x, target, options, exact_x, _ = problem(shape, dtype, {"weight": True, "ignore_index": 1}, layout)
+            options |= {"reduction": reduction, "loss": "multi_margin_loss", "params": [p, 0.8]}
+            up = stored(np.linspace(1, 2, len(target)) if reduction == "none" else np.array(3.0), dtype)
+            want, want_grad = multi_margin(exact_x, target, p, 0.8, options, exact(up))
+            got, bits = None, set()
+            for threads in (1, 3):
+                core.set_num_threads(threads)
+                got = core.row_loss_forward(x, target, **options)
+                back = core.row_loss_backward(x, target, got["total_weight"], up, **options)["grad"]
+                bits.add(got["loss"].tobytes() + back.tobytes())
+            core.set_num_threads(1)
+            assert len(bits) == 1
+            close(got["loss"], want, dtype)
+            close(back, want_grad.reshape(shape), dtype)
+    with pytest.raises(IndexError, match="target -100 at row 0"):
+        core.row_loss_forward(x, np.full(len(target), -100), **options | {"ignore_index": None})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ import mmap
 
 import numpy as np
 import pytest
-from numpy_reference import close, exact, problem, reference, stored
+from numpy_reference import close, exact, multi_margin, problem, reference, stored
 from test_cuda_on_cpu import COMMON, EVERYTHING, SHORT, emulated, guarded, lay_out
 
 # Each kernel of cross entropy, on rows enough for everything that a row can hold.
@@ -260,12 +260,45 @@ def test_nll_loss_of_many_rows():
     x[0, 0] -= 2.0**30
     x[-2, 0] += 2.0**30  # in double as if nothing had been
     big = exact(x)[[0, rows - 2], 0].sum()
-    got = emulated.nll_loss_forward(x, guarded(target), reduction="sum")
+    got = emulated.row_loss_forward(x, guarded(target), reduction="sum")
     np.testing.assert_allclose(got["loss"], -(picked[1:].sum() - picked[-2] + big), rtol=1e-6)
     grad = np.full((rows, 3), np.nan, "float32")
     one = np.ones((), "float32")
-    emulated.nll_loss_backward(x, guarded(target), one.reshape(1), one, reduction="sum", grad=grad[:, :2])
+    emulated.row_loss_backward(x, guarded(target), one.reshape(1), one, reduction="sum", grad=grad[:, :2])
     assert (grad[:, :2] == -np.eye(2)[target]).all() and np.isnan(grad[:, 2]).all()
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "transposed"))
+def test_multi_margin_loss_of_many_rows(layout):
+    """More rows than the grid has warps or threads."""
+    rows = 700 if SHORT else 5000 if layout == "contiguous" else 140_000
+    memory, grad = lay_out((rows, 3), "float32", layout), lay_out((rows, 3), "float32", layout)
+    memory.array[...] = np.random.default_rng(14).normal(size=(rows, 3))
+    target = np.arange(rows) % 3
+    options = {"loss": "multi_margin_loss", "params": [1, 1.0], "reduction": "sum"}
+    want, want_grad = multi_margin(exact(memory.array)[..., None], target, 1, 1.0, {"reduction": "sum"}, np.ones(()))
+    got = emulated.row_loss_forward(memory.array, guarded(target), **options)
+    np.testing.assert_allclose(got["loss"], want, rtol=1e-6)
+    one = np.ones((), "float32")
+    emulated.row_loss_backward(memory.array, guarded(target), one.reshape(1), one, grad=grad.array, **options)
+    np.testing.assert_allclose(grad.written(), want_grad[..., 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "transposed"))
+def test_multi_margin_loss_at_infinities(layout):
+    """Terms that are not positive are 0, gradients of 0 stay 0 whatever grad_output is, and rows keep to themselves."""
+    nan, inf = np.nan, np.inf
+    x = np.array([[0, 0.5, -9], [inf, 0, 1], [0, inf, 1], [-inf, 0, 1], [0, -inf, -inf], [nan, 1, 2], [0, nan, -9]])
+    memory = lay_out(x.shape, "float32", layout)
+    memory.array[...] = x
+    options = {"loss": "multi_margin_loss", "params": [1, 1.0], "reduction": "none"}
+    target = guarded(np.zeros(len(x), "int64"))
+    got = emulated.row_loss_forward(memory.array, target, **options)
+    np.testing.assert_allclose(got["loss"], [0.5, 0, inf, inf, 0, 0, 0], rtol=1e-6)
+    up = np.full(len(x), inf, "float32")
+    back = emulated.row_loss_backward(memory.array, target, got["total_weight"], up, **options)["grad"]
+    want = [[-inf, inf, 0], [0, 0, 0], [-inf, inf, inf], [-inf, inf, inf], *[[0, 0, 0]] * 3]
+    np.testing.assert_array_equal(back, want)
 
 
 # ---- beyond 2^32 elements
@@ -382,19 +415,37 @@ def test_nll_loss_and_scale_grad_beyond_32_bits():
     target, loss, up = (sparse(rows, kind) for kind in ("int16", "float32", "float32"))
     last = rows // 2**17 * 2**17 - 1  # the last row that the last of 512 blocks takes
     target[last], x[last, 698] = 698, stored(-5.0, "bfloat16")
-    emulated.nll_loss_forward(x, target, reduction="none", loss_dtype="float32", loss=loss, total_weight=None)
+    emulated.row_loss_forward(x, target, reduction="none", loss_dtype="float32", value=loss, total_weight=None)
     assert loss[last] == 5
     target[-1], up[-1] = 0, 2
     cleared = divmod(np.arange((700 * rows - 1) // 256 * 256, 700 * rows), 700)  # by the last block
     gapped[cleared] = gapped[-1, 700] = stored(7.0, "bfloat16")
     grad = gapped[:, :700]
-    emulated.nll_loss_backward(x, target, np.ones(1, "float32"), up, reduction="none", loss_dtype="float32", grad=grad)
+    emulated.row_loss_backward(x, target, np.ones(1, "float32"), up, reduction="none", loss_dtype="float32", grad=grad)
     assert (gapped[cleared] == 0).all()
     assert (exact(gapped[-1, [0, 699, 700]]) == [-2, 0, 7]).all()
     flat = x.reshape(-1)[: 2**32 + 2**14]  # four vectors for each thread of the blocks
     flat[-1] = stored(-3.0, "bfloat16")
     emulated.scale_grad(flat, np.array(3.0), out=flat)
     assert exact(flat[-1]) == -9
+
+
+@values_only
+def test_multi_margin_loss_beyond_32_bits():
+    emulated.set_device(100)
+    emulated.set_only_ends(True)
+    rows = 2**32 // 700 + 30
+    x, grad = (sparse((rows, 700), "bfloat16") for _ in range(2))
+    target, loss, up = (sparse(rows, kind) for kind in ("int16", "float32", "float32"))
+    last = rows // 4096 * 4096 - 1  # the last row that the last of 512 blocks takes
+    target[last], x[last, 698] = 698, stored(-5.0, "bfloat16")
+    options = {"loss": "multi_margin_loss", "params": [1, 1.0], "reduction": "none", "loss_dtype": "float32"}
+    emulated.row_loss_forward(x, target, value=loss, total_weight=None, **options)
+    np.testing.assert_allclose(loss[last], 6 * 699 / 700, rtol=1e-6)
+    target[-1], x[-1, 0], up[-1] = 0, stored(3.0, "bfloat16"), 700
+    x[-1, 699] = stored(2.5, "bfloat16")
+    emulated.row_loss_backward(x, target, np.ones(1, "float32"), up, grad=grad, **options)
+    assert (exact(grad[-1, [0, 1, 698, 699]]) == [-1, 0, 0, 1]).all()
 
 
 @values_only
@@ -407,7 +458,7 @@ def test_pointwise_beyond_32_bits():
     x[-6:], t[-6:] = stored(np.arange(1.0, 7), "bfloat16"), stored(np.arange(6.0, 0, -1), "bfloat16")
     others = tile + 2**19 * np.arange(1, 5) + 100  # of blocks that do not run; as far from the end of the tail
     x[others] = stored(5.0, "bfloat16")
-    emulated.pointwise_forward(x, t, loss="mse_loss", reduction="sum", grad_input=grad)
+    emulated.pointwise_forward([x, t], loss="mse_loss", reduction="sum", grads=[grad])
     assert (exact(grad[-6:]) == [-10, -6, -2, 2, 6, 10]).all()
     assert (grad[others] == 0).all()
 
@@ -424,7 +475,7 @@ def test_blocks_that_take_several_rows(cols):
     for row in taken:
         x[row, -3:], t[row, -3:], mask[row, -3:] = rng.normal(size=3), rng.normal(size=3), [1, row % 2, 1]
     grad = sparse((rows, cols), "float32")
-    out = emulated.pointwise_forward(x, t, loss="rmse_loss", row_dims=1, mask=mask, grad_input=grad)
+    out = emulated.pointwise_forward([x, t], loss="rmse_loss", params=[0.0], row_dims=1, mask=mask, grads=[grad])
     d = (exact(x[taken, -3:]) - exact(t[taken, -3:])) * mask[taken, -3:]
     want = np.sqrt((d**2).sum(1) / mask[taken, -3:].sum(1))
     np.testing.assert_allclose(out["loss"][taken], want, rtol=1e-6)

@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 import pytest
-from numpy_reference import DTYPES, EPS, close, exact, problem, reference, stored
+from numpy_reference import DTYPES, EPS, close, exact, multi_margin, problem, reference, stored
 
 emulated = pytest.importorskip(
     "fastloss_emulated_numpy", reason="the emulated CUDA kernels are not on PYTHONPATH: run `make test`"
@@ -518,7 +518,7 @@ def test_class_weights_that_cancel(shape):
     assert np.inf in seen or -np.inf in seen
 
 
-@pytest.mark.parametrize("operation", ("cross_entropy_forward", "nll_loss_forward"))
+@pytest.mark.parametrize("operation", ("cross_entropy_forward", "row_loss_forward"))
 def test_many_bad_targets(operation):
     """One of them is reported, whole."""
     x = problem((300, 33), "float32", {})[0]
@@ -572,10 +572,10 @@ def test_nll_loss(dtype, reduction):
         bits = []
         for seed in SEEDS:
             emulated.set_seed(seed)
-            got = emulated.nll_loss_forward(memory.array, guarded(target), reduction=reduction, **options)
+            got = emulated.row_loss_forward(memory.array, guarded(target), reduction=reduction, **options)
             close(got["loss"], want, dtype)
             grad = lay_out(shape, dtype, layout)
-            emulated.nll_loss_backward(
+            emulated.row_loss_backward(
                 memory.array, guarded(target), got["total_weight"], grad_output, reduction=reduction, grad=grad.array,
                 **options,
             )  # fmt: skip
@@ -583,13 +583,63 @@ def test_nll_loss(dtype, reduction):
             close(grad, want_grad, dtype)
             bits.append(got["loss"].tobytes() + grad.tobytes())
         wide = "float64" if dtype == "float64" else "float32"  # as under autocast
-        got = emulated.nll_loss_forward(memory.array, guarded(target), reduction=reduction, loss_dtype=wide, **options)
+        got = emulated.row_loss_forward(memory.array, guarded(target), reduction=reduction, loss_dtype=wide, **options)
         close(got["loss"], want, wide)
         options |= {"reduction": reduction, "loss_dtype": wide}
         up = np.asarray(exact(grad_output), wide)
-        again = emulated.nll_loss_backward(memory.array, guarded(target), got["total_weight"], up, **options)["grad"]
+        again = emulated.row_loss_backward(memory.array, guarded(target), got["total_weight"], up, **options)["grad"]
         assert (again == grad).all()
         assert len(set(bits)) == 1
+
+
+# Of a loss that reads whole rows: layouts by which kernel takes them, a warp for a row or a thread.
+ROW_LAYOUTS = (
+    ((70, 5), "contiguous"),
+    ((9, 133), "rows apart"),
+    ((3, 4, 7), "contiguous"),
+    ((2, 40, 9), "classes apart"),
+    ((3, 40, 7), "classes last"),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", (1, 2))
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+def test_multi_margin_loss(dtype, p, reduction):
+    for shape, layout in ROW_LAYOUTS[:: 2 if SHORT else 1]:
+        x, target, options, exact_x, _ = problem(shape, dtype, {"weight": True, "ignore_index": 1})
+        memory = lay_out(shape, dtype, layout)
+        memory.array[...] = x
+        up = stored(np.linspace(1, 2, len(target)) if reduction == "none" else np.array(3.0), dtype)
+        for ignore_index in (1, None):
+            options |= {"ignore_index": ignore_index, "reduction": reduction, "mean_over_rows": ignore_index is None}
+            options |= {"loss": "multi_margin_loss", "params": [p, 0.8]}
+            want, want_grad = multi_margin(exact_x, target, p, 0.8, options, exact(up))
+            bits = []
+            for seed in SEEDS:
+                emulated.set_seed(seed)
+                got = emulated.row_loss_forward(memory.array, guarded(target), **options)
+                close(got["loss"], want, dtype)
+                grad = lay_out(shape, dtype, layout)
+                emulated.row_loss_backward(
+                    memory.array, guarded(target), got["total_weight"], up, grad=grad.array, **options
+                )
+                grad = grad.written()
+                close(grad, want_grad.reshape(shape), dtype)
+                bits.append(got["loss"].tobytes() + grad.tobytes())
+            assert len(set(bits)) == 1
+
+
+def test_multi_margin_loss_bad_target():
+    """Its row has loss nan and gradient 0; the others know nothing of it."""
+    x, target, *_ = problem((6, 5), "float32", {})
+    target[:] = 4, 1, 4, -100, 4, 3
+    options = {"loss": "multi_margin_loss", "params": [1, 1.0], "ignore_index": None, "reduction": "none"}
+    got = emulated.row_loss_forward(guarded(x), guarded(target), **options)
+    assert (np.isnan(got["loss"]) == (target < 0)).all() and emulated.take_bad_target() == (3, -100)
+    up = np.ones(6, "float32")
+    back = emulated.row_loss_backward(guarded(x), guarded(target), got["total_weight"], up, **options)["grad"]
+    assert (back[3] == 0).all() and (back[[0, 1, 2, 4, 5], target[target >= 0]] < 0).all()
 
 
 @pytest.mark.parametrize("value", (5, -1, -(2**63), 2**63 - 1))  # 5 is one past the last class
@@ -597,11 +647,11 @@ def test_nll_loss_bad_target(value):
     x, target, *_ = problem((6, 5), "float32", {})
     target[:] = 4, -100, 4, value, 4, 3
     weight = guarded(np.ones(5, "float32"))
-    got = emulated.nll_loss_forward(guarded(x), guarded(target), weight=weight)
+    got = emulated.row_loss_forward(guarded(x), guarded(target), weight=weight)
     assert np.isnan(got["loss"]) and got["total_weight"] == 4
     assert emulated.take_bad_target() == (3, value)
     one = np.ones((), "float32")
-    back = emulated.nll_loss_backward(
+    back = emulated.row_loss_backward(
         guarded(x), guarded(target), one.reshape(1), one, reduction="sum", weight=weight, grad=guarded(x)
     )
     want = np.zeros((6, 5))

@@ -1,23 +1,45 @@
 """The pointwise losses without torch, against numpy: the CPU kernels, and the CUDA kernels' source on the emulator."""
 
+import itertools
 import os
 
 import numpy as np
 import pytest
 from numpy_reference import DTYPES, EPS, HALF_ULP, exact, stored
 
-VALUES = {
-    "l1_loss": lambda x, t, p: np.abs(x - t),
-    "mse_loss": lambda x, t, p: (x - t) ** 2,
-    "wide_mse_loss": lambda x, t, p: (x - t) ** 2,
-    "smooth_l1_loss": lambda x, t, p: np.where(np.abs(x - t) < p, (x - t) ** 2 / (2 * p), np.abs(x - t) - p / 2),
-    "huber_loss": lambda x, t, p: np.where(np.abs(x - t) <= p, (x - t) ** 2 / 2, p * (np.abs(x - t) - p / 2)),
-    "log_cosh_loss": lambda x, t, p: np.log(np.cosh(x - t)),
-    "relative_l1_loss": lambda x, t, p: np.abs(x - t) / np.maximum(np.abs(t), p),
-    "symmetric_relative_l1_loss": lambda x, t, p: np.abs(x - t) / np.maximum((np.abs(x) + np.abs(t)) / 2, p),
+PARAM, EPSILON = 0.6, 0.3
+
+
+def softplus(x):
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+def binary_cross_entropy(x, t, w=1.0, smoothing=0.0):
+    t = t * (1 - smoothing) + smoothing / 2
+    return w * t * softplus(-x) + (1 - t) * softplus(x)
+
+
+def relative_l1(x, t, eps, symmetric):
+    return np.abs(x - t) / np.maximum((np.abs(x) + np.abs(t)) / 2 if symmetric else np.abs(t), eps)
+
+
+# By loss and parameters: the terms to be summed, of the operands; None: kinks, where a numerical derivative is wrong.
+TERMS = {
+    ("l1_loss",): lambda x, t: np.abs(x - t),
+    ("mse_loss",): lambda x, t: (x - t) ** 2,
+    ("smooth_l1_loss", PARAM): lambda x, t: np.where(
+        np.abs(x - t) < PARAM, (x - t) ** 2 / (2 * PARAM), np.abs(x - t) - PARAM / 2
+    ),
+    ("huber_loss", PARAM): lambda x, t: np.where(
+        np.abs(x - t) <= PARAM, (x - t) ** 2 / 2, PARAM * (np.abs(x - t) - PARAM / 2)
+    ),
+    ("log_cosh_loss",): lambda x, t: np.log(np.cosh(x - t)),
+    ("relative_l1_loss", PARAM, 0): lambda x, t: relative_l1(x, t, PARAM, False),
+    ("relative_l1_loss", PARAM, 1): lambda x, t: relative_l1(x, t, PARAM, True),
+    ("binary_cross_entropy_with_logits", 0.0): lambda x, t, w=1.0: binary_cross_entropy(x, t, w),
+    ("binary_cross_entropy_with_logits", 0.2): lambda x, t, w=1.0: binary_cross_entropy(x, t, w, 0.2),
 }
-ROOT = "rmse_loss"
-PARAM = 0.6
+FINISHED = {("rmse_loss", EPSILON), ("cosine_distance_loss", EPSILON)}
 SHORT = "FASTLOSS_SHORT" in os.environ  # under the sanitizers, which have room for a few thousand CUDA threads at once
 
 
@@ -27,8 +49,15 @@ def kernels(request):
     return pytest.importorskip(name, reason=f"{name} is not on PYTHONPATH: run `make test`")
 
 
+def named(which):
+    return {"loss": which[0], "params": list(which[1:])}
+
+
 def test_every_loss_of_the_registry_is_tried(kernels):
-    assert set(kernels.pointwise_losses()) == {*VALUES, ROOT}
+    all_losses = {name: params for name, _, _, params in kernels.pointwise_losses()}
+    tried = {*TERMS, *FINISHED}
+    assert set(all_losses) == {which[0] for which in tried}
+    assert all(len(which) - 1 == all_losses[which[0]] for which in tried)
 
 
 def operands(shape, dtype, layout="contiguous", seed=0):
@@ -40,33 +69,171 @@ def operands(shape, dtype, layout="contiguous", seed=0):
         x = np.asfortranarray(x)
     elif layout == "apart":
         x, t = (np.repeat(a, 2, axis=-1)[..., ::2] for a in (x, t))
+    elif layout == "sliced":
+        x, t = (np.concatenate([a, a], -1)[..., : shape[-1]] for a in (x, t))
     elif layout == "broadcast":
         t = np.broadcast_to(t[..., :1], shape)
     return x, t
 
 
+def slopes(f, arrays, h=1e-6):
+    """The numerical derivative by each operand, and where it means something: away from kinks of any kind."""
+    results = []
+    for k in range(len(arrays)):
+        up, down = (f(*(a + s * h * (i == k) for i, a in enumerate(arrays))) for s in (1, -1))
+        one_sided = (up - f(*arrays)) / h, (f(*arrays) - down) / h
+        results.append(((up - down) / (2 * h), np.abs(one_sided[0] - one_sided[1]) < 1e-4))
+    return results
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", VALUES)
-def test_value_and_gradients(kernels, loss, dtype):
+@pytest.mark.parametrize("which", TERMS, ids=str)
+def test_value_and_gradients(kernels, which, dtype):
     x, t = operands((3, 700), dtype)  # more than one vector per thread and a tail
     a, b = exact(x), exact(t)
-    out = kernels.pointwise_forward(x, t, loss=loss, param=PARAM, grad_input=True, grad_target=True)
-    np.testing.assert_allclose(out["loss"], VALUES[loss](a, b, PARAM).mean(), rtol=max(EPS[dtype] / 10, 1e-6))
-    again = kernels.pointwise_backward(np.float64([1.0]), out["factor"].reshape(1), x, t, loss=loss, param=PARAM)
-    h = 1e-6
-    for name, step in (("grad_input", (h, 0)), ("grad_target", (0, h))):
-        change = VALUES[loss](a + step[0], b + step[1], PARAM) - VALUES[loss](a - step[0], b - step[1], PARAM)
-        slope = change / (2 * h) / a.size
-        kink = np.abs(np.abs(a - b) - PARAM) < 1e-5  # a numerical derivative across a kink means nothing
-        kink |= (a == b) | (np.abs(np.abs(b) - PARAM) < 1e-5)
-        kink |= np.abs((np.abs(a) + np.abs(b)) / 2 - PARAM) < 1e-5
-        for grads in (out, again):
-            difference = np.abs(exact(grads[name]) - slope) * ~kink
-            tolerance = EPS[dtype] * np.abs(slope) + 1e-8 + (1e-7 if dtype == "float16" else 0)
+    out = kernels.pointwise_forward([x, t], grads=[True, True], **named(which))
+    f = TERMS[which]
+    np.testing.assert_allclose(out["loss"], f(a, b).mean(), rtol=max(EPS[dtype] / 10, 1e-6))
+    again = kernels.pointwise_backward(np.float64([1.0]), out["factor"].reshape(1), [x, t], **named(which))
+    for k, (slope, smooth) in enumerate(slopes(f, (a, b))):
+        for grads in (out["grads"], again):
+            difference = np.abs(exact(grads[k]) - slope / a.size) * smooth
+            tolerance = EPS[dtype] * np.abs(slope / a.size) + 1e-8 + (1e-7 if dtype == "float16" else 0)
             assert (difference <= tolerance).all()
+        assert smooth.mean() > 0.99
 
 
-@pytest.mark.parametrize("layout", ("contiguous", "transposed", "mixed", "apart", "broadcast"))
+PATTERNS = {
+    "dense": lambda a: a,
+    "per class": lambda a: a[:1, :1],
+    "per sample": lambda a: a[:, :1, :1],
+    "per row": lambda a: a[:, :, :1],
+    "scalar": lambda a: a[:1, :1, :1],
+    "strided": lambda a: np.repeat(a, 3, -1)[..., ::3],
+    "transposed": np.asfortranarray,
+    "sliced": lambda a: np.concatenate([a, a], -1)[..., : a.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shape", ((4, 3, 49), (5, 7, 64), (2, 2, 1101)), ids=str)
+def test_three_operands(kernels, shape, pattern):
+    """Every operand broadcast in every way, with weight and mask, and all gradients, each in the full shape."""
+    loss = named(("binary_cross_entropy_with_logits", 0.2))
+    rng = np.random.default_rng(3)
+    for place, dtype in itertools.product(range(5), ("float32", "bfloat16")):
+        if SHORT and dtype == "bfloat16" and place < 2:
+            continue
+        arrays = [stored(rng.random(shape) + 0.1, dtype) for _ in range(4)] + [rng.random(shape) < 0.8]
+        arrays[place] = np.broadcast_to(PATTERNS[pattern](arrays[place]), shape)
+        *inputs, weight, mask = arrays
+        if not mask.any():
+            mask = ~mask
+        x, t, w = (exact(a) for a in inputs)
+        m = np.where(mask, exact(weight), 0)
+        options = {"weight": weight, "mask": mask, **loss}
+        out = kernels.pointwise_forward(inputs, weight_denominator=1.0, grads=[True] * 3, **options)
+        np.testing.assert_allclose(out["loss"], (m * binary_cross_entropy(x, t, w, 0.2)).sum() / m.sum(), rtol=1e-6)
+        np.testing.assert_allclose(out["factor"], 1 / m.sum(), rtol=1e-6)
+        up = np.float64(rng.random(shape))
+        single = np.float32([1.5])
+        none = kernels.pointwise_backward(
+            np.float32(up), np.zeros(0), inputs, reduction="none", grads=[True] * 3, **options
+        )
+        middle = kernels.pointwise_backward(
+            single, out["factor"].reshape(1), inputs, weight_denominator=1.0, grads=[False, True, False], **options
+        )
+        assert middle[0] is None and middle[2] is None
+        for k, (slope, _) in enumerate(slopes(lambda *a: binary_cross_entropy(*a, 0.2), (x, t, w))):
+            rtol = 1e-5 + HALF_ULP.get(dtype, 0)
+            np.testing.assert_allclose(exact(out["grads"][k]), m * slope, rtol=rtol, atol=1e-6)
+            np.testing.assert_allclose(exact(none[k]), up * m * slope, rtol=rtol, atol=1e-6)
+            if k == 1:
+                np.testing.assert_allclose(exact(middle[k]), 1.5 * m * slope / m.sum(), rtol=rtol, atol=1e-6)
+        rows = kernels.pointwise_forward(inputs, reduction="sum", row_dims=1, **options)["loss"]
+        np.testing.assert_allclose(rows, (m * binary_cross_entropy(x, t, w, 0.2)).sum((1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_binary_cross_entropy_far_out(kernels, dtype):
+    """Finite and exact where a formula of sigmoid and log is not; torch's infinities."""
+    x = stored(np.array([1e4, -1e4, 100, -100, 30, -30, 1e-3, 0] * 2), dtype)
+    t = stored(np.array([0, 1, 0.5, 0.5, 1, 0, 1, 1] + [1, 0] * 4), dtype)
+    w = stored(np.full(16, 3.0), dtype)
+    loss = {**named(("binary_cross_entropy_with_logits", 0.0)), "reduction": "none"}
+    value = kernels.pointwise_forward([x, t, w], **loss)["loss"]
+    want = binary_cross_entropy(exact(x), exact(t), 3.0)
+    np.testing.assert_allclose(value, want, rtol=max(EPS[dtype] / 10, 1e-6), atol=1e-37)
+    ones = np.ones(16, value.dtype)
+    gx, gt, gw = kernels.pointwise_backward(ones, np.zeros(0), [x, t, w], grads=[True] * 3, **loss)
+    sigma = np.exp(-softplus(-exact(x)))
+    want = (1 - exact(t)) * sigma - 3 * exact(t) * (1 - sigma)
+    np.testing.assert_allclose(exact(gx), want, rtol=2 * EPS[dtype], atol=1e-7)
+    np.testing.assert_allclose(exact(gt), 3 * softplus(-exact(x)) - softplus(exact(x)), rtol=2 * EPS[dtype])
+    np.testing.assert_allclose(exact(gw), exact(t) * softplus(-exact(x)), rtol=2 * EPS[dtype], atol=1e-7)
+    assert np.isfinite(exact(gx)).all() and np.isfinite(exact(gt)).all() and np.isfinite(exact(gw)).all()
+    infinite, t = stored(np.array([np.inf, np.inf, np.inf, -np.inf, -np.inf, np.nan]), dtype), np.array([0, 0.5, 1] * 2)
+    with np.errstate(invalid="ignore"):
+        a = exact(infinite)
+        torchs = (1 - t) * a + np.log1p(np.exp(-np.abs(a))) + np.maximum(-a, 0)
+    value = kernels.pointwise_forward([infinite, stored(t, dtype)], **loss)["loss"]
+    np.testing.assert_array_equal(value, torchs.astype(value.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ((6, 50), (3, 5000)), ids=str)
+def test_several_sums(kernels, shape, dtype):
+    """A loss of three sums per row: values, factors of each sum, gradients; rows shorter than eps clamp."""
+    x, t = operands(shape, dtype)
+    x[1] = 0
+    mask = np.random.default_rng(5).random(shape) < 0.8
+    options = {**named(("cosine_distance_loss", EPSILON)), "reduction": "sum", "row_dims": 1, "mask": mask}
+    a, b = exact(x) * mask, exact(t) * mask
+
+    def cosine(a, b):
+        norms = np.sqrt((a**2).sum(-1, keepdims=True) * (b**2).sum(-1, keepdims=True))
+        return 1 - (a * b).sum(-1, keepdims=True) / np.maximum(norms, EPSILON)
+
+    out = kernels.pointwise_forward([x, t], **options)
+    np.testing.assert_allclose(out["loss"], cosine(a, b)[:, 0], rtol=1e-5)
+    assert out["factor"].shape == (shape[0], 3)
+    assert kernels.pointwise_forward([x, t], value_only=True, **options)["loss"].tobytes() == out["loss"].tobytes()
+    up = np.arange(1, shape[0] + 1).astype("float32")
+    grads = kernels.pointwise_backward(up, out["factor"].reshape(-1), [x, t], **options)
+    norms = np.sqrt((a**2).sum(-1, keepdims=True) * (b**2).sum(-1, keepdims=True))
+    along = 1 - cosine(a, b)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        want = [
+            -(b / norms - along * a / (a**2).sum(-1, keepdims=True)),
+            -(a / norms - along * b / (b**2).sum(-1, keepdims=True)),
+        ]
+    want = [np.where(norms > EPSILON, w, -other / EPSILON) * up[:, None] for w, other in zip(want, (b, a), strict=True)]
+    for got, slope in zip(grads, want, strict=True):
+        scale, tiny = np.abs(slope).max(), 2.0**-25 if dtype == "float16" else 0
+        np.testing.assert_allclose(
+            exact(got), slope, rtol=EPS[dtype] * 4, atol=scale * (1e-13 if dtype == "float64" else 2e-6) + tiny
+        )
+
+
+@pytest.mark.parametrize("fused", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_add_up_to_nothing(kernels, dtype, fused):
+    """torch divides 0 by 0: nan, the gradient too, on every path."""
+    for shape in ((40,), (9, 3000)):
+        x, t = operands(shape, dtype)
+        options = {**named(("l1_loss",)), "weight": np.zeros(shape, "float32"), "weight_denominator": 1.0}
+        out = kernels.pointwise_forward([x, t], grads=[True, True] if fused else [], **options)
+        assert np.isnan(out["loss"])
+        grads = out["grads"] or kernels.pointwise_backward(np.float32([1]), out["factor"].reshape(1), [x, t], **options)
+        assert all(np.isnan(exact(g)).all() for g in grads)
+    ok = np.zeros((9, 3000), "float32")
+    ok[-1, -1] = 1
+    options["weight"] = ok
+    out = kernels.pointwise_forward([x, t], grads=[True], **options)
+    assert np.isfinite(exact(out["grads"][0])).all()
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "transposed", "mixed", "apart", "sliced", "broadcast"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 def test_layouts_weights_and_masks(kernels, layout, reduction):
     x, t = operands((4, 3, 49), "float32", layout)  # 49 * (1 / 49) < 1
@@ -77,16 +244,16 @@ def test_layouts_weights_and_masks(kernels, layout, reduction):
     values = np.where(mask, w * (exact(x) - exact(t)) ** 2, 0)
     slope = np.where(mask, 2 * w * (exact(x) - exact(t)), 0)
     out = kernels.pointwise_forward(
-        x, t, loss="mse_loss", weight=w, mask=mask, reduction=reduction, weight_denominator=float(reduction == "mean")
+        [x, t], loss="mse_loss", weight=w, mask=mask, reduction=reduction, weight_denominator=float(reduction == "mean")
     )
     total = (w * mask).sum()
     expected = {"mean": values.sum() / total, "sum": values.sum(), "none": values}[reduction]
     np.testing.assert_allclose(out["loss"], expected, rtol=1e-6)
     g = np.float32([1.5]) if reduction != "none" else np.random.default_rng(3).random(x.shape)
     factor = out["factor"].reshape(1) if reduction != "none" else np.zeros(0)
-    grads = kernels.pointwise_backward(g, factor, x, t, loss="mse_loss", weight=w, mask=mask, reduction=reduction)
-    np.testing.assert_allclose(grads["grad_input"], slope * g / (total if reduction == "mean" else 1), rtol=2e-6)
-    assert (grads["grad_target"] == -grads["grad_input"]).all()
+    grads = kernels.pointwise_backward(g, factor, [x, t], loss="mse_loss", weight=w, mask=mask, reduction=reduction)
+    np.testing.assert_allclose(grads[0], slope * g / (total if reduction == "mean" else 1), rtol=2e-6)
+    assert (grads[1] == -grads[0]).all()
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
@@ -94,39 +261,33 @@ def test_what_does_not_count_may_hold_anything(kernels, reduction):
     rng = np.random.default_rng(12)
     shape, fused = (7, 30), reduction == "mean"
     mask, w = rng.random(shape) < 0.7, np.float32(rng.integers(0, 3, shape))
-    options = {"loss": "huber_loss", "param": PARAM, "reduction": reduction}
+    options = {**named(("huber_loss", PARAM)), "reduction": reduction}
     factor = np.float64([0.3]) if fused else np.zeros(0)
-    x, t, vx, vt, g = (np.float32(rng.normal(size=shape)) for _ in range(5))
+    x, t, g = (np.float32(rng.normal(size=shape)) for _ in range(3))
     runs = []
     for junk in (0, np.nan, np.inf):
         for a in (x, t, w):
             a[~mask] = junk
-        for a in (vx, vt, g):
-            a[~mask | (w == 0)] = junk
+        g[~mask | (w == 0)] = junk
         up = np.float32([2.0]) if fused else g
         mean = {"mask": mask, "weight": w, "weight_denominator": float(fused), **options}
-        runs.append(
-            [
-                kernels.pointwise_forward(x, t, grad_input=fused, grad_target=fused, **mean),
-                kernels.pointwise_backward(up, factor, x, t, **mean),
-                kernels.pointwise_second(up, factor, vx, vt, x, t, **mean),
-                kernels.pointwise_second(up, factor, vx, vt, x, t, gradients=True, **mean),
-            ]
-        )
+        forward = kernels.pointwise_forward([x, t], grads=[fused, fused], **mean)
+        backward = kernels.pointwise_backward(up, factor, [x, t], **mean)
+        runs.append([forward["loss"], *forward["grads"], *backward])
     for other in runs[1:]:
         for got, want in zip(other, runs[0], strict=True):
-            for name in want:
-                np.testing.assert_array_equal(got[name], want[name], name)  # finite, and the same
-                assert np.isfinite(want[name]).all()
+            if want is not None:
+                np.testing.assert_array_equal(got, want)  # finite, and the same
+                assert np.isfinite(want).all()
 
 
 def test_all_masked(kernels):
     x, t = operands((3, 50), "float32")
     options = {"loss": "mse_loss", "mask": np.zeros(x.shape, bool)}
-    out = kernels.pointwise_forward(x, t, **options)
+    out = kernels.pointwise_forward([x, t], **options)
     assert np.isnan(out["loss"])
-    grads = kernels.pointwise_backward(np.float32([1]), out["factor"].reshape(1), x, t, **options)
-    assert (grads["grad_input"] == 0).all() and (grads["grad_target"] == 0).all()
+    grads = kernels.pointwise_backward(np.float32([1]), out["factor"].reshape(1), [x, t], **options)
+    assert (grads[0] == 0).all() and (grads[1] == 0).all()
 
 
 @pytest.mark.parametrize("target_gradient", (False, True))
@@ -134,27 +295,21 @@ def test_a_factor_too_large_for_float(kernels, target_gradient):
     """What has no residual keeps a gradient of 0."""
     x, t = operands((300,), "float32")
     x[::3] = t[::3]
-    grads = kernels.pointwise_backward(
-        np.float64([1e200]), np.float64([1.0]), x, t, loss="mse_loss", reduction="sum", grad_target=target_gradient
+    (grad, _) = kernels.pointwise_backward(
+        np.float64([1e200]), np.float64([1.0]), [x, t], loss="mse_loss", reduction="sum", grads=[True, target_gradient]
     )
-    assert (grads["grad_input"][::3] == 0).all() and np.abs(grads["grad_input"]).max() > 1e38
+    assert (grad[::3] == 0).all() and np.abs(grad).max() > 1e38
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float64"))
 def test_operands_of_two_dtypes(kernels, dtype):
     x, t = operands((3000,), "float32")[0], operands((3000,), dtype, seed=1)[1]
-    out = kernels.pointwise_forward(x, t, loss="mse_loss", grad_input=True)
+    out = kernels.pointwise_forward([x, t], loss="mse_loss", grads=[True, True])
     d = exact(x) - exact(t)
     np.testing.assert_allclose(out["loss"], (d**2).mean(), rtol=1e-6)
-    np.testing.assert_allclose(out["grad_input"], 2 * d / d.size, rtol=1e-6, atol=1e-9)
-
-
-def test_second_order_over_several_blocks(kernels):
-    x, t = operands((10_000,), "float32")
-    vx, vt = operands((10_000,), "float32", seed=1)
-    one = np.float64([1])
-    along = kernels.pointwise_second(one, one, vx, vt, x, t, loss="mse_loss", reduction="sum")["loss"]
-    np.testing.assert_allclose(along, (2 * (exact(x) - exact(t)) * (exact(vx) - exact(vt))).sum(), rtol=1e-5)
+    np.testing.assert_allclose(out["grads"][0], 2 * d / d.size, rtol=1e-6, atol=1e-9)
+    rtol = 1e-6 + HALF_ULP.get(dtype, 0)
+    np.testing.assert_allclose(exact(out["grads"][1]), -2 * d / d.size, rtol=rtol, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", (0, 1, 2))
@@ -165,34 +320,17 @@ def test_roots(kernels, dtype, rows):
     axes = tuple(range(rows, 3))
     d = exact(x) - exact(t)
     root = np.sqrt((d**2).mean(axes))
-    out = kernels.pointwise_forward(x, t, loss=ROOT, row_dims=rows)
+    options = {**named(("rmse_loss", 0.0)), "row_dims": rows}
+    out = kernels.pointwise_forward([x, t], **options)
     np.testing.assert_allclose(out["loss"], root, rtol=1e-6)
     ones = np.ones(root.size, np.float32)
-    grads = kernels.pointwise_backward(ones, out["factor"].reshape(-1), x, t, loss=ROOT, row_dims=rows)
+    grads = kernels.pointwise_backward(ones, out["factor"].reshape(-1), [x, t], **options)
     with np.errstate(invalid="ignore"):
         slope = np.nan_to_num(d / (root.reshape(root.shape + (1,) * len(axes)) * d[(0,) * rows].size))
-    np.testing.assert_allclose(exact(grads["grad_input"]), slope, rtol=EPS[dtype], atol=1e-7)
-
-
-@pytest.mark.parametrize("loss", VALUES)
-@pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_second_order_is_the_derivative_of_the_first(kernels, loss, reduction):
-    x, t = operands((5, 30), "float64", seed=4)
-    vx, vt = operands((5, 30), "float64", seed=5)
-    options = {"loss": loss, "param": PARAM, "reduction": reduction}
-    factor = np.float64([1 / x.size]) if reduction == "mean" else np.zeros(0)
-    g = np.float64([0.7]) if reduction == "mean" else np.random.default_rng(6).random(x.shape)
-    h = 1e-6
-    up, down = (
-        {**kernels.pointwise_forward(x + s * vx, t + s * vt, **options),
-         **kernels.pointwise_backward(g, factor, x + s * vx, t + s * vt, **options)}
-        for s in (h, -h)
-    )  # fmt: skip
-    along = kernels.pointwise_second(g, factor, vx, vt, x, t, **options)["loss"]
-    np.testing.assert_allclose(along, (up["loss"] - down["loss"]) / (2 * h), rtol=1e-6, atol=1e-7)
-    hessian = kernels.pointwise_second(g, factor, vx, vt, x, t, gradients=True, **options)
-    for name in ("grad_input", "grad_target"):
-        np.testing.assert_allclose(hessian[name], (up[name] - down[name]) / (2 * h), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(exact(grads[0]), slope, rtol=EPS[dtype], atol=1e-7)
+    smooth = kernels.pointwise_forward([x, t], loss="rmse_loss", params=[EPSILON], row_dims=rows)
+    np.testing.assert_allclose(smooth["loss"], np.sqrt((d**2).mean(axes) + EPSILON), rtol=1e-6)
+    np.testing.assert_allclose(smooth["factor"], 0.5 / d[(0,) * rows].size / smooth["loss"], rtol=1e-6)
 
 
 def placed(array, offset):
@@ -212,14 +350,14 @@ def test_more_than_one_block(kernels):
         runs = []
         for _ in range(2):
             grad[:] = np.nan
-            loss = kernels.pointwise_forward(placed_x, placed_t, loss="l1_loss", grad_input=grad)["loss"]
+            loss = kernels.pointwise_forward([placed_x, placed_t], loss="l1_loss", grads=[grad])["loss"]
             np.testing.assert_allclose(loss, np.abs(exact(x) - exact(t)).mean(), rtol=2e-7)
             np.testing.assert_allclose(grad, sign, rtol=2e-7)
             runs.append(loss.tobytes() + grad.tobytes())
         assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("loss", ("l1_loss", ROOT))
+@pytest.mark.parametrize("loss", ("l1_loss", "rmse_loss"))
 def test_many_blocks_in_any_schedule(kernels, loss):
     """One row of many blocks, rows of several, with mask and weights: the last block to come adds up in order.
 
@@ -233,27 +371,30 @@ def test_many_blocks_in_any_schedule(kernels, loss):
         {},
         {"row_dims": 1},
         {"mask": mask, "weight": w, "weight_denominator": 1.0},
-        {"row_dims": 1, "mask": mask, "grad_target": True},
+        {"row_dims": 1, "mask": mask, "grads": [True, True]},
     ):
-        if loss != ROOT and "row_dims" in options:
+        if loss != "rmse_loss" and "row_dims" in options:
             options = {**options, "reduction": "sum"}
         axes = 1 if "row_dims" in options else None
         d = np.where(options.get("mask", True), exact(x - t), 0)
         factor = np.where(options.get("mask", True), options.get("weight", np.ones_like(x)), 0).astype(np.float64)
-        f = factor * (d**2 if loss == ROOT else np.abs(d))
+        f = factor * (d**2 if loss == "rmse_loss" else np.abs(d))
         want = f.sum(axes) / (1 if options.get("reduction") == "sum" else factor.sum(axes))
-        want = np.sqrt(want) if loss == ROOT else want
+        want = np.sqrt(want) if loss == "rmse_loss" else want
         runs = []
         for seed in (1, 2, 3):
             if hasattr(kernels, "set_seed"):
                 kernels.set_seed(seed)
-            runs.append(kernels.pointwise_forward(x, t, loss=loss, grad_input=True, **options))
+            runs.append(kernels.pointwise_forward([x, t], loss=loss, **{"grads": [True], **options}))
         np.testing.assert_allclose(runs[0]["loss"], want, rtol=3e-7)
-        if loss == ROOT:  # its factor shows that squares and sums are in double; the CPU adds four vectors in float
+        if (
+            loss == "rmse_loss"
+        ):  # its factor shows that squares and sums are in double; the CPU adds four vectors in float
             rtol = 1e-12 if hasattr(kernels, "set_seed") else 1e-8
             np.testing.assert_allclose(runs[0]["factor"], 0.5 / (want * factor.sum(axes)), rtol=rtol)
         for other in runs[1:]:
-            assert all(other[name].tobytes() == value.tobytes() for name, value in runs[0].items())
+            assert all(other[name].tobytes() == runs[0][name].tobytes() for name in ("loss", "factor"))
+            assert [g.tobytes() for g in other["grads"]] == [g.tobytes() for g in runs[0]["grads"]]
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
@@ -261,14 +402,15 @@ def test_many_blocks_in_any_schedule(kernels, loss):
 def test_streaming_takes_every_count(kernels, count, dtype):
     """Tails of vectors, tiles and blocks; forward with gradient and backward alone."""
     x, t = operands((count,), dtype, seed=10)
-    out = kernels.pointwise_forward(x, t, loss="mse_loss", grad_input=True)
+    out = kernels.pointwise_forward([x, t], loss="mse_loss", grads=[True, True])
     d = exact(x) - exact(t)
     np.testing.assert_allclose(out["loss"], (d**2).mean(), rtol=1e-6)
-    again = kernels.pointwise_backward(np.float32([1.0]), out["factor"].reshape(1), x, t, loss="mse_loss")
+    again = kernels.pointwise_backward(np.float32([1.0]), out["factor"].reshape(1), [x, t], loss="mse_loss")
     eps, tiny = 1e-6 + HALF_ULP.get(dtype, 0), 2.0**-25 if dtype == "float16" else 0  # as rounding to nearest asks
-    for grads in (out, again):
+    for grads in (out["grads"], again):
         slope = 2 * (exact(x) - exact(t)) / count
-        np.testing.assert_allclose(exact(grads["grad_input"]), slope, rtol=eps, atol=tiny + 1e-9 / count)
+        np.testing.assert_allclose(exact(grads[0]), slope, rtol=eps, atol=tiny + 1e-9 / count)
+        np.testing.assert_allclose(exact(grads[1]), -slope, rtol=eps, atol=tiny + 1e-9 / count)
 
 
 @pytest.mark.parametrize("shape", ((), (0,), (3, 0), (1, 1, 1)))
@@ -276,7 +418,94 @@ def test_small_shapes(kernels, shape):
     x, t = np.full(shape, 2.0, np.float32), np.full(shape, 0.5, np.float32)
     with np.errstate(invalid="ignore"):
         mean = np.float32(1.5) if x.size else np.nan
-    out = kernels.pointwise_forward(x, t, loss="l1_loss", grad_input=True)
+    out = kernels.pointwise_forward([x, t], loss="l1_loss", grads=[True])
     np.testing.assert_equal(out["loss"], np.asarray(mean, np.float32))
-    assert out["grad_input"].shape == shape
-    assert kernels.pointwise_forward(x, t, loss="l1_loss", reduction="none")["loss"].tolist() == (x - t).tolist()
+    assert out["grads"][0].shape == shape
+    assert kernels.pointwise_forward([x, t], loss="l1_loss", reduction="none")["loss"].tolist() == (x - t).tolist()
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float64"))
+@pytest.mark.parametrize("count", (2047, 2048, 2055, 4096 + 7, 12_289))
+def test_vectors_take_every_count(kernels, count, dtype):
+    """Tails of what the general kernel takes several at a time: values of elements, per-element grad_output, masks."""
+    x, t = operands((count,), dtype, seed=11)
+    rng = np.random.default_rng(12)
+    w, mask, up = (stored(rng.random(count) + 0.5, dtype), rng.random(count) < 0.5, stored(rng.random(count), dtype))
+    d, m = exact(x) - exact(t), exact(w) * mask
+    options = {"loss": "mse_loss", "reduction": "none"}
+    for more, factor in (({}, 1), ({"weight": w}, exact(w)), ({"mask": mask}, mask), ({"weight": w, "mask": mask}, m)):
+        np.testing.assert_allclose(
+            kernels.pointwise_forward([x, t], **options, **more)["loss"], factor * d**2, rtol=1e-6, atol=1e-30
+        )
+        grads = kernels.pointwise_backward(up, np.zeros(0), [x, t], **options, **more)
+        want = 2 * exact(up) * factor * d
+        np.testing.assert_allclose(exact(grads[0]), want, rtol=1e-6 + HALF_ULP.get(dtype, 0), atol=1e-30)
+        np.testing.assert_allclose(exact(grads[1]), -want, rtol=1e-6 + HALF_ULP.get(dtype, 0), atol=1e-30)
+
+
+def contiguous(sizes):
+    return [int(np.prod(sizes[k + 1 :])) for k in range(len(sizes))]
+
+
+def test_policy_by_sweeps(kernels):
+    """Which CUDA kernel takes a call, over shapes, layouts and dtypes; and that every element has a thread."""
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(3000):
+        dim = int(rng.integers(1, 4))
+        sizes = [int(2 ** rng.uniform(0, 26 / dim)) + int(rng.integers(0, 2)) for _ in range(dim)]
+        row_dims, is_backward = int(rng.integers(0, dim + 1)) * int(rng.integers(0, 2)), bool(rng.integers(0, 2))
+        dtype, reduction = rng.choice(DTYPES), rng.choice(("mean", "none", "sum"))
+        offsets = [int(o) for o in rng.choice((0, 0, 0, 16, 8, 4), 3)]
+        others = rng.choice(("same", "same", "class", "other dtype"), 2)
+
+        def layout(kind, offset, sizes=sizes, dtype=dtype):
+            strides = contiguous(sizes)
+            if kind == "class":
+                strides = [0] * (len(sizes) - 1) + [1]
+            return ("float32" if kind == "other dtype" and dtype != "float32" else dtype, strides, offset)
+
+        operands = [layout("same", offsets[0]), layout(others[0], offsets[1])]
+        if rng.random() < 0.3:
+            operands.append(layout(others[1], 0))
+        grads = [layout("same", offsets[2])] if rng.random() < 0.5 else []
+        weight, mask = rng.random(2) < 0.2
+        sums = int(rng.integers(1, 5))
+        c = kernels.pointwise_config(sizes, operands, grads=grads, weight=weight, mask=mask, reduction=reduction,
+                                     row_dims=row_dims, sums=sums, is_backward=is_backward)  # fmt: skip
+        rows = int(np.prod(sizes[:row_dims]))
+        cols = int(np.prod(sizes[row_dims:]))
+        dense = [o for o in (*operands, *grads) if o[1] == contiguous(sizes) or len(sizes) == 1 or np.prod(sizes) == 1]
+        plain = (
+            rows == 1 and reduction != "none" and not (weight or mask) and len(operands) == 2 and dtype != "float64"
+            and len(dense) == len(operands) + len(grads) and len({o[0] for o in dense}) == 1
+            and all(o[2] % 16 == 0 for o in dense)
+        )  # fmt: skip
+        if plain:
+            assert c["regime"] == "streaming"
+            assert c["wide"] == all(o[2] % 32 == 0 for o in dense)
+        elif c["regime"] == "streaming":  # axes of size 1 may have any stride
+            assert 1 in sizes
+        else:
+            assert c["regime"] == ("general, by vectors" if cols >= 2048 else "general, by elements")
+        seen.add(c["regime"])
+        assert 1 <= c["parts"] <= 2048 and c["grid"] == min(rows * c["parts"], 2**15)
+        assert c["parts"] == 1 or (rows * c["parts"] <= 2048 + rows and cols > 4 * 2048)
+        sums_up = not is_backward and reduction != "none" and c["parts"] > 1
+        counters = (rows * 4 + 15) // 16 * 16
+        assert c["workspace_bytes"] == (counters + 8 * (sums + 1) * rows * c["parts"] if sums_up else 0)
+    assert len(seen) == 3
+
+
+def test_plain_calls_stream(kernels):
+    if not hasattr(kernels, "regime"):
+        pytest.skip("of the CUDA kernels")
+    x, t = operands((3, 4096), "bfloat16")
+    kernels.pointwise_forward([x, t], loss="mse_loss", grads=[True, True])
+    assert kernels.regime() == "streaming"
+    per_class, mask = np.broadcast_to(t[:1], x.shape), np.ones(x.shape, bool)
+    for more in ({"mask": mask}, {"weight": per_class}, {"row_dims": 1, "reduction": "sum"}, {"reduction": "none"}):
+        kernels.pointwise_forward([x, t], loss="mse_loss", **more)
+        assert kernels.regime() == "general, by vectors"
+    kernels.pointwise_forward([x, t, per_class], **named(("binary_cross_entropy_with_logits", 0.0)))
+    assert kernels.regime() == "general, by vectors"

@@ -23,13 +23,21 @@ from .. import _arguments, formulas
 from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, loop_vmap, ops
 
-NUMBERS: dict[str, int] = {name: i for i, name in enumerate(ops.pointwise_losses().split())}
-NAMES = list(NUMBERS)
-PARAMETERS = [0, 0, 0, 1, 1, 1, 0, 1, 1]
-SUMS = [1] * 9
+
+class _Kind(NamedTuple):
+    name: str
+    operands: int
+    sums: int
+    parameters: int
+
+
+# The losses of losses.h, in the order of their numbers.
+KINDS = [
+    _Kind(name, *map(int, counts)) for name, *counts in (kind.split(":") for kind in ops.pointwise_losses().split())
+]
+NUMBERS = {kind.name: i for i, kind in enumerate(KINDS)}
 OPERANDS, MAX_DIMS = 4, 24
 _CACHED = 1 << 20  # elements
-_NO_OPERANDS = (None,) * (OPERANDS - 2)
 
 
 class Options(NamedTuple):
@@ -46,12 +54,13 @@ class Options(NamedTuple):
     p3: float = 0.0
 
 
-def _call(op: Any, before: Sequence[Any], tensors: Tensors, o: Options, flags: int = 0, saved: Any = ()) -> Any:
-    operands = (*tensors[:2], *tensors[4:])
-    rest = (o.loss, o.p0, o.reduction, o.row_dims, o.weight_denominator, o.loss_dtype, flags)
-    results = op(*before, *operands, *saved, *rest)
-    first, grads = results[:-2], results[-2:]
-    return (*first, *(g for i, g in enumerate(grads) if flags >> i & 1))
+def _parameters(o: Options) -> list[float]:
+    return list(o[5 : 5 + KINDS[o.loss].parameters])
+
+
+def _call(op: Any, *tensors: Any, o: Options, flags: int = 0) -> Any:
+    rest = o.reduction, o.row_dims, o.weight_denominator, o.loss_dtype, flags
+    return op(*tensors, o.loss, _parameters(o), *rest)
 
 
 class _Pointwise(Rules):
@@ -60,28 +69,28 @@ class _Pointwise(Rules):
     name, tensors, wants, options = "pointwise", OPERANDS + 2, OPERANDS + 1, Options
 
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
-        return (_call(ops.pointwise_forward, (), tensors, o)[0],)
+        return (_call(ops.pointwise_value, *tensors, o=o),)
 
     def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
-        loss, factor, *grads = _call(ops.pointwise_forward, (), tensors, o, _flags(needs))
+        loss, factor, grads = _call(ops.pointwise_forward, *tensors, o=o, flags=_flags(needs))
         # The factor is in the gradient already where it is known beforehand.
         known = o.reduction == SUM or (tensors[-1] is None and o.weight_denominator == 0)
-        scale = None if known and formulas.FORMULAS[NAMES[o.loss]].finish is None else factor
+        scale = None if known and formulas.FORMULAS[KINDS[o.loss].name].finish is None else factor
         return Outcome(loss, factor, _placed(grads, needs), scale=scale)
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         grads: Sequence[Any] = ()
         if flags := _flags(needs):
             g = grad_output if o.reduction == NONE else grad_output.contiguous()
-            grads = _call(ops.pointwise_backward, (g,), tensors, o, flags, saved=(saved,))
+            grads = _call(ops.pointwise_backward, g, *tensors, saved, o=o, flags=flags)
         *operands, weight = _placed(grads, needs)
         if needs[OPERANDS]:
             weight = self.gradients(grad_output, tensors, o, [False] * OPERANDS + [True])[OPERANDS]
         return (*operands, weight)
 
     def formula(self, tensors: Tensors, o: Options) -> Tensor:
-        formula = formulas.FORMULAS[NAMES[o.loss]]
-        return formulas.pointwise(formula, tensors, o[5 : 5 + PARAMETERS[o.loss]], o)
+        formula = formulas.FORMULAS[KINDS[o.loss].name]
+        return formulas.pointwise(formula, tensors, dict(zip(formula.parameters, _parameters(o), strict=True)), o)
 
     def fusable(self, tensors: Tensors, o: Options) -> bool:
         weight = tensors[OPERANDS]
@@ -90,7 +99,14 @@ class _Pointwise(Rules):
         if weight is not None and weight.requires_grad:
             return False
         # What is still in the cache is read again sooner than a gradient is scaled; both move as many bytes.
-        return formulas.FORMULAS[NAMES[o.loss]].finish is None or (SUMS[o.loss] == 1 and tensors[0].numel() > _CACHED)
+        finishes = formulas.FORMULAS[KINDS[o.loss].name].finish is not None
+        return not finishes or (KINDS[o.loss].sums == 1 and tensors[0].numel() > _CACHED)
+
+    def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
+        return str(_call(ops.pointwise_regime, *tensors, o=o))
+
+    def gradient_bytes(self, tensors: Tensors, o: Options, needs: Needs) -> int:
+        return super().gradient_bytes(tensors, o, needs[:OPERANDS])  # the weight's is composed
 
     def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
         forward, backward = super().operators(path, o, needs)
@@ -119,43 +135,44 @@ def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device)
 
 
-class _OldOptions(NamedTuple):
-    loss: int
-    param: float
+# The operators' options beside the parameters, in their order.
+class _Rest(NamedTuple):
     reduction: int
     row_dims: int
     weight_denominator: float
     loss_dtype: int
-    flags: int = 0
+    flags: int
 
 
-def _fake_loss(input: Tensor, o: Any) -> Tensor:
+def _fake_loss(input: Tensor, o: _Rest) -> Tensor:
     if o.reduction == NONE:
         return _like(input, DTYPES[o.loss_dtype])
     return input.new_empty(input.shape[: o.row_dims], dtype=DTYPES[o.loss_dtype])
 
 
-def _fake_grads(input: Tensor, target: Tensor, o: Any) -> tuple[Tensor, Tensor]:
-    nothing = [0]
-    return (
-        _like(input) if o.flags & 1 else input.new_empty(nothing, dtype=torch.float32),
-        _like(target) if o.flags & 2 else input.new_empty(nothing, dtype=torch.float32),
-    )
+def _fake_grads(operands: Sequence[Any], flags: int) -> list[Tensor]:
+    return [_like(t) for k, t in enumerate(operands) if flags >> k & 1]
+
+
+@torch.library.register_fake("fastloss::pointwise_value")
+def _(*args: Any) -> Any:
+    return _fake_loss(args[0], _Rest(*args[8:]))
 
 
 @torch.library.register_fake("fastloss::pointwise_forward")
-def _(input: Any, target: Any, weight: Any, mask: Any, *options: Any) -> Any:
-    o = _OldOptions(*options)
-    rows = [0] if o.reduction == NONE else input.shape[: o.row_dims]
-    return (_fake_loss(input, o), input.new_empty(rows, dtype=torch.float64), *_fake_grads(input, target, o))
+def _(*args: Any) -> Any:
+    input, loss, o = args[0], args[6], _Rest(*args[8:])
+    sums = [KINDS[loss].sums] if KINDS[loss].sums > 1 else []
+    factors = [0] if o.reduction == NONE else [*input.shape[: o.row_dims], *sums]
+    return _fake_loss(input, o), input.new_empty(factors, dtype=torch.float64), _fake_grads(args[:OPERANDS], o.flags)
 
 
 @torch.library.register_fake("fastloss::pointwise_backward")
-def _(grad_output: Any, input: Any, target: Any, weight: Any, mask: Any, factor: Any, *options: Any) -> Any:
-    return _fake_grads(input, target, _OldOptions(*options))
+def _(grad_output: Any, *args: Any) -> Any:
+    return _fake_grads(args[:OPERANDS], args[-1])
 
 
-for _name in ("forward", "backward"):
+for _name in ("value", "forward", "backward"):
     torch.library.register_vmap(f"fastloss::pointwise_{_name}", loop_vmap(getattr(ops, f"pointwise_{_name}")))
 
 _engine = Engine(_Pointwise())
@@ -191,7 +208,7 @@ class Operands(NamedTuple):
     further: tuple[Tensor, ...] = ()  # operands beside input and target
 
 
-def _require(name: str, value: Any, function: str) -> None:
+def require(function: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):  # torch's losses call size() of it: numpy's arrays have one that is no function
         kind = TypeError if hasattr(value, "size") else AttributeError
         raise kind(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
@@ -208,7 +225,7 @@ def _expand(function: str, name: str, t: Tensor, shape: torch.Size) -> Tensor:
         ) from None
 
 
-def _sample_weight(function: str, sample_weight: Tensor, shape: torch.Size) -> Tensor:
+def per_sample(function: str, sample_weight: Tensor, shape: torch.Size) -> Tensor:
     if not sample_weight.is_floating_point() or sample_weight.dtype not in DTYPE_CODES:
         raise RuntimeError(f"{function}(): sample_weight must be floating point, got {sample_weight.dtype}")
     if sample_weight.shape != shape[:1]:
@@ -222,6 +239,13 @@ def _sample_weight(function: str, sample_weight: Tensor, shape: torch.Size) -> T
             "reduction='none' and multiply"
         )
     return sample_weight.view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else sample_weight
+
+
+def expanded_mask(function: str, mask: Tensor, shape: torch.Size) -> Tensor:
+    """The mask in the loss's shape."""
+    if mask.dtype is not torch.bool:
+        raise RuntimeError(f"{function}(): mask must be a boolean tensor (True: counts), got {mask.dtype}")
+    return _expand(function, "mask", mask, shape)
 
 
 def is_plain(input: Any, target: Any) -> bool:
@@ -258,11 +282,11 @@ def check(
     and does not. ``mean_counts``: 'mean' divides by the count whatever the weights. ``keeps_input_dtype``: the loss has
     the input's dtype instead of the promoted one.
     """
-    _require("target", target, function)
-    _require("input", input, function)
+    require(function, "target", target)
+    require(function, "input", input)
     for name, t in (("weight", weight), ("sample_weight", sample_weight), ("mask", mask)):
         if t is not None:
-            _require(name, t, function)
+            require(function, name, t)
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -337,13 +361,11 @@ def check(
             code = SUM if code == MEAN and weight.numel() and not input.numel() else code  # 0 over that sum
         weight = _expand(function, "weight", weight, shape)
     if sample_weight is not None:
-        per_sample = _sample_weight(function, sample_weight, shape)
-        weight = per_sample if weight is None else weight * per_sample
+        by_sample = per_sample(function, sample_weight, shape)
+        weight = by_sample if weight is None else weight * by_sample
         denominator = denominator or 1.0
     if mask is not None:
-        if mask.dtype is not torch.bool:
-            raise RuntimeError(f"{function}(): mask must be a boolean tensor (True: counts), got {mask.dtype}")
-        mask = _expand(function, "mask", mask, shape)
+        mask = expanded_mask(function, mask, shape)
     if code != MEAN or mean_counts:
         denominator = 0.0
     if input.dim() > MAX_DIMS:  # merge what would be merged anyway, at the cost of a copy
@@ -357,7 +379,8 @@ def check(
 
 def run_checked(x: Operands, loss: str, params: Sequence[float] = (), row_dims: int = 0) -> Tensor:
     """The loss of checked operands."""
-    tensors = (x.input, x.target, *x.further, *_NO_OPERANDS[len(x.further) :], x.weight, x.mask)
+    absent = (None,) * (OPERANDS - 2 - len(x.further))
+    tensors = (x.input, x.target, *x.further, *absent, x.weight, x.mask)
     return run(tensors, loss, params, x.reduction, x.dtype, row_dims, x.weight_denominator)
 
 

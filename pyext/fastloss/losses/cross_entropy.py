@@ -15,10 +15,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
-from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, loop_vmap, ops
+from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, loop_vmap, ops
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
 
+# Numbers of the row maps; 0 is none.
+ROW_MAPS = {"focal": 1}
 # The other bits of `flags`, as in cross_entropy_torch.cpp.
 SAVE, GRAD, STATS = 1, 2, 16
 
@@ -32,11 +34,13 @@ class CrossEntropyStats(NamedTuple):
         argmax: predicted class, int64, shape of an index target.
         accuracy: share of the counted targets that were predicted right, float32, shape (). For probability targets the
             wanted class is their arg-max.
+        entropy: of each row's softmax, ``-sum_c p_c log p_c``, in the shape and dtype of lse.
     """
 
     lse: Tensor
     argmax: Tensor
     accuracy: Tensor
+    entropy: Tensor
 
 
 class Options(NamedTuple):
@@ -112,9 +116,15 @@ class _CrossEntropy(Rules):
         others = target.requires_grad or (weight is not None and weight.requires_grad)
         return o.reduction != NONE and logits.requires_grad and not others
 
-    def regime(self, tensors: Tensors, o: Options, grads: bool) -> str:
+    def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
         transform = o.softcap, o.logit_scale
-        return ops.cross_entropy_regime(*tensors[:2], o.label_smoothing, *transform, o.flags | (GRAD if grads else 0))
+        return ops.cross_entropy_regime(
+            *tensors[:2], o.label_smoothing, *transform, o.flags | (GRAD if path in (Path.FUSED, Path.IN_PLACE) else 0)
+        )
+
+    def gradient_bytes(self, tensors: Tensors, o: Options, needs: Needs) -> int:
+        by_weight = tensors[0].numel() * tensors[2].element_size() if needs[2] else 0  # before its sum over the rows
+        return super().gradient_bytes(tensors, o, needs[:2]) + by_weight
 
     def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
         stats = "_stats" if o.flags & STATS else ""
@@ -199,7 +209,263 @@ for _name in ("forward", "forward_stats", "backward", "target_backward"):
 _engine = Engine(_CrossEntropy(), stats=3)
 
 
-# ----------------------------------------------------------------------------------------------------- function, module
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+class Given(NamedTuple):
+    """What a user may pass beside input and target, under the names of :func:`cross_entropy`."""
+
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    sample_weight: Tensor | None = None
+    normalizer: Tensor | float | None = None
+    class_dim: int | None = None
+    all_ignored: str = "nan"
+    zero_times_inf: str = "nan"
+    return_stats: bool = False
+    inplace_grad: bool = False
+    grad_in_forward: bool | None = None
+
+
+# Of a call that leaves everything but the reduction at its default.
+_USUAL_OPTIONS = {
+    (reduction, dtype): Options(code, DTYPE_CODES[dtype])
+    for reduction, code in REDUCTIONS.items()
+    for dtype in (torch.float32, torch.float64)
+}
+
+
+def _is_plain(input: Any, target: Any) -> bool:
+    """Whether :func:`run` would find nothing to say or do about them: the common call, for the sake of small inputs."""
+    return (
+        type(input) is Tensor
+        and type(target) is Tensor
+        and input.is_cpu
+        and target.is_cpu
+        and (input.dtype is torch.float32 or input.dtype is torch.float64)
+        and target.dtype is torch.int64
+        and input.dim() == 2
+        and target.dim() == 1
+        and input.layout is target.layout is torch.strided
+        and input.shape[0] == target.shape[0] != 0 != input.shape[1]
+    )
+
+
+def _checked_options(function: str, g: Given) -> Given:
+    """Numbers as numbers, in their ranges."""
+    as_float = _arguments.as_float
+    label_smoothing = as_float(function, "label_smoothing", g.label_smoothing)
+    z_loss, logit_scale = as_float(function, "z_loss", g.z_loss), as_float(function, "logit_scale", g.logit_scale)
+    softcap = None if g.softcap is None else as_float(function, "softcap", g.softcap)
+    class_dim = None if g.class_dim is None else _arguments.as_int(function, "class_dim", g.class_dim)
+    if label_smoothing != label_smoothing:  # torch takes nan for none
+        label_smoothing = 0.0
+    if label_smoothing < 0.0 or label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if g.all_ignored not in ("nan", "zero"):
+        raise ValueError(f"all_ignored must be 'nan' or 'zero', got {g.all_ignored!r}")
+    if g.zero_times_inf not in ("nan", "zero"):
+        raise ValueError(f"zero_times_inf must be 'nan' or 'zero', got {g.zero_times_inf!r}")
+    return g._replace(
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+        class_dim=class_dim,
+    )
+
+
+def _classes_second(input: Tensor, target: Tensor, soft: bool, class_dim: int | None) -> tuple[Tensor, Tensor]:
+    """The classes brought to dimension 1 of [N, C, ...]."""
+    if class_dim is None or (class_dim == 1 and input.dim() != 1):
+        return input, target
+    if not -input.dim() <= class_dim < input.dim():
+        raise IndexError(f"Dimension out of range: class_dim is {class_dim}, but input has {input.dim()} dimensions")
+    if input.dim() == 1:
+        return input, target
+    return input.movedim(class_dim, 1), target.movedim(class_dim, 1) if soft else target
+
+
+def _checked_weight(function: str, weight: Tensor, input: Tensor, soft: bool, label_smoothing: float) -> Tensor:
+    if soft and not weight.is_floating_point() and not weight.is_complex():
+        weight = weight.to(input.dtype)  # as torch, whose product promotes
+    spatial = not soft and input.dim() > 2 and label_smoothing == 0
+    prefix = f"{function}: " if soft else ""
+    _rowwise.check_weight(weight, input.shape[1], function, prefix, any_shape=spatial)
+    if not soft and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}(): not differentiable with respect to argument 'weight' for class-index targets. This input "
+            "cannot have requires_grad True; pass weight.detach()"
+        )
+    return weight
+
+
+def _checked_sample_weight(function: str, sample_weight: Tensor, input: Tensor) -> Tensor:
+    if not sample_weight.is_floating_point():
+        raise RuntimeError(f"{function}(): sample_weight must be floating point, got {sample_weight.dtype}")
+    if list(sample_weight.shape) != _rowwise.row_shape(input):
+        raise ValueError(
+            f"{function}(): sample_weight needs one weight per target, shape {_rowwise.row_shape(input)}, but got "
+            f"{list(sample_weight.shape)}"
+        )
+    if sample_weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}(): not differentiable with respect to argument 'sample_weight'; pass it detached, or use "
+            "reduction='none' and multiply"
+        )
+    return sample_weight.to(accum_dtype(input.dtype)).contiguous()
+
+
+def checked_normalizer(function: str, normalizer: Any, reduction: int, device: torch.device) -> Tensor:
+    """As the operators take it: float64, no dimensions, on the device of the logits."""
+    if reduction != MEAN:
+        raise ValueError(f"{function}(): normalizer is what reduction='mean' divides by; leave it out elsewhere")
+    if not isinstance(normalizer, Tensor) or (normalizer.is_cpu and device.type != "cpu"):
+        number = normalizer.item() if isinstance(normalizer, Tensor) and normalizer.numel() == 1 else normalizer
+        value = _arguments.as_float(function, "normalizer", number)
+        if not value >= 0:
+            raise ValueError(f"{function}(): normalizer must not be negative, got {value}")
+        return torch.full((), value, dtype=torch.float64, device=device)
+    if normalizer.numel() != 1 or normalizer.is_complex():
+        raise ValueError(
+            f"{function}(): normalizer must be one real number, got a tensor of shape {list(normalizer.shape)} and "
+            f"dtype {normalizer.dtype}"
+        )
+    if normalizer.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{function}(): not differentiable with respect to argument 'normalizer'; pass it detached")
+    if normalizer.device != device:
+        raise RuntimeError(
+            f"{function}(): Expected all tensors to be on the same device, but input is on {device} and normalizer is "
+            f"on {normalizer.device}; move one with .to()"
+        )
+    return normalizer.detach().reshape(()).to(torch.float64)
+
+
+def _check_in_place(function: str, input: Tensor, given: Tensor) -> None:
+    if any(t is not None and t.is_leaf and t.requires_grad for t in (given, given._base)):
+        raise RuntimeError(
+            f"{function}(inplace_grad=True): input is a leaf that requires grad, or a view of one, and its memory "
+            "cannot become its own gradient. inplace_grad is for logits that a model computed."
+        )
+    if not _arguments.is_dense(input):
+        raise RuntimeError(
+            f"{function}(inplace_grad=True): elements of input share memory (an expanded tensor?) or do not fill it; "
+            "pass input.contiguous()"
+        )
+
+
+def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
+    """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says."""
+    red = _arguments.reduction_code(g.reduction)
+    weight, sample_weight = g.weight, g.sample_weight
+    _arguments.require_tensor("input", input, function)
+    _arguments.require_tensor("target", target, function)
+    for name, t in (("weight", weight), ("sample_weight", sample_weight)):
+        if t is not None:
+            _arguments.require_tensor(name, t, function)
+    given = input
+    soft = input.shape == target.shape
+    if soft and target.layout is not torch.strided and target.is_floating_point():
+        target = target.to_dense()
+    ignore_index = _arguments.as_int(function, "ignore_index", g.ignore_index)
+    # Ranges are looked at after kinds and devices, as torch does.
+    _arguments.require_supported_tensors(function, input, target, weight, sample_weight)
+    others = ("target", target), ("weight", weight), ("sample_weight", sample_weight)
+    _arguments.require_same_device(function, ("input", input), *others)
+    input, target = _classes_second(input, target, soft, _class_dim(function, g.class_dim))
+    if soft:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"Expected floating point type for target with class probabilities, got {target.dtype}: target has the "
+                f"shape of the input, {list(input.shape)}; class indices need {[*input.shape[:1], *input.shape[2:]]}"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(
+                f"ignore_index is not supported for floating point target, got ignore_index={ignore_index}; give the "
+                "rows to leave out a sample_weight of 0"
+            )
+    if input.dim() == 0:
+        raise IndexError("Dimension specified as 1 but tensor has no dimensions: input needs shape (C), (N, C) or more")
+    g = _checked_options(function, g)
+    _rowwise.check_logits_dtype(input, function)
+
+    single = input.dim() == 1
+    if single:
+        if not soft:
+            _rowwise.check_single_target(target, function)
+        single_shape = target.shape if not soft else ()
+        input = input.unsqueeze(0)
+        target = target.unsqueeze(0) if soft else target.reshape(1)
+        if sample_weight is not None and sample_weight.numel() == 1:
+            sample_weight = sample_weight.reshape(1)
+    loss_dtype = input.dtype
+    if soft:
+        loss_dtype = torch.promote_types(input.dtype, target.dtype)
+        if target.dtype not in DTYPE_CODES:
+            raise NotImplementedError(f"{function}(): probabilities of dtype {target.dtype} are not supported")
+    else:
+        _rowwise.check_index_shapes(input, target, function)
+        _rowwise.check_index_dtype(target, function)
+        target = _rowwise.index_target(target)
+    if weight is not None:
+        weight = _checked_weight(function, weight, input, soft, g.label_smoothing)
+        if soft:
+            loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
+        weight = weight.to(accum_dtype(input.dtype)).flatten().contiguous()
+    if input.shape[1] == 0 and soft:  # nothing to sum over: 0, and 0 / 0 for the mean
+        if g.return_stats:
+            raise ValueError(f"{function}(return_stats=True): there is no arg-max over no classes; input has 0 classes")
+        empty = (input.sum(1) + target.sum(1)).to(loss_dtype)
+        if red != NONE:
+            empty = empty.sum() * (float("nan") if red == MEAN else 1.0)
+        return empty.reshape(()) if single else empty
+    if sample_weight is not None:
+        sample_weight = _checked_sample_weight(function, sample_weight, input)
+    normalizer = None if g.normalizer is None else checked_normalizer(function, g.normalizer, red, input.device)
+    if g.inplace_grad and input.requires_grad and torch.is_grad_enabled():
+        _check_in_place(function, input, given)
+
+    # torch's CUDA kernel gives 0 for a single ignored target, its CPU kernel nan.
+    all_ignored_zero = g.all_ignored == "zero" or (single and not soft and input.is_cuda)
+    flags = ALL_IGNORED_ZERO * all_ignored_zero + ZERO_TIMES_INF * (g.zero_times_inf == "zero")
+    options = Options(
+        red,
+        DTYPE_CODES[_arguments.autocast_dtype(loss_dtype, input.device)],
+        ignore_index,
+        g.label_smoothing,
+        g.z_loss,
+        g.softcap or 0.0,
+        g.logit_scale,
+        row_map,
+        map_a,
+        flags=flags + STATS * bool(g.return_stats),
+    )
+    tensors = (input, target, weight, sample_weight, normalizer)
+    loss, *stats = _engine(
+        tensors, options, in_forward=g.grad_in_forward, in_place=g.inplace_grad, stats=g.return_stats
+    )
+    if errors.immediate_errors() and input.is_cuda:
+        errors.check_errors()
+    if single:
+        loss = loss.reshape(())
+        stats = [s.reshape(single_shape) for s in stats]
+    return (loss, CrossEntropyStats(*stats)) if g.return_stats else loss
+
+
+def _class_dim(function: str, class_dim: Any) -> int | None:
+    return None if class_dim is None else _arguments.as_int(function, "class_dim", class_dim)
+
+
+# ------------------------------------------------------------------------------------------------- function, module
 
 
 def cross_entropy(
@@ -216,6 +482,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     class_dim: int | None = None,
     all_ignored: Literal["nan", "zero"] = "nan",
     zero_times_inf: Literal["nan", "zero"] = "nan",
@@ -231,7 +498,7 @@ def cross_entropy(
 
     Args:
         input: logits, shape (C), (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16. Strides may be
-            anything; with two or more spatial dimensions neither contiguous nor channels-last it is copied.
+            anything; what the kernels cannot walk (more than two axes of rows that do not merge) is copied.
         target: class indices of shape (), (N) or (N, d1, ..., dK) and any integer dtype, or class probabilities of the
             input's shape and any floating dtype; sparse ones are made dense.
         weight: weight of each class, shape (C), any floating dtype. Differentiable with probability targets.
@@ -247,10 +514,14 @@ def cross_entropy(
         sample_weight: weight of each target, in the shape of an index target, any floating dtype, no gradient. It
             multiplies the row's loss; ``'mean'`` divides by the sum of ``sample_weight * weight[target]``
             (``sample_weight`` alone for probabilities).
+        normalizer: what ``'mean'`` divides by instead, a number or a tensor of one element, no gradient; a tensor stays
+            on its device, nothing synchronises. With the count of targets of all micro-batches of a step (what
+            transformers calls num_items_in_batch), gradients accumulated over these are those of the whole batch.
         class_dim: dimension of the classes, if not 1 (0 for a 1-D input).
         all_ignored: mean over no counted target: ``'nan'`` as torch, or ``'zero'``.
         zero_times_inf: what weight or probability 0 times a logit of -inf gives: ``'nan'`` as torch, or ``'zero'``.
-        return_stats: also return :class:`CrossEntropyStats` (log-sum-exp, arg-max, accuracy) from the same read.
+        return_stats: also return :class:`CrossEntropyStats` (log-sum-exp, arg-max, accuracy, entropy), from the same
+            read.
         inplace_grad: let the gradient take the memory of ``input`` (scalar reductions): half the peak memory. The
             logits are overwritten in forward; any other use of them in backward then raises. Has no effect when
             no gradient is wanted or under torch.compile and torch.func.
@@ -270,183 +541,44 @@ def cross_entropy(
 
     Accumulates in float32 (float64 for float64) and rounds once; results are the same bit for bit from run to run and
     whatever the number of threads.
+
+    Example, the mean over two micro-batches::
+
+        >>> counted = (targets != -100).sum()
+        >>> for x, t in zip(model(inputs).chunk(2), targets.chunk(2)):
+        ...     fastloss.cross_entropy(x, t, normalizer=counted).backward()
     """
     if has_torch_function_variadic(input, target, weight, sample_weight):
-        return handle_torch_function(
-            cross_entropy,
-            (input, target, weight, sample_weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            ignore_index=ignore_index,
-            reduce=reduce,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            sample_weight=sample_weight,
-            class_dim=class_dim,
-            all_ignored=all_ignored,
-            zero_times_inf=zero_times_inf,
-            return_stats=return_stats,
-            inplace_grad=inplace_grad,
-            grad_in_forward=grad_in_forward,
-        )
+        options = {name: value for name, value in locals().items() if name not in ("input", "target")}
+        return handle_torch_function(cross_entropy, (input, target, weight, sample_weight), input, target, **options)
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
-    red = _arguments.reduction_code(reduction)
-
-    _arguments.require_tensor("input", input, "cross_entropy")
-    _arguments.require_tensor("target", target, "cross_entropy")
-    if weight is not None:
-        _arguments.require_tensor("weight", weight, "cross_entropy")
-    if sample_weight is not None:
-        _arguments.require_tensor("sample_weight", sample_weight, "cross_entropy")
-    given = input
-    soft = input.shape == target.shape
-    if soft and target.layout is not torch.strided and target.is_floating_point():
-        target = target.to_dense()
-    ignore_index = _arguments.as_int("cross_entropy", "ignore_index", ignore_index)
-    label_smoothing = _arguments.as_float("cross_entropy", "label_smoothing", label_smoothing)
-    z_loss = _arguments.as_float("cross_entropy", "z_loss", z_loss)
-    logit_scale = _arguments.as_float("cross_entropy", "logit_scale", logit_scale)
-    softcap = None if softcap is None else _arguments.as_float("cross_entropy", "softcap", softcap)
-    _arguments.require_supported_tensors("cross_entropy", input, target, weight, sample_weight)
-    _arguments.require_same_device(
-        "cross_entropy", ("input", input), ("target", target), ("weight", weight), ("sample_weight", sample_weight)
-    )
-
-    # Bring the classes to dimension 1 of [N, C, ...].
-    class_dim = None if class_dim is None else _arguments.as_int("cross_entropy", "class_dim", class_dim)
-    if class_dim is not None and (class_dim != 1 or input.dim() == 1):
-        if not -input.dim() <= class_dim < input.dim():
-            raise IndexError(
-                f"Dimension out of range: class_dim is {class_dim}, but input has {input.dim()} dimensions"
-            )
-        if input.dim() > 1:
-            input = input.movedim(class_dim, 1)
-            target = target.movedim(class_dim, 1) if soft else target
-    if soft:
-        if not target.is_floating_point():
-            raise RuntimeError(
-                f"Expected floating point type for target with class probabilities, got {target.dtype}: target has the "
-                f"shape of the input, {list(input.shape)}; class indices need {[*input.shape[:1], *input.shape[2:]]}"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError(
-                f"ignore_index is not supported for floating point target, got ignore_index={ignore_index}; give the "
-                "rows to leave out a sample_weight of 0"
-            )
-    if input.dim() == 0:
-        raise IndexError("Dimension specified as 1 but tensor has no dimensions: input needs shape (C), (N, C) or more")
-    if label_smoothing != label_smoothing:  # torch takes nan for none
-        label_smoothing = 0.0
-    if label_smoothing < 0.0 or label_smoothing > 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if all_ignored not in ("nan", "zero"):
-        raise ValueError(f"all_ignored must be 'nan' or 'zero', got {all_ignored!r}")
-    if zero_times_inf not in ("nan", "zero"):
-        raise ValueError(f"zero_times_inf must be 'nan' or 'zero', got {zero_times_inf!r}")
-    _rowwise.check_logits_dtype(input, "cross_entropy")
-
-    single = input.dim() == 1
-    if single:
-        if not soft:
-            _rowwise.check_single_target(target, "cross_entropy")
-        single_shape = target.shape if not soft else ()
-        input = input.unsqueeze(0)
-        target = target.unsqueeze(0) if soft else target.reshape(1)
-        if sample_weight is not None and sample_weight.numel() == 1:
-            sample_weight = sample_weight.reshape(1)
-    classes = input.shape[1]
-    if soft:
-        loss_dtype = torch.promote_types(input.dtype, target.dtype)
-        if target.dtype not in DTYPE_CODES:
-            raise NotImplementedError(f"cross_entropy(): probabilities of dtype {target.dtype} are not supported")
-        if not _rowwise.mergeable(input, target):
-            input, target = input.contiguous(), target.contiguous()
-    else:
-        _rowwise.check_index_shapes(input, target, "cross_entropy")
-        _rowwise.check_index_dtype(target, "cross_entropy")
-        loss_dtype = input.dtype
-        target = _rowwise.index_target(target)
-        if not _rowwise.mergeable(input):
-            input = input.contiguous()
-    accum = accum_dtype(input.dtype)
-    if weight is not None:
-        if soft and not weight.is_floating_point() and not weight.is_complex():
-            weight = weight.to(input.dtype)  # as torch, whose product promotes
-        spatial = not soft and input.dim() > 2 and label_smoothing == 0
-        _rowwise.check_weight(weight, classes, "cross_entropy", "cross_entropy: " if soft else "", any_shape=spatial)
-        if soft:
-            loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
-        elif weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "cross_entropy(): not differentiable with respect to argument 'weight' for class-index targets. This "
-                "input cannot have requires_grad True; pass weight.detach()"
-            )
-        weight = weight.to(accum).flatten().contiguous()
-    if classes == 0 and soft:  # nothing to sum over: 0, and 0 / 0 for the mean
-        empty = (input.sum(1) + target.sum(1)).to(loss_dtype)
-        if red != NONE:
-            empty = empty.sum() * (float("nan") if red == MEAN else 1.0)
-        if not return_stats:
-            return empty.reshape(()) if single else empty
-        raise ValueError("cross_entropy(return_stats=True): there is no arg-max over no classes; input has 0 classes")
-    if sample_weight is not None:
-        if not sample_weight.is_floating_point():
-            raise RuntimeError(f"cross_entropy(): sample_weight must be floating point, got {sample_weight.dtype}")
-        if list(sample_weight.shape) != _rowwise.row_shape(input):
-            raise ValueError(
-                f"cross_entropy(): sample_weight needs one weight per target, shape {_rowwise.row_shape(input)}, but "
-                f"got {list(sample_weight.shape)}"
-            )
-        if sample_weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "cross_entropy(): not differentiable with respect to argument 'sample_weight'; pass it detached, or "
-                "use reduction='none' and multiply"
-            )
-        sample_weight = sample_weight.to(accum).contiguous()
-    loss_dtype = _arguments.autocast_dtype(loss_dtype, input.device)
-    if inplace_grad and input.requires_grad and torch.is_grad_enabled():
-        if any(t is not None and t.is_leaf and t.requires_grad for t in (given, given._base)):
-            raise RuntimeError(
-                "cross_entropy(inplace_grad=True): input is a leaf that requires grad, or a view of one, and its "
-                "memory cannot become its own gradient. inplace_grad is for logits that a model computed."
-            )
-        if not _arguments.is_dense(input):
-            raise RuntimeError(
-                "cross_entropy(inplace_grad=True): elements of input share memory (an expanded tensor?) or do not fill "
-                "it; pass input.contiguous()"
-            )
-
-    if single and not soft and input.is_cuda:
-        all_ignored = "zero"  # torch's CUDA kernel gives 0 for a single ignored target, its CPU kernel nan
-    flags = ALL_IGNORED_ZERO * (all_ignored == "zero") + ZERO_TIMES_INF * (zero_times_inf == "zero")
-    options = Options(
-        red,
-        DTYPE_CODES[loss_dtype],
+    usual = weight is sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
+    usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
+    usual = usual and label_smoothing == z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
+    usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
+    if usual and isinstance(reduction, str) and _is_plain(input, target):
+        o = _USUAL_OPTIONS.get((reduction, input.dtype))
+        if o is not None:
+            return _engine((input, target, None, None, None), o)[0]
+    g = Given(
+        weight,
         ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        float(softcap) if softcap is not None else 0.0,
-        float(logit_scale),
-        flags=flags + STATS * bool(return_stats),
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        sample_weight,
+        normalizer,
+        class_dim,
+        all_ignored,
+        zero_times_inf,
+        return_stats,
+        inplace_grad,
+        grad_in_forward,
     )
-    tensors = (input, target, weight, sample_weight, None)
-    loss, *stats = _engine(tensors, options, in_forward=grad_in_forward, in_place=inplace_grad, stats=return_stats)
-    if errors.immediate_errors() and input.is_cuda:
-        errors.check_errors()
-    if single:
-        loss = loss.reshape(())
-        stats = [s.reshape(single_shape) for s in stats]
-    return (loss, CrossEntropyStats(*stats)) if return_stats else loss
+    return run("cross_entropy", input, target, g)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

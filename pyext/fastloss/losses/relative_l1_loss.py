@@ -68,10 +68,8 @@ def relative_l1_loss(
     eps = _arguments.as_float("relative_l1_loss", "eps", eps)
     if not eps > 0:
         raise ValueError(f"relative_l1_loss(): eps must be positive, or a target of 0 would divide by it; got {eps}")
-    loss = "symmetric_relative_l1_loss" if symmetric else "relative_l1_loss"
-    return pointwise_loss(
-        "relative_l1_loss", input, target, reduction, weight, sample_weight, mask, loss=loss, params=(eps,)
-    )
+    params = float(eps), float(bool(symmetric))
+    return pointwise_loss("relative_l1_loss", input, target, reduction, weight, sample_weight, mask, params=params)
 
 
 class RelativeL1Loss(torch.nn.Module):

@@ -5,14 +5,16 @@ and the fewest bytes that an implementation must move. :func:`check_gradients`, 
 :func:`assert_sound` are for users' tests too. Nothing here needs pytest.
 """
 
-from . import cross_entropy, nll_loss, pointwise
+from . import binary_cross_entropy_with_logits, cross_entropy, focal_loss, pointwise, row_losses
 from ._checks import assert_close, check_gradients
 from ._sound import assert_sound
 from ._spec import LossSpec, Sample
 
 SPECS: dict[str, LossSpec] = {
-    **{spec.name: spec for spec in (cross_entropy.SPEC, nll_loss.SPEC)},
+    **{spec.name: spec for spec in (cross_entropy.SPEC, focal_loss.SPEC)},
+    **row_losses.SPECS,
     **pointwise.SPECS,
+    binary_cross_entropy_with_logits.SPEC.name: binary_cross_entropy_with_logits.SPEC,
 }
 
 __all__ = ["SPECS", "LossSpec", "Sample", "assert_close", "assert_sound", "check_gradients"]

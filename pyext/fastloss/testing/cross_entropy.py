@@ -34,6 +34,7 @@ def reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     class_dim: int | None = None,
     all_ignored: str = "nan",
     zero_times_inf: str = "nan",
@@ -70,10 +71,19 @@ def reference(
         return nll + z_term
     if reduction == "sum":
         return nll.sum() + z_term.sum()
+    if normalizer is not None:
+        return (nll.sum() + z_term.sum()) / float(normalizer)
     if all_ignored == "zero" and not counted.any():
         return nll.sum()
     mean = nll.sum() / (s * share).sum()
     return mean + z_term.sum() / s.sum() if z_loss else mean
+
+
+def reference_lse(
+    input: Tensor, class_dim: int | None = None, logit_scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Log-sum-exp of each row, in float64."""
+    return torch.logsumexp(_rows_of_classes(input, class_dim, logit_scale, softcap)[0], -1)
 
 
 def reference_stats(
@@ -93,7 +103,9 @@ def reference_stats(
     else:
         index = target.to(torch.int64).reshape(predicted.shape)
         hits = (predicted == index)[index != ignore_index]
-    return CrossEntropyStats(torch.logsumexp(z, -1), predicted, hits.double().mean())
+    log_p = z.log_softmax(-1)
+    entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1)
+    return CrossEntropyStats(torch.logsumexp(z, -1), predicted, hits.double().mean(), entropy)
 
 
 def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -144,6 +156,9 @@ def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield call("softcap", x, t, softcap=1.5)
     yield call("logit_scale", x, t, logit_scale=-2.0)
     yield call("sample_weight", x, t, sample_weight=make.positive(4, dtype=weight_dtype), weight=w5)
+    yield call("normalizer", x, t, weight=w5, z_loss=0.1, normalizer=7.5)
+    counted = torch.tensor(6, device=device)
+    yield call("normalizer of a tensor", x, t, label_smoothing=0.1, normalizer=counted)
     yield call("all ignored", x, torch.full_like(t, -100), all_ignored="zero")
     yield call("one class", make.normal(3, 1), make.classes(1, 3))
 

@@ -152,16 +152,56 @@ def fewest_bytes(sample: Sample, gradient: bool) -> tuple[int, int]:
     return read, sum(t.nbytes for t in sample.args if t.requires_grad) if gradient else 0
 
 
-def _spec(name: str, reference: Callable[..., Tensor], options: tuple[dict[str, Any], ...]) -> LossSpec:
+def _spec(name: str, reference: Callable[..., Tensor], samples: Callable[..., Iterator[Sample]]) -> LossSpec:
     function = getattr(importlib.import_module(f"fastloss.losses.{name}"), name)
     theirs = getattr(F, name, None)
     # unwrap: torch's own, even where fastloss.patch() is in force.
     theirs = theirs and inspect.unwrap(theirs)
-    return LossSpec(name, function, theirs, reference, _samples(options), fewest_bytes, operator="pointwise_forward")
+    return LossSpec(name, function, theirs, reference, samples, fewest_bytes, operator="pointwise_")
+
+
+def reference_cosine(
+    input: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    dim: int = -1,
+    eps: float = 1e-8,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """:func:`fastloss.cosine_distance_loss` in float64, from its definition."""
+    x, t, w, counts = _operands(input, target, weight, None, mask)
+    product, x_square, t_square = ((w * v).sum(dim) for v in (x * t, x * x, t * t))
+    some = counts.any(dim)
+    norms = (torch.where(some, x_square, 1.0).sqrt() * torch.where(some, t_square, 1.0).sqrt()).clamp(min=eps)
+    distances = torch.where(some, 1 - product / norms, 0.0)
+    if reduction == "none":
+        return distances
+    return distances.sum() if reduction == "sum" else distances.sum() / some.sum()
+
+
+def _cosine_samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    """Every option, at sizes that numerical differentiation can afford."""
+    make = Maker(device, dtype)
+    mask = (torch.arange(12).reshape(3, 4) % 5 != 1).to(device)
+    mask[1] = False
+    for reduction in ("mean", "sum", "none"):
+        x, t = make.normal(3, 4), make.normal(3, 4)
+        for name, options in (
+            ("plain", {}),
+            ("dim 0", {"dim": 0}),
+            ("mask", {"mask": mask}),
+            ("large eps", {"eps": 9.0}),
+        ):
+            yield Sample(f"{name}, {reduction}", (x, t), {"reduction": reduction, **options})
+        yield Sample(f"weight, {reduction}", (x, t), {"reduction": reduction, "weight": make.positive(4)})
+    yield Sample("one vector", (make.normal(5), make.normal(5, requires_grad=False)), {})
 
 
 _ROOTS = ({"dim": 1}, {"dim": (0, -1), "eps": 0.01}, {"dim": 0}, {"eps": 0.1})
 SPECS: Mapping[str, LossSpec] = {
-    **{name: _spec(name, _reference(name, loss), loss.options) for name, loss in LOSSES.items()},
-    "rmse_loss": _spec("rmse_loss", reference_rmse, _ROOTS),
+    **{name: _spec(name, _reference(name, loss), _samples(loss.options)) for name, loss in LOSSES.items()},
+    "rmse_loss": _spec("rmse_loss", reference_rmse, _samples(_ROOTS)),
+    "cosine_distance_loss": _spec("cosine_distance_loss", reference_cosine, _cosine_samples),
 }
