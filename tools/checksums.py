@@ -26,7 +26,7 @@ from typing import Any
 import fastloss
 import torch
 from fastloss._library import set_isa
-from fastloss.testing import SPECS
+from fastloss.testing import SPECS, pointwise
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -170,7 +170,6 @@ def _cross_entropies(dtype: torch.dtype) -> Iterator[tuple[str, Problem]]:
 
 def _pointwise(dtype: torch.dtype) -> Iterator[tuple[str, Problem]]:
     weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    functions = [name for name, spec in SPECS.items() if spec.operator.startswith("pointwise")]
     for shape in ((40000,), (3, 5000)):
         mask = torch.arange(shape[0] * (shape[1] if len(shape) == 2 else 1)).reshape(shape) % 5 != 1
         calls: dict[str, dict[str, Any]] = {
@@ -179,7 +178,7 @@ def _pointwise(dtype: torch.dtype) -> Iterator[tuple[str, Problem]]:
             "weight": {"weight": _positive(shape[-1], seed=6, dtype=dtype).expand(shape)},
             "weights, mask": {"sample_weight": _positive(shape[0], seed=7, dtype=weight_dtype), "mask": mask},
         }
-        for function in functions:
+        for function in pointwise.SPECS:
             for name, options in calls.items():
                 for reduction in ("mean", "sum", "none"):
                     x = _normal(*shape, seed=8, dtype=dtype).requires_grad_()
