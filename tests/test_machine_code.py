@@ -131,8 +131,8 @@ def widest(instructions: set[str], kind: str) -> int:
 
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name.removesuffix(".cu.o"))
 def test_machine_code(path, kernels):
-    """128-bit accesses in what streams (256-bit in contiguous pointwise losses from sm_100 on), nothing in local memory,
-    the cluster's barriers where clusters run and only there."""
+    """128-bit accesses in what streams (256-bit in contiguous pointwise losses from sm_100 on), nothing in local
+    memory, the cluster's barriers where clusters run and only there."""
     seen, problems = set(), []
     for arch, name, instructions in kernels[path]:
         seen.add(name.partition("<")[0])

@@ -47,7 +47,7 @@ EQUIVALENT: list[tuple[str, int, str]] = [
     ("i < count; i += kN * blockDim.x", 1, "every access in the loop has a guard of its own"),
     ("base = first; base < p.rows", 1, "each row of a turn is looked at by itself"),
     ("row >= p.rows || !target.counts", 1, "a row past the last one was given the target to be ignored"),
-    ("for (int i = 0; i < N; ++i) target[i]", 1, "no class is equal to a class that does not exist"),
+    ("target[i] = t[i] != p.ignore_index", 1, "no class is equal to a class that does not exist"),
     ("base_row < p.rows; base_row += row_step", 1, "a row past the last one is not active"),
     ("left < p.slice ? left : p.slice", 1, "the same where the two are equal"),
     ("base < count; base += kN * width", 1, "a tile past the row is -inf throughout"),

@@ -57,17 +57,17 @@ Status run_pointwise(const PointwiseArgs& a, PointwisePass pass) {
   return with_workspace(config.workspace_bytes,
                         [&](const CudaContext& context) { return pointwise_cuda(a, config, context); });
 }
+Status run_cross_entropy(const CrossEntropyArgs& a, bool backward) {
+  const CrossEntropyPlan plan = cross_entropy_plan_cuda(a, context_of_device(), backward);
+  regime = cross_entropy_regime_cuda(plan);
+  return with_workspace(plan.workspace_bytes,
+                        [&](const CudaContext& context) { return cross_entropy_run_cuda(plan, context); });
+}
 
 }  // namespace
 
-Status run_cross_entropy_forward(const CrossEntropyArgs& a) {
-  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/false);
-  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_forward_cuda);
-}
-Status run_cross_entropy_backward(const CrossEntropyArgs& a) {
-  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/true);
-  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_backward_cuda);
-}
+Status run_cross_entropy_forward(const CrossEntropyArgs& a) { return run_cross_entropy(a, /*backward=*/false); }
+Status run_cross_entropy_backward(const CrossEntropyArgs& a) { return run_cross_entropy(a, /*backward=*/true); }
 Status run_row_loss_forward(const RowLossArgs& a) {
   return with_workspace(a, row_loss_workspace_bytes_cuda, row_loss_forward_cuda);
 }

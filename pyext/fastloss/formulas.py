@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import Grads, Needs, Tensors, accum_dtype
-from ._library import DTYPES, MEAN, NONE
+from ._library import DTYPES, MEAN, NONE, ops
 
 # ----------------------------------------------------------------------------------------------------- pointwise losses
 
@@ -151,15 +151,20 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Mapping[str, float
 # ------------------------------------------------------------------------------------------------------------- row maps
 
 
-def _focal(nll: Tensor, gamma: float, _: float) -> Tensor:
+def _focal(nll: Tensor, gamma: float) -> Tensor:
     """(1 - p)^gamma nll (Lin et al., 2017), p = e^-nll."""
     nothing = nll == 0  # a power has no derivative there
     some = torch.where(nothing, 1.0, nll)
     return torch.where(nothing, 0.0, (-torch.expm1(-some)) ** gamma * some) if gamma else nll
 
 
-# g(nll) by the name of csrc/rowwise/row_maps.h, with its two parameters.
-ROW_MAPS: dict[str, Callable[[Tensor, float, float], Tensor]] = {"focal": _focal}
+# g(nll) by the names of csrc/rowwise/row_maps.h.
+ROW_MAPS: dict[str, Callable[..., Tensor]] = {"focal": _focal}
+# All of them in the order of their numbers, with the names of their parameters; the first is none.
+ROW_MAP_KINDS = [
+    (name, tuple(parameters.split(",")) if parameters else ())
+    for name, _, parameters in (kind.partition(":") for kind in ops.row_maps().split())
+]
 
 
 # --------------------------------------------------------------------------------------------- losses over a class axis
@@ -262,10 +267,10 @@ def cross_entropy(tensors: Tensors, o: Any) -> Tensor:
             nll = nll + r.smooth_share * product(r.w.expand_as(r.z), minus_log_p, o).sum(1, keepdim=True)
             mass = mass + r.smooth_share * r.w.expand_as(r.z).sum(1, keepdim=True)
     if o.row_map:
-        mapped = list(ROW_MAPS.values())[o.row_map - 1]
+        name, parameters = ROW_MAP_KINDS[o.row_map]
         nothing = mass == 0
         each = torch.where(nothing, 0.0, nll) / torch.where(nothing, 1.0, mass)
-        nll = torch.where(nothing, 0.0, mass * mapped(each, o.map_a, o.map_b))
+        nll = torch.where(nothing, 0.0, mass * ROW_MAPS[name](each, *(o.map_a, o.map_b)[: len(parameters)]))
     nll = torch.where(r.counts, r.s * nll, 0.0)
     z_term = torch.where(r.counts, r.s * (o.z_loss * r.lse**2), 0.0) if o.z_loss else torch.zeros_like(nll)
     if o.reduction == NONE:
