@@ -642,7 +642,7 @@ def test_opcheck(device):
     traced = set()
     for operator, arguments in operator_calls(device):
         copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
-        form = (operator, *((a.dtype, a.dim() == 0) if isinstance(a, torch.Tensor) else a for a in arguments))
+        form = repr([operator, *((a.dtype, a.dim() == 0) if isinstance(a, torch.Tensor) else a for a in arguments)])
         which = ["test_schema", "test_faketensor"]
         if form not in traced:
             which += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
