@@ -339,8 +339,9 @@ def compare(path: Path) -> int:
         for what, by_way in found.items():
             differing[problem.function] += len(by_way)
             print(f"{name}/{what} ({', '.join(by_way)}): {max(by_way.values(), key=lambda d: d.ulp).text}", flush=True)
-    for name in sorted({name for name, _ in small_problems()} - saved["calls"].keys()):
-        print(f"not recorded: {name}")
+    unknown = {name for name, _ in small_problems()} - saved["calls"].keys()
+    for sample in sorted({name.rsplit("/", 2)[0] for name in unknown}):  # without dtype and layout
+        print(f"not recorded: {sample}")
     for function, count in Counter(key.partition("/")[0] for key in missing).items():
         print(f"only before: {count} results of {function}")
     for function, count in new.items():
