@@ -14,8 +14,10 @@ modes that a case is measured in:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,46 @@ FORWARD, BOTH, SCALED, BACKWARD = "forward", "forward+backward", "forward+backwa
 MODES = (FORWARD, BOTH, SCALED, BACKWARD)
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _WITH_GOALS = ("l1_loss", "mse_loss", "rmse_loss")
+BCE, FOCAL, DICE = "binary_cross_entropy_with_logits", "focal_loss", "dice_loss"
 # Of an input and a target, summed.
 _PLAIN = (name for name, loss in LOSSES.items() if not loss.further and not loss.per_sample)
 POINTWISE = (*_WITH_GOALS, *(name for name in _PLAIN if name not in _WITH_GOALS))
 Goals = Mapping[str, Mapping[str, float]]  # mode -> rival -> goal
+Loss = Callable[..., torch.Tensor]  # loss(x, target) or, but for RMSE's root and dice, loss(x, target, reduction="sum")
+
+
+def bound(function: Loss, options: Mapping[str, Any]) -> Loss:
+    """The function with its options; the function itself where there are none, for small calls."""
+    return partial(function, **options) if options else function
+
+
+# ---- losses that torch lacks, as its users write them
+
+
+def _reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
+    return values.mean() if reduction == "mean" else values.sum()
+
+
+def _root_mean_square(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """The sum is that of the squares."""
+    value = F.mse_loss(x, target, reduction=reduction)
+    return value.sqrt() if reduction == "mean" else value
+
+
+def _focal(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean", gamma: float = 2.0) -> torch.Tensor:
+    nll = F.cross_entropy(x, target, reduction="none")
+    return _reduced((1 - torch.exp(-nll)) ** gamma * nll, reduction)
+
+
+def _dice(x: torch.Tensor, target: torch.Tensor, smooth: float = 1e-5) -> torch.Tensor:
+    p = x.softmax(1)
+    t = F.one_hot(target, x.shape[1]).movedim(-1, 1).to(p.dtype)
+    pixels = tuple(range(2, x.dim()))
+    common, either = (p * t).sum(pixels), p.sum(pixels) + t.sum(pixels)
+    return (1 - (2 * common + smooth) / (either + smooth)).mean()
+
+
+_COMPOSED: dict[str, Loss] = {"rmse_loss": _root_mean_square, FOCAL: _focal, DICE: _dice}
 
 
 @dataclass(frozen=True)
@@ -44,6 +82,8 @@ class Case:
     goals: Goals = field(default_factory=lambda: {FORWARD: {}, BOTH: {}})
     loss: str = "cross_entropy"
     weight: bool = False
+    pos_weight: bool = False  # one for each class, the last dimension
+    own: Mapping[str, Any] = field(default_factory=dict)  # options of fastloss's function that say what the rivals do
     smoothing: float = 0.0
     soft: bool = False
     channels_last: bool = False
@@ -65,12 +105,19 @@ class Case:
 
     def fewest_bytes(self, mode: str) -> tuple[int, int]:
         """(read, written) by an implementation that moves nothing twice."""
-        operands = 2 if self.soft or self.loss in POINTWISE else 1
-        return operands * self.bytes, 0 if mode == FORWARD else self.bytes
+        reads = 2 if self.soft or self.elementwise else 1
+        if self.loss == DICE and mode != FORWARD:
+            reads = 2  # its gradient takes sums over all pixels
+        return reads * self.bytes, 0 if mode == FORWARD else self.bytes
+
+    @property
+    def elementwise(self) -> bool:
+        """The target has the input's shape and no dimension is one of classes."""
+        return self.loss == BCE or self.loss in POINTWISE
 
     @property
     def exps(self) -> int:
-        return 0 if self.loss in POINTWISE else self.numel
+        return 0 if self.loss in POINTWISE else self.numel  # one for each logit
 
 
 class Problem:
@@ -88,50 +135,59 @@ class Problem:
         self.classifier = normal(classes, case.hidden) / case.hidden**0.5 if case.hidden else None
         if case.channels_last:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
-        if case.loss in POINTWISE:
+        if case.loss == BCE:
+            self.target = (normal(*case.shape) > 0).to(dtype)
+        elif case.elementwise:
             self.target = normal(*case.shape)
         elif case.soft:
             self.target = normal(*case.shape).softmax(1)
         else:
             labels = (case.shape[0], *case.shape[2:])
             self.target = torch.randint(classes, labels, generator=generator, device=device)
-        self.weight = (normal(classes).abs() + 0.5) if case.weight else None
+        self.options: dict[str, Any] = {}  # of the loss, by the names that torch and fastloss share
+        if case.weight:
+            self.options["weight"] = normal(classes).abs() + 0.5
+        if case.pos_weight:
+            self.options["pos_weight"] = normal(case.shape[-1]).abs() + 0.5
+        if case.smoothing:
+            self.options["label_smoothing"] = case.smoothing
 
-    def torch_loss(self, x: torch.Tensor, target: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
-        """The case as a PyTorch user writes it; also, in float64 and on some of the rows, the reference."""
-        case, target = self.case, self.target if target is None else target
-        if case.loss in POINTWISE:
-            theirs = getattr(F, "mse_loss" if case.loss == "rmse_loss" else case.loss, None)
-            if theirs is None:
-                values = FORMULAS[case.loss].terms(x, target, **LOSSES[case.loss].defaults(self.x.dtype))
-                return values.mean() if reduction == "mean" else values.sum()
-            value = theirs(x, target, reduction=reduction)
-            return value.sqrt() if case.loss == "rmse_loss" and reduction == "mean" else value
-        if self.classifier is not None:
-            x = x @ self.classifier.to(x.dtype).t()
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.cross_entropy(x, target, weight, reduction=reduction, label_smoothing=case.smoothing)
+    def torch_loss(self, dtype: torch.dtype | None = None) -> Loss:
+        """The case as a PyTorch user writes it, its weights of ``dtype`` (None: as they are)."""
+        case, classifier = self.case, self.classifier
+        theirs = _COMPOSED.get(case.loss) or getattr(F, case.loss, None)
+        options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()}
+        if classifier is not None:
+            features = classifier.to(dtype)
+            return lambda x, target, **o: F.cross_entropy(x @ features.t(), target, **o)
+        if theirs is None:
+            terms, defaults = FORMULAS[case.loss].terms, LOSSES[case.loss].defaults(self.x.dtype)
+            return lambda x, target, reduction="mean": _reduced(terms(x, target, **defaults), reduction)
+        return bound(theirs, options)
 
     def reference(self) -> tuple[float, torch.Tensor]:
         """Value and gradient in float64, a few rows at a time, the gradient then rounded to float32."""
-        weight = None if self.weight is None else self.weight.double()
-        if self.case.loss in POINTWISE:
+        case, loss = self.case, self.torch_loss(torch.float64)
+        whole = case.loss == DICE  # no sum over rows
+        if whole:
+            count = 1.0
+        elif case.elementwise:
             count = float(self.x.numel())
-        elif self.case.soft or weight is None:
-            count = float(self.case.numel // self.case.shape[1])
+        elif case.soft or "weight" not in self.options:
+            count = float(case.numel // case.shape[1])
         else:
-            count = float(weight[self.target].sum())
-        rows = max(1, (1 << 24) // (self.case.numel // self.case.shape[0]))
+            count = float(self.options["weight"].double()[self.target].sum())
+        rows = case.shape[0] if whole else max(1, (1 << 24) // (case.numel // case.shape[0]))
         total, grads = 0.0, []
         for x, target in zip(torch.split(self.x, rows), torch.split(self.target, rows), strict=True):
             x = x.detach().double().requires_grad_()
             target = target.double() if target.is_floating_point() else target
-            loss = self.torch_loss(x, target, "sum") / count
-            (grad,) = torch.autograd.grad(loss, x)
-            total += loss.item()
+            value = loss(x, target) if whole else loss(x, target, reduction="sum") / count
+            (grad,) = torch.autograd.grad(value, x)
+            total += value.item()
             grads.append(grad if self.x.dtype == torch.float64 else grad.float())
         grad = torch.cat(grads)
-        if self.case.loss == "rmse_loss":
+        if case.loss == "rmse_loss":
             total = total**0.5
             grad /= 2 * total
         return total, grad
@@ -145,6 +201,12 @@ def _ce(rows: int, classes: int, dtype: str, goals: Goals, detail: bool = False,
 _TWO = ("fastloss", "eager")
 _SEG: Goals = {FORWARD: {}, BOTH: {"eager": 5, "compile": 4}}
 _FROM_HERE_UP: Goals = {FORWARD: {"eager": 1}, BOTH: {"eager": 1}}
+_SMALLEST: Goals = {FORWARD: {"within_us": 6}, BOTH: {"eager": 0.87}}  # 1 / 1.15
+
+
+def _both(eager: float, compiled: float) -> Goals:
+    return {FORWARD: {}, BOTH: {"eager": eager, "compile": compiled}}
+
 
 # fmt: off
 CPU = [
@@ -156,15 +218,27 @@ CPU = [
     Case("CE 262144x10 float32", (262144, 10), "float32", {FORWARD: {}, BOTH: {"eager": 3, "compile": 3}}),
     Case("CE 2x21x512x512 float32", (2, 21, 512, 512), "float32", _SEG),
     Case("CE 2x21x512x512 float32, channels_last", (2, 21, 512, 512), "float32", _SEG, channels_last=True),
-    Case("CE 64x10 float32, one thread", (64, 10), "float32", {FORWARD: {"within_us": 10}, BOTH: {"within_us": 30}}, threads=1, systems=_TWO, quick=True),  # noqa: E501
+    Case("CE 64x10 float32, one thread", (64, 10), "float32", _SMALLEST, threads=1, systems=_TWO, quick=True),
+    Case("CE 256x100 float32, one thread", (256, 100), "float32", _FROM_HERE_UP, threads=1, systems=_TWO, quick=True),
     *(Case(f"{name} 16 Mi float32", (1 << 24,), "float32", {FORWARD: {"eager": times, "compile": 1}, BOTH: {"eager": times, "compile": 3}}, loss, quick=loss == "l1_loss")  # noqa: E501
       for name, loss, times in (("L1", "l1_loss", 8), ("MSE", "mse_loss", 4), ("RMSE", "rmse_loss", 4))),
     *(Case(f"{name} 64 Ki float32", (1 << 16,), "float32", _FROM_HERE_UP, loss, systems=_TWO, detail=True) for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),  # noqa: E501
-    *(Case(f"{name} 64 float32, one thread", (64,), "float32", {FORWARD: {"within_us": 10}, BOTH: {"within_us": 30}}, loss, threads=1, systems=_TWO, detail=name != "L1") for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),  # noqa: E501
+    *(Case(f"{name} {size} float32, one thread", shape, "float32", goals, loss, threads=1, systems=_TWO, detail=name == "RMSE", quick=name == "MSE")  # noqa: E501
+      for size, shape, goals in (("64", (64,), _SMALLEST), ("16 Ki", (1 << 14,), _FROM_HERE_UP))
+      for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),
     *(Case(f"{loss} 16 Mi float32", (1 << 24,), "float32", loss=loss, detail=True) for loss in POINTWISE[3:]),
     *(Case(f"CE {'x'.join(map(str, shape))} {dtype}", shape, dtype, _FROM_HERE_UP, systems=_TWO, detail=shape != (1024, 100), quick=shape == (1024, 100))  # noqa: E501
       for dtype in ("float32", "bfloat16")
       for shape in ((1024, 100), (1024, 257), (2048, 128), (4096, 1000), (65536, 100), (1024, 10007), (128, 50257), (4, 19, 128, 128))),  # noqa: E501
+    Case("BCE 16 Mi float32", (1 << 24,), "float32", _both(8, 3.5), BCE, quick=True),
+    Case("BCE 524288x32 float32, pos_weight", (524288, 32), "float32", _both(8, 3.5), BCE, pos_weight=True),
+    Case("Focal 2048x32000 float32", (2048, 32000), "float32", _both(9, 5), FOCAL, own={"gamma": 2.0}),
+    Case("Focal 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(8, 5), FOCAL, own={"gamma": 2.0}),
+    Case("Dice 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(4.5, 3), DICE, own={"activation": "softmax"}),
+    Case("BCE 64 Ki float32", (1 << 16,), "float32", _FROM_HERE_UP, BCE, systems=_TWO, detail=True),
+    Case("BCE 2048x32 float32, pos_weight", (2048, 32), "float32", _FROM_HERE_UP, BCE, pos_weight=True, systems=_TWO, detail=True),  # noqa: E501
+    Case("Focal 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, FOCAL, own={"gamma": 2.0}, systems=_TWO, detail=True),  # noqa: E501
+    Case("Dice 1x4x128x128 float32", (1, 4, 128, 128), "float32", _FROM_HERE_UP, DICE, own={"activation": "softmax"}, systems=_TWO, detail=True),  # noqa: E501
 ]
 
 _MEMORY: Goals = {FORWARD: {"copy": 0.9}, BOTH: {"copy": 0.9, "eager": 4, "compile": 1.5, "peak": 2.1}, SCALED: {}, BACKWARD: {"copy": 0.9}}  # noqa: E501
@@ -180,6 +254,10 @@ CUDA = [
     *(Case(f"CE {'x'.join(map(str, shape))} bfloat16, weight", shape, "bfloat16", _CUDA_SEG, weight=True) for shape in ((8, 21, 512, 512), (4, 150, 512, 512))),  # noqa: E501
     *(Case(f"{name} 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, loss) for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),  # noqa: E501
     *(Case(f"{loss} 256 Mi float32", (1 << 28,), "float32", loss=loss, detail=True) for loss in POINTWISE[3:]),
+    Case("BCE 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, BCE),
+    Case("BCE 8388608x32 float32, pos_weight", (1 << 23, 32), "float32", _CUDA_POINTWISE, BCE, pos_weight=True),
+    Case("Focal 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=FOCAL, own={"gamma": 2.0}),
+    Case("Dice 8x21x512x512 float32", (8, 21, 512, 512), "float32", loss=DICE, own={"activation": "softmax"}),
     Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),
     Case("CE 4096x1000 bfloat16", (4096, 1000), "bfloat16", _SMALL),
     Case("CE 8192x128256 bfloat16 from 2048 features", (8192, 128256), "bfloat16", {BOTH: {}}, "linear_cross_entropy", hidden=2048, also=("cce",)),  # noqa: E501

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import BACKWARD, MODES, POINTWISE, Case, Problem
+from cases import BACKWARD, MODES, Case, Problem, bound
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,20 +30,25 @@ IN_FORWARD = tuple(mode for mode in MODES if mode != BACKWARD)  # what computes 
 
 def _ours(module: Any, **extras: Any) -> Callable[[Problem], Function | None]:
     def make(problem: Problem) -> Function | None:
-        case, target, weight = problem.case, problem.target, problem.weight
-        if case.loss in POINTWISE:
-            loss = getattr(module, case.loss, None)
-            return None if loss is None or extras else lambda x: loss(x, target)
-        cross_entropy, classifier = module.cross_entropy, problem.classifier
+        case, target, classifier = problem.case, problem.target, problem.classifier
+        function = getattr(module, "cross_entropy" if case.hidden else case.loss, None)
+        if function is None or (extras and case.loss != "cross_entropy" and not case.hidden):
+            return None
+        loss = bound(function, {**problem.options, **case.own, **extras})
         if classifier is not None:
-            return lambda x: cross_entropy(x @ classifier.t(), target, **extras)
-        return lambda x: cross_entropy(x, target, weight, label_smoothing=case.smoothing, **extras)
+            return lambda x: loss(x @ classifier.t(), target)
+        return lambda x: loss(x, target)
 
     return make
 
 
+def _eager(problem: Problem) -> Function:
+    loss, target = problem.torch_loss(), problem.target
+    return lambda x: loss(x, target)
+
+
 def _compiled(**options: Any) -> Callable[[Problem], Function]:
-    return lambda problem: torch.compile(problem.torch_loss, dynamic=False, **options)
+    return lambda problem: torch.compile(_eager(problem), dynamic=False, **options)
 
 
 def _plain(case: Case) -> bool:
@@ -86,7 +91,7 @@ PEERS: list[Callable[[], System]] = [
 
 def systems(device: str, module: str = "fastloss") -> tuple[dict[str, System], list[str]]:
     """Every system that can run here, and the names of those that a case gets unless it says otherwise."""
-    found = [System("eager", lambda problem: problem.torch_loss), System("compile", _compiled())]
+    found = [System("eager", _eager), System("compile", _compiled())]
     try:
         ours = importlib.import_module(module)
     except ImportError as missing:

@@ -1,5 +1,6 @@
 """The benchmark's tables, goals and README blocks, from results made up here: no clock is read."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import cases
 import report
 import run
 
@@ -203,3 +205,33 @@ def test_a_run_that_is_stopped_keeps_what_it_has(monkeypatch):
         signal.signal(signal.SIGTERM, before)
     assert [r["case"] for r in found["results"]] == [cases[0].name]
     assert found["left_out"] == [case.name for case in cases[1:]] and not found["complete"]
+
+
+SMALL = {1: (6,), 2: (6, 5), 4: (2, 3, 4, 2)}
+KINDS = {  # one case for every loss and number of dimensions, without the products of matrices
+    (c.loss, len(c.shape), c.soft, c.weight, c.smoothing, c.pos_weight): dataclasses.replace(
+        c, shape=SMALL[len(c.shape)], dtype="float64"
+    )
+    for c in (*cases.CPU, *cases.CUDA)
+    if not c.hidden
+}
+
+
+@pytest.mark.parametrize("case", KINDS.values(), ids=lambda case: case.name)
+def test_the_reference_is_what_the_rivals_compute(case):
+    problem = cases.Problem(case, "cpu")
+    x = problem.x.clone().requires_grad_()
+    value = problem.torch_loss()(x, problem.target)
+    expected, grad = problem.reference()
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(value, x)[0], grad)
+
+
+def test_small_calls_have_their_goals():
+    """Goals against eager for calls that are all overhead, and from 16 Ki elements up; on one thread, both by turns."""
+    small = [c for c in cases.CPU if c.threads == 1]
+    assert {"cross_entropy", "l1_loss", "mse_loss"} <= {c.loss for c in small if c.numel <= 640}
+    for case in small:
+        fewest = {"within_us": 6} if case.numel <= 640 else {"eager": 1}
+        assert case.goals["forward"] == fewest
+        assert case.goals["forward+backward"]["eager"] >= (0.87 if case.numel <= 640 else 1)

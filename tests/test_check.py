@@ -1,10 +1,14 @@
 """fastloss.check, measured: defective losses are caught by the right property, sound ones are not accused."""
 
 import functools
+import importlib
 import json
 import math
+import multiprocessing
+import os
 import time
 import xml.etree.ElementTree
+from concurrent.futures import ProcessPoolExecutor
 
 import fastloss
 import holdout2_losses
@@ -32,15 +36,39 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def examine(module, table, key):
+    """The report on one loss of a table of losses, by name: this runs in a process of its own."""
+    loss, kind, *rest = getattr(importlib.import_module(module), table)[key]
+    options = rest[1] if len(rest) == 2 else {}
+    return check(loss, kind, compile=False, **options)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """``reports(module, table)``: keys of a table of losses, and the reports on them. Examined in a process for each
+    processor: a check runs on one thread, and there are hundreds."""
+    processes = min(len(os.sched_getaffinity(0)), 8)
+    with ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+
+        def of(module, table):
+            entries = getattr(importlib.import_module(module), table)
+            keys = list(entries if isinstance(entries, dict) else range(len(entries)))
+            return zip(keys, pool.map(functools.partial(examine, module, table), keys), strict=True)
+
+        yield of
+
+
 def without_example(report):
     """Faults that come without the input that shows them. (A loss that is not repeatable need not show it again.)"""
     return [f for f in report.findings if f.bad and not f.example and "repeatable" not in report.named("failure")]
 
 
-def test_defective_losses_are_caught(capsys):
+def test_defective_losses_are_caught(reports, capsys):
     missed = []
-    for loss, kind, properties, options in DEFECTS:
-        report = check(loss, kind, compile=False, **options)
+    for i, report in reports("defective_losses", "DEFECTS"):
+        loss, _, properties, _ = DEFECTS[i]
         bad = report.named("failure") + report.named("warning")
         missed += [f"{name_of(loss)}: {p} is {report[p].status}, bad are {bad}" for p in properties if p not in bad]
         missed += [f"{name_of(loss)}: {f}" for f in without_example(report)]
@@ -92,7 +120,7 @@ TORCH = [
     (F.nll_loss, "log_probabilities", ALL_IGNORED),
     (torch.nn.NLLLoss(), "log_probabilities", ALL_IGNORED),
     (F.multi_margin_loss, "classification", UNINITIALISED),
-    (Task("multilabel", make=multilabel), None, UNINITIALISED),
+    (F.multilabel_margin_loss, Task("multilabel", make=multilabel), UNINITIALISED),
     (partial(F.kl_div, reduction="batchmean"), "kl", {}),
     (F.kl_div, "kl", {}),
     (
@@ -268,19 +296,19 @@ OTHERS = [
 ]
 
 
-def test_sound_losses_are_not_accused(capsys):
+TUNED_ON = [*TORCH, *OURS, *OTHERS]
+
+
+def test_sound_losses_are_not_accused(reports, capsys):
     accused, properties = [], 0
-    for loss, kind, expected in [*TORCH, *OURS, *OTHERS]:
-        if isinstance(loss, Task):
-            loss, kind = F.multilabel_margin_loss, loss
-        report = check(loss, kind, compile=False)
+    for i, report in reports(__name__, "TUNED_ON"):
+        expected = TUNED_ON[i][2]
         properties += len(report.findings)
         bad = report.named("failure") + report.named("warning")
         accused += [f"{report.loss} on {report.task}: {p}: {report[p].evidence}" for p in bad if p not in expected]
         assert set(report.named("failure")) <= ({"finite"} if "finite" in expected else set()), report
     with capsys.disabled():
-        count = len(TORCH) + len(OURS) + len(OTHERS)
-        print(f"\n[check] {count} sound losses tuned on, {properties} findings, {len(accused)} false alarms")
+        print(f"\n[check] {len(TUNED_ON)} sound losses tuned on, {properties} findings, {len(accused)} false alarms")
     assert not accused, "\n".join(accused)
 
 
@@ -299,10 +327,10 @@ HOLDOUT_WARNINGS = {
 
 
 @pytest.mark.parametrize("holdout", [holdout_losses, holdout2_losses])
-def test_defective_holdout_losses_are_caught(holdout, capsys):
+def test_defective_holdout_losses_are_caught(holdout, reports, capsys):
     missed, not_caught = {}, getattr(holdout, "NOT_CAUGHT", {})
-    for name, (loss, kind, expected) in holdout.DEFECTIVE.items():
-        report = check(loss, kind, compile=False)
+    for name, report in reports(holdout.__name__, "DEFECTIVE"):
+        expected = holdout.DEFECTIVE[name][2]
         enough = {e for e in expected if isinstance(e, str)} & {*report.named("failure")}
         enough |= {e[1] for e in expected if not isinstance(e, str)} & {*report.named("warning")}
         if not enough:
@@ -317,10 +345,10 @@ def test_defective_holdout_losses_are_caught(holdout, capsys):
 
 
 @pytest.mark.parametrize("holdout", [holdout_losses, holdout2_losses])
-def test_sound_holdout_losses_are_not_accused(holdout, capsys):
+def test_sound_holdout_losses_are_not_accused(holdout, reports, capsys):
     accused = []
-    for name, (loss, kind, *true) in holdout.SOUND.items():
-        report = check(loss, kind, compile=False)
+    for name, report in reports(holdout.__name__, "SOUND"):
+        true = holdout.SOUND[name][2:]
         expected = true[0] if true else HOLDOUT_WARNINGS.get(name, {})
         bad = report.named("warning") + report.named("failure")
         accused += [f"{name}: {p}: {report[p].evidence}" for p in bad if p not in expected]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastloss import _version
+from fastloss.__main__ import code_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,3 +105,22 @@ def test_import_checks_the_version_of_torch(tmp_path):
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: fastloss") and "torch >= 2.10" in last and "2.9.1" in last
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ((7, 0), "not usable, sm_75"),
+        ((7, 5), "own code"),
+        ((8, 0), "own code"),
+        ((8, 6), "code of sm_80"),
+        ((8, 9), "code of sm_80"),
+        ((9, 0), "own code"),
+        ((10, 3), "code of sm_100"),
+        ((11, 0), "FASTLOSS_CUDA_ARCHS=110"),  # later than 10.0, but of no major version in the build
+        ((12, 1), "code of sm_120"),
+        ((13, 0), "PTX of sm_120"),
+    ],
+)
+def test_which_code_a_gpu_runs(gpu, said):
+    assert said in code_for(*gpu, ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])

@@ -636,12 +636,19 @@ def operator_calls(device):
 
 
 def test_opcheck(device):
-    """Schemas (what is changed, what aliases), fake kernels and dynamic shapes of every operator."""
+    """Schemas (what is changed, what aliases) and fake kernels of every call; of every form of a call, whatever the
+    number of dimensions, autograd and dynamic shapes too, which take most of the time."""
     pytest.importorskip("expecttest", reason="torch.library.opcheck imports expecttest")
+    traced = set()
     for operator, arguments in operator_calls(device):
         copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+        form = repr([operator, *((a.dtype, a.dim() == 0) if isinstance(a, torch.Tensor) else a for a in arguments)])
+        which = ["test_schema", "test_faketensor"]
+        if form not in traced:
+            which += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+        traced.add(form)
         try:
-            torch.library.opcheck(operator.default, copies)
+            torch.library.opcheck(operator.default, copies, test_utils=which)
         except Exception as error:
             raise AssertionError(f"{operator}, {arguments}: {error}") from error
 

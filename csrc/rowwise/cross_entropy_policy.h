@@ -118,7 +118,7 @@ inline int row_threads(int64_t slice, int per_thread) {
 }
 // What a row in a cluster costs a multiprocessor beside its bytes, in microseconds: the blocks wait for each other, and
 // meanwhile only other blocks of the multiprocessor move data. The wait is that of an H100, fitted to kernel times; see
-// "Clusters" in docs/architecture.md.
+// "Clusters" in docs/tuning.md.
 inline double cluster_cost(int64_t slice, int parts, int per_thread, bool general) {
   const int warps = !general && per_thread == 8 ? 25 : 16;  // of 80 and of 128 registers a thread
   return (1.2 + 0.14 * parts) * parts / (warps / (row_threads(slice, per_thread) / 32));

@@ -4,6 +4,21 @@ import importlib
 import sys
 
 
+def code_for(major: int, minor: int, archs: list[str]) -> str:
+    """Which of the architectures in the build a GPU of that compute capability runs, in words."""
+    if (major, minor) < (7, 5):
+        return "not usable, sm_75 is the oldest"
+    built = [divmod(int(arch.removeprefix("sm_")), 10) for arch in archs]
+    own = [b for b in built if b[0] == major and b[1] <= minor]  # runs on every later one of the same major version
+    if (major, minor) in own:
+        return "own code"
+    if own:
+        return "code of sm_{}{}, which it runs".format(*max(own))
+    if built and (major, minor) > built[-1]:
+        return "PTX of sm_{}{}, compiled at first use".format(*built[-1])
+    return f"not usable: rebuild with FASTLOSS_CUDA_ARCHS={major}{minor}"
+
+
 def info() -> int:
     """Print what this build contains, what this machine can use of it, and why not the rest."""
     import torch
@@ -41,10 +56,7 @@ def info() -> int:
         else:
             for i in range(torch.cuda.device_count()):
                 p = torch.cuda.get_device_properties(i)
-                name = f"sm_{p.major}{p.minor}"
-                how = "own code" if name in archs else "nearest code or PTX, compiled at first use"
-                old = p.major * 10 + p.minor < 75
-                print(f"             cuda:{i} {p.name}, {name}: " + ("not usable, sm_75 is the oldest" if old else how))
+                print(f"             cuda:{i} {p.name}, sm_{p.major}{p.minor}: {code_for(p.major, p.minor, archs)}")
     return 0
 
 

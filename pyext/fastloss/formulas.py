@@ -46,14 +46,16 @@ def mse_loss(x: Tensor, t: Tensor) -> Tensor:
 
 def smooth_l1_loss(x: Tensor, t: Tensor, beta: float = 1.0) -> Tensor:
     """(x - t)^2 / 2 beta below beta, |x - t| - beta/2 beyond."""
-    a = (x - t).abs()
-    return torch.where(a < beta, 0.5 * a**2 / beta, a - 0.5 * beta) if beta else a
+    d = x - t
+    a = d.abs()  # not what is squared: its slope at 0 would take the second derivative away there
+    return torch.where(a < beta, 0.5 * d**2 / beta, a - 0.5 * beta) if beta else a
 
 
 def huber_loss(x: Tensor, t: Tensor, delta: float = 1.0) -> Tensor:
     """(x - t)^2 / 2 up to delta, delta (|x - t| - delta/2) beyond."""
-    a = (x - t).abs()
-    return torch.where(a <= delta, 0.5 * a**2, delta * (a - 0.5 * delta))
+    d = x - t
+    a = d.abs()
+    return torch.where(a <= delta, 0.5 * d**2, delta * (a - 0.5 * delta))
 
 
 def log_cosh_loss(x: Tensor, t: Tensor) -> Tensor:

@@ -798,7 +798,7 @@ def test_launch_policy(element_bytes, max_cluster, multiprocessors):
     ),
 )
 def test_policy_of_long_rows(element_bytes, classes, pass_, rows, kernel):
-    """The choices that docs/architecture.md gives reasons for."""
+    """The choices that docs/tuning.md gives reasons for."""
     strides = (classes, 1, 0)
     c = emulated.rowwise_config(
         rows, classes, element_bytes=element_bytes, logits=strides, grad=strides if pass_ == "forward_grad" else None,
