@@ -570,14 +570,15 @@ def test_cuda_graph(gpu, device):
 
 def test_operators_refuse_wrong_arguments():
     """They are private, but wrong pointers would be worse than wrong results."""
-    good = (x(), t(), None, None, 1, 0, -100, 0.0, 0.0, 0.0, 1.0, 0)
+    good = (x(), t(), None, None, None, 1, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, [], 0)
     ops.cross_entropy_forward(*good)
-    for place, value in ((1, t(5)), (2, torch.ones(2)), (2, torch.ones(3).double()), (3, torch.ones(5)), (5, 9)):
+    wrong = (1, t(5)), (2, torch.ones(2)), (2, torch.ones(3).double()), (3, torch.ones(5)), (4, torch.ones(()))
+    for place, value in (*wrong, (6, 9), (12, 9)):
         bad = list(good)
         bad[place] = value
         with pytest.raises((RuntimeError, ValueError)):
             ops.cross_entropy_forward(*bad)
     with pytest.raises((RuntimeError, ValueError)):
-        ops.cross_entropy_backward(torch.ones(()), *good[:4], torch.ones(3), *good[4:])
+        ops.cross_entropy_backward(torch.ones(()), *good[:5], torch.ones(3), *good[5:])
     with pytest.raises((RuntimeError, ValueError)):
         ops.scale_grad(x(), torch.ones(2))

@@ -583,8 +583,9 @@ def operator_calls(device):
             (NONE, 0.1, w, rows, t),
             (SUM, 0.1, w, None, p),
         ):
-            options = (reduction, 0, -100, smoothing, 0.01, 3.0, 0.5)
-            arguments = (x, target, weight, sample_weight, *options)
+            options = (reduction, 0, -100, smoothing, 0.01, 3.0, 0.5, 1, [2.0])
+            arguments = (x, target, weight, sample_weight, None, *options)
+            yield ops.cross_entropy_value, (*arguments, 0)
             for flags in (0, SAVE, ZERO_TIMES_INF | ALL_IGNORED_ZERO, *((GRAD,) if reduction != NONE else ())):
                 yield ops.cross_entropy_forward, (*arguments, flags)
             yield ops.cross_entropy_forward_recorded, (*arguments, SAVE)
@@ -592,9 +593,18 @@ def operator_calls(device):
                 yield stats, (*arguments, SAVE | STATS)
             _, saved, _ = ops.cross_entropy_forward(*arguments, SAVE)
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
-            yield ops.cross_entropy_backward, (g, x, target, weight, sample_weight, saved, *options, 0)
+            yield ops.cross_entropy_backward, (g, x, target, weight, sample_weight, None, saved, *options, 0)
             if target is p:
-                yield ops.cross_entropy_target_backward, (g, x, target, weight, sample_weight, saved, *options, 0)
+                yield ops.cross_entropy_target_backward, (g, x, target, weight, sample_weight, None, saved, *options, 0)
+            shard = (2, shape[1] + 3)
+            whole = None if weight is None else torch.linspace(0.5, 2, shape[1] + 3, device=device)
+            tensors = (x, target, whole, sample_weight, None)
+            for flags in (0, STATS):
+                yield ops.row_stats, (*tensors, *shard, *options, flags)
+            saved = torch.ones((4 + 2 * (target is p)) * t.numel() + 2, device=device)
+            yield ops.row_gradient, (g, *tensors, saved, *shard, *options, 0)
+            if target is p:
+                yield ops.row_target_gradient, (g, *tensors, saved, *shard, *options, 0)
             if reduction != NONE:
                 yield ops.cross_entropy_forward_inplace, (*arguments, 0)
                 yield ops.cross_entropy_forward_inplace, (*arguments, STATS)

@@ -4,6 +4,7 @@
 
 #include "../pointwise/pointwise.h"
 #include "../rowwise/cross_entropy.h"
+#include "../rowwise/dice_loss.h"
 #include "../rowwise/row_loss.h"
 
 namespace fastloss {
@@ -12,6 +13,8 @@ Status run_cross_entropy_forward(const CrossEntropyArgs& a);
 Status run_cross_entropy_backward(const CrossEntropyArgs& a);
 Status run_row_loss_forward(const RowLossArgs& a);
 Status run_row_loss_backward(const RowLossArgs& a);
+Status run_dice_loss_forward(const DiceLossArgs& a);
+Status run_dice_loss_backward(const DiceLossArgs& a);
 Status run_pointwise_forward(const PointwiseArgs& a);
 Status run_pointwise_backward(const PointwiseArgs& a);
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type);

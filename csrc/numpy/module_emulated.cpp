@@ -9,6 +9,7 @@
 #include "../common/scale_grad_cuda.h"
 #include "../pointwise/pointwise_cuda.h"
 #include "../rowwise/cross_entropy_cuda.h"
+#include "../rowwise/dice_loss_cuda.h"
 #include "../rowwise/row_loss_cuda.h"
 #include "arrays.h"
 #include "emulator.h"
@@ -57,22 +58,28 @@ Status run_pointwise(const PointwiseArgs& a, PointwisePass pass) {
   return with_workspace(config.workspace_bytes,
                         [&](const CudaContext& context) { return pointwise_cuda(a, config, context); });
 }
+Status run_cross_entropy(const CrossEntropyArgs& a, bool backward) {
+  const CrossEntropyPlan plan = cross_entropy_plan_cuda(a, context_of_device(), backward);
+  regime = cross_entropy_regime_cuda(plan);
+  return with_workspace(plan.workspace_bytes,
+                        [&](const CudaContext& context) { return cross_entropy_run_cuda(plan, context); });
+}
 
 }  // namespace
 
-Status run_cross_entropy_forward(const CrossEntropyArgs& a) {
-  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/false);
-  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_forward_cuda);
-}
-Status run_cross_entropy_backward(const CrossEntropyArgs& a) {
-  regime = cross_entropy_regime_cuda(a, context_of_device(), /*backward=*/true);
-  return with_workspace(a, cross_entropy_workspace_bytes_cuda, cross_entropy_backward_cuda);
-}
+Status run_cross_entropy_forward(const CrossEntropyArgs& a) { return run_cross_entropy(a, /*backward=*/false); }
+Status run_cross_entropy_backward(const CrossEntropyArgs& a) { return run_cross_entropy(a, /*backward=*/true); }
 Status run_row_loss_forward(const RowLossArgs& a) {
   return with_workspace(a, row_loss_workspace_bytes_cuda, row_loss_forward_cuda);
 }
 Status run_row_loss_backward(const RowLossArgs& a) {
   return with_workspace(a, row_loss_workspace_bytes_cuda, row_loss_backward_cuda);
+}
+Status run_dice_loss_forward(const DiceLossArgs& a) {
+  return with_workspace(a, dice_loss_workspace_bytes_cuda, dice_loss_forward_cuda);
+}
+Status run_dice_loss_backward(const DiceLossArgs& a) {
+  return with_workspace(a, dice_loss_workspace_bytes_cuda, dice_loss_backward_cuda);
 }
 const PointwiseLoss* pointwise_losses() { return host::list_of(host::Losses{}); }
 Status run_pointwise_forward(const PointwiseArgs& a) { return run_pointwise(a, PointwisePass::forward); }
@@ -142,6 +149,7 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
       "Run a kernel with a fault, for the test of the emulator.");
   bind_cross_entropy(m);
   bind_row_loss(m);
+  bind_dice_loss(m);
   bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);

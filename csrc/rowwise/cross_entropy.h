@@ -19,6 +19,22 @@
 
 namespace fastloss {
 
+// Statistics of a row over some of its classes, see RowStats:
+//   ref      the largest z, -inf where there is none
+//   others   sum of exp(z - ref) over the classes but the target
+//   target   z of the target, -inf where it is elsewhere
+//   dot      sum of q (z - ref), mass: sum of q; with smoothing or probabilities
+//   best     the largest z, or nan if there is one; best_at: its class, class_offset included; exp_dot: sum of
+//            exp(z - ref) (z - ref) over the classes but the target. Where wanted.
+// Sums of a row whose ref is -inf are relative to 0.
+enum class Stat : int { ref, others, target, dot, mass, best, best_at, exp_dot, count };
+
+// Fields of `saved` by number, -1: not there. ref, others: see RowStats; the target's z (shards); mass (soft); slope
+// and level of a row map (level: soft).
+struct SavedFields {
+  int target = -1, mass = -1, slope = -1, level = -1, count = 2;
+};
+
 struct CrossEntropyArgs {
   // ---- problem
   int64_t outer = 0, classes = 0, inner = 1;
@@ -32,28 +48,37 @@ struct CrossEntropyArgs {
   DType prob_type = DType::f32;
   Strides target_strides;  // soft only
 
-  const void* weight = nullptr;         // [classes] contiguous, accum_of(logits_type); null: all ones
+  const void* weight = nullptr;         // [all_classes()] contiguous, accum_of(logits_type); null: all ones
   const void* sample_weight = nullptr;  // [rows] contiguous, accum_of(logits_type); null: all ones
 
   int64_t ignore_index = -100;  // index targets only
   double label_smoothing = 0, z_loss = 0;
   double softcap = 0;  // 0: none
   double logit_scale = 1;
+  int32_t row_map = 0;  // number in row_maps.h, 0: none
+  double map_params[2] = {};
+  int64_t class_offset = 0, total_classes = 0;  // shards; total_classes 0: not a shard
   Reduction reduction = Reduction::mean;
-  bool all_ignored_zero = false;  // mean over no counted row is 0 instead of nan
-  bool zero_times_inf = false;    // 0 * (-inf) counts as 0 for smoothed and probability targets
+  const double* normalizer = nullptr;  // [], on the device of the logits: replaces D and Dn
+  bool all_ignored_zero = false;       // mean over no counted row is 0 instead of nan
+  bool zero_times_inf = false;         // 0 * (-inf) counts as 0 for smoothed and probability targets
 
   // ---- results of forward; null: not wanted
   void* loss = nullptr;  // [] or, for reduction none, [rows]; loss_type
   DType loss_type = DType::f32;
-  void* saved = nullptr;      // accum_of(logits_type), [saved_count()]: what backward needs to recompute the softmax:
-                              //   ref[rows], others[rows] (see RowStats), soft: mass[rows]; then D, Dn. (A rounded lse
-                              //   alone would cost half the digits at logits of 1e4.)
+  // What backward needs to recompute the softmax, accum_of(logits_type), [saved_count()]: fields of [rows] in the order
+  // of SavedFields, then D, Dn. (A rounded lse alone would cost half the digits at logits of 1e4.)
+  void* saved = nullptr;
   void* lse = nullptr;        // [rows] accum_of(logits_type)
   void* grad = nullptr;       // dL/dx for grad_output 1 (scalar reductions only); logits_type. May be the
   Strides grad_strides;       //   logits themselves (then grad_strides == logits_strides).
   int64_t* argmax = nullptr;  // [rows], first maximum, or first nan as torch.argmax
   float* accuracy = nullptr;  // []: share of counted rows with argmax == target (soft: == argmax of target)
+  void* entropy = nullptr;    // [rows] accum_of(logits_type): -sum_c softmax_c log softmax_c
+  // Instead of all these: the statistics of a shard, accum_of(logits_type), [stats_count(), rows], in the order of
+  // Stat.
+  void* stats = nullptr;
+  bool stats_best = false;  // with best, best_at and exp_dot
 
   // ---- backward only (saved is then an input, the results above are not touched)
   const void* grad_output = nullptr;  // [] or [rows]; loss_type
@@ -61,8 +86,25 @@ struct CrossEntropyArgs {
   void* grad_target = nullptr;  // soft: dL/dp, prob_type
   Strides grad_target_strides;
 
-  int64_t rows() const { return outer * inner; }
-  int64_t saved_count() const { return (soft ? 3 : 2) * rows() + 2; }
+  // Always inline: a copy that was compiled for AVX-512 could be linked for everybody.
+  [[gnu::always_inline]] int64_t rows() const { return outer * inner; }
+  [[gnu::always_inline]] bool is_shard() const { return total_classes > 0; }
+  [[gnu::always_inline]] int64_t all_classes() const { return is_shard() ? total_classes : classes; }
+  [[gnu::always_inline]] SavedFields saved_fields() const {
+    SavedFields f;
+    if (is_shard()) f.target = f.count++;
+    if (soft) f.mass = f.count++;
+    if (row_map != 0) f.slope = f.count++;
+    if (soft && row_map != 0) f.level = f.count++;
+    return f;
+  }
+  [[gnu::always_inline]] int64_t saved_count() const { return saved_fields().count * rows() + 2; }
+  [[gnu::always_inline]] int stats_count() const { return stat_place(Stat::count); }
+  [[gnu::always_inline]] int stat_place(Stat s) const {
+    const int dots = soft || label_smoothing > 0 ? 2 : 0;
+    if (s >= Stat::best) return int(s) - 2 + dots - (s == Stat::count && !stats_best ? 3 : 0);
+    return int(s);
+  }
 };
 
 // CPU. Validates every index target before anything is written.

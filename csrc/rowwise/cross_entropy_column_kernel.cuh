@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(sizeof(T)))
     cross_entropy_column_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kV = 4 / int(sizeof(T));
-  const Call<A> call = load_call<false>(p, kPass);
+  const CallTotals<A> call = load_call<false>(p, kPass);
   const int classes = int(p.classes);
   const unsigned across = unsigned(p.inner / kV), items = unsigned(p.rows / kV);  // the policy sees that they fit
   LossSums sums{};
@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(sizeof(T)))
         }
       }
     }
-    RowResult<A> r[kV];
+    RowCoefficients<A> r[kV];
 #pragma unroll
     for (int v = 0; v < kV; ++v)
-      r[v] = finish_row<false>(p, call, kPass, row + v, target[v], s[v], z_target[v], no_best<A>(), no_best<A>(),
-                               /*leader=*/true, &sums);
+      r[v] = coefficients_of_row<false>(p, call, kPass, row + v, target[v], s[v], z_target[v], no_best<A>(),
+                                        no_best<A>(), /*leader=*/true, &sums);
     if constexpr (kPass != Pass::forward) {
       T* grad = static_cast<T*>(p.grad) + o * p.grad_strides.outer + i;
 #pragma unroll

@@ -4,6 +4,7 @@
 #include "../common/cpu_support.h"
 #include "cross_entropy_cpu_policy.h"
 #include "cross_entropy_math.h"
+#include "row_maps.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
@@ -20,36 +21,50 @@ struct Denominators {
 
 // What all rows of a call share, in the accumulation type.
 template <class T>
-struct Call {
+struct CallConstants {
   const CrossEntropyArgs& a;
   RowConstants<T> k;
   Denominators d;
-  const T* weight;         // [classes] or null
+  const T* weight;         // [classes] or null; of a shard: from its first class on
+  T local_weight_sum;      // sum of weight[classes]; of a shard
   const T* sample_weight;  // [rows] or null
-  T* ref;                  // saved statistics, or null
-  T* others;
-  T* mass;
+  T *ref, *others;         // fields of saved, or null
+  T *saved_target, *mass, *slope, *level;
   bool backward;
+  bool mapped;    // there is a row map
   bool streamed;  // the gradient is stored past the caches
 
-  explicit Call(const CrossEntropyArgs& args, bool is_backward)
+  explicit CallConstants(const CrossEntropyArgs& args, bool is_backward)
       : a(args),
-        weight(static_cast<const T*>(args.weight)),
+        weight(args.weight ? static_cast<const T*>(args.weight) + args.class_offset : nullptr),
+        local_weight_sum(T(args.classes)),
         sample_weight(static_cast<const T*>(args.sample_weight)),
-        ref(static_cast<T*>(args.saved)),
-        others(ref ? ref + args.rows() : nullptr),
-        mass(ref && args.soft ? others + args.rows() : nullptr),
         backward(is_backward),
+        mapped(args.row_map != 0),
         streamed(args.grad && args.grad != args.logits &&
                  args.rows() * args.classes * size_of(args.logits_type) >= kStreamBytes &&
                  (!takes_row_path(args) || args.classes * size_of(args.logits_type) >= kStreamRowBytes)) {
-    double weight_sum = double(args.classes);
+    const SavedFields fields = args.saved_fields();
+    auto field = [&args](int i) {
+      return args.saved && i >= 0 ? static_cast<T*>(args.saved) + i * args.rows() : nullptr;
+    };
+    ref = field(0);
+    others = field(1);
+    saved_target = field(fields.target);
+    mass = field(fields.mass);
+    slope = field(fields.slope);
+    level = field(fields.level);
+    double weight_sum = double(args.all_classes());
     if (weight) {
+      const T* all = static_cast<const T*>(args.weight);
       weight_sum = 0;
-      for (int64_t c = 0; c < args.classes; ++c) weight_sum += double(weight[c]);
+      for (int64_t c = 0; c < args.all_classes(); ++c) weight_sum += double(all[c]);
+      double local = 0;
+      for (int64_t c = 0; args.is_shard() && c < args.classes; ++c) local += double(weight[c]);
+      local_weight_sum = T(local);
     }
     k = {T(args.label_smoothing),
-         T(args.label_smoothing / double(args.classes)),
+         T(args.label_smoothing / double(args.all_classes())),
          T(weight_sum),
          T(args.z_loss),
          T(args.logit_scale),
@@ -189,17 +204,18 @@ class Rows {
 template <class T>
 class RowBatch {
   using lane_int = typename bits_of<T>::type;
-  static constexpr int64_t kValues = 11;
+  // The largest number, which is no class: the target of a row is one of another shard.
+  static constexpr lane_int kElsewhere = lane_int(~uint64_t(0) >> (65 - 8 * sizeof(lane_int)));
+  static constexpr int64_t kValues = 12, kIndices = 2;
   const int64_t pitch_;
-  Scratch<T> values_;
-  Scratch<int64_t> indices_;
-  Scratch<lane_int> lane_target_;
+  Scratch<unsigned char> memory_;  // all arrays: an allocation costs as much as some rows
 
  public:
   explicit RowBatch(int64_t rows)
-      : pitch_(round_up(rows, kLanes<T>)), values_(kValues * pitch_), indices_(2 * pitch_), lane_target_(pitch_) {}
-  T* value(int i) { return values_.get() + i * pitch_; }
-  int64_t* index(int i) { return indices_.get() + i * pitch_; }
+      : pitch_(round_up(rows, kLanes<T>)),
+        memory_(pitch_ * int64_t(kIndices * sizeof(int64_t) + kValues * sizeof(T) + sizeof(lane_int))) {}
+  int64_t* index(int i) { return reinterpret_cast<int64_t*>(memory_.get()) + i * pitch_; }
+  T* value(int i) { return reinterpret_cast<T*>(index(kIndices)) + i * pitch_; }
 
   T *const max = value(0), *const ref = value(1), *const others = value(2);  // statistics: see RowStats
   T *const dot = value(3), *const mass = value(4);
@@ -207,10 +223,12 @@ class RowBatch {
   T *const softmax_scale = value(6), *const q_scale = value(7);  // gradient: per e^(z - ref), per q
   T* const target_grad = value(8);                               // the target's own, complete
   T* const target_nll = value(10);                               // -log p_t
-  int64_t* const target = index(0);                              // class index, -1: ignored or none
+  T* const exp_dot = value(11);                                  // see Stat; only where entropy is wanted
+  int64_t* const target = index(0);                              // class index, -1: ignored, none or elsewhere
   int64_t* const best = index(1);                                // where to look for the maximum
   Rows logits, prob, grad;
-  lane_int* const lane_target = lane_target_.get();
+  lane_int* const lane_target =
+      reinterpret_cast<lane_int*>(value(kValues));  // the same, but kElsewhere where a shard's target is elsewhere
 
   void set_targets(const CrossEntropyArgs& a, int64_t first, int64_t n) {
     // Copies of the members: stores to integers could change those, as far as the compiler knows, and it would not
@@ -230,9 +248,25 @@ class RowBatch {
       lanes[b] = lane_int(to[b]);
       best_of[b] = 0;
     }
+    for (int64_t b = 0; a.is_shard() && b < n; ++b) {
+      if (uint64_t(to[b]) >= uint64_t(a.total_classes)) {
+        lanes[b] = lane_int(to[b] = -1);
+      } else {
+        const int64_t local = to[b] - a.class_offset;
+        const bool here = uint64_t(local) < uint64_t(a.classes);
+        to[b] = here ? local : -1;
+        lanes[b] = here ? lane_int(local) : kElsewhere;
+      }
+    }
     for (int64_t b = n; b < pitch_; ++b)  // lanes that are computed and not used
-      ref[b] = others[b] = dot[b] = mass[b] = picked[b] = T(0);
+      ref[b] = others[b] = dot[b] = mass[b] = picked[b] = exp_dot[b] = T(0);
   }
+  // w_t, where lane b has a target.
+  T target_weight(const CallConstants<T>& call, int64_t row, lane_int target) const {
+    if (target != kElsewhere) return call.weight[target];
+    return call.weight[load_index(call.a.target, call.a.index_type, row) - call.a.class_offset];
+  }
+  bool target_is_here(int64_t b) const { return lane_target[b] >= 0 && lane_target[b] != kElsewhere; }
   void clear_statistics(int64_t lanes) {
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
       store(max + v, splat(-kInf<T>));
@@ -240,9 +274,9 @@ class RowBatch {
       for (T* p : zeroed) store(p + v, vec<T>{});
     }
   }
-  void restore(const Call<T>& call, int64_t first, int64_t n) {
+  void restore(const CallConstants<T>& call, int64_t first, int64_t n) {
     // Out of range here only if somebody wrote to the targets after forward had looked: then without gradient.
-    for (int64_t b = 0; b < pitch_; ++b)
+    for (int64_t b = 0; b < pitch_ && !call.a.is_shard(); ++b)
       if (target[b] >= call.a.classes || target[b] < 0) lane_target[b] = lane_int(target[b] = -1);
     for (int64_t b = 0; b < pitch_; ++b) {
       const int64_t row = first + (b < n ? b : 0);
@@ -254,12 +288,38 @@ class RowBatch {
   }
 };
 
+// The statistics of a batch of rows of a shard.
+template <Mode kMode, bool kTransform, class S, class T>
+inline void store_stats(const CallConstants<T>& call, const RowBatch<T>& s, int64_t first, int64_t n) {
+  const CrossEntropyArgs& a = call.a;
+  auto field = [&](Stat which) { return static_cast<T*>(a.stats) + a.stat_place(which) * a.rows() + first; };
+  for (int64_t b = 0; b < n; ++b) {
+    field(Stat::ref)[b] = s.max[b];
+    field(Stat::others)[b] = s.others[b];
+    field(Stat::target)[b] = s.target_is_here(b) ? s.picked[b] : -kInf<T>;
+    if constexpr (kMode != Mode::index) {
+      field(Stat::dot)[b] = s.dot[b];
+      field(Stat::mass)[b] = kMode == Mode::soft ? s.mass[b] : call.local_weight_sum;
+    }
+    if (!a.stats_best) continue;
+    const S* x = static_cast<const S*>(a.logits) + s.logits[b];
+    const int64_t top = row_argmax<kTransform, S, T>(call.k, x, a.logits_strides.cls, a.classes, s.max[b],
+                                                     s.others[b] != s.others[b], s.best[b]);
+    field(Stat::best)[b] =
+        a.classes > 0 ? transform_scalar<kTransform, T>(call.k, T(to_accum(x[top * a.logits_strides.cls]))) : -kInf<T>;
+    field(Stat::best_at)[b] = T(a.class_offset + top);
+    field(Stat::exp_dot)[b] = s.exp_dot[b];
+  }
+}
+
 // All that is O(1) per row, from the statistics of a batch: losses, saved values, gradient coefficients.
 template <Mode kMode, bool kTransform, class S, class T>
-inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int64_t n, LossSums* sums) {
+inline void finish_batch(const CallConstants<T>& call, RowBatch<T>& s, int64_t first, int64_t n, LossSums* sums) {
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;
+  if (a.stats) return store_stats<kMode, kTransform, S, T>(call, s, first, n);
   const T per_d = call.per_d(), per_dn = call.per_dn();
+  const T map_a = T(a.map_params[0]), map_b = T(a.map_params[1]);
   vec_double nll_sum{}, smooth_sum{}, z_sum{};
   // In loops of their own: one long chain of operations per vector would leave the processor waiting.
   for (int64_t v = 0; v < n; v += kLanes<T>) store(s.target_exp + v, exp_of(load(s.picked + v) - load(s.ref + v)));
@@ -278,15 +338,17 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
     const vec<T> picked = load(s.picked + v);
     const vec<T> e = target >= 0 ? load(s.target_exp + v) : vec<T>{}, sum = others + e;
-    const bool wants_lse = kMode != Mode::index || k.z_loss != T(0) || a.lse;
+    const bool wants_lse = kMode != Mode::index || k.z_loss != T(0) || a.lse || a.entropy;
     const vec<T> log_sum = wants_lse ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
     vec<T> w_t = splat(T(1));
     if (kMode != Mode::soft && call.weight)
       for (int64_t b = 0; b < m; ++b)
-        if (target[b] >= 0) w_t[b] = call.weight[target[b]];
+        if (target[b] >= 0) w_t[b] = s.target_weight(call, row + b, target[b]);
     vec<T> sample = splat(T(1));
     if (call.sample_weight) sample = load_n(call.sample_weight + row, m, T(0));
 
+    vec<T> slope = splat(T(1));  // of the row map
+    if (call.mapped && call.backward) slope = load_n(call.slope + row, m, T(1));
     if (!call.backward) {
       vec<T> nll, smooth{}, z{};
       if constexpr (kMode == Mode::soft)
@@ -295,10 +357,24 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
         vec<T> nll_t = load(s.target_nll + v);
         if (a.zero_times_inf) nll_t = w_t == T(0) ? vec<T>{} : nll_t;
         nll = index_row_nll(k, nll_t, w_t);
-        if constexpr (kMode != Mode::index) {
+        if (call.mapped && kMode == Mode::index) nll = nll_t;
+        if (call.mapped && kMode != Mode::index) {
+          nll += smooth_row_nll(k, log_sum, dot);
+        } else if constexpr (kMode != Mode::index) {
           smooth = counts ? sample * smooth_row_nll(k, log_sum, dot) : vec<T>{};
           smooth_sum += widen(smooth);
         }
+      }
+      if (call.mapped) {
+        const vec<T> row_mass = kMode == Mode::soft    ? mass
+                                : kMode == Mode::index ? w_t
+                                                       : (T(1) - k.smoothing) * w_t + k.smooth_share * k.weight_sum;
+        const MappedRow<vec<T>> g =
+            mapped_row(RowMap(a.row_map), row_mass, kMode == Mode::index ? nll : nll / row_mass, map_a, map_b);
+        nll = g.nll;
+        slope = counts ? g.slope : slope;
+        if (call.slope) store_n(call.slope + row, m, slope);
+        if (call.level) store_n(call.level + row, m, g.level);
       }
       nll = counts ? nll * sample : vec<T>{};
       if (k.z_loss != T(0)) z = counts ? sample * (k.z_loss * lse * lse) : vec<T>{};
@@ -313,6 +389,10 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
         if (call.mass) store_n(call.mass + row, m, mass);
       }
       if (a.lse) store_n(static_cast<T*>(a.lse) + row, m, lse);
+      if (a.entropy) {
+        const vec<T> own = e > T(0) ? e * (picked - ref) : vec<T>{};
+        store_n(static_cast<T*>(a.entropy) + row, m, log_sum - (load(s.exp_dot + v) + own) / sum);
+      }
       if (a.argmax || a.accuracy)
         for (int64_t b = 0; b < m; ++b) {
           const S* x = static_cast<const S*>(a.logits) + s.logits[v + b];
@@ -329,7 +409,8 @@ inline void finish_batch(const Call<T>& call, RowBatch<T>& s, int64_t first, int
     vec<T> up = sample;  // what the row's loss weighs in the result that is differentiated
     if (call.backward)
       for (int64_t b = 0; b < m; ++b) up[b] *= call.grad_output(row + b);
-    const vec<T> u = counts ? up * per_d : vec<T>{};
+    vec<T> u = counts ? up * per_d : vec<T>{};
+    if (call.mapped) u *= slope;
     const vec<T> uz = counts && k.z_loss != T(0) ? up * per_dn : vec<T>{};
     RowGrad<vec<T>> g;
     if constexpr (kMode == Mode::soft)

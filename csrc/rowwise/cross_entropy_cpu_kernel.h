@@ -18,7 +18,7 @@ namespace FASTLOSS_ISA {
 // D, Dn and the first bad index, from the targets alone, before anything is written.
 template <class T>
 inline Status denominators(const CrossEntropyArgs& a, ParallelFor parallel_for, Denominators* d) {
-  const T* weight = static_cast<const T*>(a.weight);
+  const T* weight = static_cast<const T*>(a.weight);  // of all classes
   const T* sample_weight = static_cast<const T*>(a.sample_weight);
   const int64_t rows = a.rows();
   if (a.soft && !sample_weight) {
@@ -40,7 +40,7 @@ inline Status denominators(const CrossEntropyArgs& a, ParallelFor parallel_for, 
         with_index(a.index_type, [&](auto* tag) {
           const auto* target = static_cast<decltype(tag)>(a.target);
           auto counts = [&](int64_t row) { return int64_t(target[row]) != a.ignore_index; };
-          auto outside = [&](int64_t row) { return uint64_t(int64_t(target[row])) >= uint64_t(a.classes); };
+          auto outside = [&](int64_t row) { return uint64_t(int64_t(target[row])) >= uint64_t(a.all_classes()); };
           int64_t counted = 0, bad = 0;
           for (int64_t row = first; row < last; ++row) {
             counted += counts(row);
@@ -69,9 +69,9 @@ inline Status denominators(const CrossEntropyArgs& a, ParallelFor parallel_for, 
   return {};
 }
 
-// dL/dp_c = u (1 - e) w_c (lse - z_c), for a probability target.
+// dL/dp_c = u (1 - e) w_c (lse - z_c), for a probability target; with a row map see row_maps.h.
 template <bool kTransform, class S>
-inline void target_gradient(const Call<accum_t<S>>& call, int64_t begin, int64_t end) {
+inline void target_gradient(const CallConstants<accum_t<S>>& call, int64_t begin, int64_t end) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   for (int64_t row = begin; row < end; ++row) {
@@ -89,6 +89,7 @@ inline void target_gradient(const Call<accum_t<S>>& call, int64_t begin, int64_t
         for (int64_t l = 0; l < n; ++l) raw[l] = T(to_accum(x[(c0 + l) * a.logits_strides.cls]));
         vec<T> z = transform<kTransform, T>(call.k, load(raw));
         vec<T> g = scale * (log_sum - (z - call.ref[row]));
+        if (call.mapped) g = scale * (call.slope[row] * (log_sum - (z - call.ref[row])) + call.level[row]);
         for (int64_t l = 0; l < n; ++l) {
           T w = call.weight ? call.weight[c0 + l] : T(1);
           grad[(c0 + l) * a.grad_target_strides.cls] =
@@ -100,7 +101,7 @@ inline void target_gradient(const Call<accum_t<S>>& call, int64_t begin, int64_t
 }
 
 template <Mode kMode, bool kTransform, class S>
-inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, LossSums* total) {
+inline void run_batches(const CallConstants<accum_t<S>>& call, ParallelFor parallel_for, LossSums* total) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const bool by_rows = takes_row_path(a);
@@ -130,7 +131,7 @@ inline void run_batches(const Call<accum_t<S>>& call, ParallelFor parallel_for, 
 }
 
 template <class S>
-inline void run(const Call<accum_t<S>>& call, ParallelFor parallel_for, LossSums* total) {
+inline void run(const CallConstants<accum_t<S>>& call, ParallelFor parallel_for, LossSums* total) {
   const CrossEntropyArgs& a = call.a;
   const bool transform = a.softcap > 0 || a.logit_scale != 1;
   const Mode mode = a.soft                  ? Mode::soft
@@ -151,19 +152,26 @@ inline void run(const Call<accum_t<S>>& call, ParallelFor parallel_for, LossSums
 template <class S>
 inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   using T = accum_t<S>;
-  Call<T> call(a, /*is_backward=*/false);
+  CallConstants<T> call(a, /*is_backward=*/false);
   Status status = denominators<T>(a, parallel_for, &call.d);
   if (status.code != Status::ok) return status;
+  if (a.normalizer) call.d.weight = call.d.count = *a.normalizer;
   LossSums total;
   run<S>(call, parallel_for, &total);
+  if (a.stats) return {};
   if (a.saved) {
     T* d = static_cast<T*>(a.saved) + a.saved_count() - 2;
     d[0] = T(call.d.weight);
     d[1] = T(call.d.count);
   }
   const bool nothing = a.all_ignored_zero && call.d.counted == 0;
+  // e / C sum_c ... over no classes is 0 inf, whether a row counts or not, as in torch.
+  const bool without_classes = a.classes == 0 && a.label_smoothing > 0 && !a.soft;
+  if (a.loss && a.reduction == Reduction::none && without_classes)
+    for (int64_t row = 0; row < a.rows(); ++row) store_scalar(a.loss, a.loss_type, row, kNan<double>);
   if (a.loss && a.reduction != Reduction::none) {
     const bool mean = a.reduction == Reduction::mean;
+    if (without_classes) total.smooth = kNan<double>;
     const double loss =
         reduced_loss(total, mean, a.label_smoothing > 0 && !a.soft, a.z_loss != 0, call.d.weight, call.d.count);
     store_scalar(a.loss, a.loss_type, 0, mean && nothing ? 0 : loss);
@@ -175,7 +183,7 @@ inline Status forward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
 template <class S>
 inline Status backward(const CrossEntropyArgs& a, ParallelFor parallel_for) {
   using T = accum_t<S>;
-  Call<T> call(a, /*is_backward=*/true);
+  CallConstants<T> call(a, /*is_backward=*/true);
   const T* d = static_cast<const T*>(a.saved) + a.saved_count() - 2;
   call.d.weight = double(d[0]);
   call.d.count = double(d[1]);

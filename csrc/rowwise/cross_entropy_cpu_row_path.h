@@ -33,8 +33,8 @@ struct KeptRow {
 // second time from L1), until a chunk exceeds it by more than kHeadroom and is done again relative to its own maximum.
 // At the end all is brought to the maximum of the row.
 template <Mode kMode, bool kTransform, bool kKeep, class S, class T>
-inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offset, int64_t target, int64_t* best,
-                             const KeptRow<T>& kept) {
+inline RowStats<T> row_stats(const CallConstants<T>& call, const S* x, int64_t prob_offset, int64_t target,
+                             int64_t* best, const KeptRow<T>& kept) {
   constexpr T kHeadroom = 8;  // small: the error of exp grows with its argument
   const int64_t classes = call.a.classes;
   const bool zero_inf = call.a.zero_times_inf;
@@ -129,13 +129,30 @@ inline RowStats<T> row_stats(const Call<T>& call, const S* x, int64_t prob_offse
   if (max > ref) rebase(max);
   // A row of nothing but -inf has no softmax: nan, as in torch.
   const T total = sum_lanes<T>(sum);
+  if (call.a.stats) return {max, total, sum_lanes<T>(dot), sum_lanes<T>(mass)};
   return {ref, max > -kInf<T> ? total : total + kNan<T>, sum_lanes<T>(dot), sum_lanes<T>(mass)};
+}
+
+// sum of e^(z_c - ref) (z_c - ref) over the classes but the target; a second walk, for entropies alone.
+template <bool kTransform, class S, class T>
+inline T row_exp_dot(const CallConstants<T>& call, const S* x, T ref, int64_t target) {
+  vec<T> sum{};
+  for (int64_t c0 = 0; c0 < call.a.classes; c0 += kChunk) {
+    vec<T> part{};
+    for_vectors<T>(c0, min_of(call.a.classes, c0 + kChunk), [&](int64_t i, int64_t n) {
+      const vec<T> d = transform<kTransform, T>(call.k, load_n(x + i, n, T(0))) - ref;
+      const vec<T> e = exp_of(d), at = iota<T>();
+      part += e == T(0) || at >= T(n) || at == T(target - i) ? vec<T>{} : e * d;
+    });
+    sum += part;
+  }
+  return sum_lanes<T>(sum);
 }
 
 // The gradient of one row from its coefficients and, if kKept, the exponentials that its statistics left;
 // `target_grad` is the target's own, already complete (see finish_batch).
 template <Mode kMode, bool kTransform, bool kKept, class S, class T>
-inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref, T softmax_scale, T q_scale,
+inline void row_grad(const CallConstants<T>& call, const S* x, int64_t prob_offset, T ref, T softmax_scale, T q_scale,
                      int64_t target, T target_grad, const KeptRow<T>& kept, S* grad) {
   const int64_t classes = call.a.classes;
   const RowConstants<T>& k = call.k;
@@ -179,21 +196,21 @@ inline void row_grad(const Call<T>& call, const S* x, int64_t prob_offset, T ref
 // The exponentials of a batch of rows, if they are kept.
 template <class T>
 class KeptRows {
-  const int64_t chunks_, pitch_;
-  Scratch<T> exps_, chunk_ref_;
+  const int64_t rows_, chunks_, pitch_;
+  Scratch<T> memory_;
 
  public:
   KeptRows(int64_t rows, int64_t classes)
-      : chunks_((classes + kChunk - 1) / kChunk),
+      : rows_(rows),
+        chunks_((classes + kChunk - 1) / kChunk),
         pitch_(round_up(classes, kLanes<T>)),
-        exps_(rows * pitch_),
-        chunk_ref_(rows * chunks_) {}
-  KeptRow<T> row(int64_t b) { return {exps_.get() + b * pitch_, chunk_ref_.get() + b * chunks_}; }
+        memory_(rows * (pitch_ + chunks_)) {}
+  KeptRow<T> row(int64_t b) { return {memory_.get() + b * pitch_, memory_.get() + rows_ * pitch_ + b * chunks_}; }
 };
 
 template <Mode kMode, bool kTransform, bool kKeep, class S>
-inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, KeptRows<accum_t<S>>& exps, int64_t first,
-                     int64_t n, LossSums* sums) {
+inline void row_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>>& s, KeptRows<accum_t<S>>& exps,
+                     int64_t first, int64_t n, LossSums* sums) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const S* logits = static_cast<const S*>(a.logits);
@@ -201,7 +218,7 @@ inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Kept
   if constexpr (kMode == Mode::soft) s.prob = {first, n, a.inner, a.target_strides};
   s.set_targets(a, first, n);
   if (call.backward) s.restore(call, first, n);
-  const bool ignored_matter = call.backward || a.grad || a.saved || a.lse || a.argmax || a.accuracy;
+  const bool ignored_matter = call.backward || a.grad || a.saved || a.lse || a.argmax || a.accuracy || a.stats;
   for (int64_t b = 0; b < n; ++b) {
     const S* x = logits + s.logits[b];
     s.picked[b] = s.target[b] >= 0 ? transform_scalar<kTransform, T>(call.k, T(to_accum(x[s.target[b]]))) : T(0);
@@ -216,7 +233,10 @@ inline void row_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Kept
     s.others[b] = st.others;
     s.dot[b] = st.dot;
     s.mass[b] = st.mass;
+    if (a.entropy || a.stats_best)
+      s.exp_dot[b] = row_exp_dot<kTransform, S, T>(call, x, st.ref > -kInf<T> ? st.ref : T(0), s.target[b]);
   }
+  for (int64_t b = 0; call.backward && call.saved_target && b < n; ++b) s.picked[b] = call.saved_target[first + b];
   finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
   if (!a.grad) return;
   s.grad = {first, n, a.inner, a.grad_strides};

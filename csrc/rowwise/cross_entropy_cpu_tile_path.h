@@ -162,8 +162,8 @@ inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t
 // Adds classes to the sums of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref). Terms are added in blocks of
 // classes, blocks in the tile, tiles in the row: one long sum would lose a digit or two at 1e5 classes.
 template <Mode kMode, bool kKeep, class T>
-inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob, int64_t pitch,
-                      int64_t c0, int64_t classes, NextTile next, NextTile next_prob) {
+inline void tile_sums(const CallConstants<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob,
+                      int64_t pitch, int64_t c0, int64_t classes, NextTile next, NextTile next_prob) {
   const RowConstants<T>& k = call.k;
   const bool zero_inf = call.a.zero_times_inf;
   constexpr int64_t kBlock = 64;
@@ -212,10 +212,25 @@ inline void tile_sums(const Call<T>& call, RowBatch<T>& s, int64_t lanes, T* til
   }
 }
 
+// Adds classes to the sums of e^(z - ref) (z - ref), for entropies; z of the target is -inf.
+template <class T>
+inline void tile_exp_dots(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t pitch, int64_t classes) {
+  for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+    const vec<T> ref = load(s.ref + v);
+    vec<T> sum{};
+    for (int64_t c = 0; c < classes; ++c) {
+      const vec<T> d = load(tile + c * pitch + v) - ref, e = exp_of(d);
+      sum += e == T(0) ? vec<T>{} : e * d;
+    }
+    store(s.exp_dot + v, load(s.exp_dot + v) + sum);
+  }
+}
+
 // The gradient from z[c][b], or with kKept from e^(z - ref): put(c, v, g) for the vector v of class c0 + c.
 template <Mode kMode, bool kTransform, bool kKept, class T, class F>
-inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lanes, const T* tile, const T* prob,
-                          int64_t pitch, int64_t c0, int64_t classes, NextTile next, NextTile next_prob, const F& put) {
+inline void tile_gradient(const CallConstants<T>& call, const RowBatch<T>& s, int64_t lanes, const T* tile,
+                          const T* prob, int64_t pitch, int64_t c0, int64_t classes, NextTile next, NextTile next_prob,
+                          const F& put) {
   using lane_int = typename bits_of<T>::type;
   const RowConstants<T> k = call.k;
   const T *const ref = s.ref, *const softmax_scale = s.softmax_scale, *const q_scale = s.q_scale;
@@ -243,25 +258,29 @@ inline void tile_gradient(const Call<T>& call, const RowBatch<T>& s, int64_t lan
 }
 
 template <class T>
-struct Tiles {  // z, then its gradient; probabilities; the gradient once more, in the order of memory
+class Tiles {  // z, then its gradient; probabilities; the gradient once more, in the order of memory
+  Scratch<T> memory_;
+
+ public:
   Tiles(const TileShape& shape, bool soft, bool staged)
-      : shape(shape),
-        tile(shape.classes * shape.pitch),
-        prob(soft ? shape.classes * shape.pitch : 1),
-        stage(staged ? shape.classes * shape.rows : 1) {}
+      : memory_(shape.classes * (shape.pitch * (soft ? 2 : 1) + (staged ? shape.rows : 0))),
+        shape(shape),
+        tile(memory_.get()),
+        prob(tile + (soft ? shape.classes * shape.pitch : 0)),
+        stage(prob + shape.classes * shape.pitch) {}
   const TileShape shape;
-  Scratch<T> tile, prob, stage;
+  T *const tile, *const prob, *const stage;
 };
 
 template <Mode kMode, bool kTransform, class S>
-inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Tiles<accum_t<S>>& tiles, int64_t first,
-                      int64_t n, LossSums* sums) {
+inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Tiles<accum_t<S>>& tiles,
+                      int64_t first, int64_t n, LossSums* sums) {
   using T = accum_t<S>;
   const CrossEntropyArgs& a = call.a;
   const RowConstants<T>& k = call.k;
   const int64_t step = tiles.shape.classes, pitch = tiles.shape.pitch, lanes = round_up(n, kLanes<T>);
   const S* x = static_cast<const S*>(a.logits);
-  T *const tile = tiles.tile.get(), *const prob = tiles.prob.get();
+  T *const tile = tiles.tile, *const prob = tiles.prob;
   s.logits = {first, n, a.inner, a.logits_strides};
   if constexpr (kMode == Mode::soft) s.prob = {first, n, a.inner, a.target_strides};
 
@@ -294,14 +313,14 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
   };
   const bool whole = step >= a.classes;
   // With a transform the gradient needs z itself once more; classes that come in parts are read again.
-  const bool keep = whole && !kTransform && !call.backward && a.grad;
+  const bool wants_exp_dots = a.entropy || a.stats_best;
+  const bool keep = whole && !kTransform && !call.backward && a.grad && !wants_exp_dots;
   s.set_targets(a, first, n);
   for (int64_t v = 0; v < lanes; v += kLanes<T>)
     store(s.picked + v, kMode == Mode::index ? splat(-kInf<T>) : vec<T>{});  // where there is no target
   if (whole) load_classes(0, a.classes);
   // z_t of the rows whose target is in the tile; -inf in its place adds nothing to the sum of the others.
-  auto pick = [tile, pitch, n, target = s.target, picked = s.picked, apart = kMode == Mode::index && !call.backward](
-                  int64_t c0, int64_t classes) {
+  auto pick = [tile, pitch, n, target = s.target, picked = s.picked](int64_t c0, int64_t classes, bool apart) {
     for (int64_t b = 0; b < n; ++b) {
       const int64_t c = target[b] - c0;
       if (target[b] < 0 || uint64_t(c) >= uint64_t(classes)) continue;
@@ -312,17 +331,18 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
   };
   if (call.backward) {
     s.restore(call, first, n);
-    if (whole) pick(0, a.classes);
+    if (whole) pick(0, a.classes, false);
     for (int64_t b = 0; b < n && !whole; ++b)
       if (s.target[b] >= 0)
         s.picked[b] =
             transform_scalar<kTransform, T>(k, T(to_accum(x[s.logits[b] + s.target[b] * a.logits_strides.cls])));
+    for (int64_t b = 0; b < n && call.saved_target; ++b) s.picked[b] = call.saved_target[first + b];
   } else {
     s.clear_statistics(lanes);
     for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
       const int64_t classes = min_of(step, a.classes - c0);
       if (!whole) load_classes(c0, classes);
-      pick(c0, classes);
+      pick(c0, classes, kMode == Mode::index);
       tile_reference<kMode, T>(s, lanes, tile, pitch, c0, classes);
       auto add = [&](auto kept) {
         tile_sums<kMode, decltype(kept)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes, next(c0, classes),
@@ -330,7 +350,14 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
       };
       keep ? add(constant<true>{}) : add(constant<false>{});
     }
-    for (int64_t b = 0; b < lanes; ++b)
+    for (int64_t v = 0; v < lanes && wants_exp_dots; v += kLanes<T>) store(s.exp_dot + v, vec<T>{});
+    for (int64_t c0 = 0; c0 < a.classes && wants_exp_dots; c0 += step) {
+      const int64_t classes = min_of(step, a.classes - c0);
+      if (!whole) load_classes(c0, classes);
+      if (!whole || kMode != Mode::index) pick(c0, classes, true);
+      tile_exp_dots<T>(s, lanes, tile, pitch, classes);
+    }
+    for (int64_t b = 0; b < lanes && !a.stats; ++b)
       s.others[b] += s.max[b] > -kInf<T> ? T(0) : kNan<T>;  // nothing but -inf (or nan): no softmax
   }
   finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
@@ -361,7 +388,7 @@ inline void tile_path(const Call<accum_t<S>>& call, RowBatch<accum_t<S>>& s, Til
     } else {
       gradient([tile, pitch](int64_t c, int64_t v, vec<T> g) { store(tile + c * pitch + v, g); });
       if (call.streamed && whole && stride == 1 && s.grad.step == a.classes) {
-        S* const stage = reinterpret_cast<S*>(tiles.stage.get());
+        S* const stage = reinterpret_cast<S*>(tiles.stage);
         store_tile(stage, s.grad, n, stride, classes, tile, pitch);
         stream_bytes(grad + s.grad[0], stage, n * a.classes * int64_t(sizeof(S)));
       } else {

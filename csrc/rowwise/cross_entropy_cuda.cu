@@ -37,17 +37,10 @@ constexpr int64_t kTotalsBytes = kMaxTotals * 4 * sizeof(double), kCounterBytes 
 
 int grid_offset(const void* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) & 15); }
 
-// A call with its axes merged, and the launch that takes it.
-struct Plan {
-  CrossEntropyArgs a;
-  Pass pass;
-  RowwiseConfig config;
-  bool finish;  // the kernel sums something up over all rows
-  bool totals;  // the totals kernel runs first
-};
-
-Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& device) {
-  Plan plan{args, pass, {}, false, false};
+CrossEntropyPlan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& device) {
+  CrossEntropyPlan plan;
+  plan.a = args;
+  plan.pass = pass;
   CrossEntropyArgs& a = plan.a;
   Strides* tensors[4] = {&a.logits_strides};
   int count = 1;
@@ -68,7 +61,8 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
   problem.logits_offset = grid_offset(a.logits);
   problem.grad_offset = grid_offset(a.grad);
   problem.general = a.logits_type == DType::f64 || a.soft || a.label_smoothing > 0 || a.softcap > 0 ||
-                    a.logit_scale != 1 || (pass != Pass::backward && (a.argmax || a.accuracy)) ||
+                    a.logit_scale != 1 || a.row_map != 0 ||
+                    (pass != Pass::backward && (a.argmax || a.accuracy || a.entropy || a.stats_best)) ||
                     a.classes > INT32_MAX / 2;  // the others count classes, and a turn of a loop further, in 32 bits
   problem.in_place = problem.has_grad && a.grad == a.logits;
   problem.pass = pass;
@@ -78,24 +72,29 @@ Plan plan_of(const CrossEntropyArgs& args, Pass pass, const DeviceProperties& de
     plan.totals = weighted_classes && !a.soft;
   } else {
     plan.finish = (a.loss && a.reduction != Reduction::none) || a.accuracy;
-    plan.totals = plan.finish || a.saved || weighted_classes;
+    plan.totals = !a.stats && (plan.finish || a.saved || weighted_classes);
     if (plan.finish && plan.config.grid == 0) plan.config.grid = plan.config.parts;  // no rows: the scalars remain
   }
+  if (plan.totals)
+    plan.workspace_bytes =
+        kTotalsBytes + (plan.finish ? kCounterBytes + 4 * plan.config.grid * int64_t(sizeof(double)) : 0);
   return plan;
 }
 
-int64_t workspace_bytes(const Plan& plan) {
-  return kTotalsBytes + kCounterBytes + 4 * plan.config.grid * static_cast<int64_t>(sizeof(double));
-}
-
 template <class A>
-Status run(const Plan& plan, const CudaContext& context) {
+Status run(const CrossEntropyPlan& plan, const CudaContext& context) {
   const CrossEntropyArgs& a = plan.a;
   CrossEntropyParams<A> p{};
   p.logits = a.logits;
   p.grad = a.grad;
   p.target = a.target;
-  p.weight = static_cast<const A*>(a.weight);
+  p.weight = a.weight ? static_cast<const A*>(a.weight) + a.class_offset : nullptr;
+  p.normalizer = a.normalizer;
+  p.class_offset = a.class_offset;
+  p.all_classes = a.all_classes();
+  p.fields = a.saved_fields();
+  p.row_map = RowMap(a.row_map);
+  for (int i = 0; i < 2; ++i) p.map_params[i] = A(a.map_params[i]);
   p.sample_weight = static_cast<const A*>(a.sample_weight);
   p.logits_strides = a.logits_strides;
   p.grad_strides = a.grad_strides;
@@ -119,8 +118,8 @@ Status run(const Plan& plan, const CudaContext& context) {
   p.all_ignored_zero = a.all_ignored_zero;
   p.want_q = p.soft || p.smooth;
   p.k.smoothing = A(a.label_smoothing > 0 ? a.label_smoothing : 0);
-  p.k.smooth_share = a.label_smoothing > 0 ? A(a.label_smoothing / double(a.classes)) : A(0);
-  p.k.weight_sum = A(double(a.classes));
+  p.k.smooth_share = a.label_smoothing > 0 ? A(a.label_smoothing / double(p.all_classes)) : A(0);
+  p.k.weight_sum = A(double(p.all_classes));
   p.k.z_loss = A(a.z_loss);
   p.k.logit_scale = A(a.logit_scale);
   p.k.softcap = A(a.softcap);
@@ -135,7 +134,11 @@ Status run(const Plan& plan, const CudaContext& context) {
     p.lse = static_cast<A*>(a.lse);
     p.argmax = a.argmax;
     p.accuracy = a.accuracy;
-    p.want_best = a.argmax || a.accuracy;
+    p.entropy = static_cast<A*>(a.entropy);
+    p.stats = static_cast<A*>(a.stats);
+    p.best_at = a.stat_place(Stat::best);
+    p.want_best = a.argmax || a.accuracy || a.stats_best;
+    p.want_entropy = a.entropy || a.stats_best;
     if (!a.soft) {
       Status status;
       p.record = bad_target_record_cuda(&status);
@@ -151,7 +154,7 @@ Status run(const Plan& plan, const CudaContext& context) {
   if (plan.totals) {
     auto* workspace = static_cast<unsigned char*>(context.workspace);
     p.totals = reinterpret_cast<double*>(workspace);
-    p.totals_count = totals_blocks(p.rows, p.weight && p.smooth ? p.classes : 0);
+    p.totals_count = totals_blocks(p.rows, p.weight && p.smooth ? p.all_classes : 0);
     if (plan.finish) {
       p.counter = reinterpret_cast<unsigned*>(workspace + kTotalsBytes);
       p.partials = reinterpret_cast<double*>(workspace + kTotalsBytes + kCounterBytes);
@@ -180,31 +183,20 @@ Status run(const Plan& plan, const CudaContext& context) {
   return {Status::unsupported};
 }
 
-Status run(const CrossEntropyArgs& a, const CudaContext& context, Pass pass) {
-  const Plan plan = plan_of(a, pass, policy_device(context.device));
-  if ((plan.finish && context.workspace_bytes < workspace_bytes(plan)) ||
-      (plan.totals && context.workspace_bytes < kTotalsBytes))
-    return {Status::unsupported};
-  return accum_of(a.logits_type) == DType::f64 ? run<double>(plan, context) : run<float>(plan, context);
-}
-
 }  // namespace
 
-int64_t cross_entropy_workspace_bytes_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
-  return workspace_bytes(plan_of(a, a.grad ? Pass::forward_grad : Pass::forward, policy_device(context.device)));
-}
-
-Status cross_entropy_forward_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
-  return run(a, context, a.grad ? Pass::forward_grad : Pass::forward);
-}
-
-Status cross_entropy_backward_cuda(const CrossEntropyArgs& a, const CudaContext& context) {
-  return run(a, context, Pass::backward);
-}
-
-const char* cross_entropy_regime_cuda(const CrossEntropyArgs& a, const CudaContext& context, bool backward) {
+CrossEntropyPlan cross_entropy_plan_cuda(const CrossEntropyArgs& a, const CudaContext& context, bool backward) {
   const Pass pass = backward ? Pass::backward : a.grad ? Pass::forward_grad : Pass::forward;
-  const RowwiseConfig c = plan_of(a, pass, policy_device(context.device)).config;
+  return plan_of(a, pass, policy_device(context.device));
+}
+
+Status cross_entropy_run_cuda(const CrossEntropyPlan& plan, const CudaContext& context) {
+  if (context.workspace_bytes < plan.workspace_bytes) return {Status::unsupported};
+  return accum_of(plan.a.logits_type) == DType::f64 ? run<double>(plan, context) : run<float>(plan, context);
+}
+
+const char* cross_entropy_regime_cuda(const CrossEntropyPlan& plan) {
+  const RowwiseConfig& c = plan.config;
   switch (c.regime) {
     case Regime::warp_rows: return c.general ? "warp rows, general" : "warp rows";
     case Regime::block_rows:

@@ -1,6 +1,8 @@
 // What the CUDA kernels of cross entropy share: parameters, the statistics of a row and how parts of them are combined,
-// targets, all that is O(1) per row (finish_row), the gradient of elements, and the sum over all rows (finish_loss).
+// targets, all that is O(1) per row (coefficients_of_row), the gradient of elements, and the sum over all rows
+// (finish_loss).
 #pragma once
+#define FASTLOSS_ISA gpu
 #include <math.h>
 
 #include "../common/convert.cuh"
@@ -8,6 +10,28 @@
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
 #include "cross_entropy_policy.h"
+
+// What row maps need: once per row, so the exact functions will do.
+namespace fastloss {
+namespace gpu {
+template <class V>
+using lane_t = V;
+template <class V>
+__host__ __device__ inline V exp_of(V x) {
+  return exp(x);
+}
+template <class V>
+__host__ __device__ inline V log_of(V x) {
+  return log(x);
+}
+template <class V>
+__host__ __device__ inline V tanh_of(V x) {
+  return tanh(x);
+}
+}  // namespace gpu
+}  // namespace fastloss
+
+#include "row_maps.h"
 
 namespace fastloss {
 
@@ -18,26 +42,35 @@ struct CrossEntropyParams {
   void* grad;
   const void* target;
   void* grad_target;
-  const A* weight;
+  const A* weight;  // of a shard: from its first class on
   const A* sample_weight;
+  const double* normalizer;
   const void* grad_output;
   void* loss;
   A* saved;
   A* lse;
+  A* entropy;
+  A* stats;
   int64_t* argmax;
   float* accuracy;
   Strides logits_strides, grad_strides, target_strides, grad_target_strides;
   int64_t outer, classes, inner, rows;
   int64_t ignore_index;
+  int64_t class_offset, all_classes;
+  SavedFields fields;
+  int best_at;  // stats: the number of Stat::best
+  RowMap row_map;
+  A map_params[2];
   RowConstants<A> k;  // weight_sum is set on the device when there are class weights
   DType loss_type, prob_type;
   IndexType index_type;
   Reduction reduction;
   Pass pass;
   bool soft, smooth, transform, zero_times_inf, all_ignored_zero, grad_output_per_row;
-  bool in_place;   // backward: grad is the logits
-  bool want_q;     // every class has a weight in the loss: soft or smooth
-  bool want_best;  // argmax or accuracy
+  bool in_place;      // backward: grad is the logits
+  bool want_q;        // every class has a weight in the loss: soft or smooth
+  bool want_best;     // argmax or accuracy, or the like of a shard
+  bool want_entropy;  // or exp_dot of a shard
   // of the launch
   double* totals;     // [4][kMaxTotals]: partial sums of D, Dn, counted rows, class weights; null: not needed
   int totals_count;   // of them
@@ -92,18 +125,26 @@ __device__ __forceinline__ A transform_slope(const RowConstants<A>& k, A z) {
 template <class A>
 struct PartStats {
   A max, others, dot, mass;
+  A exp_dot;  // see Stat
 };
 template <class A>
 __device__ __forceinline__ PartStats<A> empty_stats() {
-  return {A(-INFINITY), A(0), A(0), A(0)};
+  return {A(-INFINITY), A(0), A(0), A(0), A(0)};
 }
+
+// Which of them are wanted beside max and others.
+struct Wanted {
+  bool dots, exp_dot;
+};
 
 // Statistics so far, restated for the larger maximum `max`.
 template <class A>
-__device__ __forceinline__ void rebase(PartStats<A>& s, A max, bool dots) {
+__device__ __forceinline__ void rebase(PartStats<A>& s, A max, Wanted wanted) {
   const A ref = reference(max);
-  s.others *= exp_of(s.max - ref);
-  if (dots) s.dot += s.mass * (reference(s.max) - ref);
+  const A factor = exp_of(s.max - ref);
+  if (wanted.exp_dot) s.exp_dot = factor * (s.exp_dot + (reference(s.max) - ref) * s.others);
+  s.others *= factor;
+  if (wanted.dots) s.dot += s.mass * (reference(s.max) - ref);
   s.max = max;
 }
 
@@ -156,7 +197,7 @@ __device__ __forceinline__ A product(A q, A d, bool zero_times_inf) {
 
 template <bool kGeneral>
 struct RowTarget {
-  std::conditional_t<kGeneral, int64_t, int> index;  // the class, where it may be used as an index; else -1
+  std::conditional_t<kGeneral, int64_t, int> index;  // the class, if it is one of the logits'; else -1
   bool counts;                                       // takes part in the loss
   bool bad;                                          // neither a class nor ignore_index
 };
@@ -168,9 +209,10 @@ __device__ __forceinline__ int64_t load_target_value(const CrossEntropyParams<A>
 template <bool kGeneral, class A>
 __device__ __forceinline__ RowTarget<kGeneral> classify_target(const CrossEntropyParams<A>& p, int64_t t) {
   if (kGeneral && p.soft) return {-1, true, false};
-  const bool ignored = t == p.ignore_index, is_class = t >= 0 && t < p.classes;
+  const bool ignored = t == p.ignore_index, is_class = t >= 0 && t < p.all_classes;
   RowTarget<kGeneral> target{-1, !ignored && is_class, !ignored && !is_class};
-  if (target.counts) target.index = decltype(target.index)(t);
+  t -= p.class_offset;
+  if (target.counts && t >= 0 && t < p.classes) target.index = decltype(target.index)(t);
   return target;
 }
 
@@ -197,20 +239,20 @@ __device__ __forceinline__ A per_denominator(const CrossEntropyParams<A>& p, A d
 
 // What the totals make of a call; by whole warps.
 template <class A>
-struct Call {
+struct CallTotals {
   A per_d, per_dn;  // 1 / D, 1 / Dn for mean, else 1
   A weight_sum;     // W
 };
 template <bool kGeneral, class A>
-__device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pass pass) {
-  Call<A> c{A(1), A(1), p.k.weight_sum};
+__device__ __forceinline__ CallTotals<A> load_call(const CrossEntropyParams<A>& p, Pass pass) {
+  CallTotals<A> c{A(1), A(1), p.k.weight_sum};
   if (kGeneral && p.smooth && p.weight) c.weight_sum = A(load_total(p, Total::class_weights));
   if (p.reduction == Reduction::mean && pass == Pass::forward_grad) {
     c.per_d = per_denominator<kGeneral>(p, A(load_total(p, Total::weight)));
     if (p.k.z_loss != A(0)) c.per_dn = reciprocal_of(A(load_total(p, Total::count)));
   }
   if (p.reduction == Reduction::mean && pass == Pass::backward) {
-    const A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
+    const A* d = p.saved + p.fields.count * p.rows;
     c.per_d = per_denominator<kGeneral>(p, d[0]);
     c.per_dn = reciprocal_of(d[1]);
   }
@@ -218,40 +260,104 @@ __device__ __forceinline__ Call<A> load_call(const CrossEntropyParams<A>& p, Pas
 }
 
 template <class A>
-struct RowResult {
+struct RowCoefficients {
   A ref, log_sum;  // lse = ref + log_sum
-  A u;             // weight of nll in what is differentiated
+  A u;             // weight of nll in what is differentiated, times the slope of a row map
   // d loss / d z_c = softmax_scale exp(z_c - ref) - q_scale q_c; at the target at_target - q_scale q_t
   A softmax_scale, q_scale, at_target;
+  A level;  // of a row map, times the weight of nll
 };
+constexpr int kRowCoefficients = 7;
+
+// The statistics of a row of a shard.
+template <bool kGeneral, class A>
+__device__ __forceinline__ void store_stats(const CrossEntropyParams<A>& p, int64_t row,
+                                            const RowTarget<kGeneral>& target, const PartStats<A>& s, A z_target,
+                                            Best<A> best) {
+  A* at = p.stats + row;
+  at[int(Stat::ref) * p.rows] = s.max;
+  at[int(Stat::others) * p.rows] = s.others;
+  at[int(Stat::target) * p.rows] = target.index >= 0 ? z_target : A(-INFINITY);
+  if (kGeneral && p.want_q) {
+    at[int(Stat::dot) * p.rows] = s.dot;
+    at[int(Stat::mass) * p.rows] = s.mass;
+  }
+  if (kGeneral && p.want_best) {
+    at[p.best_at * p.rows] = best.value;
+    at[(p.best_at + 1) * p.rows] = A(p.class_offset + (p.classes > 0 ? best.at : 0));
+    at[(p.best_at + 2) * p.rows] = s.exp_dot;
+  }
+  if (target.bad) record_bad_target(p.record, row, load_index(p.target, p.index_type, row));
+}
 
 // All that is O(1) per row. `leader` writes and counts; the other threads of the row only want the coefficients.
 template <bool kGeneral, class A>
-__device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& p, const Call<A>& call, Pass pass,
-                                                   int64_t row, const RowTarget<kGeneral>& target, PartStats<A> s,
-                                                   A z_target, Best<A> best, Best<A> best_prob, bool leader,
-                                                   LossSums* sums) {
+__device__ __forceinline__ RowCoefficients<A> coefficients_of_row(const CrossEntropyParams<A>& p,
+                                                                  const CallTotals<A>& call, Pass pass, int64_t row,
+                                                                  const RowTarget<kGeneral>& target, PartStats<A> s,
+                                                                  A z_target, Best<A> best, Best<A> best_prob,
+                                                                  bool leader, LossSums* sums) {
   RowConstants<A> k = p.k;
   k.weight_sum = call.weight_sum;
   if constexpr (!kGeneral) k.smoothing = k.smooth_share = A(0);
   const bool soft = kGeneral && p.soft;
-  RowResult<A> r;
+  RowCoefficients<A> r;
+  A slope = A(1);  // of the row map
+  r.level = A(0);
   if (pass == Pass::backward) {
     r.ref = p.saved[row];
     s.others = p.saved[p.rows + row];
-    if (soft) s.mass = p.saved[2 * p.rows + row];
+    if (p.fields.target >= 0) z_target = p.saved[p.fields.target * p.rows + row];
+    if (soft) s.mass = p.saved[p.fields.mass * p.rows + row];
+    if (kGeneral && p.fields.slope >= 0) slope = p.saved[p.fields.slope * p.rows + row];
+    if (kGeneral && p.fields.level >= 0) r.level = p.saved[p.fields.level * p.rows + row];
   } else {
-    if (target.index >= 0) rebase(s, max_of(s.max, z_target), kGeneral && p.want_q);
+    if (target.index >= 0) rebase(s, max_of(s.max, z_target), {kGeneral && p.want_q, kGeneral && p.want_entropy});
+    if (pass == Pass::forward && p.stats) {
+      if (leader) store_stats<kGeneral>(p, row, target, s, z_target, best);
+      return {};
+    }
     r.ref = reference(s.max);
     if (s.max == A(-INFINITY)) s.others += A(NAN);  // a row of nothing but -inf has no softmax
   }
+  const bool has_target = pass == Pass::backward ? target.counts && !soft : target.index >= 0;  // of a shard: anywhere
   const A d_target = z_target - r.ref;
-  const A e_target = target.index >= 0 ? exp_of(d_target) : A(0);
+  const A e_target = has_target ? exp_of(d_target) : A(0);
   const A sum = s.others + e_target, per_sum = reciprocal_of(sum);
   r.log_sum = log_of(sum);
   const A lse = r.ref + r.log_sum;
-  const A w_t = p.weight && target.index >= 0 ? p.weight[target.index] : A(1);
+  A w_t = p.weight && target.index >= 0 ? p.weight[target.index] : A(1);
+  if (p.weight && has_target && target.index < 0)
+    w_t = p.weight[load_index(p.target, p.index_type, row) - p.class_offset];
   const A sample = p.sample_weight ? p.sample_weight[row] : A(1);
+
+  A mapped = A(0);  // nll by the row map
+  if constexpr (kGeneral) {
+    if (p.row_map != RowMap::none && pass != Pass::backward && target.counts) {
+      A mass = w_t, mean;
+      if (soft) {
+        mass = s.mass;
+        mean = spread_nll(mass, r.log_sum, s.dot) / mass;
+      } else {
+        const A ratio = s.others < e_target ? log1p_of(s.others * reciprocal_of(e_target)) : A(0);
+        mean = target_nll(s.others, e_target, r.log_sum, d_target, ratio);
+        if (p.smooth) {
+          if (p.zero_times_inf && w_t == A(0)) mean = A(0);
+          mean = index_row_nll(k, mean, w_t) + smooth_row_nll(k, r.log_sum, s.dot);
+          mass = (A(1) - k.smoothing) * w_t + k.smooth_share * k.weight_sum;
+          mean /= mass;
+        }
+      }
+      const gpu::MappedRow<A> g = gpu::mapped_row(p.row_map, mass, mean, p.map_params[0], p.map_params[1]);
+      mapped = g.nll;
+      slope = g.slope;
+      r.level = g.level;
+    }
+    if (p.saved && pass != Pass::backward && leader) {
+      if (p.fields.slope >= 0) p.saved[p.fields.slope * p.rows + row] = slope;
+      if (p.fields.level >= 0) p.saved[p.fields.level * p.rows + row] = r.level;
+    }
+  }
 
   RowGrad<A> grad{A(0), A(0), A(0)};
   r.u = A(0);
@@ -259,6 +365,8 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
     A g = sample;
     if (pass == Pass::backward) g *= load_as<A>(p.grad_output, p.loss_type, p.grad_output_per_row ? row : 0);
     r.u = g * call.per_d;
+    if (kGeneral) r.level *= r.u;
+    if (kGeneral && p.row_map != RowMap::none) r.u *= slope;
     const A uz = k.z_loss != A(0) ? g * call.per_dn : A(0);
     grad = soft ? soft_row_grad(k, lse, s.mass, r.u, uz) : index_row_grad(k, lse, w_t, r.u, uz);
   } else if (kGeneral && p.smooth && pass != Pass::forward) {
@@ -267,7 +375,7 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   r.softmax_scale = (grad.target_scale + grad.rest_scale) * per_sum;  // nan in a nan row, whatever the scale
   r.q_scale = grad.q_scale;
   r.at_target = target_grad(grad, s.others, e_target, per_sum);
-  if (kGeneral && p.classes == 1 && k.z_loss == A(0)) {  // 0, without what rounding leaves of a difference; or nan
+  if (kGeneral && p.all_classes == 1 && k.z_loss == A(0)) {  // 0, without what rounding leaves of a difference; or nan
     r.softmax_scale *= A(0);
     r.q_scale *= A(0);
     r.at_target *= A(0);
@@ -277,7 +385,9 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   double nll = 0, smooth = 0, z = 0;
   if (target.counts) {
     A n;
-    if (soft) {
+    if (kGeneral && p.row_map != RowMap::none) {
+      n = mapped;
+    } else if (soft) {
       n = spread_nll(s.mass, r.log_sum, s.dot);
     } else {
       const A ratio = s.others < e_target ? log1p_of(s.others * reciprocal_of(e_target)) : A(0);
@@ -292,6 +402,8 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
     nll = double(NAN);
     record_bad_target(p.record, row, load_index(p.target, p.index_type, row));
   }
+  // e / C sum_c ... over no classes is 0 inf, whether a row counts or not, as in torch.
+  if (kGeneral && p.smooth && !soft && p.all_classes == 0) smooth = double(NAN);
   sums->nll += nll;
   if (kGeneral) sums->smooth += smooth;
   sums->z += z;
@@ -299,11 +411,15 @@ __device__ __forceinline__ RowResult<A> finish_row(const CrossEntropyParams<A>& 
   if (p.saved) {
     p.saved[row] = r.ref;
     p.saved[p.rows + row] = s.others;
-    if (soft) p.saved[2 * p.rows + row] = s.mass;
+    if (soft) p.saved[p.fields.mass * p.rows + row] = s.mass;
   }
   if (p.lse) {  // comes with the statistics, so `best` knows of a nan; rows of -inf and with +inf have no finite sum
     const bool infinite = s.max - s.max != A(0) && best.value == best.value;
     p.lse[row] = infinite ? s.max : lse;
+  }
+  if (kGeneral && p.entropy) {
+    const A own = e_target > A(0) ? e_target * d_target : A(0);
+    p.entropy[row] = r.log_sum - (s.exp_dot + own) * per_sum;
   }
   if (kGeneral && p.want_best) {
     if (p.argmax) p.argmax[row] = p.classes > 0 ? best.at : 0;
@@ -336,7 +452,7 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   if (p.saved && block == 0) {
     const double weight = load_total(p, Total::weight), count = load_total(p, Total::count);
     if (threadIdx.x == 0) {
-      A* d = p.saved + (p.soft ? 3 : 2) * p.rows;
+      A* d = p.saved + p.fields.count * p.rows;
       d[0] = A(weight);
       d[1] = A(count);
     }
@@ -375,6 +491,7 @@ __device__ __forceinline__ void finish_loss(const CrossEntropyParams<A>& p, Loss
   const bool nothing = p.all_ignored_zero && counted == 0;
   if (p.loss && p.reduction != Reduction::none) {
     const bool mean = p.reduction == Reduction::mean;
+    if (with_smooth && p.all_classes == 0) sums.smooth = double(NAN);  // see coefficients_of_row
     double loss = reduced_loss(sums, mean, with_smooth, with_z, weight, count);
     if (mean && nothing) loss = sums.nll * 0;  // nan if there was a bad target
     store_as(p.loss, p.loss_type, 0, loss);
@@ -402,7 +519,7 @@ __device__ __forceinline__ void unpack_again(V v, unsigned zero, accum_t<T> (&ou
 // d loss / d x of N elements; arguments as in load_q. is_target[i]: row i's target is this class. Also writes the
 // gradient of a probability target, at out_at, out_at + out_stride, ...
 template <bool kGeneral, int N, class A>
-__device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const RowResult<A>* r, int row_step,
+__device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const RowCoefficients<A>* r, int row_step,
                                          const A (&x)[N], int64_t c, int class_step, int64_t prob_at,
                                          int64_t prob_stride, int64_t out_at, int64_t out_stride, bool want_q,
                                          const bool (&is_target)[N], A (&g)[N]) {
@@ -417,7 +534,7 @@ __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const R
         slope[i] = transform_slope(p.k, z[i]);
       }
     }
-    const RowResult<A>& row = r[i * row_step];
+    const RowCoefficients<A>& row = r[i * row_step];
     z[i] -= row.ref;
     g[i] = is_target[i] ? row.at_target : exp_of(z[i]) * row.softmax_scale;
   }
@@ -434,10 +551,11 @@ __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const R
     if (p.pass == Pass::backward && p.grad_target) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const RowResult<A>& row = r[i * row_step];
+        const RowCoefficients<A>& row = r[i * row_step];
         const A w = p.weight ? p.weight[c + i * class_step] : A(1);
-        store_as(p.grad_target, p.prob_type, out_at + i * out_stride,
-                 row.u * (A(1) - p.k.smoothing) * w * (row.log_sum - z[i]));
+        A by_prob = row.u * (A(1) - p.k.smoothing) * w * (row.log_sum - z[i]);
+        if (p.row_map != RowMap::none) by_prob += row.level * (A(1) - p.k.smoothing) * w;
+        store_as(p.grad_target, p.prob_type, out_at + i * out_stride, by_prob);
       }
     }
   }

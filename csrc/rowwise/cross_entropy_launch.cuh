@@ -88,8 +88,8 @@ Status launch_cross_entropy(const RowwiseConfig& config, CrossEntropyParams<accu
   if (config.regime == Regime::plane) {
     const bool statistics = params.pass != Pass::backward;
     const int positions = kWarp * (config.wide ? 8 / static_cast<int>(sizeof(T)) : 1);
-    shape.shared =
-        PlaneShared<A>::bytes(config.groups, positions, statistics && params.want_q, statistics && params.want_best);
+    shape.shared = PlaneShared<A>::bytes(config.groups, positions, statistics && (params.want_q || params.want_entropy),
+                                         statistics && params.want_best);
     const int64_t inner_tiles = div_up(params.inner, positions);
     params.outer_step = inner_tiles > 0 ? config.grid / inner_tiles : 0;
     const int64_t chunk = kPlaneClasses * config.groups;

@@ -13,7 +13,10 @@ __device__ __forceinline__ void load_targets(const CrossEntropyParams<A>& p, int
   for (int i = 0; i < N; ++i) t[i] = -1;
   if (valid && !(kGeneral && p.soft)) load_indices(p.target, p.index_type, row, t);
 #pragma unroll
-  for (int i = 0; i < N; ++i) target[i] = t[i] != p.ignore_index && t[i] >= 0 && t[i] < p.classes ? index_t(t[i]) : -1;
+  for (int i = 0; i < N; ++i) {
+    const int64_t local = t[i] - p.class_offset;
+    target[i] = t[i] != p.ignore_index && t[i] >= 0 && local >= 0 && local < p.classes ? index_t(local) : -1;
+  }
 }
 
 // Shared memory of a plane block: positions = rows that it works on at a time.
@@ -22,12 +25,12 @@ struct PlaneShared {
   double* scratch;   // [kLossScratch]
   int64_t* best_at;  // [2][groups][positions], where wanted
   A* best;           // the same
-  A* result;         // [6][positions], the fields of RowResult
-  A* stats;          // [2 or 4][groups][positions]: max, others, dot, mass
+  A* result;         // [kRowCoefficients][positions], the fields of RowCoefficients
+  A* stats;          // [2 or 5][groups][positions]: max, others, dot, mass, exp_dot
 
-  static __host__ __device__ int bytes(int groups, int positions, bool dots, bool want_best) {
+  static __host__ __device__ int bytes(int groups, int positions, bool sums, bool want_best) {
     const int each = groups * positions;
-    int n = 8 * kLossScratch + int(sizeof(A)) * (6 * positions + (dots ? 4 : 2) * each);
+    int n = 8 * kLossScratch + int(sizeof(A)) * (kRowCoefficients * positions + (sums ? 5 : 2) * each);
     if (want_best) n += 2 * each * (8 + int(sizeof(A)));
     return n;
   }
@@ -37,7 +40,7 @@ struct PlaneShared {
     best_at = reinterpret_cast<int64_t*>(scratch + kLossScratch);
     best = reinterpret_cast<A*>(best_at + each);
     result = best + each;
-    stats = result + 6 * positions;
+    stats = result + kRowCoefficients * positions;
   }
 };
 
@@ -51,11 +54,11 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
   using Slot = std::conditional_t<kWide, Vec8, T>;
   using index_t = std::conditional_t<kGeneral, int64_t, int>;
   const Pass pass = kPass == Pass::any ? p.pass : kPass;
-  const bool dots = kGeneral && p.want_q && pass != Pass::backward;
+  const Wanted wanted{kGeneral && p.want_q && pass != Pass::backward, kGeneral && p.want_entropy};
   const bool want_best = kGeneral && p.want_best && pass != Pass::backward;
   const int groups = p.groups, group = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const PlaneShared<A> shared(groups, kPositions, want_best);
-  const Call<A> call = load_call<kGeneral>(p, pass);
+  const CallTotals<A> call = load_call<kGeneral>(p, pass);
   const index_t classes = index_t(p.classes);
   const index_t chunk = kN * groups;
   const bool resident = classes <= chunk;
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
           }
         }
 #pragma unroll
-        for (int v = 0; v < kV; ++v) rebase(s[v], max[v], dots);
+        for (int v = 0; v < kV; ++v) rebase(s[v], max[v], wanted);
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           const index_t c = base + group + j * groups;
@@ -155,10 +158,11 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
 #pragma unroll
           for (int v = 0; v < kV; ++v) {
             z[v] -= reference(max[v]);
-            const A e = exp_of(z[v]);
-            s[v].others += c == target[v] ? A(0) : e;
+            const A e = c == target[v] ? A(0) : exp_of(z[v]);
+            s[v].others += e;
+            if (wanted.exp_dot && e != A(0)) s[v].exp_dot += e * z[v];
           }
-          if (dots) {
+          if (wanted.dots) {
             A q[kV];
             load_q(p, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner, q, want_best, best_prob);
 #pragma unroll
@@ -174,10 +178,11 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
       for (int v = 0; v < kV; ++v) {
         shared.stats[at + v] = s[v].max;
         shared.stats[each + at + v] = s[v].others;
-        if (dots) {
+        if (wanted.dots) {
           shared.stats[2 * each + at + v] = s[v].dot;
           shared.stats[3 * each + at + v] = s[v].mass;
         }
+        if (wanted.exp_dot) shared.stats[4 * each + at + v] = s[v].exp_dot;
         if (want_best) {
           shared.best[at + v] = best[v].value;
           shared.best_at[at + v] = best[v].at;
@@ -205,20 +210,22 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
         for (int g = 0; g < groups; ++g) s.max = max_of(s.max, shared.stats[g * kPositions + position]);
         for (int g = 0; g < groups; ++g) {
           const int at = g * kPositions + position;
-          PartStats<A> part{shared.stats[at], shared.stats[each + at], A(0), A(0)};
-          if (dots) part.dot = shared.stats[2 * each + at], part.mass = shared.stats[3 * each + at];
-          rebase(part, s.max, dots);
+          PartStats<A> part{shared.stats[at], shared.stats[each + at], A(0), A(0), A(0)};
+          if (wanted.dots) part.dot = shared.stats[2 * each + at], part.mass = shared.stats[3 * each + at];
+          if (wanted.exp_dot) part.exp_dot = shared.stats[4 * each + at];
+          rebase(part, s.max, wanted);
           s.others += part.others;
           s.dot += part.dot;
           s.mass += part.mass;
+          s.exp_dot += part.exp_dot;
           if (want_best) {
             take_better(best, shared.best[at], shared.best_at[at]);
             take_better(best_prob, shared.best[each + at], shared.best_at[each + at]);
           }
         }
       }
-      const RowResult<A> r =
-          finish_row<kGeneral>(p, call, pass, row, target, s, z_target, best, best_prob, /*leader=*/true, &sums);
+      const RowCoefficients<A> r = coefficients_of_row<kGeneral>(p, call, pass, row, target, s, z_target, best,
+                                                                 best_prob, /*leader=*/true, &sums);
       if (pass != Pass::forward) {
         A* d = shared.result + position;
         d[0 * kPositions] = r.ref;
@@ -227,6 +234,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
         d[3 * kPositions] = r.softmax_scale;
         d[4 * kPositions] = r.q_scale;
         d[5 * kPositions] = r.at_target;
+        if constexpr (kGeneral) d[6 * kPositions] = r.level;
       }
     }
     block_barrier();  // the results are there; the statistics have been read, and so have the picked logits
@@ -234,12 +242,17 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
     // ---- gradient
     if constexpr (kPass != Pass::forward) {
       if (pass == Pass::forward || !valid) continue;
-      RowResult<A> r[kV];
+      RowCoefficients<A> r[kV];
 #pragma unroll
       for (int v = 0; v < kV; ++v) {
         const A* d = shared.result + lane * kV + v;
-        r[v] = {d[0 * kPositions], d[1 * kPositions], d[2 * kPositions],
-                d[3 * kPositions], d[4 * kPositions], d[5 * kPositions]};
+        r[v] = {d[0 * kPositions],
+                d[1 * kPositions],
+                d[2 * kPositions],
+                d[3 * kPositions],
+                d[4 * kPositions],
+                d[5 * kPositions],
+                kGeneral ? d[6 * kPositions] : A(0)};
       }
       T* grad = static_cast<T*>(p.grad) + o * p.grad_strides.outer + i * p.grad_strides.inner;
       const int64_t out_at = kGeneral ? o * p.grad_target_strides.outer + i * p.grad_target_strides.inner : 0;

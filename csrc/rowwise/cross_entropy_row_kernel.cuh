@@ -17,10 +17,11 @@ namespace fastloss {
 
 // Over the lanes of a group; every lane gets the result.
 template <class A>
-__device__ __forceinline__ void reduce_stats(PartStats<A>& s, int width, bool dots) {
-  rebase(s, group_max(s.max, width), dots);
+__device__ __forceinline__ void reduce_stats(PartStats<A>& s, int width, Wanted wanted) {
+  rebase(s, group_max(s.max, width), wanted);
   s.others = group_sum(s.others, width);
-  if (dots) {
+  if (wanted.exp_dot) s.exp_dot = group_sum(s.exp_dot, width);
+  if (wanted.dots) {
     s.dot = group_sum(s.dot, width);
     s.mass = group_sum(s.mass, width);
   }
@@ -70,7 +71,7 @@ struct RowShared {
 template <class T, bool kGeneral, bool kKeep, int kN, class A, class index_t>
 __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartStats<A>& s, Vec16 (&tile)[kN],
                                          index_t first, int step, index_t count, index_t column, int64_t prob_at,
-                                         index_t target, bool dots, Best<A>& best, Best<A> (&best_prob)[1]) {
+                                         index_t target, Wanted wanted, Best<A>& best, Best<A> (&best_prob)[1]) {
   constexpr int kL = kLanes16<T>;
   A max = s.max;
   const index_t target_vector = target < column ? -1 : (target - column) / kL;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
       for (int i = 0; i < kL; ++i) max = max_of(max, z[i]);
     }
   }
-  rebase(s, max, dots);
+  rebase(s, max, wanted);
   const A ref = reference(max);
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
@@ -118,7 +119,11 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
 #pragma unroll
     for (int i = 0; i < kL; i += 2) sum += e[i] + e[i + 1];
     s.others += sum;
-    if (dots) {
+    if (wanted.exp_dot) {
+#pragma unroll
+      for (int i = 0; i < kL; ++i) s.exp_dot += e[i] != A(0) ? e[i] * z[i] : A(0);
+    }
+    if (wanted.dots) {
       const int64_t c = column + (first + j * step) * kL;
       A q[kL];
       load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q, p.want_best, best_prob);
@@ -135,16 +140,20 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
 // The same for one element, column c.
 template <bool kGeneral, class A>
 __device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, PartStats<A>& s, A x, int64_t c,
-                                            int64_t prob_at, bool is_target, bool dots, Best<A>& best,
+                                            int64_t prob_at, bool is_target, Wanted wanted, Best<A>& best,
                                             Best<A> (&best_prob)[1]) {
   if constexpr (kGeneral) {
     if (p.transform) x = transform(p.k, x);
     if (p.want_best) take_better(best, x, c);
   }
-  rebase(s, max_of(s.max, x), dots);
+  rebase(s, max_of(s.max, x), wanted);
   const A d = x - reference(s.max);
-  if (!is_target) s.others += exp_of(d);
-  if (dots) {
+  if (!is_target) {
+    const A e = exp_of(d);
+    s.others += e;
+    if (wanted.exp_dot && e != A(0)) s.exp_dot += e * d;
+  }
+  if (wanted.dots) {
     A q[1];
     load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q, p.want_best, best_prob);
     s.dot += product(q[0], d, p.zero_times_inf);
@@ -174,7 +183,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   using index_t = std::conditional_t<kGeneral || !kResident, int64_t, int>;  // vectors of a part, columns
   const Pass pass = kPass == Pass::any ? p.pass : kPass;
   auto& shared = *reinterpret_cast<RowShared<A>*>(shared_memory());
-  const Call<A> call = load_call<kGeneral>(p, pass);
+  const CallTotals<A> call = load_call<kGeneral>(p, pass);
 
   const int parts = kWarpRows ? 1 : p.parts;
   const int part = parts > 1 ? int(blockIdx.x % unsigned(parts)) : 0;
@@ -183,7 +192,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
   const int lane = threadIdx.x % kWarp;
   const int in_warp = kWarpRows ? lane / width : 0;  // which of the warp's rows
   const bool leader_thread = part == 0 && thread == 0;
-  const bool dots = kGeneral && p.want_q && pass != Pass::backward;
+  const Wanted wanted{kGeneral && p.want_q && pass != Pass::backward, kGeneral && p.want_entropy};
   int64_t first_row = blockIdx.x / unsigned(parts), row_step = gridDim.x / unsigned(parts);
   if constexpr (kWarpRows) {
     first_row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x - lane) / width;
@@ -259,21 +268,21 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     if (kGeneral && p.transform) z_target = transform(p.k, z_target);
     if (pass != Pass::backward) {
       const index_t t = index_t(target.index);
-      if (edge) add_element<kGeneral>(p, s, edge_x, edge_column, prob_at, edge_column == t, dots, best, best_prob);
+      if (edge) add_element<kGeneral>(p, s, edge_x, edge_column, prob_at, edge_column == t, wanted, best, best_prob);
       if constexpr (kResident) {
-        add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, t, dots, best,
+        add_tile<T, kGeneral, kKeep>(p, s, tile, index_t(thread), width, count, column, prob_at, t, wanted, best,
                                      best_prob);
       } else {
 #pragma unroll 1
         for (index_t base = thread; base < count; base += kN * width) {
           load_tile(base);
-          add_tile<T, kGeneral, false>(p, s, tile, base, width, count, column, prob_at, t, dots, best, best_prob);
+          add_tile<T, kGeneral, false>(p, s, tile, base, width, count, column, prob_at, t, wanted, best, best_prob);
         }
       }
       own_max = s.max;
 
       const bool want_best = kGeneral && p.want_best;
-      reduce_stats(s, kWarpRows ? width : kWarp, dots);
+      reduce_stats(s, kWarpRows ? width : kWarp, wanted);
       if (want_best) {
         reduce_best(best, kWarpRows ? width : kWarp);
         reduce_best(best_prob[0], kWarpRows ? width : kWarp);
@@ -288,7 +297,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
         }
         block_barrier();
         s = lane < warps ? shared.warp[flip][lane] : empty_stats<A>();
-        reduce_stats(s, kWarp, dots);
+        reduce_stats(s, kWarp, wanted);
         if (want_best) {
           best = lane < warps ? shared.best[flip][lane] : no_best<A>();
           best_prob[0] = lane < warps ? shared.best_prob[flip][lane] : no_best<A>();
@@ -303,7 +312,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
           cluster_arrive();
           cluster_wait();
           s = lane < parts ? *cluster_map(&shared.part[flip], lane) : empty_stats<A>();
-          reduce_stats(s, kWarp, dots);
+          reduce_stats(s, kWarp, wanted);
           if (want_best) {
             best = lane < parts ? *cluster_map(&shared.part_best[flip], lane) : no_best<A>();
             best_prob[0] = lane < parts ? *cluster_map(&shared.part_best_prob[flip], lane) : no_best<A>();
@@ -323,8 +332,8 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
         block_barrier();
       }
     }
-    const RowResult<A> r = finish_row<kGeneral>(p, call, pass, row, target, s, z_target, best, best_prob[0],
-                                                active && leader_thread, &sums);
+    const RowCoefficients<A> r = coefficients_of_row<kGeneral>(p, call, pass, row, target, s, z_target, best,
+                                                               best_prob[0], active && leader_thread, &sums);
     if (pass == Pass::forward) continue;
 
     // ---- gradient

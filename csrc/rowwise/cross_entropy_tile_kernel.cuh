@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
   constexpr int kN = kTileClasses;
   constexpr int kVectors = 4;  // loads of a thread in flight
   constexpr int kStep = 4;     // classes between two looks at whether there are more
-  const Call<A> call = load_call<false>(p, kPass);
+  const CallTotals<A> call = load_call<false>(p, kPass);
   const int lanes = p.lanes, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int thread = lane & (lanes - 1), place = lane / lanes, tile_rows = kWarp / lanes, classes = int(p.classes);
   auto* scratch = reinterpret_cast<double*>(shared_memory());
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kWarpRowThreads, kTileBlocks)
       }
       s.others = group_sum(s.others, lanes);
     }
-    const RowResult<A> r = finish_row<false>(p, call, kPass, row, target, s, z_target, no_best<A>(), no_best<A>(),
-                                             active && thread == 0, &sums);
+    const RowCoefficients<A> r = coefficients_of_row<false>(p, call, kPass, row, target, s, z_target, no_best<A>(),
+                                                            no_best<A>(), active && thread == 0, &sums);
     if constexpr (kPass != Pass::forward) {
       if constexpr (kPass == Pass::backward) warp_barrier();  // the picked logit has been read by all
 #pragma unroll

@@ -1,293 +1,410 @@
-// Binding of cross entropy: checks, allocates, hands raw pointers to the core. Schema fragments at the end.
-// The operators are private: their outputs carry no autograd, the Python face (losses/cross_entropy.py) adds it.
+// Binding of cross entropy: reads arguments, checks, allocates, hands raw pointers to the core. Schemas at the end.
+// The operators are private: their outputs carry no autograd, the Python face adds it.
 //
-//   logits         [N, C, d1, ...] float32, float64, float16, bfloat16
-//   target         [N, d1, ...] any integer dtype, or [N, C, d1, ...] floating probabilities
-//   weight         [C], sample_weight [N, d1, ...]: accumulation dtype (float64 for float64 logits, else float32)
+//   logits         [N, C, d1, ...] float32, float64, float16, bfloat16; any strides
+//   target         [N, d1, ...] any integer dtype, or [N, C, d1, ...] floating probabilities; any strides
+//   weight         [C] (of a shard: [total_classes]), sample_weight [N, d1, ...]: contiguous, accumulation dtype
+//   (float64
+//                  for float64 logits, else float32)
+//   normalizer     [] float64
 //   loss           [] or [N, d1, ...], of loss_dtype (the value of DType)
 //   saved          what backward needs, opaque; empty unless asked for
+//   stats          of a shard: [fields, N, d1, ...], see Stat in cross_entropy.h
+//
+// Logits, probabilities and gradients are walked as they lie wherever the kernels' strides can do that (collapse).
+// Where they cannot, contiguous copies take their place here, and nobody else needs to know.
 #include "../common/cpu_isa.h"
 #include "../torch/support.h"
 #include "cross_entropy_cpu_policy.h"
+#include "row_maps.h"
 #if defined(FASTLOSS_HAVE_CUDA)
 #include "cross_entropy_cuda.h"
 #endif
 
-#include <tuple>
+#include <vector>
 
 namespace fastloss {
 namespace {
 
-enum Flags : int64_t { kSave = 1, kGrad = 2, kAllIgnoredZero = 4, kZeroTimesInf = 8, kStats = 16 };
+using OptionalTensor = std::optional<Tensor>;
+
+enum Flags : int64_t {
+  kSave = 1,
+  kGrad = 2,
+  kAllIgnoredZero = 4,
+  kZeroTimesInf = 8,
+  kStats = 16,  // log-sum-exp, arg-max, accuracy, entropy; row_stats: with best, best_at and exp_dot
+};
+
+// The arguments of an operator as the dispatcher hands them over, each to be taken once, in order; results go back the
+// same way.
+class Stack {
+ public:
+  explicit Stack(StableIValue* values) : results_(values), next_(values) {}
+  template <class T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  void put(const Tensor& t) { *results_++ = torch::stable::detail::from(t); }
+  void put(const std::string& s) { *results_++ = torch::stable::detail::from(s); }
+
+ private:
+  StableIValue *results_, *next_;
+};
+
+struct Tensors {
+  Tensor logits, target;
+  OptionalTensor weight, sample_weight, normalizer;
+
+  explicit Tensors(Stack& stack)
+      : logits(stack.take<Tensor>()),
+        target(stack.take<Tensor>()),
+        weight(stack.take<OptionalTensor>()),
+        sample_weight(stack.take<OptionalTensor>()),
+        normalizer(stack.take<OptionalTensor>()) {}
+};
+
+struct Range {  // of a shard
+  int64_t class_offset = 0, total_classes = 0;
+
+  Range() = default;
+  explicit Range(Stack& stack) : class_offset(stack.take<int64_t>()), total_classes(stack.take<int64_t>()) {}
+};
+
+struct Options {
+  int64_t reduction, loss_dtype, ignore_index;
+  double label_smoothing, z_loss, softcap, logit_scale;
+  int64_t row_map;
+  std::vector<double> map_params;
+  int64_t flags;
+
+  explicit Options(Stack& stack)
+      : reduction(stack.take<int64_t>()),
+        loss_dtype(stack.take<int64_t>()),
+        ignore_index(stack.take<int64_t>()),
+        label_smoothing(stack.take<double>()),
+        z_loss(stack.take<double>()),
+        softcap(stack.take<double>()),
+        logit_scale(stack.take<double>()),
+        row_map(stack.take<int64_t>()),
+        map_params(stack.take<std::vector<double>>()),
+        flags(stack.take<int64_t>()) {}
+};
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
 
 // One operator call: the contract's arguments, and the tensors whose storage they point into.
-struct Call {
+struct CrossEntropyCall {
   CrossEntropyArgs args;
-  const Tensor& logits;
-  Tensor target;
+  Tensor logits, target;
+  const OptionalTensor weight, sample_weight, normalizer;
 
-  Call(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-       const std::optional<Tensor>& sample_weight, int64_t reduction, int64_t loss_dtype, int64_t ignore_index,
-       double label_smoothing, double z_loss, double softcap, double logit_scale, int64_t flags)
-      : logits(logits), target(target) {
-    if (logits.dim() < 2) throw std::invalid_argument("logits: expected [N, C, ...]");
-    args.logits = logits.data_ptr();
+  CrossEntropyCall(const Tensors& t, const Options& o, const Range& range = {})
+      : logits(t.logits), target(t.target), weight(t.weight), sample_weight(t.sample_weight), normalizer(t.normalizer) {
+    const int64_t dim = logits.dim();
+    if (dim < 2) throw std::invalid_argument("logits: expected [N, C, ...]");
+    const auto sizes = logits.sizes();
     args.logits_type = dtype_of(logits, "logits");
+    args.classes = sizes[1];
+    args.outer = 1;  // all rows, until set_layout
+    for (int64_t d = 0; d < dim; ++d)
+      if (d != 1) args.outer *= sizes[d];
+    const int64_t rows = args.outer;
     args.soft = is_floating(target);
-    const int64_t rows = logits.size(1) ? logits.numel() / logits.size(1) : count_rows();
     if (args.soft) {
-      if (target.numel() != logits.numel() || target.dim() != logits.dim())
+      if (target.numel() != logits.numel() || target.dim() != dim)
         throw std::invalid_argument("target: probabilities need the shape of the logits");
       args.prob_type = dtype_of(target, "target");
     } else {
-      if (target.numel() != rows || !target.is_contiguous())
-        throw std::invalid_argument("target: expected one contiguous class index per row");
+      if (target.numel() != rows) throw std::invalid_argument("target: expected one class index per row");
+      if (!target.is_contiguous()) target = torch::stable::contiguous(target);
       args.index_type = index_type_of(target);
+      args.target = target.data_ptr();
     }
-    if (target.is_cuda() != logits.is_cuda() || target.get_device_index() != logits.get_device_index())
-      throw std::invalid_argument("target: expected the device of the logits");
-    args.target = target.data_ptr();
-    const ScalarType accum = scalar_type_of(accum_of(args.logits_type));
+    if (!same_device(target, logits)) throw std::invalid_argument("target: expected the device of the logits");
+    if (range.total_classes < 0 || range.class_offset < 0 ||
+        (range.total_classes > 0 && range.class_offset + args.classes > range.total_classes))
+      throw std::invalid_argument("class_offset: expected a range of the total_classes, got " +
+                                  std::to_string(range.class_offset) + " and " + std::to_string(args.classes) +
+                                  " classes of " + std::to_string(range.total_classes));
+    args.class_offset = range.class_offset;
+    args.total_classes = range.total_classes;
     if (weight) {
-      require_vector(*weight, "weight", logits.size(1), accum, logits);
+      require_vector(*weight, "weight", args.all_classes(), accum(), logits);
       args.weight = weight->data_ptr();
     }
     if (sample_weight) {
-      require_vector(*sample_weight, "sample_weight", rows, accum, logits);
+      require_vector(*sample_weight, "sample_weight", rows, accum(), logits);
       args.sample_weight = sample_weight->data_ptr();
     }
-    if (loss_dtype < 0 || loss_dtype > int64_t(DType::bf16)) throw std::invalid_argument("loss_dtype: unknown");
-    args.loss_type = DType(loss_dtype);
-    args.reduction = Reduction(reduction);
-    args.ignore_index = ignore_index;
-    args.label_smoothing = label_smoothing;
-    args.z_loss = z_loss;
-    args.softcap = softcap;
-    args.logit_scale = logit_scale;
-    args.all_ignored_zero = flags & kAllIgnoredZero;
-    args.zero_times_inf = flags & kZeroTimesInf;
+    if (normalizer) {
+      require_vector(*normalizer, "normalizer", 1, ScalarType::Double, logits);
+      args.normalizer = static_cast<const double*>(normalizer->data_ptr());
+    }
+    if (o.loss_dtype < 0 || o.loss_dtype > int64_t(DType::bf16)) throw std::invalid_argument("loss_dtype: unknown");
+    if (o.row_map < 0 || o.row_map >= kRowMapCount || o.map_params.size() > 2)
+      throw std::invalid_argument("row_map: expected a number from 0 to " + std::to_string(kRowMapCount - 1) +
+                                  " and two parameters at most");
+    args.loss_type = DType(o.loss_dtype);
+    args.reduction = Reduction(o.reduction);
+    args.ignore_index = o.ignore_index;
+    args.label_smoothing = o.label_smoothing;
+    args.z_loss = o.z_loss;
+    args.softcap = o.softcap;
+    args.logit_scale = o.logit_scale;
+    args.row_map = int32_t(o.row_map);
+    for (size_t i = 0; i < o.map_params.size(); ++i) args.map_params[i] = o.map_params[i];
+    args.all_ignored_zero = o.flags & kAllIgnoredZero;
+    args.zero_times_inf = o.flags & kZeroTimesInf;
   }
 
   ScalarType accum() const { return scalar_type_of(accum_of(args.logits_type)); }
 
-  // Fixes the [outer, classes, inner] view, which must suit every tensor of the logits' shape.
-  void set_layout(const Tensor* grad, const Tensor* grad_target) {
-    const Tensor* second = args.soft ? &target : &logits;
-    const Tensor* third = grad ? grad : grad_target ? grad_target : &logits;
-    const Collapsed c = collapse({&logits, second, third});
-    args.outer = c.outer;
-    args.classes = c.classes;
-    args.inner = c.inner;
-    args.logits_strides = c.strides[0];
-    args.target_strides = c.strides[1];
-    if (grad) {
-      args.grad = grad->data_ptr();
-      args.grad_strides = c.strides[2];
+  // Fixes the [outer, classes, inner] view of logits, probabilities and, if there is one, the gradient by one of them.
+  void set_layout(const Tensor* grad, bool by_target = false) {
+    if (grad) grad_ = *grad;
+    auto collapsed = [&] { return try_collapse({&logits, args.soft ? &target : &logits, grad_ ? &*grad_ : &logits}); };
+    std::optional<Collapsed> c = collapsed();
+    if (!c) {
+      logits = torch::stable::contiguous(logits);
+      if (args.soft) target = torch::stable::contiguous(target);
+      if (grad && !grad->is_contiguous()) {
+        grad_ = allocate(*grad, grad->sizes().data(), grad->dim(), grad->scalar_type());
+        copy_to_ = *grad;
+      }
+      c = collapsed();
     }
-    if (grad_target) {
-      args.grad_target = grad_target->data_ptr();
-      args.grad_target_strides = c.strides[2];
-    }
+    args.outer = c->outer;
+    args.inner = c->inner;
+    args.logits = logits.data_ptr();
+    args.logits_strides = c->strides[0];
+    if (args.soft) args.target = target.data_ptr();
+    args.target_strides = c->strides[1];
+    if (!grad) return;
+    (by_target ? args.grad_target : args.grad) = grad_->data_ptr();
+    (by_target ? args.grad_target_strides : args.grad_strides) = c->strides[2];
   }
 
-  // A tensor with one element per row, in the shape of an index target.
-  Tensor per_row(ScalarType type) const {
-    int64_t sizes[kMaxDims], n = 0;
-    for (int64_t d = 0; d < logits.dim(); ++d)
-      if (d != 1) sizes[n++] = logits.size(d);
+  // A tensor with one element per row, in the shape of an index target; `fields` of them.
+  Tensor per_row(ScalarType type, int64_t fields = 0) const {
+    const auto shape = logits.sizes();
+    int64_t sizes[kMaxDims + 1], n = 0;
+    if (fields > 0) sizes[n++] = fields;
+    for (size_t d = 0; d < shape.size(); ++d)
+      if (d != 1) sizes[n++] = shape[d];
     return allocate(logits, sizes, n, type);
   }
-  Tensor allocate_loss() const {
+  Tensor allocate_loss() {
     const ScalarType type = scalar_type_of(args.loss_type);
-    return args.reduction == Reduction::none ? per_row(type) : allocate_scalar(logits, type);
+    const Tensor loss = args.reduction == Reduction::none ? per_row(type) : allocate_scalar(logits, type);
+    args.loss = loss.data_ptr();
+    return loss;
   }
   Tensor nothing() const { return allocate(logits, int64_t(0), ScalarType::Float); }
 
+  void set_backward(const Tensor& grad_output, const Tensor& saved) {
+    require_vector(saved, "saved", args.saved_count(), accum(), logits);
+    args.saved = saved.data_ptr();
+    const bool per_row = args.reduction == Reduction::none;
+    require_vector(grad_output, "grad_output", per_row ? args.rows() : 1, scalar_type_of(args.loss_type), logits);
+    args.grad_output = grad_output.data_ptr();
+    args.grad_output_per_row = per_row;
+  }
+
   void forward() {
 #if defined(FASTLOSS_HAVE_CUDA)
-    if (logits.is_cuda()) return run_cuda(cross_entropy_forward_cuda);
+    if (logits.is_cuda()) return run_cuda(/*backward=*/false);
 #endif
-    raise_if_failed(cross_entropy_forward_cpu(args, torch_parallel), target, args.classes, args.ignore_index);
+    finish(cross_entropy_forward_cpu(args, torch_parallel));
   }
   void backward() {
 #if defined(FASTLOSS_HAVE_CUDA)
-    if (logits.is_cuda()) return run_cuda(cross_entropy_backward_cuda);
+    if (logits.is_cuda()) return run_cuda(/*backward=*/true);
 #endif
-    raise_if_failed(cross_entropy_backward_cpu(args, torch_parallel), target, args.classes, args.ignore_index);
+    finish(cross_entropy_backward_cpu(args, torch_parallel));
   }
 
  private:
-  int64_t count_rows() const {
-    int64_t rows = 1;
-    for (int64_t d = 0; d < logits.dim(); ++d)
-      if (d != 1) rows *= logits.size(d);
-    return rows;
+  void finish(const Status& status) {
+    raise_if_failed(status, target, args.all_classes(), args.ignore_index);
+    if (copy_to_) torch::stable::copy_(*copy_to_, *grad_);
   }
 #if defined(FASTLOSS_HAVE_CUDA)
-  void run_cuda(Status (*kernel)(const CrossEntropyArgs&, const CudaContext&)) {
+  void run_cuda(bool backward) {
     CudaCall call(logits);
-    const int64_t bytes = cross_entropy_workspace_bytes_cuda(args, call.context());
-    raise_if_failed(kernel(args, call.with_workspace(bytes)), target, args.classes, args.ignore_index);
+    const CrossEntropyPlan plan = cross_entropy_plan_cuda(args, call.context(), backward);
+    finish(cross_entropy_run_cuda(plan, call.with_workspace(plan.workspace_bytes)));
   }
 #endif
+
+  OptionalTensor grad_;     // what the kernel writes
+  OptionalTensor copy_to_;  // the gradient itself, where the kernel cannot write it as it lies
 };
 
-using OptionalTensor = std::optional<Tensor>;
+// Log-sum-exp, arg-max, accuracy and entropy.
+struct RowOutputs {
+  Tensor lse, argmax, accuracy, entropy;
 
-// Log-sum-exp, arg-max and accuracy, from the same read.
-struct Stats {
-  Tensor lse, argmax, accuracy;
+  explicit RowOutputs(CrossEntropyCall& call)
+      : lse(call.per_row(call.accum())),
+        argmax(call.per_row(ScalarType::Long)),
+        accuracy(allocate_scalar(call.logits, ScalarType::Float)),
+        entropy(call.per_row(call.accum())) {
+    call.args.lse = lse.data_ptr();
+    call.args.argmax = static_cast<int64_t*>(argmax.data_ptr());
+    call.args.accuracy = static_cast<float*>(accuracy.data_ptr());
+    call.args.entropy = entropy.data_ptr();
+  }
+  void put(Stack& stack) const {
+    for (const Tensor* t : {&lse, &argmax, &accuracy, &entropy}) stack.put(*t);
+  }
 };
-Stats want_stats(Call& call) {
-  Stats s{call.per_row(call.accum()), call.per_row(ScalarType::Long), allocate_scalar(call.logits, ScalarType::Float)};
-  call.args.lse = s.lse.data_ptr();
-  call.args.argmax = static_cast<int64_t*>(s.argmax.data_ptr());
-  call.args.accuracy = static_cast<float*>(s.accuracy.data_ptr());
-  return s;
-}
 
-// Loss, and what the flags ask for; the caller runs the kernel.
-std::tuple<Tensor, Tensor, Tensor> want_results(Call& call, int64_t flags) {
-  Tensor grad = flags & kGrad ? allocate_like(call.logits) : call.nothing();
-  call.set_layout(flags & kGrad ? &grad : nullptr, nullptr);
-  Tensor loss = call.allocate_loss();
-  call.args.loss = loss.data_ptr();
-  Tensor saved = flags & kSave ? allocate(call.logits, call.args.saved_count(), call.accum()) : call.nothing();
-  if (flags & kSave) call.args.saved = saved.data_ptr();
-  return {loss, saved, grad};
-}
-
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                           const OptionalTensor& sample_weight, int64_t reduction, int64_t loss_dtype,
-                                           int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                                           double logit_scale, int64_t flags) {
-  Call call(logits, target, weight, sample_weight, reduction, loss_dtype, ignore_index, label_smoothing, z_loss,
-            softcap, logit_scale, flags);
-  auto results = want_results(call, flags);
+void value(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensors tensors(stack);
+  CrossEntropyCall call(tensors, Options(stack));
+  call.set_layout(nullptr);
+  const Tensor loss = call.allocate_loss();
   call.forward();
-  return results;
+  stack.put(loss);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
-    const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& sample_weight,
-    int64_t reduction, int64_t loss_dtype, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-    double logit_scale, int64_t flags) {
-  Call call(logits, target, weight, sample_weight, reduction, loss_dtype, ignore_index, label_smoothing, z_loss,
-            softcap, logit_scale, flags);
-  auto [loss, saved, grad] = want_results(call, flags);
-  Stats s = want_stats(call);
+template <bool kWithOutputs>
+void forward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensors tensors(stack);
+  const Options options(stack);
+  CrossEntropyCall call(tensors, options);
+  const bool wants_grad = options.flags & kGrad, saves = options.flags & kSave;
+  const Tensor grad = wants_grad ? allocate_like(call.logits) : call.nothing();
+  call.set_layout(wants_grad ? &grad : nullptr);
+  const Tensor loss = call.allocate_loss();
+  const Tensor saved = saves ? allocate(call.logits, call.args.saved_count(), call.accum()) : call.nothing();
+  if (saves) call.args.saved = saved.data_ptr();
+  std::optional<RowOutputs> outputs;
+  if constexpr (kWithOutputs) outputs.emplace(call);
   call.forward();
-  return {loss, saved, grad, s.lse, s.argmax, s.accuracy};
+  for (const Tensor* t : {&loss, &saved, &grad}) stack.put(*t);
+  if constexpr (kWithOutputs) outputs->put(stack);
 }
 
 // The gradient takes the memory of the logits.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& target,
-                                                           const OptionalTensor& weight,
-                                                           const OptionalTensor& sample_weight, int64_t reduction,
-                                                           int64_t loss_dtype, int64_t ignore_index,
-                                                           double label_smoothing, double z_loss, double softcap,
-                                                           double logit_scale, int64_t flags) {
-  Call call(logits, target, weight, sample_weight, reduction, loss_dtype, ignore_index, label_smoothing, z_loss,
-            softcap, logit_scale, flags);
-  call.set_layout(&logits, nullptr);
-  Tensor loss = call.allocate_loss();
-  call.args.loss = loss.data_ptr();
-  if (flags & kStats) {
-    Stats s = want_stats(call);
-    call.forward();
-    return {loss, s.lse, s.argmax, s.accuracy};
-  }
+void forward_inplace(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensors tensors(stack);
+  const Options options(stack);
+  CrossEntropyCall call(tensors, options);
+  call.set_layout(&tensors.logits);
+  const Tensor loss = call.allocate_loss();
+  std::optional<RowOutputs> outputs;
+  if (options.flags & kStats) outputs.emplace(call);
   call.forward();
-  return {loss, call.nothing(), call.nothing(), call.nothing()};
+  stack.put(loss);
+  if (outputs) return outputs->put(stack);
+  for (int i = 0; i < 4; ++i) stack.put(call.nothing());
 }
 
-Tensor backward_of(bool of_target, const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                   const OptionalTensor& weight, const OptionalTensor& sample_weight, const Tensor& saved,
-                   int64_t reduction, int64_t loss_dtype, int64_t ignore_index, double label_smoothing, double z_loss,
-                   double softcap, double logit_scale, int64_t flags) {
-  Call call(logits, target, weight, sample_weight, reduction, loss_dtype, ignore_index, label_smoothing, z_loss,
-            softcap, logit_scale, flags);
-  if (of_target && !call.args.soft) throw std::invalid_argument("target: class indices have no gradient");
-  Tensor grad = allocate_like(of_target ? target : logits);
-  call.set_layout(of_target ? nullptr : &grad, of_target ? &grad : nullptr);
-  require_vector(saved, "saved", call.args.saved_count(), call.accum(), logits);
-  call.args.saved = saved.data_ptr();
-  const bool per_row = call.args.reduction == Reduction::none;
-  require_vector(grad_output, "grad_output", per_row ? call.args.rows() : 1, scalar_type_of(call.args.loss_type),
-                 logits);
-  call.args.grad_output = grad_output.data_ptr();
-  call.args.grad_output_per_row = per_row;
+// The gradient by the logits or by the probabilities, of a whole call or of a shard.
+template <bool kOfTarget, bool kShard>
+void backward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensor grad_output = stack.take<Tensor>();
+  const Tensors tensors(stack);
+  const Tensor saved = stack.take<Tensor>();
+  const Range range = kShard ? Range(stack) : Range();
+  CrossEntropyCall call(tensors, Options(stack), range);
+  if (kShard && range.total_classes == 0) throw std::invalid_argument("total_classes: expected a positive number");
+  if (kOfTarget && !call.args.soft) throw std::invalid_argument("target: class indices have no gradient");
+  const Tensor grad = allocate_like(kOfTarget ? call.target : call.logits);
+  call.set_layout(&grad, kOfTarget);
+  call.set_backward(grad_output, saved);
   call.backward();
-  return grad;
+  stack.put(grad);
 }
-Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                const OptionalTensor& sample_weight, const Tensor& saved, int64_t reduction, int64_t loss_dtype,
-                int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale,
-                int64_t flags) {
-  return backward_of(false, grad_output, logits, target, weight, sample_weight, saved, reduction, loss_dtype,
-                     ignore_index, label_smoothing, z_loss, softcap, logit_scale, flags);
-}
-Tensor target_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                       const OptionalTensor& weight, const OptionalTensor& sample_weight, const Tensor& saved,
-                       int64_t reduction, int64_t loss_dtype, int64_t ignore_index, double label_smoothing,
-                       double z_loss, double softcap, double logit_scale, int64_t flags) {
-  return backward_of(true, grad_output, logits, target, weight, sample_weight, saved, reduction, loss_dtype,
-                     ignore_index, label_smoothing, z_loss, softcap, logit_scale, flags);
+
+// Statistics of the rows over a shard of the classes.
+void row_stats(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensors tensors(stack);
+  const Range range(stack);
+  const Options options(stack);
+  CrossEntropyCall call(tensors, options, range);
+  if (range.total_classes == 0) throw std::invalid_argument("total_classes: expected a positive number");
+  call.set_layout(nullptr);
+  call.args.stats_best = options.flags & kStats;
+  const Tensor stats = call.per_row(call.accum(), call.args.stats_count());
+  call.args.stats = stats.data_ptr();
+  call.forward();
+  stack.put(stats);
 }
 
 // Which kernel forward takes, in words, for fastloss.explain(). Of the flags, kGrad and kStats matter.
-std::string regime(const Tensor& logits, const Tensor& target, double label_smoothing, double softcap,
-                   double logit_scale, int64_t flags) {
-  Call call(logits, target, std::nullopt, std::nullopt, int64_t(Reduction::mean), int64_t(dtype_of(logits, "logits")),
-            -100, label_smoothing, 0, softcap, logit_scale, flags);
-  call.set_layout(flags & kGrad ? &logits : nullptr, nullptr);  // a gradient is laid out as dense logits are
+void regime(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  const Tensors tensors(stack);
+  const Options options(stack);
+  CrossEntropyCall call(tensors, options);
+  call.set_layout(options.flags & kGrad ? &call.logits : nullptr);  // a gradient is laid out as dense logits are
 #if defined(FASTLOSS_HAVE_CUDA)
-  if (logits.is_cuda()) {
-    CudaCall on_device(logits);
-    std::optional<Stats> stats;
-    if (flags & kStats) stats = want_stats(call);
-    return cross_entropy_regime_cuda(call.args, on_device.context(), /*backward=*/false);
+  if (call.logits.is_cuda()) {
+    CudaCall on_device(call.logits);
+    std::optional<RowOutputs> outputs;
+    if (options.flags & kStats) outputs.emplace(call);
+    const CrossEntropyPlan plan = cross_entropy_plan_cuda(call.args, on_device.context(), /*backward=*/false);
+    return stack.put(std::string(cross_entropy_regime_cuda(plan)));
   }
 #endif
   const std::string isa = isa_name(current_isa());
-  return isa + (takes_row_path(call.args) ? ", row path (vectors along the classes)"
-                                          : ", tile path (vectors along the rows)");
+  stack.put(isa + (takes_row_path(call.args) ? ", row path (vectors along the classes)"
+                                             : ", tile path (vectors along the rows)"));
 }
+
+std::string row_maps() { return kRowMaps; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
+  const std::string others = "Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, ";
+  const std::string tensors = "Tensor logits, " + others;
   const std::string tail =
-      "Tensor? weight, Tensor? sample_weight, int reduction, int loss_dtype, int ignore_index, float label_smoothing, "
-      "float z_loss, float softcap, float logit_scale, int flags)";
-  const std::string saved_tail =
-      "Tensor? weight, Tensor? sample_weight, Tensor saved, int reduction, int loss_dtype, int ignore_index, float "
-      "label_smoothing, float z_loss, float softcap, float logit_scale, int flags) -> Tensor";
-  m.def(("cross_entropy_forward(Tensor logits, Tensor target, " + tail + " -> (Tensor, Tensor, Tensor)").c_str());
-  m.def(("cross_entropy_forward_stats(Tensor logits, Tensor target, " + tail +
-         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-            .c_str());
-  m.def(("cross_entropy_forward_inplace(Tensor(a!) logits, Tensor target, " + tail +
-         " -> (Tensor, Tensor, Tensor, Tensor)")
-            .c_str());
-  m.def(
-      "cross_entropy_regime(Tensor logits, Tensor target, float label_smoothing, float softcap, float logit_scale, int "
-      "flags) -> str");
-  m.def(("cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, " + saved_tail).c_str());
-  m.def(("cross_entropy_target_backward(Tensor grad_output, Tensor logits, Tensor target, " + saved_tail).c_str());
+      "int reduction, int loss_dtype, int ignore_index, float label_smoothing, float z_loss, float softcap, float "
+      "logit_scale, int row_map, float[] map_params, int flags) -> ";
+  const std::string saved = "Tensor saved, ", range = "int class_offset, int total_classes, ";
+  auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
+  define("cross_entropy_value(" + tensors + tail + "Tensor");
+  define("cross_entropy_forward(" + tensors + tail + "(Tensor, Tensor, Tensor)");
+  define("cross_entropy_forward_stats(" + tensors + tail + "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define("cross_entropy_forward_inplace(Tensor(a!) logits, " + others + tail +
+         "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define("cross_entropy_backward(Tensor grad_output, " + tensors + saved + tail + "Tensor");
+  define("cross_entropy_target_backward(Tensor grad_output, " + tensors + saved + tail + "Tensor");
+  define("cross_entropy_regime(" + tensors + tail + "str");
+  define("row_stats(" + tensors + range + tail + "Tensor");
+  define("row_gradient(Tensor grad_output, " + tensors + saved + range + tail + "Tensor");
+  define("row_target_gradient(Tensor grad_output, " + tensors + saved + range + tail + "Tensor");
+  // The row maps in order of their numbers: name:parameter,parameter.
+  define("row_maps() -> str");
 }
 
 namespace {
 void register_kernels(torch::stable::detail::StableLibrary& m) {
-  m.impl("cross_entropy_forward", TORCH_BOX(&forward));
-  m.impl("cross_entropy_forward_stats", TORCH_BOX(&forward_stats));
-  m.impl("cross_entropy_forward_inplace", TORCH_BOX(&forward_inplace));
-  m.impl("cross_entropy_backward", TORCH_BOX(&backward));
-  m.impl("cross_entropy_target_backward", TORCH_BOX(&target_backward));
-  m.impl("cross_entropy_regime", TORCH_BOX(&regime));
+  m.impl("cross_entropy_value", &value);
+  m.impl("cross_entropy_forward", &forward<false>);
+  m.impl("cross_entropy_forward_stats", &forward<true>);
+  m.impl("cross_entropy_forward_inplace", &forward_inplace);
+  m.impl("cross_entropy_backward", &backward<false, false>);
+  m.impl("cross_entropy_target_backward", &backward<true, false>);
+  m.impl("cross_entropy_regime", &regime);
+  m.impl("row_stats", &row_stats);
+  m.impl("row_gradient", &backward<false, true>);
+  m.impl("row_target_gradient", &backward<true, true>);
 }
 }  // namespace
 
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CompositeExplicitAutograd, m) { m.impl("row_maps", TORCH_BOX(&row_maps)); }
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { register_kernels(m); }
 #if defined(FASTLOSS_HAVE_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CUDA, m) { register_kernels(m); }

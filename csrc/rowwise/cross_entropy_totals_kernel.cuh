@@ -5,7 +5,7 @@
 namespace fastloss {
 
 // One partial sum of D, Dn, counted rows and class weights per block, over a fixed share of the rows and classes.
-// Also empties the counter of the kernel that follows.
+// A normalizer takes the place of D and Dn. Also empties the counter of the kernel that follows.
 template <class A>
 __global__ void __launch_bounds__(256, 1) cross_entropy_totals_kernel(const CrossEntropyParams<A> p) {
   constexpr int kN = 8;  // rows per thread in flight
@@ -36,17 +36,18 @@ __global__ void __launch_bounds__(256, 1) cross_entropy_totals_kernel(const Cros
         if (row >= p.rows || !target.counts) continue;
         const double s = sampled ? double(p.sample_weight[row]) : 1.0;
         if (sampled) count += s;
-        if (weighted) weight += s * double(p.weight[target.index]);
+        if (weighted) weight += s * double(p.weight[t[j] - p.class_offset]);
         counted += 1;
       }
     }
   }
   if (classes)
-    for (int64_t c = first; c < p.classes; c += step) class_weights += double(p.weight[c]);
+    for (int64_t c = first; c < p.all_classes; c += step) class_weights += double(p.weight[c - p.class_offset]);
   counted = block_sum(counted, scratch);
   count = sampled ? block_sum(count, scratch + kWarp) : counted;
   weight = weighted ? block_sum(weight, scratch + 2 * kWarp) : count;
   if (classes) class_weights = block_sum(class_weights, scratch + 3 * kWarp);
+  if (p.normalizer && p.pass != Pass::backward) weight = count = blockIdx.x == 0 ? *p.normalizer : 0;
   if (threadIdx.x == 0) {
     double* d = p.totals + blockIdx.x;
     d[int(Total::weight) * kMaxTotals] = weight;

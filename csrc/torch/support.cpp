@@ -84,21 +84,28 @@ void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType
 
 std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tensors) {
   const Tensor& first = **tensors.begin();
-  const int64_t dim = first.dim();
+  const auto sizes = first.sizes();
+  const int64_t dim = int64_t(sizes.size());
+  constexpr size_t kMost = 3;
+  const int64_t* strides[kMost];
+  size_t count = 0;
+  for (const Tensor* t : tensors) strides[count++] = t->strides().data();
   Collapsed r;
-  r.classes = first.size(1);
-  if (first.numel() == 0) {  // rows without classes keep their number; nothing else matters
-    for (int64_t d = 0; d < dim; ++d)
-      if (d != 1) r.outer *= first.size(d);
+  r.classes = sizes[1];
+  int64_t rows = 1;
+  for (int64_t d = 0; d < dim; ++d)
+    if (d != 1) rows *= sizes[d];
+  if (rows == 0 || r.classes == 0) {  // rows without classes keep their number; nothing else matters
+    r.outer = rows;
     return r;
   }
   // The row dimensions (all but dim 1), outermost first, without those of size 1.
   int64_t dims[kMaxDims], n = 0, size[kMaxDims];
   for (int64_t d = 0; d < dim; ++d)
-    if (d != 1 && first.size(d) != 1) dims[n] = d, size[n++] = first.size(d);
+    if (d != 1 && sizes[d] != 1) dims[n] = d, size[n++] = sizes[d];
   auto merges = [&](int64_t k) {  // dims[k] and dims[k + 1] are one, in every tensor
-    for (const Tensor* t : tensors)
-      if (t->stride(dims[k]) != t->stride(dims[k + 1]) * size[k + 1]) return false;
+    for (size_t i = 0; i < count; ++i)
+      if (strides[i][dims[k]] != strides[i][dims[k + 1]] * size[k + 1]) return false;
     return true;
   };
   int64_t split = n;  // first dimension of the inner group
@@ -107,20 +114,19 @@ std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tenso
       if (split != n) return std::nullopt;
       split = k + 1;
     }
-  if (split == n && n > 0 && first.stride(1) != 1) split = 0;  // one group: rows outside unless classes are strided
+  if (split == n && n > 0 && strides[0][1] != 1) split = 0;  // one group: rows outside unless classes are strided
   for (int64_t k = 0; k < n; ++k) (k < split ? r.outer : r.inner) *= size[k];
-  int i = 0;
-  for (const Tensor* t : tensors) {
-    r.strides[i].cls = t->stride(1);
-    r.strides[i].outer = split > 0 ? t->stride(dims[split - 1]) : 0;
-    r.strides[i].inner = split < n ? t->stride(dims[n - 1]) : 0;
-    ++i;
+  for (size_t i = 0; i < count; ++i) {
+    r.strides[i].cls = strides[i][1];
+    r.strides[i].outer = split > 0 ? strides[i][dims[split - 1]] : 0;
+    r.strides[i].inner = split < n ? strides[i][dims[n - 1]] : 0;
   }
   return r;
 }
 Collapsed collapse(std::initializer_list<const Tensor*> tensors) {
-  if (const std::optional<Collapsed> r = try_collapse(tensors)) return *r;
-  throw std::invalid_argument("fastloss: this layout needs logits.contiguous()");
+  const std::optional<Collapsed> r = try_collapse(tensors);
+  if (!r) throw std::invalid_argument("fastloss: this layout needs logits.contiguous()");
+  return *r;
 }
 
 void torch_parallel(int64_t count, int64_t grain, RangeBody body, void* ctx) {

@@ -9,6 +9,7 @@ from .explain import explain
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
+from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
@@ -26,6 +27,7 @@ __all__ = [
     "CosineDistanceLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "DiceLoss",
     "FocalLoss",
     "HuberLoss",
     "L1Loss",
@@ -42,6 +44,7 @@ __all__ = [
     "check_errors",
     "cosine_distance_loss",
     "cross_entropy",
+    "dice_loss",
     "explain",
     "focal_loss",
     "huber_loss",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import Grads, Needs, Tensors, accum_dtype
-from ._library import DTYPES, MEAN, NONE
+from ._library import DTYPES, MEAN, NONE, ops
 
 # ----------------------------------------------------------------------------------------------------- pointwise losses
 
@@ -149,17 +149,22 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Mapping[str, float
 # ------------------------------------------------------------------------------------------------------------- row maps
 
 
-def _focal(nll: Tensor, gamma: float, _: float) -> Tensor:
+def _focal(nll: Tensor, gamma: float) -> Tensor:
     """(1 - p)^gamma nll (Lin et al., 2017), p = e^-nll."""
     nothing = nll == 0  # a power has no derivative there
     some = torch.where(nothing, 1.0, nll)
     return torch.where(nothing, 0.0, (-torch.expm1(-some)) ** gamma * some) if gamma else nll
 
 
-# g(nll) by the name of csrc/rowwise/row_maps.h, with its two parameters.
-ROW_MAPS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+# g(nll) by the names of csrc/rowwise/row_maps.h.
+ROW_MAPS: dict[str, Callable[..., Tensor]] = {
     "focal": _focal,
 }
+# All of them in the order of their numbers, with the names of their parameters; the first is none.
+ROW_MAP_KINDS = [
+    (name, tuple(parameters.split(",")) if parameters else ())
+    for name, _, parameters in (kind.partition(":") for kind in ops.row_maps().split())
+]
 
 
 # --------------------------------------------------------------------------------------------- losses over a class axis
@@ -262,10 +267,10 @@ def cross_entropy(tensors: Tensors, o: Any) -> Tensor:
             nll = nll + r.smooth_share * product(r.w.expand_as(r.z), minus_log_p, o).sum(1, keepdim=True)
             mass = mass + r.smooth_share * r.w.expand_as(r.z).sum(1, keepdim=True)
     if o.row_map:
-        mapped = list(ROW_MAPS.values())[o.row_map - 1]
+        name, parameters = ROW_MAP_KINDS[o.row_map]
         nothing = mass == 0
         each = torch.where(nothing, 0.0, nll) / torch.where(nothing, 1.0, mass)
-        nll = torch.where(nothing, 0.0, mass * mapped(each, o.map_a, o.map_b))
+        nll = torch.where(nothing, 0.0, mass * ROW_MAPS[name](each, *(o.map_a, o.map_b)[: len(parameters)]))
     nll = torch.where(r.counts, r.s * nll, 0.0)
     z_term = torch.where(r.counts, r.s * (o.z_loss * r.lse**2), 0.0) if o.z_loss else torch.zeros_like(nll)
     if o.reduction == NONE:
@@ -385,3 +390,41 @@ def row_loss(formula: RowFormula, tensors: Tensors, parameters: Mapping[str, flo
     if o.reduction == NONE:
         return rows.squeeze(1)
     return rows.sum() / (counts if mean_over_rows else w_t).sum() if o.reduction == MEAN else rows.sum()
+
+
+# ------------------------------------------------------------------------------------------------------------ dice loss
+
+
+def dice_loss(tensors: Tensors, o: Any) -> Tensor:
+    """1 - (2 sum p t + smooth_nr) / (sum p + sum t + smooth_dr), of every sample and class; squares in the denominator
+    with ``squared``. The activations have the codes 0 (none), 1 (softmax), 2 (sigmoid)."""
+    x, target, weight = tensors
+    x = x.to(accum_dtype(x.dtype))
+    if target.is_floating_point():
+        counts, t = None, target.to(x.dtype)
+    else:
+        index = target.to(torch.int64).unsqueeze(1)
+        counts = index != o.ignore_index
+        classes = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1] * (x.dim() - 2))
+        t = ((index == classes) & counts).to(x.dtype)
+        x = torch.where(counts, x, 0.0)
+    p = x.softmax(1) if o.activation == 1 else x.sigmoid() if o.activation == 2 else x
+    if counts is not None:
+        p = torch.where(counts, p, 0.0)
+    dims = [0] * o.batch + list(range(2, x.dim()))
+
+    def sums(values: Tensor) -> Tensor:
+        return values.sum(dims) if dims else values  # torch takes no dimensions for all
+
+    area_t = sums(t * t if o.squared else t)
+    area = sums(p * p if o.squared else p) + area_t + o.smooth_dr
+    if o.skip_absent:
+        area = torch.where(area_t == 0, 1.0, area)
+    loss = 1 - (2 * sums(p * t) + o.smooth_nr) / area
+    if o.skip_absent:
+        loss = torch.where(area_t == 0, 0.0, loss)
+    if weight is not None:
+        loss = loss * weight
+    if not o.include_background:
+        loss = loss[..., 1:]
+    return loss if o.reduction == NONE else loss.mean() if o.reduction == MEAN else loss.sum()

@@ -3,6 +3,7 @@
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import cosine_distance_loss
 from .losses.cross_entropy import cross_entropy
+from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
 from .losses.huber_loss import huber_loss
 from .losses.l1_loss import l1_loss
@@ -18,6 +19,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cosine_distance_loss",
     "cross_entropy",
+    "dice_loss",
     "focal_loss",
     "huber_loss",
     "l1_loss",

@@ -3,6 +3,7 @@
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
 from .losses.cross_entropy import CrossEntropyLoss
+from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
 from .losses.huber_loss import HuberLoss
 from .losses.l1_loss import L1Loss
@@ -18,6 +19,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CosineDistanceLoss",
     "CrossEntropyLoss",
+    "DiceLoss",
     "FocalLoss",
     "HuberLoss",
     "L1Loss",

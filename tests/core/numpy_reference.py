@@ -20,6 +20,18 @@ FEATURES = {
         "softcap": 3.0,
         "logit_scale": 0.7,
     },
+    "focal": {"row_map": 1, "map_params": [2.0], "weight": True},
+    "focal and everything": {
+        "row_map": 1,
+        "map_params": [0.5],
+        "weight": True,
+        "sample_weight": True,
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "softcap": 3.0,
+        "logit_scale": 0.7,
+    },
+    "normalizer": {"normalizer": 7.5, "weight": True, "z_loss": 0.01},
 }
 
 
@@ -38,8 +50,26 @@ def exact(x):
     return (x.astype(np.uint32) << 16).view(np.float32).astype(float) if x.dtype == np.uint16 else x.astype(float)
 
 
+def focal(nll, gamma):
+    """g(nll) of the row map, and its slope."""
+    p = np.exp(-nll)
+    u = -np.expm1(-nll)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(u > 0, nll / u, 1)
+    return u**gamma * nll, u**gamma * (1 + gamma * p * ratio)
+
+
+def entropy(x, *, softcap=0.0, logit_scale=1.0):
+    """Of the softmax of each row, [rows]."""
+    z = (x * logit_scale).transpose(0, 2, 1).reshape(-1, x.shape[1])
+    z = softcap * np.tanh(z / softcap) if softcap else z
+    log_p = z - np.logaddexp.reduce(z, 1)[:, None]
+    return -np.where(log_p > -np.inf, np.exp(log_p) * np.where(log_p > -np.inf, log_p, 0), 0).sum(1)
+
+
 def reference(x, target, *, weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-              softcap=0.0, logit_scale=1.0, reduction="mean", grad_output=1.0):  # fmt: skip
+              softcap=0.0, logit_scale=1.0, reduction="mean", grad_output=1.0, normalizer=None, row_map=0,
+              map_params=()):  # fmt: skip
     """Loss and its derivatives by x and by a probability target, in float64. x: [outer, classes, inner]."""
     outer, classes, inner = x.shape
     rows = x.transpose(0, 2, 1).reshape(-1, classes)
@@ -65,16 +95,28 @@ def reference(x, target, *, weight=None, sample_weight=None, ignore_index=-100, 
     # Index targets weigh their own share by w_t and the smoothed rest by w_c: the same as w on every share.
     q = (1 - label_smoothing) * q + label_smoothing / classes
     nll = (w * q * (lse[:, None] - z)).sum(1)
+    slope, level = np.ones(len(rows)), np.zeros(len(rows))
+    if row_map:
+        mass = (w * q).sum(1)
+        mean = nll / mass
+        value, slope = focal(mean, *map_params)
+        nll, level = mass * value, value - mean * slope
+    if normalizer is None:
+        n = (s * counted).sum()
+    else:
+        n = d = normalizer
     if reduction == "mean":
-        u, uz = s * counted / d, s * counted / (s * counted).sum()
-        loss = (s * counted * nll).sum() / d + z_loss * (s * counted * lse**2).sum() / (s * counted).sum()
+        u, uz = s * counted / d, s * counted / n
+        loss = (s * counted * nll).sum() / d + z_loss * (s * counted * lse**2).sum() / n
     else:
         u = uz = s * counted
         loss = u * (nll + z_loss * lse**2)
         loss = loss.sum() if reduction == "sum" else loss
     g = np.broadcast_to(np.asarray(grad_output, float), len(rows))
-    by_z = u[:, None] * ((w * q).sum(1, keepdims=True) * softmax - w * q) + (uz * z_loss * 2 * lse)[:, None] * softmax
-    by_p = (g * u)[:, None] * (1 - label_smoothing) * w * (lse[:, None] - z)
+    by_z = (u * slope)[:, None] * ((w * q).sum(1, keepdims=True) * softmax - w * q) + (uz * z_loss * 2 * lse)[
+        :, None
+    ] * softmax
+    by_p = (g * u)[:, None] * (1 - label_smoothing) * w * (slope[:, None] * (lse[:, None] - z) + level[:, None])
     back = lambda y: y.reshape(outer, inner, classes).transpose(0, 2, 1)  # noqa: E731
     return loss, back(g[:, None] * by_z * dz), back(by_p)
 
@@ -129,6 +171,32 @@ def problem(shape, dtype, features, layout="contiguous", soft=False, seed=0):
     cube = (*shape, 1)[:3]
     exact_target = exact(target).reshape(cube) if soft else target
     return logits, target, options, exact(logits).reshape(cube), exact_target
+
+
+def merged(stats):
+    """The statistics of all classes from those of the shards, as fastloss.rows.merge_row_stats merges them."""
+    s = np.stack(stats)
+    ref = s[:, 0].max(0)
+    base = lambda r: np.where(r == -np.inf, 0, r)  # noqa: E731
+    factor, shift = np.exp(s[:, 0] - base(ref)), base(s[:, 0]) - base(ref)
+    out = {"ref": ref, "others": (s[:, 1] * factor).sum(0), "target": s[:, 2].max(0)}
+    if s.shape[1] in (5, 8):
+        out |= {"dot": (s[:, 3] + s[:, 4] * shift).sum(0), "mass": s[:, 4].sum(0)}
+    if s.shape[1] in (6, 8):
+        first = s[:, -3].argmax(0)
+        out["best_at"] = s[first, -2, np.arange(len(ref))]
+        out["exp_dot"] = (factor * (s[:, -1] + shift * s[:, 1])).sum(0)
+    return out
+
+
+def saved_of_shards(stats, soft, features, denominators, slope=None, level=None):
+    """What backward of a shard takes: see SavedFields in csrc/rowwise/cross_entropy.h."""
+    fields = [stats["ref"], stats["others"], stats["target"]]
+    if soft:
+        fields.append(stats["mass"])
+    if features.get("row_map"):
+        fields += [slope, level] if soft else [slope]
+    return np.concatenate([*fields, denominators]).astype(stats["ref"].dtype)
 
 
 def close(got, want, dtype):

@@ -3,9 +3,24 @@
 Also what runs under AddressSanitizer and UndefinedBehaviorSanitizer (`make asan`), hence no torch here.
 """
 
+import itertools
+
 import numpy as np
 import pytest
-from numpy_reference import DTYPES, FEATURES, close, exact, multi_margin, problem, reference, stored
+from numpy_reference import (
+    DTYPES,
+    FEATURES,
+    close,
+    entropy,
+    exact,
+    focal,
+    merged,
+    multi_margin,
+    problem,
+    reference,
+    saved_of_shards,
+    stored,
+)
 
 core = pytest.importorskip(
     "fastloss_core_numpy", reason="the numpy binding of the core is not on PYTHONPATH: run `make test`"
@@ -77,6 +92,142 @@ def test_statistics(isa, dtype):
     counted = target != -100
     assert got["accuracy"] == np.float32((z.argmax(1) == target)[counted].mean())
     assert got["loss"].dtype == logits.dtype  # the default dtype of the loss is the logits' own
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entropy(isa, dtype):
+    for shape, layout in (
+        ((37, 1111), "contiguous"),
+        ((3, 21, 70), "contiguous"),
+        ((50, 9), "sliced"),
+        ((2, 5000, 3), "contiguous"),
+    ):
+        for options in ({}, {"softcap": 3.0, "logit_scale": -0.7}, {"label_smoothing": 0.1}):
+            logits, target, _, x, _ = problem(shape, dtype, {}, layout)
+            logits.reshape(-1)[::11] = stored(-np.inf, dtype)
+            x = exact(logits).reshape(x.shape)
+            transform = {k: v for k, v in options.items() if k != "label_smoothing"}
+            want = entropy(x, **transform)
+            plain = core.cross_entropy_forward(logits, target, grad=True, **options)
+            got = core.cross_entropy_forward(logits, target, grad=True, entropy=True, **options)
+            close(got["entropy"], want, "float64" if dtype == "float64" else "float32")
+            assert plain["loss"].tobytes() == got["loss"].tobytes()
+            assert plain["grad"].tobytes() == got["grad"].tobytes()
+
+
+def test_entropy_of_special_rows(isa):
+    """A certain row, an even one, rows without a softmax."""
+    for classes in (5, 300):
+        x = np.full((4, classes), -np.inf, "float32")
+        x[0, 3], x[1] = 1e4, -1e4
+        x[3, 0] = np.inf
+        got = core.cross_entropy_forward(x, np.full(4, 3), reduction="none", entropy=True)["entropy"]
+        np.testing.assert_allclose(got, [0, np.log(classes), np.nan, np.nan], rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", (0.0, 0.3, 1.0, 2.0, 5.0))
+def test_focal_map_near_its_ends(isa, gamma):
+    """Every digit for rows that are nearly certain; no nan anywhere."""
+    nll = np.array([1e-30, 1e-12, 1e-6, 1e-3, 0.3, 2, 20, 90])
+    for dtype, eps in (("float32", 1e-5), ("float64", 1e-13)):
+        # others / e_t = expm1(nll): logits (0, -log expm1(nll)) with target 1
+        x = np.stack([np.zeros(len(nll)), -np.log(np.expm1(nll))], 1).astype(dtype)
+        x = np.concatenate([x, np.array([[-np.inf, 0], [0, -np.inf]], dtype)])
+        exact_nll = np.log1p(np.exp(x[:-2, 0].astype(float) - x[:-2, 1]))
+        value, slope = focal(exact_nll, gamma)
+        options = {"row_map": 1, "map_params": [gamma], "reduction": "none"}
+        target = np.ones(len(x), int)
+        got = core.cross_entropy_forward(x, target, saved=True, **options)
+        tiny = 1e-37 if dtype == "float32" else 1e-300
+        np.testing.assert_allclose(got["loss"], [*value, 0, np.inf], rtol=(1 + 30 * gamma) * eps, atol=tiny)
+        slopes = got["saved"][2 * len(x) : 3 * len(x)]
+        np.testing.assert_allclose(slopes, [*slope, gamma == 0, 1], rtol=(1 + 30 * gamma) * eps, atol=tiny)
+        back = core.cross_entropy_backward(x, target, got["saved"], np.ones(len(x), dtype), **options)["grad"]
+        assert np.isfinite(back).all()
+        if gamma == 0:
+            plain = core.cross_entropy_forward(x, target, reduction="none")["loss"]
+            np.testing.assert_array_equal(got["loss"], plain)
+
+
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+def test_no_classes(isa, reduction):
+    """e / C sum over no classes is 0 inf for torch, whatever the reduction, and without rows too."""
+    for rows in (0, 3):
+        x, t = np.empty((rows, 0), "float32"), np.full(rows, -100)
+        assert np.isnan(core.cross_entropy_forward(x, t, reduction=reduction, label_smoothing=0.1)["loss"]).all()
+        plain = core.cross_entropy_forward(x, t, reduction=reduction)["loss"]
+        assert np.isnan(plain) if reduction == "mean" else (plain == 0).all()
+
+
+SPLITS = ((0.3,), (0.0, 0.5), (0.2, 0.25, 0.9, 1.0))
+
+
+@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards(isa, dtype, features, soft):
+    """Statistics of any split merge to those of the whole, and the shards' gradients are the whole's."""
+    if "normalizer" in features:
+        return  # enters outside of the kernels
+    accum = "float64" if dtype == "float64" else "float32"
+    for shape in ((5, 7), (4, 129), (2, 2600), (2, 21, 33), (1, 300, 9)):
+        for layout in ("contiguous", "classes last", "sliced"):
+            logits, target, options, x, t = problem(shape, dtype, features, layout, soft)
+            classes, rows = shape[1], x.shape[0] * x.shape[2]
+            per_row = options.get("reduction") == "none"
+            common = {"soft": soft, "loss_dtype": accum, "total_classes": classes, **options}
+            part = lambda a, b, v: v[:, a:b] if soft else v  # noqa: E731
+            whole = core.row_stats(logits, target, **common, best=True)
+            want = dict(zip(("ref", "others", "target"), whole, strict=False))
+            for cuts in SPLITS:
+                ends = [0, *(round(cut * classes) for cut in cuts), classes]
+                ranges = list(itertools.pairwise(ends))
+                stats = [
+                    core.row_stats(logits[:, a:b], part(a, b, target), **common, class_offset=a, best=True)
+                    for a, b in ranges
+                ]
+                m = merged(stats)
+                for name in ("ref", "target"):
+                    np.testing.assert_array_equal(m[name], want[name])
+                close(m["others"], want["others"], accum)
+                z = x.transpose(0, 2, 1).reshape(rows, classes)
+                assert (m["best_at"] == z.argmax(1)).all()
+                if len(whole) == 8:
+                    close(m["dot"], whole[3], accum)
+                    close(m["mass"], whole[4], accum)
+                close(m["exp_dot"], whole[-1], accum)
+
+                grad_output = np.linspace(-1, 3, rows) if per_row else np.array(1.5)
+                grad_output = grad_output.astype(accum)
+                # D, Dn and a row map's slopes as the whole saves them.
+                saved = core.cross_entropy_forward(logits, target, saved=True, soft=soft, loss_dtype=accum, **options)[
+                    "saved"
+                ]
+                fields = saved[:-2].reshape(-1, rows)
+                slopes = fields[2 + soft :] if options.get("row_map") else (None, None)
+                given = saved_of_shards(m, soft, features, saved[-2:], slopes[0], slopes[-1])
+                _, want_grad, want_by_target = reference(x, t, **options, grad_output=grad_output)
+                backs = [
+                    core.cross_entropy_backward(
+                        logits[:, a:b], part(a, b, target), given, grad_output, **common, class_offset=a,
+                        grad_target=soft,
+                    )
+                    for a, b in ranges
+                ]  # fmt: skip
+                close(np.concatenate([b["grad"] for b in backs], 1), want_grad, dtype)
+                if soft:
+                    close(np.concatenate([b["grad_target"] for b in backs], 1), want_by_target, dtype)
+
+
+def test_targets_elsewhere_and_nowhere(isa):
+    x = np.zeros((3, 4), "float32")
+    options = {"class_offset": 4, "total_classes": 10, "reduction": "sum"}
+    stats = core.row_stats(x, np.array([0, 9, 5]), **options)
+    np.testing.assert_array_equal(stats, [[0, 0, 0], [4, 4, 3], [-np.inf, -np.inf, 0]])
+    for bad in (-1, 10):
+        with pytest.raises(IndexError) as error:
+            core.row_stats(x, np.array([0, bad, 5]), **options)
+        assert error.value.args[1:] == (1, bad)
 
 
 @pytest.mark.parametrize("shape", ((700, 513), (3, 21, 999), (20000, 10)))

@@ -10,7 +10,19 @@ import os
 
 import numpy as np
 import pytest
-from numpy_reference import DTYPES, EPS, close, exact, multi_margin, problem, reference, stored
+from numpy_reference import (
+    DTYPES,
+    EPS,
+    close,
+    entropy,
+    exact,
+    merged,
+    multi_margin,
+    problem,
+    reference,
+    saved_of_shards,
+    stored,
+)
 
 emulated = pytest.importorskip(
     "fastloss_emulated_numpy", reason="the emulated CUDA kernels are not on PYTHONPATH: run `make test`"
@@ -31,6 +43,7 @@ EVERYTHING = {
 }
 # The same, but what pads a row is now the largest that a logit can be.
 NEGATIVE = EVERYTHING | {"logit_scale": -0.7}
+FOCAL = EVERYTHING | {"row_map": 1, "map_params": [1.5]}
 # What the kernels that are not general take.
 COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01, "ignore_index": 1}
 
@@ -125,15 +138,18 @@ def run(
     loss_dtype = accum if per_row else "float64"  # in which another order of additions shows
     common = {"soft": soft is not None, "loss_dtype": loss_dtype, **options}
     results = []
+    mapped = "row_map" in options
+    saved_fields = 2 + bool(soft) + mapped + bool(soft and mapped)
 
     def outputs(grad):
         out = {
             "loss": Memory((rows,) if per_row else (), loss_dtype),
             "lse": Memory((rows,), accum),
-            "saved": Memory(((3 if soft else 2) * rows + 2,), accum),
+            "saved": Memory((saved_fields * rows + 2,), accum),
         }
         if stats:
             out |= {"argmax": Memory((rows,), "int64"), "accuracy": Memory((), "float32")}
+            out["entropy"] = Memory((rows,), accum)
         if grad:
             out["grad"] = lay_out(shape, dtype, grad_layout or layout)
         return out
@@ -164,6 +180,8 @@ def run(
         labels = t.argmax(1).reshape(-1) if soft else t
         counted = np.ones(rows, bool) if soft else t != options.get("ignore_index", -100)
         assert got["accuracy"] == np.float32((best == labels)[counted].mean())
+        transform = {name: options[name] for name in ("softcap", "logit_scale") if name in options}
+        close(got["entropy"], entropy(x, **transform), accum)
 
     saved = guarded(got["saved"])
     grad_output = guarded((np.linspace(-1, 3, rows) if per_row else np.array(1.5)).astype(loss_dtype))
@@ -250,6 +268,8 @@ ROWS = [
     ("streaming rows", 120, 1, 33000, 1, "contiguous", COMMON, False),
     ("warp rows, general", 80, 70, 0, 1, "contiguous", EVERYTHING, True),
     ("warp rows, general", 80, 33, 3, 1, "off by one", EVERYTHING, False),
+    ("warp rows, general", 80, 33, 3, 1, "off by one", FOCAL, True),
+    ("warp rows, general", 80, 9, 3, 0, "contiguous", {"row_map": 1, "map_params": [2.0], "weight": True}, False),
     ("warp rows, general", 80, 6, 100, 1, "rows apart", {"label_smoothing": 0.1, "weight": True}, False),
     ("block rows, general", 80, 3, 129, 1, "off by one", NEGATIVE, True),
     ("block rows, general", 80, 40, 130, 0, "contiguous", {"softcap": 3.0}, False),
@@ -257,6 +277,7 @@ ROWS = [
     ("cluster rows, general", 90, 3, 1025, 1, "off by one", EVERYTHING, True),
     ("cluster rows, general", 90, 2, 9000, 1, "contiguous", {"label_smoothing": 0.2, "reduction": "sum"}, False),
     ("streaming rows, general", 120, 2, 8200, 1, "contiguous", EVERYTHING, False),
+    ("block rows", 80, 3, 260, 1, "contiguous", COMMON | {"normalizer": 7.5}, False),
 ]
 
 
@@ -308,6 +329,9 @@ PLANES = [
     ("planes, 8 bytes, general", (1, 90, 32), "contiguous", {"label_smoothing": 0.1}, False),
     ("planes, any strides, general", (2, 21, 33), "contiguous", NEGATIVE, True),
     ("planes, any strides, general", (70, 95, 3), "contiguous", EVERYTHING, False),
+    ("planes, any strides, general", (3, 26, 33), "contiguous", FOCAL, True),
+    ("planes, 8 bytes, general", (2, 21, 64), "contiguous", {"row_map": 1, "map_params": [0.5]}, False),
+    ("columns", (2, 21, 64), "contiguous", COMMON | {"normalizer": 7.5}, False),
     ("planes, any strides, general", (2, 21, 65), "contiguous", EVERYTHING, False),
     ("tiles of rows", (3, 19, 10), "classes last", COMMON, False),
     ("warp rows, general", (9, 19, 10), "classes last, apart", {}, True),
@@ -811,3 +835,112 @@ def test_launch_policy_of_planes(element_bytes):
                         assert 0 < c["grid"] <= min(tiles, 2**31 - 1)
                         assert c["groups"] * 20 >= classes or c["groups"] == 8  # resident, or read again
     assert wide_seen == ({False, True} if element_bytes < 8 else {False})
+
+
+# ---- shards of the classes
+SHARDS = [
+    # kernel of the first shard, sm, shape, classes of the shards, layout, features, dtype of probabilities, short
+    ("tiles of rows", 80, (70, 30), (12, 0, 1, 17), "contiguous", COMMON, None, True),
+    ("warp rows", 80, (9, 300), (300,), "rows apart", COMMON, None, False),
+    ("warp rows", 80, (9, 700), (200, 1, 499), "contiguous", COMMON, None, True),
+    ("block rows", 80, (3, 6000), (4500, 1500), "contiguous", {"reduction": "none", "weight": True}, None, True),
+    ("warp rows, general", 80, (9, 300), (60, 240), "contiguous", EVERYTHING, None, True),
+    ("warp rows, general", 80, (9, 300), (60, 0, 240), "contiguous", EVERYTHING, "float32", True),
+    ("block rows, general", 80, (3, 3000), (1999, 1001), "contiguous", {"label_smoothing": 0.1}, None, False),
+    ("columns", 80, (2, 40, 64), (20, 20), "contiguous", COMMON, None, True),
+    ("planes, any strides", 80, (2, 70, 33), (30, 40), "contiguous", COMMON, None, True),
+    ("planes, 8 bytes", 80, (2, 70, 64), (30, 1, 39), "contiguous", COMMON, None, False),
+    ("planes, any strides, general", 80, (2, 70, 33), (30, 40), "contiguous", EVERYTHING, "bfloat16", True),
+    ("planes, any strides, general", 80, (2, 70, 33), (30, 40), "contiguous", FOCAL, None, False),
+    ("warp rows, general", 80, (9, 300), (60, 240), "contiguous", FOCAL, "float32", False),
+]
+
+
+@pytest.mark.parametrize("best", (False, True), ids=("", "best"))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("case", [c for c in SHARDS if c[-1] or not SHORT], ids=lambda c: f"{c[0]}, {c[3]}, {c[6]}")
+def test_shards(case, dtype, best):
+    """Statistics of the shards merge to the whole's; the gradients of the shards are the whole's."""
+    kernel, sm, shape, parts, layout, features, soft, _ = case
+    emulated.set_device(sm)
+    emulated.set_seed(0)
+    logits, target, options, x, t = problem(shape, dtype, features, soft=bool(soft))
+    if soft:
+        target = stored(t.reshape(shape), soft)
+        t = exact(target).reshape(t.shape)
+    rows, classes = x.shape[0] * x.shape[2], shape[1]
+    common = {"soft": bool(soft), "loss_dtype": "float32", "total_classes": classes, **options}
+    for name in ("weight", "sample_weight"):
+        if name in common:
+            common[name] = guarded(common[name])
+    common["soft"] = bool(soft)
+    ends = np.cumsum([0, *parts])
+    shards = []
+    for a, b in itertools.pairwise(ends):
+        memory = lay_out((shape[0], b - a, *shape[2:]), dtype, layout)
+        memory.array[...] = logits[:, a:b]
+        given = guarded(target[:, a:b].copy(), None) if soft else guarded(target)
+        shards.append((memory.array, given, int(a)))
+    stats, kernels = [], []
+    for x_r, t_r, a in shards:
+        fields = 3 + 2 * bool(soft or "label_smoothing" in options) + 3 * best
+        out = Memory((fields, rows), "float32")
+        emulated.row_stats(x_r, t_r, **common, class_offset=a, best=best, stats=out.array)
+        stats.append(out.written())
+        kernels.append(emulated.regime())
+    assert best or kernels[0] == kernel
+    m = merged(stats)
+    z = x * options.get("logit_scale", 1)
+    if cap := options.get("softcap"):
+        z = cap * np.tanh(z / cap)
+    z = z.transpose(0, 2, 1).reshape(rows, -1)
+    close(m["ref"], z.max(1), "float32")
+    e = np.exp(z - z.max(1, keepdims=True))
+    index = np.where(t == options.get("ignore_index", -100), -1, t) if not soft else np.full(rows, -1)
+    own = np.arange(classes) == index[:, None]
+    close(m["others"], (e * ~own).sum(1), "float32")
+    if best:
+        close(m["exp_dot"], (e * ~own * (z - z.max(1, keepdims=True))).sum(1), "float32")
+        assert (m["best_at"] == z.argmax(1)).all()
+    per_row = options.get("reduction") == "none"
+    saved = Memory(((2 + bool(soft) + ("row_map" in options) * (1 + bool(soft))) * rows + 2,), "float32")
+    whole = {name: value for name, value in common.items() if name != "total_classes"}
+    emulated.cross_entropy_forward(guarded(logits), guarded(target), **whole, saved=saved.array)
+    whole_saved = saved.written()
+    slopes = whole_saved[:-2].reshape(-1, rows)[2 + bool(soft) :] if "row_map" in options else (None, None)
+    given = guarded(saved_of_shards(m, bool(soft), options, whole_saved[-2:], slopes[0], slopes[-1]))
+    grad_output = guarded((np.linspace(-1, 3, rows) if per_row else np.array(1.5)).astype("float32"))
+    _, want_grad, want_by_target = reference(x, t, **options, grad_output=grad_output)
+    grads, by_target = [], []
+    for x_r, t_r, a in shards:
+        out = lay_out(x_r.shape, dtype, layout)
+        back = emulated.cross_entropy_backward(
+            x_r, t_r, given, grad_output, **common, class_offset=a, grad=out.array, grad_target=bool(soft)
+        )
+        grads.append(out.written())
+        by_target.append(back.get("grad_target"))
+    close(np.concatenate(grads, 1), want_grad, dtype)
+    if soft:
+        close(np.concatenate(by_target, 1), want_by_target, max(soft, "float32", key=EPS.get))
+
+
+def test_targets_elsewhere_and_nowhere():
+    emulated.set_device(80)
+    emulated.set_seed(0)
+    x, options = np.zeros((3, 4), "float32"), {"class_offset": 4, "total_classes": 10}
+    stats = emulated.row_stats(guarded(x), guarded(np.array([0, 9, 5])), **options)
+    np.testing.assert_array_equal(stats, [[0, 0, 0], [4, 4, 3], [-np.inf, -np.inf, 0]])
+    assert emulated.take_bad_target() is None
+    for bad in (-1, 10):
+        emulated.row_stats(guarded(x), guarded(np.array([0, bad, 5])), **options)
+        assert emulated.take_bad_target() == (1, bad)
+
+
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+def test_no_classes(reduction):
+    emulated.set_device(80)
+    emulated.set_seed(0)
+    for rows in (0, 3):
+        x, t = np.empty((rows, 0), "float32"), np.full(rows, -100)
+        got = emulated.cross_entropy_forward(x, t, reduction=reduction, label_smoothing=0.1)["loss"]
+        assert np.isnan(got).all()

@@ -19,8 +19,8 @@ from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, loop_vmap, o
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
 
-# Numbers of the row maps; 0 is none.
-ROW_MAPS = {"focal": 1}
+# Numbers of the row maps.
+ROW_MAPS = {name: number for number, (name, _) in enumerate(formulas.ROW_MAP_KINDS)}
 # The other bits of `flags`, as in cross_entropy_torch.cpp.
 SAVE, GRAD, STATS = 1, 2, 16
 
@@ -59,8 +59,9 @@ class Options(NamedTuple):
     flags: int = 0
 
 
-def _call(op: Any, before: Sequence[Any], tensors: Tensors, o: Options, flags: int = 0, saved: Any = ()) -> Any:
-    return op(*before, *tensors[:4], *saved, *o[:7], o.flags | flags)
+def _call(op: Any, *tensors: Any, o: Options, flags: int = 0) -> Any:
+    parameters = [o.map_a, o.map_b][: len(formulas.ROW_MAP_KINDS[o.row_map][1])] if o.row_map else []
+    return op(*tensors, *o[:8], parameters, o.flags | flags)
 
 
 class _CrossEntropy(Rules):
@@ -70,32 +71,30 @@ class _CrossEntropy(Rules):
 
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
         if o.flags & STATS:
-            loss, _, _, *stats = _call(ops.cross_entropy_forward_stats, (), tensors, o)
+            loss, _, _, *stats = _call(ops.cross_entropy_forward_stats, *tensors, o=o)
             return (loss, *stats)
-        return (_call(ops.cross_entropy_forward, (), tensors, o)[0],)
+        return (_call(ops.cross_entropy_value, *tensors, o=o),)
 
     def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
         op = ops.cross_entropy_forward_stats if o.flags & STATS else ops.cross_entropy_forward
-        loss, saved, grad, *stats = _call(op, (), tensors, o, SAVE if needs is None else GRAD)
+        loss, saved, grad, *stats = _call(op, *tensors, o=o, flags=SAVE if needs is None else GRAD)
         return Outcome(loss, saved, (grad, None, None), tuple(stats))
 
     def in_place(self, tensors: Tensors, o: Options) -> Outcome:
-        loss, *stats = _call(ops.cross_entropy_forward_inplace, (), tensors, o)
+        loss, *stats = _call(ops.cross_entropy_forward_inplace, *tensors, o=o)
         return Outcome(loss, stats=tuple(stats) if o.flags & STATS else ())
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         logits, target, weight, sample_weight, normalizer = tensors
-        g = (grad_output.contiguous(),)
-        grad = _call(ops.cross_entropy_backward, g, tensors, o, saved=(saved,)) if needs[0] else None
-        of_target = ops.cross_entropy_target_backward
-        grad_target = _call(of_target, g, tensors, o, saved=(saved,)) if needs[1] else None
+        g, of_target = grad_output.contiguous(), ops.cross_entropy_target_backward
+        grad = _call(ops.cross_entropy_backward, g, *tensors, saved, o=o) if needs[0] else None
+        grad_target = _call(of_target, g, *tensors, saved, o=o) if needs[1] else None
         grad_weight = None
-        if needs[2]:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z)
+        if needs[2]:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z), mapped
             wide = target.detach().to(weight.dtype)  # detach: no tangent
-            plain = (logits, wide, None, sample_weight, normalizer)
-            per_class = _call(of_target, g, plain, o._replace(label_smoothing=0.0), saved=(saved,))
-            q = formulas.smoothed(wide, o)
-            grad_weight = formulas.sum_rows(formulas.product(q, per_class, o), weight)
+            plain = (logits, wide, None, sample_weight, normalizer, saved)
+            per_class = _call(of_target, g, *plain, o=o._replace(label_smoothing=0.0))
+            grad_weight = formulas.sum_rows(formulas.product(formulas.smoothed(wide, o), per_class, o), weight)
         return grad, grad_target, grad_weight
 
     def formula(self, tensors: Tensors, o: Options) -> Tensor:
@@ -142,23 +141,37 @@ class _CrossEntropy(Rules):
 # --------------------------------------------------------------------------------------------------- fake kernels, vmap
 
 
-def _fake_loss(logits: Tensor, o: Options) -> Tensor:
+class _Tail(NamedTuple):
+    """The operators' trailing arguments as they take them: the row map's parameters as a list."""
+
+    reduction: int
+    loss_dtype: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+    row_map: int
+    map_params: list[float]
+    flags: int
+
+
+def _fake_loss(logits: Tensor, o: _Tail) -> Tensor:
     shape = _rowwise.row_shape(logits) if o.reduction == NONE else []
     return logits.new_empty(shape, dtype=DTYPES[o.loss_dtype])
 
 
-def _fake_forward(logits: Tensor, target: Tensor, o: Options) -> tuple[Tensor, ...]:
-    saved = grad = None
+def _fake_forward(logits: Tensor, target: Tensor, o: _Tail) -> tuple[Tensor, ...]:
+    saved, grad = (logits.new_empty([0], dtype=torch.float32) for _ in range(2))
     if o.flags & SAVE:
-        rows = 1
+        soft, mapped, rows = target.is_floating_point(), o.row_map != 0, 1
         for n in _rowwise.row_shape(logits):
             rows = rows * n
-        count = (3 if target.is_floating_point() else 2) * rows + 2
+        count = (2 + soft + mapped + (soft and mapped)) * rows + 2
         saved = logits.new_empty([count], dtype=accum_dtype(logits.dtype))
     if o.flags & GRAD:
         grad = torch.empty_like(logits)
-    nothing = (logits.new_empty([0], dtype=torch.float32) for _ in range(2))
-    return (_fake_loss(logits, o), *(n if t is None else t for t, n in zip((saved, grad), nothing, strict=True)))
+    return _fake_loss(logits, o), saved, grad
 
 
 def _fake_stats(logits: Tensor) -> tuple[Tensor, ...]:
@@ -167,30 +180,31 @@ def _fake_stats(logits: Tensor) -> tuple[Tensor, ...]:
         logits.new_empty(shape, dtype=accum),
         logits.new_empty(shape, dtype=torch.int64),
         logits.new_empty([], dtype=torch.float32),
+        logits.new_empty(shape, dtype=accum),
     )
 
 
-def _options(rest: Sequence[Any]) -> Options:
-    *options, flags = rest
-    return Options(*options)._replace(flags=flags)
+@torch.library.register_fake("fastloss::cross_entropy_value")
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
+    return _fake_loss(logits, _Tail(*tail))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *rest: Any) -> Any:
-    return _fake_forward(logits, target, _options(rest))
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
+    return _fake_forward(logits, target, _Tail(*tail))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_stats")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *rest: Any) -> Any:
-    return (*_fake_forward(logits, target, _options(rest)), *_fake_stats(logits))
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
+    return (*_fake_forward(logits, target, _Tail(*tail)), *_fake_stats(logits))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_inplace")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, *rest: Any) -> Any:
-    o = _options(rest)
+def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
+    o = _Tail(*tail)
     if o.flags & STATS:
         return (_fake_loss(logits, o), *_fake_stats(logits))
-    return (_fake_loss(logits, o), *(logits.new_empty([0], dtype=torch.float32) for _ in range(3)))
+    return (_fake_loss(logits, o), *(logits.new_empty([0], dtype=torch.float32) for _ in range(4)))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_backward")
@@ -203,10 +217,10 @@ def _(grad_output: Any, logits: Any, target: Any, *rest: Any) -> Any:
     return torch.empty_like(target)
 
 
-for _name in ("forward", "forward_stats", "backward", "target_backward"):
+for _name in ("value", "forward", "forward_stats", "backward", "target_backward"):
     torch.library.register_vmap(f"fastloss::cross_entropy_{_name}", loop_vmap(getattr(ops, f"cross_entropy_{_name}")))
 
-_engine = Engine(_CrossEntropy(), stats=3)
+_engine = Engine(_CrossEntropy(), stats=4)
 
 
 # ------------------------------------------------------------------------------------------------- arguments

@@ -1,0 +1,79 @@
+// Row maps: functions g of a row's nll between the nll and the sum, with g(0) = 0 and g' >= 0. Written once for the
+// vectors of the CPU and the numbers of the GPU.
+//
+// Let q_c be what class c weighs in the row's nll: w_c ((1-e) [c = t] + e/C) for an index target, w_c p'_c for
+// probabilities. With m = sum_c q_c and l = sum_c q_c (lse - z_c) the row's nll becomes m g(l / m), 0 where m is 0;
+// without smoothing that is w_t g(nll_t). Its derivatives:
+//
+//   by z_c    the plain gradient times the slope g'(l / m)
+//   by p_c    (1-e) w_c (slope (lse - z_c) + level),  level = g - (l / m) g'
+//
+// Nothing else of the row is read.
+//
+// A new map is a number in RowMap, its name and parameters in kRowMaps, a function, and a case of mapped_nll.
+#pragma once
+#include "../common/types.h"
+
+namespace fastloss {
+
+enum class RowMap : int32_t { none = 0, focal = 1 };
+constexpr int kRowMapCount = 2;
+// In order of their numbers, name:parameter,parameter; two parameters at most.
+constexpr const char* kRowMaps = "none focal:gamma";
+
+}  // namespace fastloss
+
+// The rest is for who computes. FASTLOSS_ISA names the namespace of lane_t, exp_of, log_of and tanh_of: an instruction
+// set (common/simd.h) or the GPU (cross_entropy_kernel_parts.cuh).
+#ifdef FASTLOSS_ISA
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+template <class V>
+struct MappedNll {
+  V value, slope;  // g, g'
+};
+template <class V>
+struct MappedRow {
+  V nll, slope, level;
+};
+
+// Focal loss (Lin et al., 2017): g(l) = (1 - e^-l)^gamma l, gamma >= 0.
+// With u = 1 - e^-l and r = l / u, which is 1 at l = 0: g' = u^gamma (1 + gamma e^-l r).
+template <class V>
+FASTLOSS_HD MappedNll<V> focal_map(V l, lane_t<V> gamma) {
+  const lane_t<V> one = lane_t<V>(1);
+  const V zero{};
+  l = l < zero ? zero : l;                  // rounding, and probabilities that are none
+  const V t = tanh_of(l * lane_t<V>(0.5));  // 1 - e^-l, with all its digits where l is small
+  const V u = (t + t) / (one + t), rest = one - u;
+  const V power = u > zero ? exp_of(gamma * log_of(u)) : zero + lane_t<V>(gamma == lane_t<V>(0));
+  const V ratio = u > zero ? l / u : zero + one;
+  const V steepness = rest > zero ? gamma * rest * ratio : zero * u;  // l = inf: slope 1
+  return {power * l, power * (one + steepness)};
+}
+
+// g(l) of the map, whose parameters are a and b.
+template <class V>
+FASTLOSS_HD MappedNll<V> mapped_nll(RowMap map, V l, lane_t<V> a, lane_t<V> b) {
+  (void)b;  // no map has two yet
+  switch (map) {
+    case RowMap::focal: return focal_map(l, a);
+    case RowMap::none: break;
+  }
+  return {l, V{} + lane_t<V>(1)};
+}
+
+// What the map makes of a row with m = mass and l / m = mean.
+template <class V>
+FASTLOSS_HD MappedRow<V> mapped_row(RowMap map, V mass, V mean, lane_t<V> a, lane_t<V> b) {
+  const V zero{};
+  const MappedNll<V> g = mapped_nll(map, mean, a, b);
+  // A mean of infinity has level 0: g is l there.
+  const V level = mean - mean == zero ? g.value - mean * g.slope : zero * g.slope;
+  return {mass == zero ? zero : mass * g.value, mass == zero ? zero : g.slope, mass == zero ? zero : level};
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss
+#endif

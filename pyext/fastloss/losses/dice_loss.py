@@ -1,0 +1,309 @@
+"""Dice loss: the overlap of predicted and true areas, class by class, without one-hot targets or stored probabilities.
+
+The mathematics is in ``csrc/rowwise/dice_loss.h``.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import _arguments, errors, formulas
+from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
+from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
+from . import _rowwise
+
+_ACTIVATIONS = {None: 0, "softmax": 1, "sigmoid": 2}  # codes of the C++ enum Activation
+
+
+class Options(NamedTuple):
+    """The operators' trailing arguments, in their order."""
+
+    activation: int
+    batch: bool
+    squared: bool
+    include_background: bool
+    skip_absent: bool
+    smooth_nr: float
+    smooth_dr: float
+    ignore_index: int
+    reduction: int
+    loss_dtype: int
+
+
+class _DiceLoss(Rules):
+    """Operands: input, target, weight. The first two may have gradients, the target where it is floating."""
+
+    name, tensors, wants, options = "dice_loss", 3, 2, Options
+
+    def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
+        return (ops.dice_loss_value(*tensors, *o),)
+
+    def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
+        return Outcome(*ops.dice_loss_forward(*tensors, *o))
+
+    def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
+        arguments = (grad_output.contiguous(), *tensors, saved, *o)
+        return (
+            ops.dice_loss_backward(*arguments) if needs[0] else None,
+            ops.dice_loss_target_backward(*arguments) if needs[1] else None,
+        )
+
+    def formula(self, tensors: Tensors, o: Options) -> Tensor:
+        return formulas.dice_loss(tensors, o)
+
+    def fusable(self, tensors: Tensors, o: Options) -> bool:
+        return False  # no gradient is known before the sums over all pixels are
+
+    def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
+        return str(ops.dice_loss_regime(*tensors[:2]))
+
+    def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if path is Path.VALUE:
+            return super().operators(path, o, needs)
+        backward = ("dice_loss_backward", "dice_loss_target_backward")
+        return ("dice_loss_forward",), tuple(name for name, needed in zip(backward, needs, strict=True) if needed)
+
+
+def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> Any:
+    o = Options(*options)
+    classes = max(input.shape[1] - (not o.include_background), 0)
+    shape = ([] if o.batch else [input.shape[0]]) + [classes] if o.reduction == NONE else []
+    return input.new_empty(shape, dtype=DTYPES[o.loss_dtype])
+
+
+@torch.library.register_fake("fastloss::dice_loss_forward")
+def _(input: Any, *rest: Any) -> Any:
+    groups = 1 if Options(*rest[2:]).batch else input.shape[0]
+    return _fake_loss(input, *rest), input.new_empty([groups, input.shape[1], 2], dtype=torch.float64)
+
+
+torch.library.register_fake("fastloss::dice_loss_value")(_fake_loss)
+torch.library.register_fake("fastloss::dice_loss_backward")(lambda _, input, *rest: torch.empty_like(input))
+torch.library.register_fake("fastloss::dice_loss_target_backward")(lambda _, x, target, *rest: torch.empty_like(target))
+for _name in ("value", "forward", "backward", "target_backward"):
+    torch.library.register_vmap(f"fastloss::dice_loss_{_name}", loop_vmap(getattr(ops, f"dice_loss_{_name}")))
+
+_engine = Engine(_DiceLoss())
+
+
+def dice_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str | None = "softmax",
+    ignore_index: int = -100,
+    batch: bool = False,
+    squared: bool = False,
+    smooth: float | None = None,
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    include_background: bool = True,
+    skip_absent: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Dice loss of logits or probabilities for segmentation (Milletari et al., V-Net, 2016).
+
+    With p the activated input and t the target, 1 for a pixel's class and 0 for the others, of each sample and class c
+
+    .. math::
+        l_c = 1 - \frac{2 \sum p t + \mathrm{smooth\_nr}}{\sum p + \sum t + \mathrm{smooth\_dr}}
+
+    with sums over the pixels that count. Memory is read once in forward; read once and written once in backward; no
+    one-hot tensor and no probabilities are ever made.
+
+    Args:
+        input: logits or probabilities, shape (N, C, d1, ..., dK) with K >= 0; float32, float64, float16 or bfloat16,
+            any strides.
+        target: class indices, shape (N, d1, ..., dK) or (N, 1, d1, ..., dK), any integer dtype; or a floating tensor
+            of the input's shape, for several labels per pixel or soft ones. A mask of a single class (C = 1) is such a
+            tensor: ``mask.to(input.dtype)``.
+        weight: weight of each class, shape (C), multiplies the class's loss; any floating dtype.
+        activation: ``'softmax'`` over the classes | ``'sigmoid'`` | None: the input holds probabilities.
+        ignore_index: class index that marks pixels to leave out of all sums; such pixels have gradient 0.
+        batch: sums over the whole batch instead of each sample.
+        squared: :math:`\sum p^2 + \sum t^2` in the denominator, as V-Net has it.
+        smooth: both smooth_nr and smooth_dr; None: what these say.
+        smooth_nr, smooth_dr: not negative; where a class is neither predicted nor there, the loss is
+            ``1 - smooth_nr / smooth_dr``.
+        include_background: False leaves class 0 out of the result (it remains part of the softmax).
+        skip_absent: True: classes of which the target has nothing, in the sample or with ``batch`` in the batch, have
+            loss 0 (they still count in the mean).
+        reduction: ``'none'`` | ``'mean'`` over samples and classes, divided by their number | ``'sum'``.
+
+    Returns:
+        The loss: shape () or, for ``'none'``, (N, C), with ``batch`` (C); C - 1 without the background. In the input's
+        dtype, promoted with that of a floating target (float32 for 16-bit input under autocast).
+
+    Raises:
+        IndexError: a target outside [0, C) that is not ignore_index; on CUDA by a later call, see
+            :func:`fastloss.set_error_mode`.
+        ValueError: an unknown activation or reduction; smooth_nr or smooth_dr negative; an input of less than two
+            dimensions; a floating target that has not the input's shape; batches of different size.
+        RuntimeError: a target of another shape or dtype, a weight that has not C elements or requires grad, tensors on
+            different devices, a floating target with ignore_index >= 0.
+        NotImplementedError: an input that is not floating; devices without kernels.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, -1.0, 0.5], [-2.0, 1.0, 1.5]]])  # one sample, two classes, three pixels
+        >>> fastloss.dice_loss(logits, torch.tensor([[0, 1, 1]]))
+        tensor(0.1416)
+
+    The same as other libraries' DiceLoss:
+
+    - MONAI: ``softmax=True`` is activation='softmax', ``sigmoid=True`` is 'sigmoid', neither is None;
+      ``to_onehot_y=True`` is a target of class indices (here one that needs no conversion); ``squared_pred`` is
+      squared; ``batch``, ``smooth_nr``, ``smooth_dr``, ``include_background``, ``ignore_index`` and ``reduction`` have
+      the same names. ``weight`` too, but without the background it still has C elements here; the first is not used.
+      Not copied: for K = 0 MONAI sums over samples and classes; for C = 1 it leaves out activation, weight or
+      include_background with a warning; its ``'none'`` appends dimensions of size 1. Not here: ``jaccard``,
+      ``soft_label``, ``other_act``.
+    - segmentation_models_pytorch: batch=True and skip_absent=True; ``smooth`` s is smooth_nr=2*s and smooth_dr=2*s (its
+      ``eps`` bounds the denominator; smooth_dr, which is added to it, serves as well); mode ``'multiclass'`` is
+      activation='softmax', ``'multilabel'`` and ``'binary'`` are 'sigmoid' with a floating target;
+      ``from_logits=False`` is None; ``class_weights`` w are ``weight=w * C / w.sum()``, since its mean divides by the
+      sum of the weights; ``classes`` are weights of 0 for the others and ``C / len(classes)`` for these. Not copied:
+      its overlap is ``sum(min(p, t))``, the same where targets are 0 and 1 only. Not here: ``log_loss``.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        options = {name: value for name, value in locals().items() if name not in ("input", "target")}
+        return handle_torch_function(dice_loss, (input, target, weight), input, target, **options)
+    name = "dice_loss"
+    red = _arguments.reduction_code(reduction)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{name}(): activation must be 'softmax', 'sigmoid' or None, got {activation!r}")
+    _arguments.require_tensor("input", input, name)
+    _arguments.require_tensor("target", target, name)
+    if weight is not None:
+        _arguments.require_tensor("weight", weight, name)
+    ignore_index = _arguments.as_int(name, "ignore_index", ignore_index)
+    if smooth is not None:
+        smooth_nr = smooth_dr = _smooth("smooth", smooth)
+    smooth_nr, smooth_dr = _smooth("smooth_nr", smooth_nr), _smooth("smooth_dr", smooth_dr)
+    _arguments.require_supported_tensors(name, input, target, weight)
+    _arguments.require_same_device(name, ("input", input), ("target", target), ("weight", weight))
+    _rowwise.check_logits_dtype(input, name)
+    if input.dim() < 2:
+        raise ValueError(
+            f"{name}(): input must have shape (N, C, d1, ...), got {list(input.shape)}; a single sample needs "
+            "input.unsqueeze(0)"
+        )
+    dtype = input.dtype
+    if target.is_floating_point():
+        target = _floating_target(input, target, ignore_index)
+        dtype = torch.promote_types(dtype, target.dtype)
+        if dtype is torch.float64:
+            input = input.double()
+    else:
+        target = _index_target(input, target)
+    if weight is not None:
+        _rowwise.check_weight(weight, input.shape[1], name)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name}(): not differentiable with respect to argument 'weight'. This input cannot have requires_grad "
+                "True; pass weight.detach(), or multiply the result of reduction='none'"
+            )
+        weight = weight.to(accum_dtype(input.dtype)).contiguous()
+    loss_dtype = DTYPE_CODES[_arguments.autocast_dtype(dtype, input.device)]
+    (loss,) = _engine(
+        (input, target, weight),
+        Options(
+            _ACTIVATIONS[activation],
+            bool(batch),
+            bool(squared),
+            bool(include_background),
+            bool(skip_absent),
+            smooth_nr,
+            smooth_dr,
+            ignore_index,
+            red,
+            loss_dtype,
+        ),
+    )
+    if errors.immediate_errors() and input.is_cuda:
+        errors.check_errors()
+    return loss
+
+
+def _smooth(name: str, value: Any) -> float:
+    value = _arguments.as_float("dice_loss", name, value)
+    if not value >= 0:
+        raise ValueError(f"dice_loss(): {name} must not be negative, got {value}")
+    return value
+
+
+def _floating_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    if target.dtype not in DTYPE_CODES:
+        raise RuntimeError(f"dice_loss(): target of dtype {target.dtype} is not supported; call target.to(input.dtype)")
+    if target.shape != input.shape:
+        raise ValueError(
+            f"dice_loss(): a floating target needs the input's shape {list(input.shape)}, got {list(target.shape)}; "
+            "class indices need an integer dtype: target.long()"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(
+            "dice_loss(): ignore_index is not supported for floating point target; set input and target to 0 there, "
+            "with activation=None"
+        )
+    return target
+
+
+def _index_target(input: Tensor, target: Tensor) -> Tensor:
+    classes = input.shape[1]
+    if target.dtype is torch.bool or (classes == 1 and target.shape == input.shape):
+        raise RuntimeError(
+            f"dice_loss(): a mask of dtype {target.dtype} as target: call target.to(input.dtype) for one label per "
+            "class and pixel, of the input's shape; integers are class indices, one per pixel"
+        )
+    _rowwise.check_index_dtype(target, "dice_loss")
+    if target.dim() == input.dim() and target.shape[1] == 1:
+        target = target.squeeze(1)
+    _rowwise.check_index_shapes(input, target, "dice_loss")
+    return _rowwise.index_target(target)
+
+
+class DiceLoss(torch.nn.Module):
+    """:func:`dice_loss` as a module. The weight is a buffer."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        activation: str | None = "softmax",
+        ignore_index: int = -100,
+        batch: bool = False,
+        squared: bool = False,
+        smooth: float | None = None,
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        include_background: bool = True,
+        skip_absent: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.activation, self.ignore_index, self.batch, self.squared = activation, ignore_index, batch, squared
+        self.smooth, self.smooth_nr, self.smooth_dr = smooth, smooth_nr, smooth_dr
+        self.include_background, self.skip_absent, self.reduction = include_background, skip_absent, reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of an input (N, C, ...) against class indices or a floating target; as :func:`dice_loss`."""
+        return dice_loss(
+            input,
+            target,
+            self.weight,
+            activation=self.activation,
+            ignore_index=self.ignore_index,
+            batch=self.batch,
+            squared=self.squared,
+            smooth=self.smooth,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+            include_background=self.include_background,
+            skip_absent=self.skip_absent,
+            reduction=self.reduction,
+        )
