@@ -29,7 +29,8 @@ COMMON_FROM = "reductions, common to the GPU and the emulator"
 
 SYNC = re.compile(r"\b(block_barrier|warp_barrier|memory_fence|system_fence|cluster_arrive|cluster_wait)\(\);")
 LIMITS = (
-    r"p\.(?:rows|classes|outer|inner|count|blocks|totals_count|slice|parts)|(?:p\.)?a\.(?:cols|rows \* p\.parts)"
+    r"p\.(?:rows|classes|outer|inner|count|blocks|totals_count|slice|parts)"
+    r"|(?:p\.)?a\.(?:cols|classes|rows \* p\.parts)"
     r"|classes|count|blocks|warps|parts|groups|kGroup|vectors|rows|items|elements|inner_tiles|kPositions"
     r"|span\.head(?: \+ span\.tail)?"
 )

@@ -16,10 +16,16 @@
 
 namespace fastloss {
 
-enum class RowMap : int32_t { none = 0, focal = 1 };
-constexpr int kRowMapCount = 2;
+enum class RowMap : int32_t {
+  none,   // l
+  focal,  // (1 - e^-l)^gamma l
+  count   // how many there are
+};
+constexpr int kRowMapCount = int(RowMap::count);
 // In order of their numbers, name:parameter,parameter; two parameters at most.
-constexpr const char* kRowMaps = "none focal:gamma";
+constexpr const char* kRowMaps =
+    "none "
+    "focal:gamma ";
 
 }  // namespace fastloss
 
@@ -59,7 +65,8 @@ FASTLOSS_HD MappedNll<V> mapped_nll(RowMap map, V l, lane_t<V> a, lane_t<V> b) {
   (void)b;  // no map has two yet
   switch (map) {
     case RowMap::focal: return focal_map(l, a);
-    case RowMap::none: break;
+    case RowMap::none:
+    case RowMap::count: break;
   }
   return {l, V{} + lane_t<V>(1)};
 }

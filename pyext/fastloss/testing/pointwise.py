@@ -144,7 +144,9 @@ def _samples(loss: PointwiseLoss) -> Callable[[str | torch.device, torch.dtype],
             return values.requires_grad_(requires_grad)
 
         def call(name: str, input: Tensor, target: Tensor, **options: Any) -> Sample:
-            further = [make(*input.shape[-1:]) for _ in loss.further]  # broadcast: a number for each column
+            # A number for each column, broadcast; but autograd sums gradients of 16 bits in 16 bits.
+            shape = input.shape if dtype.itemsize == 2 else input.shape[-1:]
+            further = [make(*shape) for _ in loss.further]
             return Sample(name, (input, target, *further), options)
 
         mask = (torch.arange(12).reshape(3, 4) % 5 != 1).to(device)

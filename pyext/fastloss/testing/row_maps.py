@@ -70,7 +70,7 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
         s = counted if sample_weight is None else counted * sample_weight.double()
         of_logits = {k: v for k, v in options.items() if k in ("class_dim", "logit_scale", "softcap")}
         lse = cross_entropy.reference_lse(input, **of_logits)
-        rows = torch.where(s != 0, s * mass * ROW_MAPS[loss.row_map](nll / mass, parameter, 0.0), 0.0)
+        rows = torch.where(s != 0, s * mass * ROW_MAPS[loss.row_map](nll / mass, parameter), 0.0)
         z_rows = torch.where(s != 0, s * z_loss * lse**2, 0.0)
         if reduction == "none":
             return rows + z_rows
