@@ -373,7 +373,8 @@ def row_loss(
         loss = sum(parts[1:], parts[0]) + (z_part if o.z_loss else 0.0)
     else:
         by = divisors if o.reduction == "mean" else (1.0, 1.0)
-        loss = sum(p.double().sum() / by[0] for p in parts)
+        sums = [p.double().sum() / by[0] for p in parts]
+        loss = sum(sums[1:], sums[0])
         if o.z_loss:
             loss = loss + z_part.double().sum() / by[1]
         if o.reduction == "mean" and o.all_ignored == "zero":

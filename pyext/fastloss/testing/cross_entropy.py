@@ -93,7 +93,8 @@ def reference_stats(
     else:
         index = target.to(torch.int64).reshape(predicted.shape)
         hits = (predicted == index)[index != ignore_index]
-    return CrossEntropyStats(torch.logsumexp(z, -1), predicted, hits.double().mean())
+    entropy = torch.special.entr(torch.softmax(z, -1)).sum(-1)
+    return CrossEntropyStats(torch.logsumexp(z, -1), predicted, hits.double().mean(), entropy)
 
 
 def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
