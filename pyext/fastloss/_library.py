@@ -52,7 +52,8 @@ def loop_vmap(op: Callable[..., Any], outputs: int) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         def results(sample: Callable[..., torch.Tensor]) -> Any:
-            result = op(*(a if d is None else sample(a, d) for a, d in zip(args, in_dims, strict=True)))
+            # Of a list, torch gives a list of dimensions: only tensors have one.
+            result = op(*(sample(a, d) if type(d) is int else a for a, d in zip(args, in_dims, strict=True)))
             return (result,) if outputs == 1 else result
 
         if info.batch_size:
