@@ -439,6 +439,14 @@ def _recompute_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]
     return _backward(ctx, grad_output, tensors, kernel_grad)
 
 
+def _one_by_one(options: Any) -> _Options:
+    """From the options as jvp of vmap wants them, no list among them, or as the operators do."""
+    if len(options) == len(_Options._fields):
+        return _Options(*options)
+    *first, one, two, flags = options
+    return _Options(*first, [one, two], flags)
+
+
 class _Transformed(Function):
     """The recomputing path in the form that torch.func transforms ask for: options one by one, as jvp of vmap wants."""
 
@@ -446,7 +454,7 @@ class _Transformed(Function):
 
     @staticmethod
     def forward(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *options: Any) -> Any:
-        o = _Options(*options)
+        o = _one_by_one(options)
         o = o._replace(flags=o.flags | SAVE)
         if o.flags & STATS:
             loss, saved, _, *stats = ops.cross_entropy_forward_stats(logits, target, weight, sample_weight, None, *o)
@@ -457,7 +465,7 @@ class _Transformed(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> Any:
         logits, target, weight, sample_weight, _, *options = inputs
-        ctx.options = _Options(*options)
+        ctx.options, ctx.count = _one_by_one(options), len(options)
         ctx.set_materialize_grads(False)  # as in _ForwardMode
         _, saved, *stats = output
         ctx.mark_non_differentiable(saved, *stats)
@@ -467,7 +475,7 @@ class _Transformed(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        return (*_recompute_backward(ctx, grad_output)[:4], *[None] * (1 + len(_Options._fields)))
+        return (*_recompute_backward(ctx, grad_output)[:4], *[None] * (1 + ctx.count))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -499,7 +507,9 @@ def _run(
     """Loss (and statistics) of canonical arguments: chooses among the paths."""
     stats = bool(o.flags & STATS)
     if _common.transforms_active():
-        loss, _, *rest = _apply_transformed(logits, target, weight, sample_weight, None, *o)
+        loss, _, *rest = _apply_transformed(
+            logits, target, weight, sample_weight, None, *o[:-2], *(*o.map_params, 0.0, 0.0)[:2], o.flags
+        )
         return (loss, *rest)
     if _common.forward_mode_active():
         loss, _, *rest = _ForwardMode.apply(logits, target, weight, sample_weight, o)
