@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import fastloss
+import fastloss.rows
 import pytest
 import torch
 import torch.nn.functional as F
