@@ -1,6 +1,7 @@
 """Cross entropy at the sizes, dtypes and layouts where kernels differ, and every option, against float64."""
 
 import itertools
+import math
 
 import fastloss
 import pytest
@@ -352,6 +353,8 @@ def test_stats(shape, dtype, device):
             assert torch.equal(stats.argmax, want.argmax)
             assert stats.accuracy.dtype == torch.float32 and stats.accuracy.shape == ()
             assert_close(stats.accuracy, want.accuracy)
+            assert stats.entropy.dtype == stats.lse.dtype
+            assert_close(stats.entropy, want.entropy, scale=max(math.log(shape[1]), 1))
             assert not any(s.requires_grad for s in stats)
 
 

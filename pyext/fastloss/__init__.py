@@ -2,6 +2,7 @@
 
 from . import _library  # noqa: F401  first: it checks the versions of Python and torch
 from . import plot as plot
+from . import rows as rows
 from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode

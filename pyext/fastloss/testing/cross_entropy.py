@@ -103,8 +103,7 @@ def reference_stats(
     else:
         index = target.to(torch.int64).reshape(predicted.shape)
         hits = (predicted == index)[index != ignore_index]
-    log_p = z.log_softmax(-1)
-    entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1)
+    entropy = torch.special.entr(torch.softmax(z, -1)).sum(-1)
     return CrossEntropyStats(torch.logsumexp(z, -1), predicted, hits.double().mean(), entropy)
 
 
