@@ -585,32 +585,32 @@ def operator_calls(device):
             (NONE, 0.1, w, rows, t),
             (SUM, 0.1, w, None, p),
         ):
-            options = (reduction, 0, -100, smoothing, 0.01, 3.0, 0.5, 1, [2.0])
-            arguments = (x, target, weight, sample_weight, None, *options)
-            yield ops.cross_entropy_value, (*arguments, 0)
+            first, rest = (x, target, reduction, 0), (-100, smoothing, 0.01, 3.0, 0.5, 1, [2.0])
+            options = (weight, sample_weight, None, *rest)
+            yield ops.cross_entropy_value, (*first, 0, *options)
+            yield ops.cross_entropy_value, (*first, 0)
             for flags in (0, SAVE, ZERO_TIMES_INF | ALL_IGNORED_ZERO, *((GRAD,) if reduction != NONE else ())):
-                yield ops.cross_entropy_forward, (*arguments, flags)
-            yield ops.cross_entropy_forward_stats, (*arguments, SAVE | STATS)
-            one_by_one = (*arguments[:-1], 2.0, 0.0)
-            yield ops.cross_entropy_recorded, (*one_by_one, 0)
-            yield ops.cross_entropy_stats_recorded, (*one_by_one, STATS)
-            _, saved, _ = ops.cross_entropy_forward(*arguments, SAVE)
+                yield ops.cross_entropy_forward, (*first, flags, *options)
+            yield ops.cross_entropy_forward_stats, (*first, SAVE | STATS, *options)
+            recorded = (x, target, weight, sample_weight, None, reduction, 0, *rest[:-1], 2.0, 0.0)
+            yield ops.cross_entropy_recorded, (*recorded, 0)
+            yield ops.cross_entropy_stats_recorded, (*recorded, STATS)
+            _, saved, _ = ops.cross_entropy_forward(*first, SAVE, *options)
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
-            yield ops.cross_entropy_backward, (g, x, target, weight, sample_weight, None, saved, *options, 0)
+            yield ops.cross_entropy_backward, (g, saved, *first, 0, *options)
             if target is p:
-                yield ops.cross_entropy_target_backward, (g, x, target, weight, sample_weight, None, saved, *options, 0)
+                yield ops.cross_entropy_target_backward, (g, saved, *first, 0, *options)
             shard = (2, shape[1] + 3)
             whole = None if weight is None else torch.linspace(0.5, 2, shape[1] + 3, device=device)
-            tensors = (x, target, whole, sample_weight, None)
             for flags in (0, STATS):
-                yield ops.row_stats, (*tensors, *shard, *options, flags)
+                yield ops.row_stats, (*shard, *first, flags, whole, *options[1:])
             saved = torch.ones((4 + 2 * (target is p)) * t.numel() + 2, device=device)
-            yield ops.row_gradient, (g, *tensors, saved, *shard, *options, 0)
+            yield ops.row_gradient, (g, saved, *shard, *first, 0, whole, *options[1:])
             if target is p:
-                yield ops.row_target_gradient, (g, *tensors, saved, *shard, *options, 0)
+                yield ops.row_target_gradient, (g, saved, *shard, *first, 0, whole, *options[1:])
             if reduction != NONE:
-                yield ops.cross_entropy_forward_inplace, (*arguments, 0)
-                yield ops.cross_entropy_forward_inplace, (*arguments, STATS)
+                yield ops.cross_entropy_forward_inplace, (*first, 0, *options)
+                yield ops.cross_entropy_forward_inplace, (*first, STATS, *options)
         for reduction in (NONE, MEAN, SUM):
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
             for loss, params in enumerate(([], [2.0, 0.5])):
@@ -630,17 +630,19 @@ def operator_calls(device):
             (bce, SUM, 0, by_class, (None, None)),
             (cosine, SUM, 1, None, (None, None)),
         ):
-            options = (loss, [0.5], reduction, row_dims, 0.0, 0)
-            first = (x, u, third, None, *extra)
+            first, options = (x, u, loss, reduction, 0), ([0.5], third, None, *extra, row_dims, 0.0)
             fused = reduction != NONE and loss != cosine
-            yield ops.pointwise_value, (*first, *options, 0)
+            yield ops.pointwise_value, (*first, 0, *options)
             for flags in (0, *((1, 3) if fused else ())):
-                yield ops.pointwise_forward, (*first, *options, flags)
-            yield ops.pointwise_recorded, (*first, loss, reduction, 0, row_dims, 0.0, 0.5, 0.0, 0.0, 0.0)
-            factor = ops.pointwise_forward(*first, *options, 0)[1]
+                yield ops.pointwise_forward, (*first, flags, *options)
+            if fused:
+                yield ops.pointwise_forward_grad, (*first, 1, *options)
+            operands = (x, u, third, None, *extra)
+            yield ops.pointwise_recorded, (*operands, loss, reduction, 0, row_dims, 0.0, 0.5, 0.0, 0.0, 0.0)
+            factor = ops.pointwise_forward(*first, 0, *options)[1]
             g = u if reduction == NONE else torch.full(x.shape[:row_dims], 2.0, device=device)
             for flags in (1, 3, *((7,) if third is not None else ())):
-                yield ops.pointwise_backward, (g, *first, factor, *options, flags)
+                yield ops.pointwise_backward, (g, factor, *first, flags, *options)
         for target, reduction in ((t, MEAN), (t, NONE), (p, SUM)):
             options = (1, False, True, True, False, 1e-5, 1e-5, -100, reduction, 0)
             yield ops.dice_loss_value, (x, target, w, *options)

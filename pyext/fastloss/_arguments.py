@@ -5,6 +5,7 @@ Exceptions are torch's, with a remedy. What a family of losses checks beside tha
 
 import numbers
 import operator
+import sys
 import warnings
 from typing import Any
 
@@ -19,17 +20,21 @@ HALVES = (torch.float16, torch.bfloat16)
 _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
 
 
-def _warn(message: str) -> None:
-    """Of a loss's arguments, as the loss's caller sees it."""
-    if not torch.compiler.is_compiling():  # it cannot trace warnings
-        warnings.warn(message, stacklevel=4)
+def warn(message: str) -> None:
+    """Of a loss's arguments, as the loss's caller sees it: the first frame outside this package."""
+    if torch.compiler.is_compiling():  # it cannot trace warnings
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastloss":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """The reduction that torch's deprecated arguments stand for; they win over ``reduction``, even a wrong one."""
     size_average, reduce = size_average is None or bool(size_average), reduce is None or bool(reduce)
     reduction = "none" if not reduce else "mean" if size_average else "sum"
-    _warn(f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.")
+    warn(f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.")
     return reduction
 
 
@@ -39,7 +44,7 @@ def reduction_code(reduction: str) -> int:
     if code is not None:
         return code
     if reduction == "elementwise_mean":
-        _warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.")
+        warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.")
         return MEAN
     raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
 

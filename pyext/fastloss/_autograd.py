@@ -96,7 +96,9 @@ class Rules:
         """Which kernel forward takes, in words."""
         raise NotImplementedError
 
-    def operators(self, path: "Path", o: Any, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def operators(
+        self, path: "Path", tensors: Tensors, o: Any, needs: Needs
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The operators that forward and a first backward call."""
         if path is Path.VALUE:
             return (f"{self.name}_value",), ()
@@ -266,16 +268,12 @@ class Engine:
         return (loss, *rest)
 
     def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
-        rules, wanted = self.rules, False
+        wanted = half = False
         if torch.is_grad_enabled():
-            for t in tensors[: rules.wants]:
+            for t in tensors[: self.rules.wants]:
                 if t is not None and t.requires_grad:
-                    wanted = True
-                    break
-        fusable = wanted and rules.fusable(tensors, o)
-        if in_forward is None:
-            # An unscaled float16 gradient could underflow before the loss scale arrives.
-            in_forward = fusable and not any(t is not None and t.dtype is torch.float16 for t in tensors[: rules.wants])
+                    wanted, half = True, half or t.dtype is torch.float16
+        fusable = wanted and self.rules.fusable(tensors, o)
         return choose(
             wanted=wanted,
             transformed=transforms_active(),
@@ -283,7 +281,8 @@ class Engine:
             recorded=recording(),
             fusable=fusable,
             deferred=fusable and (torch.compiler.is_compiling() or saved_tensor_hooks_active()),
-            in_forward=in_forward,
+            # An unscaled float16 gradient could underflow before the loss scale arrives.
+            in_forward=not half if in_forward is None else in_forward,
             in_place=in_place,
         )
 
@@ -307,8 +306,8 @@ class Engine:
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 tensors = args[:count]
-                ctx.options = args[count]
-                loss, _, ctx.grads, stats, ctx.scale = rules.forward(tensors, ctx.options, ctx.needs_input_grad[:wants])
+                ctx.options = o = args[count]
+                loss, _, ctx.grads, stats, ctx.scale = rules.forward(tensors, o, ctx.needs_input_grad[:wants])
                 ctx.save_for_backward(*tensors)
                 if stats:
                     ctx.mark_non_differentiable(*stats)
@@ -415,28 +414,27 @@ class Engine:
 
 def _scaled(rules: Rules, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     """The gradients that forward has computed, times grad_output."""
-    grads = ctx.grads
+    grads: Grads | None = ctx.grads
     if grads is None:
         raise RuntimeError(
             "Trying to backward through the graph a second time: the gradient of this loss was given away the first "
             "time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
         )
     rest = (None,) * (rules.tensors - rules.wants + 1)
-    keep = keeps_graph()
-    if not keep:
-        ctx.grads = None
     scale = grad_output if ctx.scale is None else grad_output * ctx.scale
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            scaled = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
-        needs = tuple(g is not None for g in grads)
-        return (*_differentiable(rules, scaled, grad_output, ctx.saved_tensors, ctx.options, needs), *rest)
-    if keep or is_batched(grad_output):
-        return (*(None if g is None else ops.scale_grad(g, scale) for g in grads), *rest)
-    for g in grads:
-        if g is not None:
-            ops.scale_grad_(g, scale)
-    return grads + rest
+    if not keeps_graph():
+        ctx.grads = None
+        if not (torch.is_grad_enabled() or is_batched(grad_output)):
+            for g in grads:
+                if g is not None:
+                    ops.scale_grad_(g, scale)
+            return grads + rest
+    with torch.no_grad():
+        scaled = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
+    if not torch.is_grad_enabled():
+        return scaled + rest
+    needs = tuple(g is not None for g in grads)
+    return (*_differentiable(rules, scaled, grad_output, ctx.saved_tensors, ctx.options, needs), *rest)
 
 
 def _recomputed(rules: Rules, ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:

@@ -100,7 +100,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 
 
 def _operators(step: Step) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return step.rules.operators(step.path, step.options, step.needs)
+    return step.rules.operators(step.path, step.tensors, step.options, step.needs)
 
 
 def _in_forward(step: Step) -> bool:

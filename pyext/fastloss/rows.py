@@ -111,12 +111,20 @@ class RowOptions:
         """The dtype of the loss, and so of grad_output."""
         return self.loss_dtype or accum_dtype(logits_or_stats.dtype)
 
-    def tail(self, logits: Tensor, flags: int = 0) -> tuple[Any, ...]:
-        """The operators' trailing arguments."""
+    def arguments(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None, flags: int = 0
+    ) -> tuple[Any, ...]:
+        """The operators' arguments after those that say what and where."""
         flags |= ALL_IGNORED_ZERO * (self.all_ignored == "zero") | ZERO_TIMES_INF * (self.zero_times_inf == "zero")
         return (
+            logits,
+            target,
             _arguments.reduction_code(self.reduction),
             DTYPE_CODES[self.loss_dtype_for(logits)],
+            flags,
+            weight,
+            sample_weight,
+            None,
             self.ignore_index,
             float(self.label_smoothing),
             float(self.z_loss),
@@ -124,7 +132,6 @@ class RowOptions:
             float(self.logit_scale),
             row_maps()[self.row_map][0],
             [float(p) for p in self.map_params],
-            flags,
         )
 
 
@@ -208,8 +215,8 @@ def row_stats(
     if best and accum is torch.float32 and options.total_classes > 2**24:
         raise ValueError(f"row_stats(): best=True takes at most 2**24 classes in float32, got {options.total_classes}")
     weight = _whole_weight("row_stats", weight, accum, options)
-    tail = options.tail(logits, STATS * best)
-    return ops.row_stats(logits, target, weight, None, None, class_offset, options.total_classes, *tail)
+    arguments = options.arguments(logits, target, weight, None, STATS * best)
+    return ops.row_stats(class_offset, options.total_classes, *arguments)
 
 
 def merge_row_stats(stats: Sequence[Tensor]) -> Tensor:
@@ -414,31 +421,30 @@ def row_gradient(
     shape = rows if options.reduction == "none" else []
     grad_output = _row_vector("row_gradient", "grad_output", grad_output, shape, options.loss_dtype_for(logits))
     op = ops.row_target_gradient if of_target else ops.row_gradient
-    tail = options.tail(logits)
-    return op(
-        grad_output, logits, target, weight, sample_weight, None, saved, class_offset, options.total_classes, *tail
-    )
+    arguments = options.arguments(logits, target, weight, sample_weight)
+    return op(grad_output, saved, class_offset, options.total_classes, *arguments)
 
 
 # -------------------------------------------------------------------------------------------------- fake kernels
 
 
 @torch.library.register_fake("fastloss::row_stats")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *rest: Any) -> Any:
-    _, _, _, _, _, label_smoothing, *_, flags = rest
+def _(
+    class_offset: Any, total: Any, logits: Any, target: Any, reduction: Any, dtype: Any, flags: Any, *rest: Any
+) -> Any:
+    label_smoothing = rest[4] if len(rest) > 4 else 0.0
     dots = 2 if target.is_floating_point() or label_smoothing > 0 else 0
-    fields = 3 + dots + (3 if flags & STATS else 0)
-    shape = [fields, logits.shape[0], *logits.shape[2:]]
+    shape = [3 + dots + (3 if flags & STATS else 0), logits.shape[0], *logits.shape[2:]]
     return logits.new_empty(shape, dtype=accum_dtype(logits.dtype))
 
 
 @torch.library.register_fake("fastloss::row_gradient")
-def _(grad_output: Any, logits: Any, target: Any, *rest: Any) -> Any:
+def _(grad_output: Any, saved: Any, class_offset: Any, total: Any, logits: Any, *rest: Any) -> Any:
     return torch.empty_like(logits)
 
 
 @torch.library.register_fake("fastloss::row_target_gradient")
-def _(grad_output: Any, logits: Any, target: Any, *rest: Any) -> Any:
+def _(grad_output: Any, saved: Any, class_offset: Any, total: Any, logits: Any, target: Any, *rest: Any) -> Any:
     return torch.empty_like(target)
 
 

@@ -12,7 +12,7 @@ the end only (a mean over a mask or by weights, a root), it is scaled once, in p
 Operands are never copied to be broadcast or made contiguous: the kernels take strides.
 """
 
-import warnings
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, formulas
-from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
+from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype, batched_by_legacy
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, loop_vmap, ops
 
 
@@ -37,6 +37,7 @@ KINDS = [
 ]
 NUMBERS = {kind.name: i for i, kind in enumerate(KINDS)}
 OPERANDS, MAX_DIMS = 4, 24
+_FINISHES = [formulas.FORMULAS[kind.name].finish is not None for kind in KINDS]
 _CACHED = 1 << 20  # elements
 
 
@@ -54,13 +55,19 @@ class Options(NamedTuple):
     p3: float = 0.0
 
 
+_DEFAULTS = tuple(Options._field_defaults.values())
+
+
 def _parameters(o: Options) -> list[float]:
     return list(o[5 : 5 + KINDS[o.loss].parameters])
 
 
-def _call(op: Any, *tensors: Any, o: Options, flags: int = 0) -> Any:
-    rest = o.reduction, o.row_dims, o.weight_denominator, o.loss_dtype, flags
-    return op(*tensors, o.loss, _parameters(o), *rest)
+def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
+    input, target, third, fourth, weight, mask = tensors
+    first = (*before, input, target, o.loss, o.reduction, o.loss_dtype, flags)
+    if o[3:] == _DEFAULTS and third is weight is mask is None and not KINDS[o.loss].parameters:
+        return op(*first)
+    return op(*first, _parameters(o), third, fourth, weight, mask, o.row_dims, o.weight_denominator)
 
 
 class _Pointwise(Rules):
@@ -69,20 +76,30 @@ class _Pointwise(Rules):
     name, tensors, wants, options = "pointwise", OPERANDS + 2, OPERANDS + 1, Options
 
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
-        return (_call(ops.pointwise_value, *tensors, o=o),)
+        return (_call(ops.pointwise_value, tensors=tensors, o=o),)
 
     def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
-        loss, factor, grads = _call(ops.pointwise_forward, *tensors, o=o, flags=_flags(needs))
-        # The factor is in the gradient already where it is known beforehand.
-        known = o.reduction == SUM or (tensors[-1] is None and o.weight_denominator == 0)
-        scale = None if known and formulas.FORMULAS[KINDS[o.loss].name].finish is None else factor
-        return Outcome(loss, factor, _placed(grads, needs), scale=scale)
+        if needs is None:
+            loss, factor, _ = _call(ops.pointwise_forward, tensors=tensors, o=o)
+            return Outcome(loss, factor)
+        if tuple(needs) == _INPUT_ALONE and _factor_is_known(tensors, o):  # the usual call
+            loss, grad = _call(ops.pointwise_forward_grad, tensors=tensors, o=o, flags=1)
+            return Outcome(loss, None, (grad, None, None, None, None), (), None)
+        flags = _FLAGS[tuple(needs[:OPERANDS])]
+        loss, factor, grads = _call(ops.pointwise_forward, tensors=tensors, o=o, flags=flags)
+        return Outcome(loss, None, _placed(grads, needs), (), None if _factor_is_known(tensors, o) else factor)
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
+        if batched_by_legacy(grad_output):  # has no rule for an operator that returns a list; the gradient is linear
+            ones = torch.ones(saved.shape if o.reduction != NONE else tensors[0].shape, device=saved.device)
+            unit = self.backward(ones.to(DTYPES[o.loss_dtype]), tensors, saved, o, [*needs[:OPERANDS], False])
+            if o.reduction != NONE:
+                grad_output = grad_output.view([*grad_output.shape, *[1] * (tensors[0].dim() - o.row_dims)])
+            return tuple(None if grad is None else (grad * grad_output).to(grad.dtype) for grad in unit)
         grads: Sequence[Any] = ()
-        if flags := _flags(needs):
+        if flags := _FLAGS[tuple(needs[:OPERANDS])]:
             g = grad_output if o.reduction == NONE else grad_output.contiguous()
-            grads = _call(ops.pointwise_backward, g, *tensors, saved, o=o, flags=flags)
+            grads = _call(ops.pointwise_backward, g, saved, tensors=tensors, o=o, flags=flags)
         *operands, weight = _placed(grads, needs)
         if needs[OPERANDS]:
             weight = self.gradients(grad_output, tensors, o, [False] * OPERANDS + [True])[OPERANDS]
@@ -99,30 +116,43 @@ class _Pointwise(Rules):
         if weight is not None and weight.requires_grad:
             return False
         # What is still in the cache is read again sooner than a gradient is scaled; both move as many bytes.
-        finishes = formulas.FORMULAS[KINDS[o.loss].name].finish is not None
-        return not finishes or (KINDS[o.loss].sums == 1 and tensors[0].numel() > _CACHED)
+        return not _FINISHES[o.loss] or (KINDS[o.loss].sums == 1 and tensors[0].numel() > _CACHED)
 
     def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
-        return str(_call(ops.pointwise_regime, *tensors, o=o))
+        return str(_call(ops.pointwise_regime, tensors=tensors, o=o))
 
     def gradient_bytes(self, tensors: Tensors, o: Options, needs: Needs) -> int:
         return super().gradient_bytes(tensors, o, needs[:OPERANDS])  # the weight's is composed
 
-    def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        forward, backward = super().operators(path, o, needs)
+    def operators(
+        self, path: Path, tensors: Tensors, o: Options, needs: Needs
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        forward, backward = super().operators(path, tensors, o, needs)
+        if path is Path.FUSED and tuple(needs) == _INPUT_ALONE and _factor_is_known(tensors, o):
+            forward = ("pointwise_forward_grad",)
         return forward, backward if any(needs[:OPERANDS]) else ()
 
 
-def _flags(needs: Needs | None) -> int:
-    """Bit k: the gradient of operand k."""
-    return sum(1 << k for k in range(OPERANDS) if needs[k]) if needs is not None else 0
+# Bit k of the flags: the gradient of operand k.
+_FLAGS = {
+    needs: sum(1 << k for k, needed in enumerate(needs) if needed)
+    for needs in itertools.product((False, True), repeat=OPERANDS)
+}
 
 
-def _placed(grads: Sequence[Tensor], needs: Needs | None) -> Grads:
+_INPUT_ALONE = (True, *[False] * OPERANDS)
+
+
+def _factor_is_known(tensors: Tensors, o: Options) -> bool:
+    """Whether forward's gradients have it in them already; otherwise it is known at the end only."""
+    known = o.reduction == SUM or (tensors[-1] is None and o.weight_denominator == 0)
+    return known and not _FINISHES[o.loss]
+
+
+def _placed(grads: Sequence[Tensor], needs: Needs) -> Grads:
     """The operands' gradients that are wanted, each in its place; none for the weight."""
     rest = iter(grads)
-    wanted = needs[:OPERANDS] if needs is not None else [False] * OPERANDS
-    return (*(next(rest) if needed else None for needed in wanted), None)
+    return (*(next(rest) if needed else None for needed in needs[:OPERANDS]), None)
 
 
 # --------------------------------------------------------------------------------------------------- fake kernels, vmap
@@ -135,19 +165,10 @@ def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device)
 
 
-# The operators' options beside the parameters, in their order.
-class _Rest(NamedTuple):
-    reduction: int
-    row_dims: int
-    weight_denominator: float
-    loss_dtype: int
-    flags: int
-
-
-def _fake_loss(input: Tensor, o: _Rest) -> Tensor:
-    if o.reduction == NONE:
-        return _like(input, DTYPES[o.loss_dtype])
-    return input.new_empty(input.shape[: o.row_dims], dtype=DTYPES[o.loss_dtype])
+def _fake_loss(input: Tensor, reduction: int, loss_dtype: int, row_dims: int) -> Tensor:
+    if reduction == NONE:
+        return _like(input, DTYPES[loss_dtype])
+    return input.new_empty(input.shape[:row_dims], dtype=DTYPES[loss_dtype])
 
 
 def _fake_grads(operands: Sequence[Any], flags: int) -> list[Tensor]:
@@ -155,24 +176,41 @@ def _fake_grads(operands: Sequence[Any], flags: int) -> list[Tensor]:
 
 
 @torch.library.register_fake("fastloss::pointwise_value")
-def _(*args: Any) -> Any:
-    return _fake_loss(args[0], _Rest(*args[8:]))
+def _(
+    input: Any, target: Any, loss: Any, reduction: Any, loss_dtype: Any, flags: Any, params: Any = (),
+    third: Any = None, fourth: Any = None, weight: Any = None, mask: Any = None, row_dims: Any = 0, *_: Any,
+) -> Any:  # fmt: skip
+    return _fake_loss(input, reduction, loss_dtype, row_dims)
 
 
 @torch.library.register_fake("fastloss::pointwise_forward")
-def _(*args: Any) -> Any:
-    input, loss, o = args[0], args[6], _Rest(*args[8:])
+def _(
+    input: Any, target: Any, loss: Any, reduction: Any, loss_dtype: Any, flags: Any, params: Any = (),
+    third: Any = None, fourth: Any = None, weight: Any = None, mask: Any = None, row_dims: Any = 0, *_: Any,
+) -> Any:  # fmt: skip
     sums = [KINDS[loss].sums] if KINDS[loss].sums > 1 else []
-    factors = [0] if o.reduction == NONE else [*input.shape[: o.row_dims], *sums]
-    return _fake_loss(input, o), input.new_empty(factors, dtype=torch.float64), _fake_grads(args[:OPERANDS], o.flags)
+    factors = [0] if reduction == NONE else [*input.shape[:row_dims], *sums]
+    grads = _fake_grads((input, target, third, fourth), flags)
+    return _fake_loss(input, reduction, loss_dtype, row_dims), input.new_empty(factors, dtype=torch.float64), grads
+
+
+@torch.library.register_fake("fastloss::pointwise_forward_grad")
+def _(
+    input: Any, target: Any, loss: Any, reduction: Any, loss_dtype: Any, flags: Any, params: Any = (),
+    third: Any = None, fourth: Any = None, weight: Any = None, mask: Any = None, row_dims: Any = 0, *_: Any,
+) -> Any:  # fmt: skip
+    return _fake_loss(input, reduction, loss_dtype, row_dims), _like(input)
 
 
 @torch.library.register_fake("fastloss::pointwise_backward")
-def _(grad_output: Any, *args: Any) -> Any:
-    return _fake_grads(args[:OPERANDS], args[-1])
+def _(
+    grad_output: Any, factor: Any, input: Any, target: Any, loss: Any, reduction: Any, loss_dtype: Any, flags: Any,
+    params: Any = (), third: Any = None, fourth: Any = None, *rest: Any,
+) -> Any:  # fmt: skip
+    return _fake_grads((input, target, third, fourth), flags)
 
 
-for _name in ("value", "forward", "backward"):
+for _name in ("value", "forward", "forward_grad", "backward"):
     torch.library.register_vmap(f"fastloss::pointwise_{_name}", loop_vmap(getattr(ops, f"pointwise_{_name}")))
 
 _engine = Engine(_Pointwise())
@@ -288,11 +326,10 @@ def check(
         if t is not None:
             require(function, name, t)
     if target.shape != input.shape:
-        warnings.warn(
+        _arguments.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
-            stacklevel=4,
+            "Please ensure they have the same size."
         )
     _arguments.require_supported_tensors(function, input, target, weight, sample_weight, mask)
     others = (("target", target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))

@@ -59,9 +59,17 @@ class Options(NamedTuple):
     flags: int = 0
 
 
-def _call(op: Any, *tensors: Any, o: Options, flags: int = 0) -> Any:
-    parameters = [o.map_a, o.map_b][: len(formulas.ROW_MAP_KINDS[o.row_map][1])] if o.row_map else []
-    return op(*tensors, *o[:8], parameters, o.flags | flags)
+_DEFAULTS = tuple(Options._field_defaults.values())[:-1]
+
+
+def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
+    logits, target, weight, sample_weight, normalizer = tensors
+    first = (*before, logits, target, o.reduction, o.loss_dtype, o.flags | flags)
+    if weight is sample_weight is normalizer is None and o[2:-1] == _DEFAULTS:
+        return op(*first)
+    others = weight, sample_weight, normalizer
+    parameters = [o.map_a, o.map_b][: len(formulas.ROW_MAP_KINDS[o.row_map][1])]
+    return op(*first, *others, *o[2:8], parameters)
 
 
 class _CrossEntropy(Rules):
@@ -71,29 +79,29 @@ class _CrossEntropy(Rules):
 
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
         if o.flags & STATS:
-            loss, _, _, *stats = _call(ops.cross_entropy_forward_stats, *tensors, o=o)
+            loss, _, _, *stats = _call(ops.cross_entropy_forward_stats, tensors=tensors, o=o)
             return (loss, *stats)
-        return (_call(ops.cross_entropy_value, *tensors, o=o),)
+        return (_call(ops.cross_entropy_value, tensors=tensors, o=o),)
 
     def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
         op = ops.cross_entropy_forward_stats if o.flags & STATS else ops.cross_entropy_forward
-        loss, saved, grad, *stats = _call(op, *tensors, o=o, flags=SAVE if needs is None else GRAD)
-        return Outcome(loss, saved, (grad, None, None), tuple(stats))
+        loss, saved, grad, *stats = _call(op, tensors=tensors, o=o, flags=SAVE if needs is None else GRAD)
+        return Outcome(loss, saved, (grad, None, None), tuple(stats), None)
 
     def in_place(self, tensors: Tensors, o: Options) -> Outcome:
-        loss, *stats = _call(ops.cross_entropy_forward_inplace, *tensors, o=o)
+        loss, *stats = _call(ops.cross_entropy_forward_inplace, tensors=tensors, o=o)
         return Outcome(loss, stats=tuple(stats) if o.flags & STATS else ())
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         logits, target, weight, sample_weight, normalizer = tensors
         g, of_target = grad_output.contiguous(), ops.cross_entropy_target_backward
-        grad = _call(ops.cross_entropy_backward, g, *tensors, saved, o=o) if needs[0] else None
-        grad_target = _call(of_target, g, *tensors, saved, o=o) if needs[1] else None
+        grad = _call(ops.cross_entropy_backward, g, saved, tensors=tensors, o=o) if needs[0] else None
+        grad_target = _call(of_target, g, saved, tensors=tensors, o=o) if needs[1] else None
         grad_weight = None
         if needs[2]:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z), mapped
             wide = target.detach().to(weight.dtype)  # detach: no tangent
-            plain = (logits, wide, None, sample_weight, normalizer, saved)
-            per_class = _call(of_target, g, *plain, o=o._replace(label_smoothing=0.0))
+            plain = (logits, wide, None, sample_weight, normalizer)
+            per_class = _call(of_target, g, saved, tensors=plain, o=o._replace(label_smoothing=0.0))
             grad_weight = formulas.sum_rows(formulas.product(formulas.smoothed(wide, o), per_class, o), weight)
         return grad, grad_target, grad_weight
 
@@ -116,16 +124,16 @@ class _CrossEntropy(Rules):
         return o.reduction != NONE and logits.requires_grad and not others
 
     def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
-        transform = o.softcap, o.logit_scale
-        return ops.cross_entropy_regime(
-            *tensors[:2], o.label_smoothing, *transform, o.flags | (GRAD if path in (Path.FUSED, Path.IN_PLACE) else 0)
-        )
+        flags = GRAD if path in (Path.FUSED, Path.IN_PLACE) else 0
+        return str(_call(ops.cross_entropy_regime, tensors=tensors, o=o, flags=flags))
 
     def gradient_bytes(self, tensors: Tensors, o: Options, needs: Needs) -> int:
         by_weight = tensors[0].numel() * tensors[2].element_size() if needs[2] else 0  # before its sum over the rows
         return super().gradient_bytes(tensors, o, needs[:2]) + by_weight
 
-    def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def operators(
+        self, path: Path, tensors: Tensors, o: Options, needs: Needs
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         stats = "_stats" if o.flags & STATS else ""
         if path is Path.VALUE:
             return ("cross_entropy_forward_stats" if stats else "cross_entropy_value",), ()
@@ -141,37 +149,26 @@ class _CrossEntropy(Rules):
 # --------------------------------------------------------------------------------------------------- fake kernels, vmap
 
 
-class _Tail(NamedTuple):
-    """The operators' trailing arguments as they take them: the row map's parameters as a list."""
-
-    reduction: int
-    loss_dtype: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-    logit_scale: float
-    row_map: int
-    map_params: list[float]
-    flags: int
+def _fake_loss(logits: Tensor, reduction: int, loss_dtype: int) -> Tensor:
+    shape = _rowwise.row_shape(logits) if reduction == NONE else []
+    return logits.new_empty(shape, dtype=DTYPES[loss_dtype])
 
 
-def _fake_loss(logits: Tensor, o: _Tail) -> Tensor:
-    shape = _rowwise.row_shape(logits) if o.reduction == NONE else []
-    return logits.new_empty(shape, dtype=DTYPES[o.loss_dtype])
-
-
-def _fake_forward(logits: Tensor, target: Tensor, o: _Tail) -> tuple[Tensor, ...]:
+def _fake_forward(logits: Tensor, target: Tensor, reduction: int, loss_dtype: int, flags: int, *rest: Any) -> Any:
     saved, grad = (logits.new_empty([0], dtype=torch.float32) for _ in range(2))
-    if o.flags & SAVE:
-        soft, mapped, rows = target.is_floating_point(), o.row_map != 0, 1
+    if flags & SAVE:
+        mapped = len(rest) > _ROW_MAP and rest[_ROW_MAP] != 0
+        soft, rows = target.is_floating_point(), 1
         for n in _rowwise.row_shape(logits):
             rows = rows * n
         count = (2 + soft + mapped + (soft and mapped)) * rows + 2
         saved = logits.new_empty([count], dtype=accum_dtype(logits.dtype))
-    if o.flags & GRAD:
+    if flags & GRAD:
         grad = torch.empty_like(logits)
-    return _fake_loss(logits, o), saved, grad
+    return _fake_loss(logits, reduction, loss_dtype), saved, grad
+
+
+_ROW_MAP = 3 + Options._fields.index("row_map") - 2  # its place among the operators' arguments after the flags
 
 
 def _fake_stats(logits: Tensor) -> tuple[Tensor, ...]:
@@ -185,35 +182,31 @@ def _fake_stats(logits: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("fastloss::cross_entropy_value")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
-    return _fake_loss(logits, _Tail(*tail))
+def _(logits: Any, target: Any, reduction: Any, loss_dtype: Any, *rest: Any) -> Any:
+    return _fake_loss(logits, reduction, loss_dtype)
 
 
-@torch.library.register_fake("fastloss::cross_entropy_forward")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
-    return _fake_forward(logits, target, _Tail(*tail))
+torch.library.register_fake("fastloss::cross_entropy_forward")(_fake_forward)
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_stats")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
-    return (*_fake_forward(logits, target, _Tail(*tail)), *_fake_stats(logits))
+def _(logits: Any, *rest: Any) -> Any:
+    return (*_fake_forward(logits, *rest), *_fake_stats(logits))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_forward_inplace")
-def _(logits: Any, target: Any, weight: Any, sample_weight: Any, normalizer: Any, *tail: Any) -> Any:
-    o = _Tail(*tail)
-    if o.flags & STATS:
-        return (_fake_loss(logits, o), *_fake_stats(logits))
-    return (_fake_loss(logits, o), *(logits.new_empty([0], dtype=torch.float32) for _ in range(4)))
+def _(logits: Any, target: Any, reduction: Any, loss_dtype: Any, flags: Any, *rest: Any) -> Any:
+    nothing = (logits.new_empty([0], dtype=torch.float32) for _ in range(4))
+    return (_fake_loss(logits, reduction, loss_dtype), *(_fake_stats(logits) if flags & STATS else nothing))
 
 
 @torch.library.register_fake("fastloss::cross_entropy_backward")
-def _(grad_output: Any, logits: Any, *rest: Any) -> Any:
+def _(grad_output: Any, saved: Any, logits: Any, *rest: Any) -> Any:
     return torch.empty_like(logits)
 
 
 @torch.library.register_fake("fastloss::cross_entropy_target_backward")
-def _(grad_output: Any, logits: Any, target: Any, *rest: Any) -> Any:
+def _(grad_output: Any, saved: Any, logits: Any, target: Any, *rest: Any) -> Any:
     return torch.empty_like(target)
 
 

@@ -59,9 +59,11 @@ class _DiceLoss(Rules):
     def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
         return str(ops.dice_loss_regime(*tensors[:2]))
 
-    def operators(self, path: Path, o: Options, needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def operators(
+        self, path: Path, tensors: Tensors, o: Options, needs: Needs
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if path is Path.VALUE:
-            return super().operators(path, o, needs)
+            return super().operators(path, tensors, o, needs)
         backward = ("dice_loss_backward", "dice_loss_target_backward")
         return ("dice_loss_forward",), tuple(name for name, needed in zip(backward, needs, strict=True) if needed)
 
