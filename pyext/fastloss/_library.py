@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from ._version import require_supported
 
@@ -56,6 +55,7 @@ def _(grad: torch.Tensor, scale: torch.Tensor) -> None:
 
 def loop_vmap(op: Callable[..., Any]) -> Callable[..., Any]:
     """A batching rule that calls ``op`` once per sample and stacks: torch.func.vmap over one of our operators."""
+    from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         def results(sample: Callable[..., torch.Tensor]) -> Any:
