@@ -570,15 +570,15 @@ def test_cuda_graph(gpu, device):
 
 def test_operators_refuse_wrong_arguments():
     """They are private, but wrong pointers would be worse than wrong results."""
-    good = (x(), t(), None, None, None, 1, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, [], 0)
+    good = (x(), t(), 1, 0, 0, None, None, None, -100, 0.0, 0.0, 0.0, 1.0, 0, [])
     ops.cross_entropy_forward(*good)
-    wrong = (1, t(5)), (2, torch.ones(2)), (2, torch.ones(3).double()), (3, torch.ones(5)), (4, torch.ones(()))
-    for place, value in (*wrong, (6, 9), (12, 9)):
+    wrong = (1, t(5)), (5, torch.ones(2)), (5, torch.ones(3).double()), (6, torch.ones(5)), (7, torch.ones(()))
+    for place, value in (*wrong, (3, 9), (13, 9)):
         bad = list(good)
         bad[place] = value
         with pytest.raises((RuntimeError, ValueError)):
             ops.cross_entropy_forward(*bad)
     with pytest.raises((RuntimeError, ValueError)):
-        ops.cross_entropy_backward(torch.ones(()), *good[:5], torch.ones(3), *good[5:])
+        ops.cross_entropy_backward(torch.ones(()), torch.ones(3), *good)
     with pytest.raises((RuntimeError, ValueError)):
         ops.scale_grad(x(), torch.ones(2))

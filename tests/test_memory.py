@@ -116,6 +116,37 @@ def test_forward_of_probabilities_and_channels_last(shape, device):
         assert memory.peak <= PER_ROW * t.numel() + SMALL[device]
 
 
+VIEWS = {
+    "first classes": lambda x: x[:, :13],
+    "every other sample": lambda x: x[::2],
+    "every other class": lambda x: x[:, ::2],
+    "first lines": lambda x: x[:, :, :40],
+    "every other pixel": lambda x: x[..., ::2],
+    "classes last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("loss", ("cross_entropy", "focal_loss", "nll_loss", "dice_loss"))
+def test_views_are_walked_as_they_lie(loss, view, device):
+    """No copy of logits that the kernels' strides can walk; values and gradients as for the copy."""
+    function = getattr(fastloss, loss)
+    x = view(problem((4, 20, 48, 48), device, requires_grad=False)[0])
+    t = torch.randint(x.shape[1], (x.shape[0], *x.shape[2:]), generator=torch.Generator().manual_seed(1)).to(device)
+    with measured(device) as memory:
+        function(x, t)
+    assert memory.peak < x.nbytes / 2
+    y, copy_of_y = (v.detach().requires_grad_() for v in (x, x.contiguous()))
+    with measured(device) as memory:
+        loss = function(y, t)
+        loss.backward()
+    assert memory.peak <= x.nbytes + PER_ROW * t.numel() + SMALL[device]
+    want = function(copy_of_y, t)
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(y.grad, copy_of_y.grad, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize(("shape", "dtype", "options"), CASES)
 def test_forward_and_backward_allocate_one_gradient(shape, dtype, options, device):
     for extra in ({"grad_in_forward": False}, {"grad_in_forward": True}):

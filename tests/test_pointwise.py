@@ -781,20 +781,24 @@ def test_errors_of_options(call, kind, words, device):
 def test_operators_refuse_wrong_arguments():
     """They are private, but wrong pointers would be worse than wrong results."""
     x = torch.ones(3, 4)
-    options = (0, 0.0, 1, 0, 0.0, 0, 0)
-    ops.pointwise_forward(x, x, None, None, *options)
+    ops.pointwise_forward(x, x, 0, 1, 0, 0)
     for bad in (
-        (x, x[0], None, None, *options),
-        (x, x, x[0], None, *options),
-        (x, x, None, x, *options),
-        (x, x, None, None, 99, *options[1:]),
-        (x, x, None, None, 0, 0.0, 1, 3, 0.0, 0, 0),
-        (x, x, None, None, 0, 0.0, 0, 0, 0.0, 0, 1),
+        (x, x[0], 0, 1, 0, 0),
+        (x, x, 99, 1, 0, 0),
+        (x, x, 0, 1, 9, 0),
+        (x, x, 0, 1, 0, 4),  # the gradient of an operand that is not there
+        (x, x, 0, 0, 0, 1),  # a gradient in forward is for reductions
+        (x, x, 0, 1, 0, 0, [0.5]),
+        (x, x, 0, 1, 0, 0, [], None, None, x[0]),
+        (x, x, 0, 1, 0, 0, [], None, None, None, x),
+        (x, x, 0, 1, 0, 0, [], None, None, None, None, 3),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             ops.pointwise_forward(*bad)
     with pytest.raises((RuntimeError, ValueError)):
-        ops.pointwise_backward(torch.ones(2), x, x, None, None, torch.ones(1).double(), *options)
+        ops.pointwise_forward_grad(x, x, 0, 1, 0, 1, [], None, None, None, x > 0)
+    with pytest.raises((RuntimeError, ValueError)):
+        ops.pointwise_backward(torch.ones(2), torch.ones(1).double(), x, x, 0, 1, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- modules

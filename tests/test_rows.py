@@ -77,12 +77,14 @@ def whole(x, target, tensors, o):
     """(loss, by logits, by probabilities) of the fused operators, for the gradient of rows 1, 2, …"""
     accum = torch.float64 if x.dtype is torch.float64 else torch.float32
     given = [None if (t := tensors.get(n)) is None else t.to(accum) for n in ("weight", "sample_weight")]
-    tail = o.tail(x)
-    first = (x, target, *given, tensors.get("normalizer"))
-    loss, saved, _ = ops.cross_entropy_forward(*first, *tail[:-1], tail[-1] | 1)
+    logits, _, reduction, dtype, flags, _, _, _, *rest = o.arguments(x, target, None, None)
+    call = (logits, target, reduction, dtype), (*given, tensors.get("normalizer"), *rest)
+    loss, saved, _ = ops.cross_entropy_forward(*call[0], flags | 1, *call[1])
     g = 1 + torch.arange(loss.numel(), dtype=loss.dtype, device=x.device).view(loss.shape)
-    by_logits = ops.cross_entropy_backward(g, *first, saved, *tail)
-    by_target = ops.cross_entropy_target_backward(g, *first, saved, *tail) if target.is_floating_point() else None
+    by_logits = ops.cross_entropy_backward(g, saved, *call[0], flags, *call[1])
+    by_target = None
+    if target.is_floating_point():
+        by_target = ops.cross_entropy_target_backward(g, saved, *call[0], flags, *call[1])
     return loss, g, by_logits, by_target
 
 

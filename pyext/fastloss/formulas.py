@@ -131,8 +131,8 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Mapping[str, float
         return terms[0] if formula.finish is None else formula.finish(*terms, **parameters)
     cols = list(range(o.row_dims, first.dim()))
 
-    def summed(t: Tensor) -> Tensor:
-        return t.sum(cols, dtype=torch.float64) if cols else t.double()
+    def summed(t: Tensor) -> Tensor:  # with all dimensions: vmap over no samples cannot divide what has none
+        return t.sum(cols, keepdim=True, dtype=torch.float64) if cols else t.double()
 
     sums = [summed(term) for term in terms]
     if o.reduction == MEAN:
@@ -145,7 +145,7 @@ def pointwise(formula: Formula, tensors: Tensors, parameters: Mapping[str, float
             nothing = torch.zeros_like(total, dtype=torch.bool) if mask is None else total == 0
             sums = [torch.where(nothing, torch.nan, s / torch.where(nothing, 1.0, total)) for s in sums]
     result = sums[0] if formula.finish is None else formula.finish(*sums, **parameters)
-    return result.to(accum)
+    return result.reshape(first.shape[: o.row_dims]).to(accum)
 
 
 # ------------------------------------------------------------------------------------------------------------- row maps

@@ -90,7 +90,9 @@ class _Pointwise(Rules):
         return Outcome(loss, None, _placed(grads, needs), (), None if _factor_is_known(tensors, o) else factor)
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
-        if batched_by_legacy(grad_output):  # has no rule for an operator that returns a list; the gradient is linear
+        if not torch.compiler.is_compiling() and batched_by_legacy(
+            grad_output
+        ):  # has no rule for an operator that returns a list; the gradient is linear
             ones = torch.ones(saved.shape if o.reduction != NONE else tensors[0].shape, device=saved.device)
             unit = self.backward(ones.to(DTYPES[o.loss_dtype]), tensors, saved, o, [*needs[:OPERANDS], False])
             if o.reduction != NONE:
