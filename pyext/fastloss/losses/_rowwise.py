@@ -101,16 +101,3 @@ def check_index_dtype(target: Tensor, function: str) -> None:
             f"{function}(): expected target dtype to be Long or Byte, but got {target.dtype} (any integer dtype will "
             "do); floating-point targets are class probabilities and need the shape of the input"
         )
-
-
-def mergeable(t: Tensor, other: Tensor | None = None) -> bool:
-    """Whether the spatial dimensions of [N, C, d1, d2, ...], alike in both, collapse into what the kernels take."""
-    if t.dim() <= 3:
-        return True
-    if other is not None and (other.stride() != t.stride() or not mergeable(other)):
-        return False
-    if t.is_contiguous():
-        return True
-    if t.dim() == 4:
-        return t.is_contiguous(memory_format=torch.channels_last)
-    return t.dim() == 5 and t.is_contiguous(memory_format=torch.channels_last_3d)
