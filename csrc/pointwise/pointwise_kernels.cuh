@@ -389,7 +389,7 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 
 // On a multiprocessor at a time, at least: as many as leave each thread the registers that it needs.
 template <class Loss>
-constexpr int kGeneralBlocks = Loss::operands > 2 || Loss::sums > 1 ? 2 : 3;
+constexpr int kGeneralBlocks = Loss::operands > 2 || Loss::sums > 1 || kWideParts > 1 ? 2 : 3;
 
 template <class Loss, class A>
 __global__ void __launch_bounds__(kPointwiseThreads, kGeneralBlocks<Loss>)

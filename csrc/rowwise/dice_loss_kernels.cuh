@@ -271,8 +271,13 @@ __global__ void __launch_bounds__(kDiceFinishThreads, 8) dice_loss_finish_kernel
   if (threadIdx.x == 0) store_as(a.loss, a.loss_type, 0, dice_reduced(a, sum));
 }
 
+// Rows by vectors take more registers than four blocks on a multiprocessor leave, from sm_100 on.
+template <int kRows>
+constexpr int kDiceGradientBlocks = kRows > 1 ? 3 : 4;
+
 template <class T, int kRows>
-__global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_gradient_kernel(const DiceLossParams p) {
+__global__ void __launch_bounds__(kDiceThreads, kDiceGradientBlocks<kRows>)
+    dice_loss_gradient_kernel(const DiceLossParams p) {
   using A = accum_t<T>;
   const DiceLossArgs& a = p.a;
   const int64_t group = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
