@@ -271,12 +271,14 @@ __global__ void __launch_bounds__(kDiceFinishThreads, 8) dice_loss_finish_kernel
   if (threadIdx.x == 0) store_as(a.loss, a.loss_type, 0, dice_reduced(a, sum));
 }
 
-// Rows by vectors take more registers than four blocks on a multiprocessor leave, from sm_100 on.
-template <int kRows>
-constexpr int kDiceGradientBlocks = kRows > 1 ? 3 : 4;
+// Rows by vectors, of doubles above all, take more registers than four blocks on a multiprocessor leave from sm_100 on.
+template <class T, int kRows>
+constexpr int kDiceGradientBlocks = kRows == 1       ? 4
+                                    : sizeof(T) == 8 ? 2
+                                                     : 3;
 
 template <class T, int kRows>
-__global__ void __launch_bounds__(kDiceThreads, kDiceGradientBlocks<kRows>)
+__global__ void __launch_bounds__(kDiceThreads, kDiceGradientBlocks<T, kRows>)
     dice_loss_gradient_kernel(const DiceLossParams p) {
   using A = accum_t<T>;
   const DiceLossArgs& a = p.a;
