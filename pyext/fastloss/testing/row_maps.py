@@ -52,14 +52,17 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
     ) -> Tensor:
         """The loss in float64, from its definition; float64 whatever the arguments' dtypes."""
         parameter = options.pop(loss.parameter, loss.default)
+        # Once: a gradient that comes by several conversions from 16 bits would be rounded in each of them.
+        input, weight = input.double(), None if weight is None else weight.double()
+        target = target.double() if target.is_floating_point() else target
         dim = 0 if input.dim() == 1 else options.get("class_dim") or 1
         classes = input.shape[dim]
         sample_weight = options.pop("sample_weight", None)
-        w = torch.ones(classes, dtype=torch.float64, device=input.device) if weight is None else weight.double()
+        w = torch.ones(classes, dtype=torch.float64, device=input.device) if weight is None else weight
         nll = cross_entropy.reference(input, target, weight, reduction="none", **options)
         e, ignore_index = options.get("label_smoothing", 0.0), options.get("ignore_index", -100)
         if input.shape == target.shape:
-            p = target.double().movedim(dim, -1) * (1 - e) + e / classes
+            p = target.movedim(dim, -1) * (1 - e) + e / classes
             share = counted = torch.ones_like(nll)
             mass = (p * w).sum(-1)
         else:
