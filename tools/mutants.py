@@ -157,8 +157,8 @@ def environment(module: Path, mutant: int) -> dict[str, str]:
     return env
 
 
-def passes(module: Path, mutant: int = 0, quiet: bool = True) -> bool:
-    """Does the short form of the emulated tests pass? A fault may also make it run forever."""
+def passes(module: Path, mutant: int = 0, quiet: bool = True, limit: float = 600) -> bool:
+    """Does the short form of the emulated tests pass, within so many seconds? A fault may also make it run forever."""
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x", "-s", "--tb=line",
                "-k", "not policy and not [core", "tests/core/test_cuda_on_cpu.py",
                "tests/core/test_cuda_extremes.py", "tests/core/test_pointwise_core.py",
@@ -166,7 +166,7 @@ def passes(module: Path, mutant: int = 0, quiet: bool = True) -> bool:
     output = subprocess.DEVNULL if quiet else None
     try:
         return subprocess.run(command, cwd=ROOT, env=environment(module, mutant), stdout=output, stderr=output,
-                              timeout=600).returncode == 0  # fmt: skip
+                              timeout=limit).returncode == 0  # fmt: skip
     except subprocess.TimeoutExpired:
         return False
 
@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--sanitize", choices=("asan", "tsan"), help="no mutants: the emulated tests under a sanitizer")
     options = parser.parse_args()
     if options.sanitize:
-        return 0 if passes(options.build / options.sanitize, quiet=False) else 1
+        return 0 if passes(options.build / options.sanitize, quiet=False, limit=3600) else 1
 
     faulty = options.build / "mutants"
     mutants = [m for m in plant(ROOT / "csrc", faulty) if options.pattern in str(m)]
@@ -200,7 +200,7 @@ def main() -> int:
     build(options.build, variants, faulty)
     modules = [options.build / variant for variant in variants]
     for module in modules:
-        if not passes(module, quiet=False):
+        if not passes(module, quiet=False, limit=3600):
             raise SystemExit(f"without any fault the tests already fail: {module.name}")
 
     survivors = 0
