@@ -55,11 +55,11 @@ def test_multi_margin_loss_errors(device):
     for kind, text, args, options in (
         (ValueError, "only p == 1 and p == 2 supported, got 3", (x, t), {"p": 3}),
         (ValueError, "weight must be one-dimensional", (x, t), {"weight": x}),
-        (RuntimeError, "weight tensor should be defined", (x, t), {"weight": x[0, :3]}),
-        (RuntimeError, "inconsistent target size, expected .4. but got .3.", (x, t[:3]), {}),
-        (RuntimeError, "inconsistent target size", (x, t.unsqueeze(1)), {}),
+        (RuntimeError, "inconsistent weight size", (x, t), {"weight": x[0, :3]}),
+        (RuntimeError, "Expected target size .4., but got .3.", (x, t[:3]), {}),
+        (RuntimeError, "target tensor should be 1-D", (x, t.unsqueeze(1)), {}),
         (RuntimeError, "Expected non-empty vector or matrix", (x[:, :0], t), {}),
-        (RuntimeError, "expected target dtype to be Long", (x, t.double()), {}),
+        (RuntimeError, "expected scalar type Long but found Double", (x, t.double()), {}),
         (ValueError, "is not a valid value for reduction", (x, t), {"reduction": "nope"}),
     ):
         with pytest.raises(kind, match=text):

@@ -148,8 +148,8 @@ def run(
         _rowwise.check_weight(weight, input.shape[1], function, any_shape=input.dim() > 2)
         if same_dtype and _arguments.autocast_dtype(weight.dtype, input.device) is not loss_dtype:
             raise RuntimeError(
-                f"expected scalar type {_SCALAR_TYPES[input.dtype]} but found "
-                f"{_SCALAR_TYPES.get(weight.dtype, weight.dtype)}: {function}(): weight needs the dtype of the input; "
+                f"expected scalar type {SCALAR_TYPES[input.dtype]} but found "
+                f"{SCALAR_TYPES.get(weight.dtype, weight.dtype)}: {function}(): weight needs the dtype of the input; "
                 "call weight.to(input.dtype)"
             )
         if weight.requires_grad and torch.is_grad_enabled():
@@ -165,4 +165,4 @@ def run(
     return loss.reshape(()) if single else loss
 
 
-_SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+SCALAR_TYPES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}

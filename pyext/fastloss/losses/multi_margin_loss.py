@@ -48,6 +48,8 @@ def multi_margin_loss(
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     name = "multi_margin_loss"
+    if reduction != "elementwise_mean":  # of which run() warns
+        _arguments.reduction_code(reduction)
     if p != 1 and p != 2:
         raise ValueError(f"only p == 1 and p == 2 supported, got {p}")
     if isinstance(weight, Tensor) and weight.dim() != 1:
@@ -56,16 +58,31 @@ def multi_margin_loss(
     _arguments.require_tensor("target", target, name)
     if input.dim() == 0:
         input = input.reshape(1)  # a row of one class
-    if input.shape[min(input.dim() - 1, 1)] == 0:
-        raise RuntimeError(f"{name}(): Expected non-empty vector or matrix, but got: {list(input.shape)}")
-    if input.dim() == 2 and target.shape != input.shape[:1]:
+    classes, rows = input.shape[min(input.dim() - 1, 1)], list(input.shape[:1]) if input.dim() > 1 else [1]
+    if classes == 0:
         raise RuntimeError(
-            f"{name}(): inconsistent target size, expected {list(input.shape[:1])} but got {list(target.shape)}: one "
-            "class index for each row of the input"
+            f"Expected non-empty vector or matrix with optional 0-dim batch size, but got: {list(input.shape)}. "
+            f"{name}(): input has no classes"
+        )
+    if input.dim() < 3 and (target.numel() != rows[0] or target.dim() > 1):
+        raise RuntimeError(
+            f"{name}: target tensor should be 1-D with size equal to the number of input samples (batch size). "
+            f"Expected target size {rows}, but got {list(target.shape)}. Input has shape {list(input.shape)}."
+        )
+    if isinstance(weight, Tensor) and weight.numel() != classes:
+        raise RuntimeError(
+            f"inconsistent weight size, expected {classes} but got {list(weight.shape)}. {name}(): weight needs an "
+            "element for each class"
+        )
+    if target.is_floating_point():
+        raise RuntimeError(
+            f"expected scalar type Long but found {_row_loss.SCALAR_TYPES.get(target.dtype, target.dtype)}. {name}(): "
+            "target holds class indices; call target.long()"
         )
     params = (float(p), _arguments.as_float(name, "margin", margin))
     flags = _row_loss.MEAN_OVER_ROWS | _row_loss.IGNORES_NOTHING
-    return _row_loss.run(name, input, target, weight, reduction, params=params, flags=flags, same_dtype=True)
+    loss = _row_loss.run(name, input, target, weight, reduction, params=params, flags=flags, same_dtype=True)
+    return loss.reshape(target.shape) if reduction == "none" and input.dim() == 1 else loss
 
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):
