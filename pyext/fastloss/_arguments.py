@@ -89,6 +89,14 @@ def as_float(function: str, name: str, value: Any) -> float:
     raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
 
 
+def as_non_negative(function: str, name: str, value: Any) -> float:
+    """A float argument that must not be negative, nor nan."""
+    value = as_float(function, name, value)
+    if not value >= 0:
+        raise ValueError(f"{function}(): {name} must not be negative, got {value}")
+    return value
+
+
 def require_tensor(name: str, value: Any, function: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")

@@ -466,10 +466,6 @@ def _pushed(rules: Rules, ctx: Any, tangents: Sequence[Any]) -> Tensor:
 # ------------------------------------------------------------------------------------------ torch's state, and its gaps
 
 
-def forward_mode_active() -> bool:
-    return bool(forward_ad._current_level >= 0)
-
-
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 

@@ -338,9 +338,7 @@ def checked_normalizer(function: str, normalizer: Any, reduction: int, device: t
         raise ValueError(f"{function}(): normalizer is what reduction='mean' divides by; leave it out elsewhere")
     if not isinstance(normalizer, Tensor) or (normalizer.is_cpu and device.type != "cpu"):
         number = normalizer.item() if isinstance(normalizer, Tensor) and normalizer.numel() == 1 else normalizer
-        value = _arguments.as_float(function, "normalizer", number)
-        if not value >= 0:
-            raise ValueError(f"{function}(): normalizer must not be negative, got {value}")
+        value = _arguments.as_non_negative(function, "normalizer", number)
         return torch.full((), value, dtype=torch.float64, device=device)
     if normalizer.numel() != 1 or normalizer.is_complex():
         raise ValueError(

@@ -182,8 +182,9 @@ def dice_loss(
         _arguments.require_tensor("weight", weight, name)
     ignore_index = _arguments.as_int(name, "ignore_index", ignore_index)
     if smooth is not None:
-        smooth_nr = smooth_dr = _smooth("smooth", smooth)
-    smooth_nr, smooth_dr = _smooth("smooth_nr", smooth_nr), _smooth("smooth_dr", smooth_dr)
+        smooth_nr = smooth_dr = _arguments.as_non_negative(name, "smooth", smooth)
+    smooth_nr = _arguments.as_non_negative(name, "smooth_nr", smooth_nr)
+    smooth_dr = _arguments.as_non_negative(name, "smooth_dr", smooth_dr)
     _arguments.require_supported_tensors(name, input, target, weight)
     _arguments.require_same_device(name, ("input", input), ("target", target), ("weight", weight))
     _rowwise.check_logits_dtype(input, name)
@@ -227,13 +228,6 @@ def dice_loss(
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     return loss
-
-
-def _smooth(name: str, value: Any) -> float:
-    value = _arguments.as_float("dice_loss", name, value)
-    if not value >= 0:
-        raise ValueError(f"dice_loss(): {name} must not be negative, got {value}")
-    return value
 
 
 def _floating_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:

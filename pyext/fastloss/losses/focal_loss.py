@@ -63,9 +63,7 @@ def focal_loss(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(focal_loss, (input, target, weight, sample_weight), input, target, **options)
-    gamma = _arguments.as_float("focal_loss", "gamma", gamma)
-    if not gamma >= 0:
-        raise ValueError(f"focal_loss(): gamma must not be negative, got {gamma}")
+    gamma = _arguments.as_non_negative("focal_loss", "gamma", gamma)
     given = Given(
         weight,
         ignore_index,

@@ -75,9 +75,7 @@ def rmse_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
-    eps = _arguments.as_float("rmse_loss", "eps", eps)
-    if not eps >= 0:
-        raise ValueError(f"rmse_loss(): eps must not be negative, got {eps}")
+    eps = _arguments.as_non_negative("rmse_loss", "eps", eps)
     if dim is None and weight is None and sample_weight is None and mask is None:
         code = {"mean": MEAN, "sum": SUM}.get(reduction) if isinstance(reduction, str) else None
         if code is not None and _pointwise.is_plain(input, target):
