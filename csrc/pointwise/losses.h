@@ -5,7 +5,7 @@
 // A new loss is a struct here and its name in `Losses`; CONTRIBUTING.md goes through the steps.
 //
 // Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log1p_of, tanh_of and inverse_of: an
-// instruction set (common/simd.h) or the GPU (pointwise_kernels.cuh).
+// instruction set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
 #pragma once
 #include "pointwise.h"
 

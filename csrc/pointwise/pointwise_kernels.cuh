@@ -7,34 +7,10 @@
 // Sums: floats within the few elements of a tile, doubles from there; one partial sum per block, added up in order by
 // the last block to come. No atomics on floats, nothing that depends on the device.
 #pragma once
-#define FASTLOSS_ISA gpu
-#include <math.h>
-
 #include "../common/convert.cuh"
-#include "pointwise_policy.h"
-
-namespace fastloss {
-namespace gpu {
-template <class V>
-using lane_t = V;
-template <class V>
-__host__ __device__ inline V exp_of(V x) {
-  return exp(x);
-}
-template <class V>
-__host__ __device__ inline V log1p_of(V x) {
-  return log1p(x);
-}
-template <class V>
-__host__ __device__ inline V tanh_of(V x) {
-  return tanh(x);
-}
-__device__ inline float inverse_of(float x) { return reciprocal_fast(x); }  // 1 ulp
-__device__ inline double inverse_of(double x) { return 1 / x; }
-}  // namespace gpu
-}  // namespace fastloss
-
+#include "../common/lanes_gpu.cuh"
 #include "losses.h"
+#include "pointwise_policy.h"
 
 namespace fastloss {
 

@@ -2,35 +2,12 @@
 // targets, all that is O(1) per row (coefficients_of_row), the gradient of elements, and the sum over all rows
 // (finish_loss).
 #pragma once
-#define FASTLOSS_ISA gpu
-#include <math.h>
-
 #include "../common/convert.cuh"
 #include "../common/errors_cuda.cuh"
+#include "../common/lanes_gpu.cuh"
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
 #include "cross_entropy_policy.h"
-
-// What row maps need: once per row, so the exact functions will do.
-namespace fastloss {
-namespace gpu {
-template <class V>
-using lane_t = V;
-template <class V>
-__host__ __device__ inline V exp_of(V x) {
-  return exp(x);
-}
-template <class V>
-__host__ __device__ inline V log_of(V x) {
-  return log(x);
-}
-template <class V>
-__host__ __device__ inline V tanh_of(V x) {
-  return tanh(x);
-}
-}  // namespace gpu
-}  // namespace fastloss
-
 #include "row_maps.h"
 
 namespace fastloss {

@@ -30,7 +30,7 @@ constexpr const char* kRowMaps =
 }  // namespace fastloss
 
 // The rest is for who computes. FASTLOSS_ISA names the namespace of lane_t, exp_of, log_of and tanh_of: an instruction
-// set (common/simd.h) or the GPU (cross_entropy_kernel_parts.cuh).
+// set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
 #ifdef FASTLOSS_ISA
 namespace fastloss {
 namespace FASTLOSS_ISA {
