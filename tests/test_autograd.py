@@ -473,6 +473,7 @@ def test_one_function_of_autograd_per_path(device):
 
     assert path(x) == path(x, grad_in_forward=True) != path(x, grad_in_forward=False)
     assert path(x.half()) == path(x, grad_in_forward=False)  # float16: see the docs of grad_in_forward
+    assert path(x) == "CrossEntropyFusedBackward"
 
 
 # ------------------------------------------------------------------------------- the rest of the machinery

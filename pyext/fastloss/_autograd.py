@@ -26,31 +26,13 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 
-from ._library import DTYPES, define_recorded, ops
+from ._library import DTYPES, define_recorded, direct, ops
 
 Tensors = Sequence[Any]  # tensors, or None where one is absent
 Needs = Sequence[bool]  # which of them want a gradient
 Grads = tuple[Tensor | None, ...]
 
 # ----------------------------------------------------------------------------------------------- what a loss hands over
-
-
-class Outcome(NamedTuple):
-    """What a forward operator leaves.
-
-    Attributes:
-        loss: the loss.
-        saved: what backward needs beside the operands, one tensor.
-        grads: gradients for a grad_output of 1, where these were wanted; one for each tensor that may have one.
-        stats: further results, without a gradient.
-        scale: what the gradients lack: it was known at the end only. None: nothing.
-    """
-
-    loss: Tensor
-    saved: Tensor | None = None
-    grads: Grads = ()
-    stats: tuple[Tensor, ...] = ()
-    scale: Tensor | None = None
 
 
 class Rules:
@@ -72,8 +54,13 @@ class Rules:
         """Loss and statistics, for nobody who wants a gradient."""
         raise NotImplementedError
 
-    def forward(self, tensors: Tensors, o: Any, needs: Needs | None) -> Outcome:
-        """With the gradients that ``needs`` names, or, where that is None, with what backward needs."""
+    def forward(self, tensors: Tensors, o: Any) -> Sequence[Tensor]:
+        """Loss, what backward needs beside the operands (one tensor), statistics."""
+        raise NotImplementedError
+
+    def fused(self, tensors: Tensors, o: Any, needs: Needs) -> tuple[Tensor, Grads, Tensor | None, Sequence[Tensor]]:
+        """Loss; the gradients that ``needs`` names for a grad_output of 1; what these lack as a factor, where it was
+        known at the end only; statistics."""
         raise NotImplementedError
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Any, needs: Needs) -> Grads:
@@ -88,8 +75,12 @@ class Rules:
         """Whether forward can compute all gradients that are wanted."""
         raise NotImplementedError
 
-    def in_place(self, tensors: Tensors, o: Any) -> Outcome:
-        """Forward, with the gradient in the memory of the first tensor."""
+    def plain(self, input: Tensor, target: Tensor, o: Any) -> tuple[Tensor, Tensor]:
+        """Loss, and the gradient of the first tensor: :meth:`fused` of a call that :meth:`Engine.plain` takes."""
+        raise NotImplementedError
+
+    def in_place(self, tensors: Tensors, o: Any) -> Sequence[Tensor]:
+        """Loss and statistics, with the gradient in the memory of the first tensor."""
         raise NotImplementedError
 
     def regime(self, tensors: Tensors, o: Any, path: "Path") -> str:
@@ -233,6 +224,7 @@ class Engine:
     def __init__(self, rules: Rules, stats: int = 0) -> None:
         """``stats``: how many statistics the operators of a call with statistics return."""
         self.rules = rules
+        self._absent = (None,) * (rules.tensors - 2)
         self._functions(rules)
         names = {0: f"{rules.name}_recorded", stats: f"{rules.name}{'_stats' * bool(stats)}_recorded"}
         for count, name in names.items():
@@ -255,17 +247,35 @@ class Engine:
         if path is Path.VALUE:
             return self.rules.value(tensors, o)
         if path is Path.FUSED:
-            return self._fused(*tensors, o)
+            return self._fused(o, *tensors)
         if path is Path.TRANSFORMED:
             loss, _, *rest = self._transformed(*tensors, *o)
         elif path is Path.RECORDED:
             loss, _, *rest = (self._recorded_stats if stats else self._recorded)(*tensors, *o)
         elif path is Path.IN_PLACE:
-            loss, *rest = self.InPlace.apply(*tensors, o)
+            loss, *rest = self.InPlace.apply(o, *tensors)
         else:
             function = self.ForwardMode if path is Path.FORWARD_MODE else self.Recompute
-            loss, _, *rest = function.apply(*tensors, o)
+            loss, _, *rest = function.apply(o, *tensors)
         return (loss, *rest)
+
+    def plain(self, input: Tensor, target: Tensor, o: Any) -> Tensor:
+        """The loss of two tensors and nothing else, fusable, not in float16: the general call with less Python in
+        between, for the sake of small inputs."""
+        if (
+            input.requires_grad
+            and not target.requires_grad
+            and torch.is_grad_enabled()
+            # and none of what _path looks for
+            and not functorch_active()
+            and forward_ad._current_level < 0
+            and _tracing_state() is None
+            and not torch.compiler.is_compiling()  # by torch.export neither
+            and _saved_tensor_hooks(True) is None
+            and _steps is None
+        ):
+            return self._plain(o, input, target)  # type: ignore[no-any-return]
+        return self((input, target, *self._absent), o)[0]
 
     def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
         wanted = half = False
@@ -298,36 +308,46 @@ class Engine:
     def _functions(self, rules: Rules) -> None:
         """The classes of torch.autograd, one for each path."""
         count, wants = rules.tensors, rules.wants
+        backward_of_fused = _backward_of_fused(rules)
 
         class Fused(Function):
             """The gradients are held outside the saved tensors: the operands may then change after forward, as torch
             allows, and the gradients can be given away."""
 
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                tensors = args[:count]
-                ctx.options = o = args[count]
-                loss, _, ctx.grads, stats, ctx.scale = rules.forward(tensors, o, ctx.needs_input_grad[:wants])
+            def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
+                ctx.options = o
+                loss, ctx.grads, ctx.scale, stats = rules.fused(tensors, o, ctx.needs_input_grad[1 : wants + 1])
                 ctx.save_for_backward(*tensors)
-                if stats:
-                    ctx.mark_non_differentiable(*stats)
+                if not stats:
+                    return (loss,)
+                ctx.mark_non_differentiable(*stats)
                 return (loss, *stats)
 
+            backward = staticmethod(backward_of_fused)
+
+        class Plain(Fused):
+            """Of two tensors: see Engine.plain."""
+
             @staticmethod
-            def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-                return _scaled(rules, ctx, grad_output)
+            def forward(ctx: Any, o: Any, input: Any, target: Any) -> Any:
+                ctx.options = o
+                loss, grad = rules.plain(input, target, o)
+                ctx.grads, ctx.scale = (grad,), None
+                ctx.save_for_backward(input, target)
+                return loss
 
         class InPlace(Function):
             """The gradient takes the memory of the first tensor, whose version counter is moved on."""
 
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                outcome = rules.in_place(args[:count], args[count])
-                torch.autograd.graph.increment_version(args[0])
-                grad = args[0].detach()  # shares the version counter
+            def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
+                loss, *stats = rules.in_place(tensors, o)
+                torch.autograd.graph.increment_version(tensors[0])
+                grad = tensors[0].detach()  # shares the version counter
                 ctx.grads, ctx.scale, ctx.version = (grad, *[None] * (wants - 1)), None, grad._version
-                ctx.mark_non_differentiable(*outcome.stats)
-                return (outcome.loss, *outcome.stats)
+                ctx.mark_non_differentiable(*stats)
+                return (loss, *stats)
 
             @staticmethod
             def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
@@ -342,14 +362,13 @@ class Engine:
                         "been modified by an inplace operation: the logits, whose memory holds the gradient since "
                         "forward."
                     )
-                return _scaled(rules, ctx, grad_output)
+                return backward_of_fused(ctx, grad_output)
 
         class Recompute(Function):
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                tensors = args[:count]
-                ctx.options = args[count]
-                loss, saved, _, stats, _ = rules.forward(tensors, ctx.options, None)
+            def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
+                ctx.options = o
+                loss, saved, *stats = rules.forward(tensors, o)
                 ctx.save_for_backward(*tensors, saved)
                 ctx.save_for_forward(*tensors, saved)
                 ctx.mark_non_differentiable(saved, *stats)
@@ -357,20 +376,21 @@ class Engine:
 
             @staticmethod
             def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-                return (*_recomputed(rules, ctx, grad_output), *[None] * (count - wants + 1))
+                grads = _recomputed(rules, ctx, grad_output, ctx.needs_input_grad[1:])
+                return (None, *grads, *[None] * (count - wants))
 
         class ForwardMode(Recompute):
             """A class of its own because torch.compile refuses functions with a jvp."""
 
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
+            def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
                 ctx.set_materialize_grads(False)  # zeros for tangents that are not there would meet infinities
-                results = Recompute.forward(ctx, *args)
+                results = Recompute.forward(ctx, o, *tensors)
                 ctx.further = tuple(t.is_floating_point() for t in results[1:])
                 return results
 
             @staticmethod
-            def jvp(ctx: Any, *tangents: Any) -> Any:
+            def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
                 return (_pushed(rules, ctx, tangents), *[None] * len(ctx.further))
 
         class Transformed(Function):
@@ -380,8 +400,7 @@ class Engine:
 
             @staticmethod
             def forward(*args: Any) -> Any:
-                loss, saved, _, stats, _ = rules.forward(args[:count], rules.options(*args[count:]), None)
-                return (loss, saved, *stats)
+                return tuple(rules.forward(args[:count], rules.options(*args[count:])))
 
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -396,54 +415,69 @@ class Engine:
             @staticmethod
             def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
                 rest = count - wants + len(rules.options._fields)
-                return (*_recomputed(rules, ctx, grad_output), *[None] * rest)
+                return (*_recomputed(rules, ctx, grad_output, ctx.needs_input_grad), *[None] * rest)
 
             @staticmethod
             def jvp(ctx: Any, *tangents: Any) -> Any:
                 rest = (no_tangent(ctx, count + i) if floating else None for i, floating in enumerate(ctx.further))
                 return (_pushed(rules, ctx, tangents), *rest)
 
-        for function in (Fused, InPlace, Recompute, ForwardMode, Transformed):
+        loss = "".join(word.capitalize() for word in rules.name.split("_"))
+        for function in (Fused, Plain, InPlace, Recompute, ForwardMode, Transformed):
             # In profiles and in the names of grad_fn: CrossEntropyFusedBackward.
-            loss = "".join(word.capitalize() for word in rules.name.split("_"))
-            function.__name__ = function.__qualname__ = f"{loss}{function.__name__}"
+            name = f"{loss}{'Fused' if function is Plain else function.__name__}"
+            for cls, called in ((function, name), (function._backward_cls, f"{name}Backward")):  # type: ignore[attr-defined]
+                cls.__name__ = cls.__qualname__ = called
+        for function in (Fused, Plain):
+            # Instead of torch's, which looks each time whether the function has a backward or a vjp.
+            function._backward_cls.apply = backward_of_fused  # type: ignore[attr-defined]
         self.InPlace, self.Recompute, self.ForwardMode, self.Transformed = InPlace, Recompute, ForwardMode, Transformed
-        self._fused = direct_apply(Fused)
+        self._fused, self._plain = direct_apply(Fused), direct_apply(Plain)
         self._transformed = opaque_apply(Transformed)
 
 
-def _scaled(rules: Rules, ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+_scale_grad_ = direct(ops.scale_grad_)
+
+
+def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
     """The gradients that forward has computed, times grad_output."""
-    grads: Grads | None = ctx.grads
-    if grads is None:
-        raise RuntimeError(
-            "Trying to backward through the graph a second time: the gradient of this loss was given away the first "
-            "time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
-        )
-    rest = (None,) * (rules.tensors - rules.wants + 1)
-    scale = grad_output if ctx.scale is None else grad_output * ctx.scale
-    if not keeps_graph():
-        ctx.grads = None
-        if not (torch.is_grad_enabled() or is_batched(grad_output)):
-            for g in grads:
-                if g is not None:
-                    ops.scale_grad_(g, scale)
-            return grads + rest
-    with torch.no_grad():
-        scaled = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
-    if not torch.is_grad_enabled():
-        return scaled + rest
-    needs = tuple(g is not None for g in grads)
-    return (*_differentiable(rules, scaled, grad_output, ctx.saved_tensors, ctx.options, needs), *rest)
+    count = rules.tensors
+
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
+        grads: Grads | None = ctx.grads
+        if grads is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: the gradient of this loss was given away the "
+                "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
+            )
+        scale = grad_output if ctx.scale is None else grad_output * ctx.scale
+        if not keeps_graph():
+            ctx.grads = None
+            if not (torch.is_grad_enabled() or _is_batched(grad_output) or _is_batched_by_legacy(grad_output)):
+                for g in grads:
+                    if g is not None:
+                        _scale_grad_(g, scale)
+                return (None, *grads) + (None,) * (count - len(grads))
+        grads += (None,) * (rules.wants - len(grads))
+        with torch.no_grad():
+            scaled: Grads = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
+        if torch.is_grad_enabled():
+            needs = tuple(g is not None for g in grads)
+            tensors = ctx.saved_tensors
+            tensors += (None,) * (count - len(tensors))
+            scaled = _differentiable(rules, scaled, grad_output, tensors, ctx.options, needs)
+        return (None, *scaled) + (None,) * (count - len(scaled))
+
+    return backward
 
 
-def _recomputed(rules: Rules, ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+def _recomputed(rules: Rules, ctx: Any, grad_output: Tensor | None, needs: Needs) -> tuple[Any, ...]:
     """The gradients of the tensors that may have one, by the kernels."""
     if grad_output is None:  # see set_materialize_grads
         return (None,) * rules.wants
     saved_tensors = ctx.saved_tensors  # once: checkpointing recomputes it
     tensors, saved = saved_tensors[: rules.tensors], saved_tensors[rules.tensors]
-    needs = ctx.needs_input_grad[: rules.wants]
+    needs = needs[: rules.wants]
     with torch.no_grad():
         grads = rules.backward(grad_output, tensors, saved, ctx.options, needs)
     return _differentiable(rules, grads, grad_output, tensors, ctx.options, needs)
@@ -467,11 +501,13 @@ def _pushed(rules: Rules, ctx: Any, tangents: Sequence[Any]) -> Tensor:
 
 
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+_saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def saved_tensor_hooks_active() -> bool:
     """Whether saved tensors are packed by somebody: checkpointing, offloading. Then nothing may be held beside them."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _saved_tensor_hooks(True) is not None
 
 
 _opaque: list[Callable[..., Any]] = []
@@ -501,7 +537,7 @@ _allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def recording() -> bool:
     """Whether torch.export or torch.jit.trace records the operators that are called: see define_recorded."""
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+    return _tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def transforms_active() -> bool:
@@ -549,11 +585,10 @@ def no_tangent(ctx: Any, index: int) -> Tensor | None:
     return torch.zeros_like(output)
 
 
-def is_batched(t: Tensor) -> bool:
-    """Whether ``t`` stands for a batch (vmap, is_grads_batched), which operators that mutate cannot take."""
-    return bool(torch._C._functorch.is_batchedtensor(t)) or batched_by_legacy(t)
-
-
+# Whether a tensor stands for a batch: of torch.func.vmap; of is_grads_batched and torch.autograd.functional, see
+# batched_by_legacy. Operators that mutate can take neither.
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+_is_batched_by_legacy: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 # In a backward pass: whether this graph may be run again (retain_graph, create_graph).
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -567,7 +602,7 @@ def direct_apply(function: type[Function]) -> Callable[..., Any]:
 def batched_by_legacy(*tensors: Tensor | None) -> bool:
     """By the vmap of torch.autograd.functional: it hides whether a tensor requires grad, has no detach, and loses,
     without a word, the derivatives of custom functions."""
-    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+    return any(t is not None and _is_batched_by_legacy(t) for t in tensors)
 
 
 def differentiated_again(*tensors: Tensor | None) -> bool:

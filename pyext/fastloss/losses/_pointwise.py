@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, formulas
-from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype, batched_by_legacy
-from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, loop_vmap, ops
+from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, batched_by_legacy
+from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, direct, loop_vmap, ops
 
 
 class _Kind(NamedTuple):
@@ -55,6 +55,7 @@ class Options(NamedTuple):
     p3: float = 0.0
 
 
+_ABSENT = (None,) * OPERANDS
 _DEFAULTS = tuple(Options._field_defaults.values())
 
 
@@ -78,16 +79,23 @@ class _Pointwise(Rules):
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
         return (_call(ops.pointwise_value, tensors=tensors, o=o),)
 
-    def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
-        if needs is None:
-            loss, factor, _ = _call(ops.pointwise_forward, tensors=tensors, o=o)
-            return Outcome(loss, factor)
-        if tuple(needs) == _INPUT_ALONE and _factor_is_known(tensors, o):  # the usual call
-            loss, grad = _call(ops.pointwise_forward_grad, tensors=tensors, o=o, flags=1)
-            return Outcome(loss, None, (grad, None, None, None, None), (), None)
+    def forward(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
+        loss, factor, _ = _call(ops.pointwise_forward, tensors=tensors, o=o)
+        return loss, factor
+
+    def fused(self, tensors: Tensors, o: Options, needs: Needs) -> tuple[Tensor, Grads, Tensor | None, tuple[()]]:
+        known = _factor_is_known(tensors, o)
+        if known and needs == _INPUT_ALONE:
+            loss, grad = _call(_forward_grad, tensors=tensors, o=o, flags=1)
+            return loss, (grad, None, None, None, None), None, ()
         flags = _FLAGS[tuple(needs[:OPERANDS])]
         loss, factor, grads = _call(ops.pointwise_forward, tensors=tensors, o=o, flags=flags)
-        return Outcome(loss, None, _placed(grads, needs), (), None if _factor_is_known(tensors, o) else factor)
+        return loss, _placed(grads, needs), None if known else factor, ()
+
+    def plain(self, input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+        if KINDS[o.loss].parameters:
+            return _forward_grad(input, target, o.loss, o.reduction, o.loss_dtype, 1, _parameters(o))  # type: ignore[no-any-return]
+        return _forward_grad(input, target, o.loss, o.reduction, o.loss_dtype, 1)  # type: ignore[no-any-return]
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         if not torch.compiler.is_compiling() and batched_by_legacy(
@@ -142,6 +150,7 @@ _FLAGS = {
 }
 
 
+_forward_grad = direct(ops.pointwise_forward_grad)
 _INPUT_ALONE = (True, *[False] * OPERANDS)
 
 
@@ -288,19 +297,37 @@ def expanded_mask(function: str, mask: Tensor, shape: torch.Size) -> Tensor:
     return _expand(function, "mask", mask, shape)
 
 
-def is_plain(input: Any, target: Any) -> bool:
-    """Whether :func:`check` would find nothing to say or do: the common call, for the sake of small inputs."""
-    return (
-        type(input) is Tensor
-        and type(target) is Tensor
+# Of a call that leaves everything but the reduction and the loss's parameters at its default.
+_USUAL_OPTIONS = {
+    (name, reduction, dtype): Options(number, code, DTYPE_CODES[dtype])
+    for name, number in NUMBERS.items()
+    for reduction, code in REDUCTIONS.items()
+    for dtype in (torch.float32, torch.float64)
+}
+
+
+def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[float] = ()) -> Tensor | None:
+    """The loss where :func:`check` would find nothing to say or do: the common call, for the sake of small inputs. None
+    where it might."""
+    if not (
+        type(input) is type(target) is Tensor
+        and type(reduction) is str
         and input.is_cpu
         and target.is_cpu
         and input.dtype is target.dtype
         and input.shape == target.shape
-        and (input.dtype is torch.float32 or input.dtype is torch.float64)
         and input.layout is target.layout is torch.strided
         and input.dim() <= MAX_DIMS
-    )
+    ):
+        return None
+    o = _USUAL_OPTIONS.get((loss, reduction, input.dtype))
+    if o is None:
+        return None
+    if params:
+        o = Options(*o[:3], 0, 0.0, *params)
+    if o.reduction == NONE or _FINISHES[o.loss]:
+        return _engine((input, target, *_ABSENT), o)[0]
+    return _engine.plain(input, target, o)
 
 
 def check(
@@ -452,7 +479,9 @@ def pointwise_loss(
     loss: str | None = None,
     params: Sequence[float] = (),
     further: Mapping[str, Tensor] | None = None,
-    **rules: bool,
+    torch_weight: bool = False,
+    mean_counts: bool = False,
+    keeps_input_dtype: bool = False,
 ) -> Tensor:
     """The whole of a pointwise loss without a formula after its sums: what a face calls.
 
@@ -462,14 +491,25 @@ def pointwise_loss(
         loss: the loss's name in losses.h, where that differs from the face's.
         params: the loss's parameters.
         further: operands beside input and target, by the names of the face's arguments, in the order of losses.h.
-        rules: see :func:`check`.
+        torch_weight, mean_counts, keeps_input_dtype: see :func:`check`.
     """
     name = loss or function
-    if further is None and weight is None and sample_weight is None and mask is None and is_plain(input, target):
-        code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-        if code is not None:
-            return run((input, target, None, None, None, None), name, params, code, input.dtype)
-    x = check(function, input, target, reduction, weight, sample_weight, mask, **rules)
+    if further is None and weight is sample_weight is mask is None:
+        result = usual(name, input, target, reduction, params)
+        if result is not None:
+            return result
+    x = check(
+        function,
+        input,
+        target,
+        reduction,
+        weight,
+        sample_weight,
+        mask,
+        torch_weight=torch_weight,
+        mean_counts=mean_counts,
+        keeps_input_dtype=keeps_input_dtype,
+    )
     if further is not None:
         x = with_further(function, x, further)
     return run_checked(x, name, params)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, errors, formulas
-from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
+from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
 from . import _rowwise
 
@@ -51,8 +51,8 @@ class _RowLoss(Rules):
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
         return (_call(ops.row_loss_value, *tensors, o=o),)
 
-    def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
-        return Outcome(*_call(ops.row_loss_forward, *tensors, o=o))
+    def forward(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
+        return _call(ops.row_loss_forward, *tensors, o=o)  # type: ignore[no-any-return]
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         return (_call(ops.row_loss_backward, grad_output.contiguous(), *tensors, saved, o=o),)

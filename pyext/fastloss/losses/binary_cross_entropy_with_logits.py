@@ -6,7 +6,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
 from .._autograd import accum_dtype
-from .._library import DTYPE_CODES, REDUCTIONS
+from .._library import DTYPE_CODES
 from . import _pointwise
 from ._pointwise import Operands
 
@@ -68,10 +68,10 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     usual = weight is pos_weight is sample_weight is mask is None and ignore_index is None and label_smoothing == 0.0
-    if usual and _pointwise.is_plain(input, target):
-        code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-        if code is not None:
-            return _pointwise.run((input, target, None, None, None, None), _NAME, (), code, input.dtype)
+    if usual:
+        result = _pointwise.usual(_NAME, input, target, reduction)
+        if result is not None:
+            return result
     code = _arguments.reduction_code(reduction)
     x = _checked(input, target, code, weight, pos_weight, sample_weight, mask)
     if ignore_index is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, errors, formulas
-from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
-from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, loop_vmap, ops
+from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
+from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, direct, loop_vmap, ops
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
 
@@ -62,6 +62,9 @@ class Options(NamedTuple):
 _DEFAULTS = tuple(Options._field_defaults.values())[:-1]
 
 
+_forward, _forward_stats = direct(ops.cross_entropy_forward), direct(ops.cross_entropy_forward_stats)
+
+
 def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
     logits, target, weight, sample_weight, normalizer = tensors
     first = (*before, logits, target, o.reduction, o.loss_dtype, o.flags | flags)
@@ -83,14 +86,23 @@ class _CrossEntropy(Rules):
             return (loss, *stats)
         return (_call(ops.cross_entropy_value, tensors=tensors, o=o),)
 
-    def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
+    def forward(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
         op = ops.cross_entropy_forward_stats if o.flags & STATS else ops.cross_entropy_forward
-        loss, saved, grad, *stats = _call(op, tensors=tensors, o=o, flags=SAVE if needs is None else GRAD)
-        return Outcome(loss, saved, (grad, None, None), tuple(stats), None)
+        loss, saved, _, *stats = _call(op, tensors=tensors, o=o, flags=SAVE)
+        return (loss, saved, *stats)
 
-    def in_place(self, tensors: Tensors, o: Options) -> Outcome:
+    def fused(self, tensors: Tensors, o: Options, needs: Needs) -> tuple[Tensor, Grads, None, Sequence[Tensor]]:
+        op = _forward_stats if o.flags & STATS else _forward
+        loss, _, grad, *stats = _call(op, tensors=tensors, o=o, flags=GRAD)
+        return loss, (grad, None, None), None, stats
+
+    def plain(self, input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+        loss, _, grad = _forward(input, target, o.reduction, o.loss_dtype, GRAD)
+        return loss, grad
+
+    def in_place(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
         loss, *stats = _call(ops.cross_entropy_forward_inplace, tensors=tensors, o=o)
-        return Outcome(loss, stats=tuple(stats) if o.flags & STATS else ())
+        return (loss, *stats) if o.flags & STATS else (loss,)
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         logits, target, weight, sample_weight, normalizer = tensors
@@ -565,7 +577,7 @@ def cross_entropy(
     if usual and isinstance(reduction, str) and _is_plain(input, target):
         o = _USUAL_OPTIONS.get((reduction, input.dtype))
         if o is not None:
-            return _engine((input, target, None, None, None), o)[0]
+            return _engine.plain(input, target, o) if o.reduction else _engine((input, target, None, None, None), o)[0]
     g = Given(
         weight,
         ignore_index,

@@ -3,6 +3,7 @@
 The mathematics is in ``csrc/rowwise/dice_loss.h``.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments, errors, formulas
-from .._autograd import Engine, Grads, Needs, Outcome, Path, Rules, Tensors, accum_dtype
+from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
 from . import _rowwise
 
@@ -40,8 +41,8 @@ class _DiceLoss(Rules):
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
         return (ops.dice_loss_value(*tensors, *o),)
 
-    def forward(self, tensors: Tensors, o: Options, needs: Needs | None) -> Outcome:
-        return Outcome(*ops.dice_loss_forward(*tensors, *o))
+    def forward(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
+        return ops.dice_loss_forward(*tensors, *o)  # type: ignore[no-any-return]
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         arguments = (grad_output.contiguous(), *tensors, saved, *o)

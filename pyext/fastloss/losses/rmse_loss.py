@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
 from .._autograd import accum_dtype
-from .._library import MEAN, NONE, SUM
+from .._library import MEAN, NONE
 from . import _pointwise
 from ._pointwise import Operands
 
@@ -76,10 +76,10 @@ def rmse_loss(
             mask=mask,
         )
     eps = _arguments.as_non_negative("rmse_loss", "eps", eps)
-    if dim is None and weight is None and sample_weight is None and mask is None:
-        code = {"mean": MEAN, "sum": SUM}.get(reduction) if isinstance(reduction, str) else None
-        if code is not None and _pointwise.is_plain(input, target):
-            return _pointwise.run((input, target, None, None, None, None), "rmse_loss", (eps,), code, input.dtype)
+    if dim is None and weight is sample_weight is mask is None and reduction != "none":
+        result = _pointwise.usual("rmse_loss", input, target, reduction, (eps,))
+        if result is not None:
+            return result
     if dim is not None and max(input.dim(), target.dim()) > _pointwise.MAX_DIMS:
         raise NotImplementedError(
             f"rmse_loss(): with dim at most {_pointwise.MAX_DIMS} dimensions; flatten some of them"
