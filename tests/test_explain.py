@@ -30,7 +30,7 @@ class Ran(TorchDispatchMode):
                 self.gradient_bytes += sum(t.nbytes for t in made)
             elif name.startswith("cross_entropy_forward"):  # loss, saved, gradient, statistics
                 self.gradient_bytes += made[2].nbytes
-            elif name == "pointwise_forward_grad":
+            elif name in ("pointwise_plain_grad", "cross_entropy_plain_grad"):
                 self.gradient_bytes += made[1].nbytes
             elif name == "pointwise_forward":  # loss, factor, gradients
                 self.gradient_bytes += sum(t.nbytes for t in made[2:])

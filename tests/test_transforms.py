@@ -598,6 +598,9 @@ def operator_calls(device):
             _, saved, _ = ops.cross_entropy_forward(*first, SAVE, *options)
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
             yield ops.cross_entropy_backward, (g, saved, *first, 0, *options)
+            yield ops.cross_entropy_plain_value, first
+            if reduction != NONE:
+                yield ops.cross_entropy_plain_grad, first
             if target is p:
                 yield ops.cross_entropy_target_backward, (g, saved, *first, 0, *options)
             shard = (2, shape[1] + 3)
@@ -636,7 +639,7 @@ def operator_calls(device):
             for flags in (0, *((1, 3) if fused else ())):
                 yield ops.pointwise_forward, (*first, flags, *options)
             if fused:
-                yield ops.pointwise_forward_grad, (*first, 1, *options)
+                yield ops.pointwise_plain_grad, (*first, [0.5])
             operands = (x, u, third, None, *extra)
             yield ops.pointwise_recorded, (*operands, loss, reduction, 0, row_dims, 0.0, 0.5, 0.0, 0.0, 0.0)
             factor = ops.pointwise_forward(*first, 0, *options)[1]

@@ -59,33 +59,32 @@ struct Range {  // of a shard
   explicit Range(Stack& stack) : class_offset(stack.take<int64_t>()), total_classes(stack.take<int64_t>()) {}
 };
 
-// What most calls leave at their defaults comes last, so that they need not pass it: the dispatcher takes 0.3 us for an
-// argument that is passed, a tenth of that for a default.
+struct Plain {};  // the arguments of the plain operators
+
+// What most calls leave at their defaults comes last, so that they need not pass it.
 struct Arguments {
   Tensor logits, target;
-  int64_t reduction, loss_dtype, flags;
+  int64_t reduction, loss_dtype, flags = 0;
   OptionalTensor weight, sample_weight, normalizer;
-  int64_t ignore_index;
-  double label_smoothing, z_loss, softcap, logit_scale;
-  int64_t row_map;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0, z_loss = 0, softcap = 0, logit_scale = 1;
+  int64_t row_map = 0;
   std::vector<double> map_params;
 
-  explicit Arguments(Stack& stack)
+  Arguments(Stack& stack, Plain)
       : logits(stack.take<Tensor>()),
         target(stack.take<Tensor>()),
         reduction(stack.take<int64_t>()),
-        loss_dtype(stack.take<int64_t>()),
-        flags(stack.take<int64_t>()),
-        weight(stack.take<OptionalTensor>()),
-        sample_weight(stack.take<OptionalTensor>()),
-        normalizer(stack.take<OptionalTensor>()),
-        ignore_index(stack.take<int64_t>()),
-        label_smoothing(stack.take<double>()),
-        z_loss(stack.take<double>()),
-        softcap(stack.take<double>()),
-        logit_scale(stack.take<double>()),
-        row_map(stack.take<int64_t>()),
-        map_params(stack.take<std::vector<double>>()) {}
+        loss_dtype(stack.take<int64_t>()) {}
+
+  explicit Arguments(Stack& stack) : Arguments(stack, Plain()) {
+    flags = stack.take<int64_t>();
+    for (OptionalTensor* t : {&weight, &sample_weight, &normalizer}) *t = stack.take<OptionalTensor>();
+    ignore_index = stack.take<int64_t>();
+    for (double* x : {&label_smoothing, &z_loss, &softcap, &logit_scale}) *x = stack.take<double>();
+    row_map = stack.take<int64_t>();
+    map_params = stack.take<std::vector<double>>();
+  }
 };
 
 bool same_device(const Tensor& a, const Tensor& b) {
@@ -259,6 +258,27 @@ struct RowOutputs {
   }
 };
 
+// Loss and gradient of calls that leave the rest at its defaults, for the sake of small ones: the dispatcher takes 0.1
+// to 0.3 us for every argument and 1 us for every result.
+void plain_grad(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  CrossEntropyCall call(Arguments(stack, Plain()));
+  const Tensor grad = allocate_like(call.logits);
+  call.set_layout(&grad);
+  const Tensor loss = call.allocate_loss();
+  call.forward();
+  stack.put(loss);
+  stack.put(grad);
+}
+void plain_value(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  CrossEntropyCall call(Arguments(stack, Plain()));
+  call.set_layout(nullptr);
+  const Tensor loss = call.allocate_loss();
+  call.forward();
+  stack.put(loss);
+}
+
 void value(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   CrossEntropyCall call((Arguments(stack)));
@@ -357,6 +377,7 @@ std::string row_maps() { return kRowMaps; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
+  const std::string plain = "Tensor logits, Tensor target, int reduction, int loss_dtype) -> ";
   const std::string rest =
       "Tensor target, int reduction, int loss_dtype, int flags, Tensor? weight=None, Tensor? sample_weight=None, "
       "Tensor? normalizer=None, int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, "
@@ -364,6 +385,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   const std::string call = "Tensor logits, " + rest, range = "int class_offset, int total_classes, ";
   const std::string of_backward = "Tensor grad_output, Tensor saved, ";
   auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
+  define("cross_entropy_plain_value(" + plain + "Tensor");
+  define("cross_entropy_plain_grad(" + plain + "(Tensor, Tensor)");
   define("cross_entropy_value(" + call + "Tensor");
   define("cross_entropy_forward(" + call + "(Tensor, Tensor, Tensor)");
   define("cross_entropy_forward_stats(" + call + "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -380,6 +403,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
 
 namespace {
 void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("cross_entropy_plain_value", &plain_value);
+  m.impl("cross_entropy_plain_grad", &plain_grad);
   m.impl("cross_entropy_value", &value);
   m.impl("cross_entropy_forward", &forward<false>);
   m.impl("cross_entropy_forward_stats", &forward<true>);

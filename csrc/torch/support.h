@@ -83,7 +83,6 @@ struct Collapsed {
 };
 std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tensors);
 Collapsed collapse(std::initializer_list<const Tensor*> tensors);
-std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tensors);  // nothing where they do not
 
 // PyTorch's thread pool, for the CPU kernels.
 void torch_parallel(int64_t count, int64_t grain, RangeBody body, void* ctx);

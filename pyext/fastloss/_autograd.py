@@ -79,6 +79,10 @@ class Rules:
         """Loss, and the gradient of the first tensor: :meth:`fused` of a call that :meth:`Engine.plain` takes."""
         raise NotImplementedError
 
+    def plain_value(self, input: Tensor, target: Tensor, o: Any) -> Tensor:
+        """:meth:`value` of such a call."""
+        raise NotImplementedError
+
     def in_place(self, tensors: Tensors, o: Any) -> Sequence[Tensor]:
         """Loss and statistics, with the gradient in the memory of the first tensor."""
         raise NotImplementedError
@@ -259,22 +263,22 @@ class Engine:
             loss, _, *rest = function.apply(o, *tensors)
         return (loss, *rest)
 
-    def plain(self, input: Tensor, target: Tensor, o: Any) -> Tensor:
-        """The loss of two tensors and nothing else, fusable, not in float16: the general call with less Python in
-        between, for the sake of small inputs."""
-        if (
-            input.requires_grad
-            and not target.requires_grad
-            and torch.is_grad_enabled()
-            # and none of what _path looks for
-            and not functorch_active()
-            and forward_ad._current_level < 0
-            and _tracing_state() is None
-            and not torch.compiler.is_compiling()  # by torch.export neither
-            and _saved_tensor_hooks(True) is None
-            and _steps is None
+    def plain(self, input: Tensor, target: Tensor, o: Any, fusable: bool) -> Tensor:
+        """The loss of two tensors and nothing else, not in float16: the general call with less Python in between, for
+        the sake of small inputs. ``fusable``: by the input alone."""
+        if not (
+            # nothing of what _path looks for
+            functorch_active()
+            or forward_ad._current_level >= 0
+            or _tracing_state() is not None
+            or torch.compiler.is_compiling()  # by torch.export as well
+            or _saved_tensor_hooks(True) is not None
+            or _steps is not None
         ):
-            return self._plain(o, input, target)  # type: ignore[no-any-return]
+            if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+                return self.rules.plain_value(input, target, o)
+            if fusable and not target.requires_grad:
+                return self._plain(o, input, target)  # type: ignore[no-any-return]
         return self((input, target, *self._absent), o)[0]
 
     def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
@@ -311,14 +315,14 @@ class Engine:
         backward_of_fused = _backward_of_fused(rules)
 
         class Fused(Function):
-            """The gradients are held outside the saved tensors: the operands may then change after forward, as torch
-            allows, and the gradients can be given away."""
+            """Gradients and operands are held outside the saved tensors: the operands may then change after forward, as
+            torch allows, the gradients can be given away, and a small call saves the time of saving them."""
 
             @staticmethod
             def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
                 ctx.options = o
                 loss, ctx.grads, ctx.scale, stats = rules.fused(tensors, o, ctx.needs_input_grad[1 : wants + 1])
-                ctx.save_for_backward(*tensors)
+                ctx.operands, ctx.versions = tensors, tuple(map(_version, tensors))
                 if not stats:
                     return (loss,)
                 ctx.mark_non_differentiable(*stats)
@@ -334,7 +338,7 @@ class Engine:
                 ctx.options = o
                 loss, grad = rules.plain(input, target, o)
                 ctx.grads, ctx.scale = (grad,), None
-                ctx.save_for_backward(input, target)
+                ctx.operands, ctx.versions = (input, target), (_version(input), _version(target))
                 return loss
 
         class InPlace(Function):
@@ -345,7 +349,7 @@ class Engine:
                 loss, *stats = rules.in_place(tensors, o)
                 torch.autograd.graph.increment_version(tensors[0])
                 grad = tensors[0].detach()  # shares the version counter
-                ctx.grads, ctx.scale, ctx.version = (grad, *[None] * (wants - 1)), None, grad._version
+                ctx.grads, ctx.operands, ctx.scale, ctx.version = (grad,), None, None, grad._version
                 ctx.mark_non_differentiable(*stats)
                 return (loss, *stats)
 
@@ -439,12 +443,17 @@ class Engine:
 _scale_grad_ = direct(ops.scale_grad_)
 
 
+def _version(t: Tensor | None) -> int | None:
+    """Tells whether a tensor has been changed in place since; tensors of inference mode, which cannot be, have none."""
+    return None if t is None or t.is_inference() else t._version
+
+
 def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
     """The gradients that forward has computed, times grad_output."""
     count = rules.tensors
 
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        grads: Grads | None = ctx.grads
+        grads, operands = ctx.grads, ctx.operands
         if grads is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time: the gradient of this loss was given away the "
@@ -452,7 +461,7 @@ def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
             )
         scale = grad_output if ctx.scale is None else grad_output * ctx.scale
         if not keeps_graph():
-            ctx.grads = None
+            ctx.grads = ctx.operands = None
             if not (torch.is_grad_enabled() or _is_batched(grad_output) or _is_batched_by_legacy(grad_output)):
                 for g in grads:
                     if g is not None:
@@ -463,9 +472,13 @@ def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
             scaled: Grads = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
         if torch.is_grad_enabled():
             needs = tuple(g is not None for g in grads)
-            tensors = ctx.saved_tensors
-            tensors += (None,) * (count - len(tensors))
-            scaled = _differentiable(rules, scaled, grad_output, tensors, ctx.options, needs)
+            if tuple(map(_version, operands)) != ctx.versions:
+                raise RuntimeError(
+                    f"{rules.name}: one of the variables needed for gradient computation has been modified by an "
+                    "inplace operation: an operand, which the second derivative needs as it was. Change a copy instead."
+                )
+            operands += (None,) * (count - len(operands))
+            scaled = _differentiable(rules, scaled, grad_output, operands, ctx.options, needs)
         return (None, *scaled) + (None,) * (count - len(scaled))
 
     return backward

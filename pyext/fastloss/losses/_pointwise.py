@@ -84,18 +84,21 @@ class _Pointwise(Rules):
         return loss, factor
 
     def fused(self, tensors: Tensors, o: Options, needs: Needs) -> tuple[Tensor, Grads, Tensor | None, tuple[()]]:
-        known = _factor_is_known(tensors, o)
-        if known and needs == _INPUT_ALONE:
-            loss, grad = _call(_forward_grad, tensors=tensors, o=o, flags=1)
+        if _is_plain(tensors, o, needs):
+            loss, grad = self.plain(tensors[0], tensors[1], o)
             return loss, (grad, None, None, None, None), None, ()
+        known = _factor_is_known(tensors, o)
         flags = _FLAGS[tuple(needs[:OPERANDS])]
         loss, factor, grads = _call(ops.pointwise_forward, tensors=tensors, o=o, flags=flags)
         return loss, _placed(grads, needs), None if known else factor, ()
 
     def plain(self, input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
         if KINDS[o.loss].parameters:
-            return _forward_grad(input, target, o.loss, o.reduction, o.loss_dtype, 1, _parameters(o))  # type: ignore[no-any-return]
-        return _forward_grad(input, target, o.loss, o.reduction, o.loss_dtype, 1)  # type: ignore[no-any-return]
+            return _plain_grad(input, target, o.loss, o.reduction, o.loss_dtype, _parameters(o))  # type: ignore[no-any-return]
+        return _plain_grad(input, target, o.loss, o.reduction, o.loss_dtype)  # type: ignore[no-any-return]
+
+    def plain_value(self, input: Tensor, target: Tensor, o: Options) -> Tensor:
+        return _call(_value, tensors=(input, target, *_ABSENT), o=o)  # type: ignore[no-any-return]
 
     def backward(self, grad_output: Tensor, tensors: Tensors, saved: Tensor, o: Options, needs: Needs) -> Grads:
         if not torch.compiler.is_compiling() and batched_by_legacy(
@@ -138,8 +141,8 @@ class _Pointwise(Rules):
         self, path: Path, tensors: Tensors, o: Options, needs: Needs
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         forward, backward = super().operators(path, tensors, o, needs)
-        if path is Path.FUSED and tuple(needs) == _INPUT_ALONE and _factor_is_known(tensors, o):
-            forward = ("pointwise_forward_grad",)
+        if path is Path.FUSED and _is_plain(tensors, o, needs):
+            forward = ("pointwise_plain_grad",)
         return forward, backward if any(needs[:OPERANDS]) else ()
 
 
@@ -150,8 +153,13 @@ _FLAGS = {
 }
 
 
-_forward_grad = direct(ops.pointwise_forward_grad)
+_plain_grad, _value = direct(ops.pointwise_plain_grad), direct(ops.pointwise_value)
 _INPUT_ALONE = (True, *[False] * OPERANDS)
+
+
+def _is_plain(tensors: Tensors, o: Options, needs: Needs) -> bool:
+    """Input and target are given and nothing else; the input's gradient is wanted, its factor known beforehand."""
+    return tuple(tensors[2:]) == _ABSENT and tuple(needs) == _INPUT_ALONE and not _FINISHES[o.loss]
 
 
 def _factor_is_known(tensors: Tensors, o: Options) -> bool:
@@ -205,12 +213,9 @@ def _(
     return _fake_loss(input, reduction, loss_dtype, row_dims), input.new_empty(factors, dtype=torch.float64), grads
 
 
-@torch.library.register_fake("fastloss::pointwise_forward_grad")
-def _(
-    input: Any, target: Any, loss: Any, reduction: Any, loss_dtype: Any, flags: Any, params: Any = (),
-    third: Any = None, fourth: Any = None, weight: Any = None, mask: Any = None, row_dims: Any = 0, *_: Any,
-) -> Any:  # fmt: skip
-    return _fake_loss(input, reduction, loss_dtype, row_dims), _like(input)
+@torch.library.register_fake("fastloss::pointwise_plain_grad")
+def _(input: Any, target: Any, loss: Any, reduction: Any, loss_dtype: Any, params: Any = ()) -> Any:
+    return _fake_loss(input, reduction, loss_dtype, 0), _like(input)
 
 
 @torch.library.register_fake("fastloss::pointwise_backward")
@@ -221,7 +226,7 @@ def _(
     return _fake_grads((input, target, third, fourth), flags)
 
 
-for _name in ("value", "forward", "forward_grad", "backward"):
+for _name in ("value", "forward", "plain_grad", "backward"):
     torch.library.register_vmap(f"fastloss::pointwise_{_name}", loop_vmap(getattr(ops, f"pointwise_{_name}")))
 
 _engine = Engine(_Pointwise())
@@ -325,9 +330,7 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
         return None
     if params:
         o = Options(*o[:3], 0, 0.0, *params)
-    if o.reduction == NONE or _FINISHES[o.loss]:
-        return _engine((input, target, *_ABSENT), o)[0]
-    return _engine.plain(input, target, o)
+    return _engine.plain(input, target, o, o.reduction != NONE and not _FINISHES[o.loss])
 
 
 def check(

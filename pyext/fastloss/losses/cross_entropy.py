@@ -62,15 +62,19 @@ class Options(NamedTuple):
 _DEFAULTS = tuple(Options._field_defaults.values())[:-1]
 
 
-_forward, _forward_stats = direct(ops.cross_entropy_forward), direct(ops.cross_entropy_forward_stats)
+_plain_value, _plain_grad = direct(ops.cross_entropy_plain_value), direct(ops.cross_entropy_plain_grad)
+
+
+def _is_plain(tensors: Tensors, o: Options) -> bool:
+    """Logits and target are given, and nothing else."""
+    return tensors[2] is tensors[3] is tensors[4] is None and o[2:-1] == _DEFAULTS
 
 
 def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
-    logits, target, weight, sample_weight, normalizer = tensors
+    logits, target, *others = tensors
     first = (*before, logits, target, o.reduction, o.loss_dtype, o.flags | flags)
-    if weight is sample_weight is normalizer is None and o[2:-1] == _DEFAULTS:
+    if _is_plain(tensors, o):
         return op(*first)
-    others = weight, sample_weight, normalizer
     parameters = [o.map_a, o.map_b][: len(formulas.ROW_MAP_KINDS[o.row_map][1])]
     return op(*first, *others, *o[2:8], parameters)
 
@@ -84,6 +88,8 @@ class _CrossEntropy(Rules):
         if o.flags & STATS:
             loss, _, _, *stats = _call(ops.cross_entropy_forward_stats, tensors=tensors, o=o)
             return (loss, *stats)
+        if _is_plain(tensors, o) and not o.flags:
+            return (ops.cross_entropy_plain_value(*tensors[:2], o.reduction, o.loss_dtype),)
         return (_call(ops.cross_entropy_value, tensors=tensors, o=o),)
 
     def forward(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
@@ -92,13 +98,18 @@ class _CrossEntropy(Rules):
         return (loss, saved, *stats)
 
     def fused(self, tensors: Tensors, o: Options, needs: Needs) -> tuple[Tensor, Grads, None, Sequence[Tensor]]:
-        op = _forward_stats if o.flags & STATS else _forward
+        if _is_plain(tensors, o) and not o.flags:
+            loss, grad = _plain_grad(*tensors[:2], o.reduction, o.loss_dtype)
+            return loss, (grad, None, None), None, ()
+        op = ops.cross_entropy_forward_stats if o.flags & STATS else ops.cross_entropy_forward
         loss, _, grad, *stats = _call(op, tensors=tensors, o=o, flags=GRAD)
         return loss, (grad, None, None), None, stats
 
     def plain(self, input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-        loss, _, grad = _forward(input, target, o.reduction, o.loss_dtype, GRAD)
-        return loss, grad
+        return _plain_grad(input, target, o.reduction, o.loss_dtype)  # type: ignore[no-any-return]
+
+    def plain_value(self, input: Tensor, target: Tensor, o: Options) -> Tensor:
+        return _plain_value(input, target, o.reduction, o.loss_dtype)  # type: ignore[no-any-return]
 
     def in_place(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
         loss, *stats = _call(ops.cross_entropy_forward_inplace, tensors=tensors, o=o)
@@ -147,8 +158,12 @@ class _CrossEntropy(Rules):
         self, path: Path, tensors: Tensors, o: Options, needs: Needs
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         stats = "_stats" if o.flags & STATS else ""
+        plain = _is_plain(tensors, o) and not o.flags
         if path is Path.VALUE:
-            return ("cross_entropy_forward_stats" if stats else "cross_entropy_value",), ()
+            value = "cross_entropy_plain_value" if plain else "cross_entropy_value"
+            return ("cross_entropy_forward_stats" if stats else value,), ()
+        if path is Path.FUSED and plain:
+            return ("cross_entropy_plain_grad",), ("scale_grad_",)
         if path is Path.IN_PLACE:
             return ("cross_entropy_forward_inplace",), ("scale_grad_",)
         forward = (f"cross_entropy_forward{stats}",)
@@ -193,6 +208,12 @@ def _fake_stats(logits: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+@torch.library.register_fake("fastloss::cross_entropy_plain_grad")
+def _(logits: Any, target: Any, reduction: Any, loss_dtype: Any) -> Any:
+    return _fake_loss(logits, reduction, loss_dtype), torch.empty_like(logits)
+
+
+@torch.library.register_fake("fastloss::cross_entropy_plain_value")
 @torch.library.register_fake("fastloss::cross_entropy_value")
 def _(logits: Any, target: Any, reduction: Any, loss_dtype: Any, *rest: Any) -> Any:
     return _fake_loss(logits, reduction, loss_dtype)
@@ -222,7 +243,7 @@ def _(grad_output: Any, saved: Any, logits: Any, target: Any, *rest: Any) -> Any
     return torch.empty_like(target)
 
 
-for _name in ("value", "forward", "forward_stats", "backward", "target_backward"):
+for _name in ("plain_value", "plain_grad", "value", "forward", "forward_stats", "backward", "target_backward"):
     torch.library.register_vmap(f"fastloss::cross_entropy_{_name}", loop_vmap(getattr(ops, f"cross_entropy_{_name}")))
 
 _engine = Engine(_CrossEntropy(), stats=4)
@@ -259,20 +280,23 @@ _USUAL_OPTIONS = {
 }
 
 
-def _is_plain(input: Any, target: Any) -> bool:
-    """Whether :func:`run` would find nothing to say or do about them: the common call, for the sake of small inputs."""
-    return (
-        type(input) is Tensor
-        and type(target) is Tensor
+def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
+    """The loss where nothing else is given and :func:`run` would find nothing to say or do: the common call, for small
+    inputs' sake. None where it might."""
+    if not (
+        type(input) is type(target) is Tensor
+        and type(reduction) is str
         and input.is_cpu
         and target.is_cpu
-        and (input.dtype is torch.float32 or input.dtype is torch.float64)
         and target.dtype is torch.int64
         and input.dim() == 2
         and target.dim() == 1
-        and input.layout is target.layout is torch.strided
         and input.shape[0] == target.shape[0] != 0 != input.shape[1]
-    )
+        and input.layout is target.layout is torch.strided
+    ):
+        return None
+    o = _USUAL_OPTIONS.get((reduction, input.dtype))
+    return None if o is None else _engine.plain(input, target, o, o.reduction != NONE)
 
 
 def _checked_options(function: str, g: Given) -> Given:
@@ -574,10 +598,10 @@ def cross_entropy(
     usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
     usual = usual and label_smoothing == z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
     usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
-    if usual and isinstance(reduction, str) and _is_plain(input, target):
-        o = _USUAL_OPTIONS.get((reduction, input.dtype))
-        if o is not None:
-            return _engine.plain(input, target, o) if o.reduction else _engine((input, target, None, None, None), o)[0]
+    if usual:
+        result = _usual(input, target, reduction)
+        if result is not None:
+            return result
     g = Given(
         weight,
         ignore_index,
