@@ -796,7 +796,7 @@ def test_operators_refuse_wrong_arguments():
         with pytest.raises((RuntimeError, ValueError)):
             ops.pointwise_forward(*bad)
     with pytest.raises((RuntimeError, ValueError)):
-        ops.pointwise_plain_grad(x, x, 0, 0, 0)  # as above
+        ops.pointwise_plain_grad(x, x, 0, 0, 0)  # a gradient in forward is for reductions
     with pytest.raises((RuntimeError, ValueError)):
         ops.pointwise_backward(torch.ones(2), torch.ones(1).double(), x, x, 0, 1, 0, 1)
 

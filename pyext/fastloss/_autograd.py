@@ -258,9 +258,12 @@ class Engine:
             loss, _, *rest = (self._recorded_stats if stats else self._recorded)(*tensors, *o)
         elif path is Path.IN_PLACE:
             loss, *rest = self.InPlace.apply(o, *tensors)
+        elif path is Path.FORWARD_MODE:
+            loss, *rest = self.ForwardMode.apply(o, *tensors)
+        elif torch.compiler.is_compiling():
+            loss, *rest = self.Recompute.apply(o, *tensors)
         else:
-            function = self.ForwardMode if path is Path.FORWARD_MODE else self.Recompute
-            loss, _, *rest = function.apply(o, *tensors)
+            loss, *rest = self._recompute(o, *tensors)
         return (loss, *rest)
 
     def plain(self, input: Tensor, target: Tensor, o: Any, fusable: bool) -> Tensor:
@@ -320,9 +323,8 @@ class Engine:
 
             @staticmethod
             def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
-                ctx.options = o
-                loss, ctx.grads, ctx.scale, stats = rules.fused(tensors, o, ctx.needs_input_grad[1 : wants + 1])
-                ctx.operands, ctx.versions = tensors, tuple(map(_version, tensors))
+                loss, grads, scale, stats = rules.fused(tensors, o, ctx.needs_input_grad[1 : wants + 1])
+                ctx.held = grads, scale, o, tensors, tuple(map(_version, tensors))
                 if not stats:
                     return (loss,)
                 ctx.mark_non_differentiable(*stats)
@@ -335,10 +337,8 @@ class Engine:
 
             @staticmethod
             def forward(ctx: Any, o: Any, input: Any, target: Any) -> Any:
-                ctx.options = o
                 loss, grad = rules.plain(input, target, o)
-                ctx.grads, ctx.scale = (grad,), None
-                ctx.operands, ctx.versions = (input, target), (_version(input), _version(target))
+                ctx.held = (grad,), None, o, (input, target), (_version(input), _version(target))
                 return loss
 
         class InPlace(Function):
@@ -349,7 +349,7 @@ class Engine:
                 loss, *stats = rules.in_place(tensors, o)
                 torch.autograd.graph.increment_version(tensors[0])
                 grad = tensors[0].detach()  # shares the version counter
-                ctx.grads, ctx.operands, ctx.scale, ctx.version = (grad,), None, None, grad._version
+                ctx.held, ctx.version = ((grad,), None, o, (), ()), grad._version
                 ctx.mark_non_differentiable(*stats)
                 return (loss, *stats)
 
@@ -360,7 +360,7 @@ class Engine:
                         f"{rules.name}(inplace_grad=True) cannot be differentiated twice: its logits are gone. Leave "
                         "inplace_grad out where create_graph=True is used."
                     )
-                if ctx.grads is not None and ctx.grads[0]._version != ctx.version:
+                if ctx.held is not None and ctx.held[0][0]._version != ctx.version:
                     raise RuntimeError(
                         f"{rules.name}(inplace_grad=True): one of the variables needed for gradient computation has "
                         "been modified by an inplace operation: the logits, whose memory holds the gradient since "
@@ -374,9 +374,9 @@ class Engine:
                 ctx.options = o
                 loss, saved, *stats = rules.forward(tensors, o)
                 ctx.save_for_backward(*tensors, saved)
-                ctx.save_for_forward(*tensors, saved)
-                ctx.mark_non_differentiable(saved, *stats)
-                return (loss, saved, *stats)
+                if stats:
+                    ctx.mark_non_differentiable(*stats)
+                return (loss, *stats)
 
             @staticmethod
             def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
@@ -390,12 +390,13 @@ class Engine:
             def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
                 ctx.set_materialize_grads(False)  # zeros for tangents that are not there would meet infinities
                 results = Recompute.forward(ctx, o, *tensors)
-                ctx.further = tuple(t.is_floating_point() for t in results[1:])
+                ctx.save_for_forward(*tensors)
+                ctx.further = len(results) - 1
                 return results
 
             @staticmethod
             def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-                return (_pushed(rules, ctx, tangents), *[None] * len(ctx.further))
+                return (_pushed(rules, ctx, tangents), *[None] * ctx.further)
 
         class Transformed(Function):
             """Recompute in the form that torch.func asks for: options one by one, since it miscounts tuples."""
@@ -436,7 +437,7 @@ class Engine:
             # Instead of torch's, which looks each time whether the function has a backward or a vjp.
             function._backward_cls.apply = backward_of_fused  # type: ignore[attr-defined]
         self.InPlace, self.Recompute, self.ForwardMode, self.Transformed = InPlace, Recompute, ForwardMode, Transformed
-        self._fused, self._plain = direct_apply(Fused), direct_apply(Plain)
+        self._fused, self._plain, self._recompute = direct_apply(Fused), direct_apply(Plain), direct_apply(Recompute)
         self._transformed = opaque_apply(Transformed)
 
 
@@ -449,19 +450,20 @@ def _version(t: Tensor | None) -> int | None:
 
 
 def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
-    """The gradients that forward has computed, times grad_output."""
+    """The gradients that forward has computed, times grad_output. ``ctx.held``: these, what they lack as a factor, the
+    options, the operands and their versions."""
     count = rules.tensors
 
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
-        grads, operands = ctx.grads, ctx.operands
-        if grads is None:
+        if ctx.held is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time: the gradient of this loss was given away the "
                 "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
             )
-        scale = grad_output if ctx.scale is None else grad_output * ctx.scale
+        grads, factor, o, operands, versions = ctx.held
+        scale = grad_output if factor is None else grad_output * factor
         if not keeps_graph():
-            ctx.grads = ctx.operands = None
+            ctx.held = None
             if not (torch.is_grad_enabled() or _is_batched(grad_output) or _is_batched_by_legacy(grad_output)):
                 for g in grads:
                     if g is not None:
@@ -472,13 +474,13 @@ def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
             scaled: Grads = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
         if torch.is_grad_enabled():
             needs = tuple(g is not None for g in grads)
-            if tuple(map(_version, operands)) != ctx.versions:
+            if tuple(map(_version, operands)) != versions:
                 raise RuntimeError(
                     f"{rules.name}: one of the variables needed for gradient computation has been modified by an "
                     "inplace operation: an operand, which the second derivative needs as it was. Change a copy instead."
                 )
             operands += (None,) * (count - len(operands))
-            scaled = _differentiable(rules, scaled, grad_output, operands, ctx.options, needs)
+            scaled = _differentiable(rules, scaled, grad_output, operands, o, needs)
         return (None, *scaled) + (None,) * (count - len(scaled))
 
     return backward
@@ -491,6 +493,8 @@ def _recomputed(rules: Rules, ctx: Any, grad_output: Tensor | None, needs: Needs
     saved_tensors = ctx.saved_tensors  # once: checkpointing recomputes it
     tensors, saved = saved_tensors[: rules.tensors], saved_tensors[rules.tensors]
     needs = needs[: rules.wants]
+    if not (torch.is_grad_enabled() or functorch_active()):
+        return rules.backward(grad_output, tensors, saved, ctx.options, needs)
     with torch.no_grad():
         grads = rules.backward(grad_output, tensors, saved, ctx.options, needs)
     return _differentiable(rules, grads, grad_output, tensors, ctx.options, needs)

@@ -128,8 +128,12 @@ class _Pointwise(Rules):
             return False
         if weight is not None and weight.requires_grad:
             return False
+        if not _FINISHES[o.loss]:
+            return True
         # What is still in the cache is read again sooner than a gradient is scaled; both move as many bytes.
-        return not _FINISHES[o.loss] or (KINDS[o.loss].sums == 1 and tensors[0].numel() > _CACHED)
+        if tensors[0].numel() > _CACHED:
+            return KINDS[o.loss].sums == 1
+        return _is_plain(tensors, o, [t is not None and t.requires_grad for t in tensors[: self.wants]])
 
     def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
         return str(_call(ops.pointwise_regime, tensors=tensors, o=o))
@@ -158,8 +162,10 @@ _INPUT_ALONE = (True, *[False] * OPERANDS)
 
 
 def _is_plain(tensors: Tensors, o: Options, needs: Needs) -> bool:
-    """Input and target are given and nothing else; the input's gradient is wanted, its factor known beforehand."""
-    return tuple(tensors[2:]) == _ABSENT and tuple(needs) == _INPUT_ALONE and not _FINISHES[o.loss]
+    """Input and target are given and nothing else; the input's gradient is wanted; its factor is known beforehand, or
+    the operands can be read again from the cache."""
+    absent = tuple(tensors[2:]) == _ABSENT and tuple(needs) == _INPUT_ALONE
+    return absent and (not _FINISHES[o.loss] or tensors[0].numel() <= _CACHED)
 
 
 def _factor_is_known(tensors: Tensors, o: Options) -> bool:
@@ -330,7 +336,8 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
         return None
     if params:
         o = Options(*o[:3], 0, 0.0, *params)
-    return _engine.plain(input, target, o, o.reduction != NONE and not _FINISHES[o.loss])
+    fusable = o.reduction != NONE and (not _FINISHES[o.loss] or input.numel() <= _CACHED)
+    return _engine.plain(input, target, o, fusable)
 
 
 def check(
