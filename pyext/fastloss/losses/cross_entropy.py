@@ -286,8 +286,7 @@ def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
     if not (
         type(input) is type(target) is Tensor
         and type(reduction) is str
-        and input.is_cpu
-        and target.is_cpu
+        and (input.is_cpu and target.is_cpu or input.is_cuda and input.device == target.device)
         and target.dtype is torch.int64
         and input.dim() == 2
         and target.dim() == 1
@@ -296,7 +295,9 @@ def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
     ):
         return None
     o = _USUAL_OPTIONS.get((reduction, input.dtype))
-    return None if o is None else _engine.plain(input, target, o, o.reduction != NONE)
+    if o is None or (input.is_cuda and errors.immediate_errors()):
+        return None
+    return _engine.plain(input, target, o, o.reduction != NONE)
 
 
 def _checked_options(function: str, g: Given) -> Given:

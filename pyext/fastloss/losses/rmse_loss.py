@@ -60,7 +60,7 @@ def rmse_loss(
 
     Squares are summed in float64, in an order fixed by the shape: the same bits whatever the number of threads. Without
     ``dim`` the gradient of more than 2**20 squares is computed in the same pass and scaled once, in backward, by what
-    the root is; that of fewer is computed in backward.
+    the root is; that of fewer is computed from a second read, which finds them in the cache.
     """
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
