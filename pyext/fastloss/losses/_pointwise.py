@@ -323,7 +323,7 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
     if not (
         type(input) is type(target) is Tensor
         and type(reduction) is str
-        and (input.is_cpu and target.is_cpu or input.is_cuda and input.device == target.device)
+        and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
         and input.dtype is target.dtype
         and input.shape == target.shape
         and input.layout is target.layout is torch.strided

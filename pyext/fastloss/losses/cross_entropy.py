@@ -286,7 +286,7 @@ def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
     if not (
         type(input) is type(target) is Tensor
         and type(reduction) is str
-        and (input.is_cpu and target.is_cpu or input.is_cuda and input.device == target.device)
+        and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
         and target.dtype is torch.int64
         and input.dim() == 2
         and target.dim() == 1
