@@ -447,7 +447,7 @@ def test_explain(problem):
     x, t = problem
     with Operators() as called:
         explanation = fastloss.explain(x, t)
-    assert not any(name.startswith("fastloss.cross_entropy") for name in called.names)
+    assert not any("forward" in name or "grad" in name for name in called.names)
     assert explanation.handled_by == "fastloss"
     assert explanation.device.startswith(x.device.type)
     assert explanation.bytes_written == x.nbytes and explanation.bytes_read >= x.nbytes
