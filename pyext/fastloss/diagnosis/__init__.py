@@ -15,7 +15,7 @@ import torch
 from . import calculus, contract, plain_call
 from .calculus import _line
 from .report import Curve, Finding, Report, failed, skipped
-from .subject import NoGradientError, Subject, shapes
+from .subject import NoGradientError, NotOfferedError, Subject, shapes
 from .tasks import KINDS, Task, make_task
 
 __all__ = ["KINDS", "Curve", "Finding", "Report", "Task", "check", "make_task"]
@@ -25,12 +25,13 @@ def check(
     loss_fn: Callable[..., Any],
     kind: str | Task | None = None,
     *,
-    classes: int = 5,
+    classes: int | None = None,
     samples: int = 6,
     shape: tuple[int, ...] | None = None,
     ignore_index: int | None = None,
     reference: Callable[..., Any] | None = None,
     shift_invariant: bool | None = None,
+    couples_samples: bool = False,
     compile: bool | str = True,
     seed: int = 0,
     progress: bool | None = None,
@@ -45,10 +46,13 @@ def check(
     Args:
         loss_fn: ``(prediction, target) -> tensor``, a function or a module.
         kind: what it is fed with, one of :data:`KINDS` or a :class:`Task` of your own; by default guessed.
-        classes: number of classes C; samples: N; shape: what follows (N,) or (N, C), default (3,) for regression.
+        classes: number of classes C, by default 5 or what the loss takes; samples: N; shape: what follows (N,) or
+            (N, C), default (3,) for regression.
         ignore_index: target to be ignored, if the loss has one but no option of that name.
         reference: another implementation whose rounding errors are printed beside.
         shift_invariant: True if softmax is meant, so that a shift of all logits must change nothing.
+        couples_samples: True if the samples of a batch are meant to be compared with each other (contrastive losses,
+            Dice over the batch): batch size, order and leaks are left out.
         compile: also try torch.compile: True traces forward and backward into a graph (a second or two), 'inductor'
             generates code for it, too (several seconds, needs a C++ compiler).
         seed: of the random inputs.
@@ -62,7 +66,7 @@ def check(
         TypeError: ``loss_fn`` cannot be called.
     """
     began = time.perf_counter()
-    if samples < 2 or classes < 2:
+    if samples < 2 or (classes is not None and classes < 2):
         raise ValueError(f"samples and classes must be at least 2, got {samples} and {classes}")
     if compile not in (True, False, "inductor"):
         raise ValueError(f"compile must be True, False or 'inductor', got {compile!r}")
@@ -70,8 +74,10 @@ def check(
     title = plain_call.name_of(loss_fn)
     if kind is None:
         task, note = plain_call.guess(loss_fn, classes, shape)
+    elif isinstance(kind, Task) or classes is not None:
+        task, note = kind if isinstance(kind, Task) else make_task(kind, classes or 5, shape), ""
     else:
-        task, note = kind if isinstance(kind, Task) else make_task(kind, classes, shape), ""
+        task, note = plain_call.settle(loss_fn, kind, shape)
     subject = Subject(
         loss_fn,
         task,
@@ -80,6 +86,7 @@ def check(
         ignore_index=ignore_index,
         reference=reference,
         shift_invariant=shift_invariant,
+        couples_samples=couples_samples,
     )
     prediction, target = subject.sample()
     inputs = f"{KINDS.get(task.name, 'inputs of your own')}; {shapes(prediction, target)}"
@@ -117,6 +124,7 @@ def _run(
             return
         del properties[fault.name]
     subject.measure()
+    subject.drop_unused()
     if not math.isfinite(subject.value(*subject.sample())):
         report.notes.append("The value is not finite for an ordinary input: nothing else can be told.")
         properties = {k: v for k, v in properties.items() if k in ("finite", "optimum", "inputs untouched")}
@@ -162,7 +170,11 @@ def _examine(subject: Subject, examine: Callable[[Subject], Finding]) -> Finding
         return examine(subject)
     except NoGradientError as e:
         return _raises(subject, e) if subject.differentiable else skipped("The result has no gradient.")
+    except NotOfferedError as e:
+        return skipped(f"Not offered: the constructor refuses {_line(e)}")
     except Exception as e:
+        if not plain_call.raised_by_loss(e):
+            return skipped(f"Not examined: the tool cannot do it with such tensors ({type(e).__name__}: {_line(e)}).")
         return _raises(subject, e)
 
 
