@@ -250,8 +250,21 @@ def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
             ]
     if s.task.name == "binary_probabilities" and s.task.perfect is not None:  # in float32
         points.append(("predictions of exactly 0 and 1, and right", 10 * s.task.perfect(target), target, False))
+    if s.task.decided is not None and s.task.perfect is not None:
+        # Where a class does not occur, a ratio of what is found of it to what there is of it has nothing above and below.
+        absent = torch.zeros_like(target) if s.task.name != "sign" else -torch.ones_like(target)
+        best = s.task.perfect(absent)
+        far = 10 * best if s.task.link else best / best.abs().max() * s.task.huge
+        what = "one class only" if s.task.classes else "no positive target"
+        points += [(what, prediction, absent, False), (f"{what}, sure and right", far, absent, False)]
     if s.task.name in ("regression", "counts"):
         points.append(("a target of 0", prediction, torch.zeros_like(target), False))
+    if s.task.name == "regression":
+        zero = torch.zeros_like(target)
+        points += [
+            ("prediction and target of 0", zero, zero, False),
+            ("all targets equal", prediction, zero + 1, False),
+        ]
     if s.task.name == "counts":
         points.append(("a target of 0 and hardly any rate", prediction - 200, torch.zeros_like(target), True))
     if target.is_floating_point() and s.task.name in ("probabilities", "kl"):
@@ -284,6 +297,9 @@ STABLE = {
 }
 
 
+STEEP = ("predictions all equal", "predictions equal to the target", "a target of 0", "prediction and target of 0")
+
+
 def finite(s: Subject) -> Finding:
     tried: list[str] = []
     excused: Finding | None = None
@@ -292,7 +308,20 @@ def finite(s: Subject) -> Finding:
 
         def test(p: Tensor, t: Tensor, what: str = what, may: bool = may, grows: Any = exponential) -> Finding:
             value, grad = s.value_and_gradient(p, t)
-            if (math.isfinite(value) and bool(grad.isfinite().all())) or (what == "huge predictions" and not p.any()):
+            if math.isfinite(value) and bool(grad.isfinite().all()):
+                steepest = float(grad.abs().max()) if grad.numel() else 0.0
+                if what not in STEEP or not steepest > 1e4 * s.steepness * max(
+                    1.0, len(s.sample()[0]) / max(len(p), 1)
+                ):
+                    return passed("")
+                return warned(
+                    f"With {what} the gradient is {steepest:.4g}, where {s.steepness:.4g} is the largest at ordinary "
+                    "inputs.",
+                    "One such sample outweighs all others and throws the parameters far away: divide by a number that "
+                    "is not small against the data (1e-3, not 1e-8), or add such a number inside sqrt().",
+                    gradient=steepest,
+                )
+            if what == "huge predictions" and not p.any():
                 return passed("")
             count, excuse = int((~grad.isfinite()).sum()), bool(grows and grows())
             gradient_is = f"not finite in {count} of {grad.numel()} entries" if count else "finite"
@@ -332,7 +361,9 @@ def _raises_in(s: Subject, dtype: torch.dtype, prediction: Tensor, target: Tenso
 
 
 # An operation that does not come in this dtype: a gap, not a mistake.
-UNSUPPORTED = re.compile(r"not implemented for|not supported|[Uu]nsupported|only supports?\b|does not support|must be one of")
+UNSUPPORTED = re.compile(
+    r"not implemented for|not supported|[Uu]nsupported|only supports?\b|does not support|must be one of"
+)
 
 
 def half_precision(s: Subject) -> Finding:
@@ -573,6 +604,9 @@ def useful_gradient(s: Subject) -> Finding:
                 if missing.bad:
                     return missing
     if s.task.decided is not None and s.task.perfect is not None:
+        linear = s.judged(functools.partial(_is_a_probability, s), *s.sample())
+        if linear.bad:
+            return linear
 
         def wrong(prediction: Tensor, target: Tensor) -> Finding:
             if s.gradient(prediction, target).any():
@@ -588,6 +622,36 @@ def useful_gradient(s: Subject) -> Finding:
         if flat.bad:
             return flat
     return found
+
+
+def _is_a_probability(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    """Whether the loss is minus the probability of what is right, where its logarithm is usual."""
+    if s.task.classes and not target.is_floating_point():
+        given = prediction.softmax(1).movedim(1, -1)
+        labels = target.reshape(given.shape[:-1]) if target.numel() * given.shape[-1] == given.numel() else None
+        if labels is None or bool(((labels < 0) | (labels >= given.shape[-1])).any()):
+            return passed("")
+        right = given.gather(-1, labels[..., None])
+    elif s.task.name in ("binary", "binary_probabilities", "masks"):
+        right = torch.where(target > 0.5, prediction.sigmoid(), (-prediction).sigmoid())
+    else:
+        return passed("")
+    shares = right.reshape(len(right), -1).mean(1)
+    if len(shares) < 2 or float(shares.max() - shares.min()) < 1e-3:
+        return passed("")
+    values = torch.tensor([s.value(prediction[i : i + 1], target[i : i + 1]) for i in range(len(shares))]).double()
+    scale = float(values.norm() / shares.norm())
+    if scale == 0 or not float((values + scale * shares).abs().max()) <= 1e-6 * scale:
+        return passed("")
+    assert s.task.perfect is not None
+    wrong, undecided = (s.gradient(x * s.task.perfect(target), target).abs().max() for x in (-1.0, 0.0))
+    return failed(
+        f"The value is minus the probability of what is right; where the prediction is sure and wrong, the gradient is "
+        f"{float(wrong):.2g}, where it is undecided {float(undecided):.2g}.",
+        "The worst mistakes are not corrected. A logarithm is missing: nll_loss takes log-probabilities (log_softmax, "
+        "not softmax), cross_entropy takes logits.",
+        gradient=float(wrong),
+    )
 
 
 def _bisect(f: Callable[[float], float], low: float, high: float, enough: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import itertools
 import math
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -436,6 +436,8 @@ def _weight_at(
         for g in grads
     ]
     left, unit_size = (float(g.max()) if g.numel() else 0.0 for g in sizes)
+    if what == "class" and _one_against_the_rest(s, option, bare, w, prediction, target):
+        return passed("")
     # With label smoothing the other classes' weights leave a small part.
     small = what == "class" and left < 0.5 * unit_size
     if left > 1e-12 and not small and not _acts_on_its_own(s, option, what, bare, w, prediction, target):
@@ -462,13 +464,23 @@ def labels_of(prediction: Tensor, target: Tensor) -> Tensor | None:
     return target.reshape(shape) if same else None
 
 
+def _one_against_the_rest(
+    s: Subject, option: str, bare: dict[str, Any], w: Tensor, prediction: Tensor, target: Tensor
+) -> bool:
+    """A class's weight acts on the column of that class alone."""
+    zeroed = w.clone()
+    zeroed[0] = 0
+    grads = [s.gradient(prediction, target, **{**bare, option: x})[:, 0] for x in (zeroed, torch.ones_like(w))]
+    return not grads[0].any() and bool(grads[1].any())
+
+
 def _acts_on_its_own(
     s: Subject, option: str, what: str, bare: dict[str, Any], w: Tensor, prediction: Tensor, target: Tensor
 ) -> bool:
     """Where a weight of 0 leaves a gradient: whether it is still the weight of what it should be.
 
-    Label smoothing, regions and one-vs-rest losses let the weights of the other classes act on a sample, too. Then it is
-    its own class's that matters most, or each class's acts on the column of that class alone.
+    Label smoothing and regions let the weights of the other classes act on a sample, too. Then it is its own class's
+    that matters most.
     """
 
     def grad(weight: Tensor, at: Tensor = prediction) -> Tensor:
@@ -490,10 +502,7 @@ def _acts_on_its_own(
         zeroed[c] = 0
         return grad(zeroed).movedim(1, -1)
 
-    own = without(0)
-    if not own[..., 0].any():
-        return True  # one against the rest
-    off = labels == 0
+    own, off = without(0), labels == 0
     left, *others = (float(g[off].abs().sum()) for g in (own, *(without(c) for c in range(1, len(w)))))
     return left < 0.999 * min(others)
 
@@ -642,6 +651,8 @@ def inputs_untouched(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 @at_random()
 def repeatable(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     p = prediction.float()
+    if _unwritten(s, p, target):
+        return failed("The value is made of memory that was never written.", UNWRITTEN)
     first, grad = s.result(p, target).detach(), s.gradient(p, target)
     for _ in range(s.some(4, 2)):
         again, other = s.result(p, target).detach(), s.gradient(p, target)
@@ -740,6 +751,32 @@ def empty(s: Subject) -> Finding:
     return s.judged(functools.partial(_empty_at, s), prediction[:0], target[:0])
 
 
+@contextlib.contextmanager
+def _filled() -> Iterator[None]:
+    """Memory that is made and not written holds nan."""
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic
+    fill = options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    options.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        options.fill_uninitialized_memory = fill
+
+
+def _unwritten(s: Subject, prediction: Tensor, target: Tensor) -> bool:
+    """The value is made of memory that nobody has written: it becomes nan where such memory is filled with that."""
+    if math.isnan(s.value(prediction, target)):
+        return False
+    with _filled():
+        return math.isnan(s.value(prediction, target))
+
+
+UNWRITTEN = "Such a number is anything, and another one tomorrow: write every element, or use zeros() for empty()."
+
+
 def _empty_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     why = "The last batch of a filtered data set may be empty; torch's losses return 0 or nan."
     given = f"No sample ({shapes(prediction, target)})"
@@ -751,6 +788,8 @@ def _empty_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         raise
     except Exception as e:
         return warned(f"{given} raises {type(e).__name__}: {_line(e)}", why)
+    if _unwritten(s, prediction, target):
+        return failed(f"{given}: the value {value:.4g} is read from memory that was never written.", UNWRITTEN)
     if value != 0 and not math.isnan(value):
         return warned(f"{given}: the value is {value:.4g}.", why, value=value)
     return passed(f"No samples: value {value:g}, gradient of shape {list(grad.shape)}.", value=value)
@@ -949,7 +988,75 @@ def compiles(backend: str) -> Property:
     return with_backend
 
 
+def as_reference(s: Subject) -> Finding:
+    """The same value, gradient, dtype and reductions as another implementation."""
+    if s.reference is None:
+        return skipped("No reference= to compare with.")
+    compared: list[str] = []
+    first_refusal = ""
+    cases: list[tuple[str, Tensor, Tensor, dict[str, Any]]] = [(f"at {w} points", p, t, {}) for w, p, t in s.points()]
+    prediction, target = s.sample()
+    if "reduction" in s.options:
+        cases += [(f"with reduction={r!r}", prediction, target, {"reduction": r}) for r in ("none", "sum", "mean")]
+    if s.ignore_index is not None and not target.is_floating_point():
+        some = target.clone()
+        some.view(-1)[::2] = s.ignore_index
+        cases.append(("with ignored targets", prediction, some, {}))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        t = target.to(dtype) if target.is_floating_point() else target
+        cases.append((f"in {_dtype(dtype)}", prediction.to(dtype), t, {}))
+    for where, prediction, target, options in cases:
+        try:
+            s.result(prediction, target, fn=s.reference, **options)
+        except Exception as e:
+            first_refusal = first_refusal or f" Not compared {where}: the reference raises {_line(e)}"
+            continue
+        found = s.judged(functools.partial(_as_reference_at, s, where, options), prediction, target)
+        if found.bad:
+            return found
+        compared.append(where)
+    if not compared:
+        return failed(f"Nothing could be compared.{first_refusal}", "The reference has to take the same inputs.")
+    return passed(f"Value, gradient, shape and dtype are the reference's {', '.join(compared)}.{first_refusal}")
+
+
+def _as_reference_at(s: Subject, where: str, options: dict[str, Any], prediction: Tensor, target: Tensor) -> Finding:
+    why = "A loss that is to replace another must cost and pull the same: look at the example in both."
+    leaf = prediction.clone().requires_grad_()
+    try:
+        own, want = (s.result(leaf, target, fn=fn, **options) for fn in (s.fn, s.reference))
+    except NoGradientError:
+        raise
+    if own.shape != want.shape or own.dtype != want.dtype:
+        form = [f"{_dtype(x.dtype)} {list(x.shape)}" for x in (own, want)]
+        return failed(f"{where.capitalize()} the result is {form[0]}, the reference's {form[1]}.", why)
+    # Half of the digits that the dtype has; in half precision what two roundings in a row may cost.
+    eps = max(torch.finfo(x.dtype).eps for x in (own, prediction))
+    if s.rounds_to is not None:
+        eps = max(eps, torch.finfo(s.rounds_to).eps)
+    tolerance = max(8 * eps, math.sqrt(eps) * 1e-2) if eps > 1e-5 else math.sqrt(eps) * (0.1 if eps > 1e-10 else 1)
+    pairs = [("value", own.detach().double(), want.detach().double())]
+    if own.requires_grad or want.requires_grad:
+        pairs.append(("gradient", *(slope(out.sum(), leaf).double() for out in (own, want))))
+    for what, a, b in pairs:
+        level = max(float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 0.0, 1e-30)
+        if (
+            bool((a.isfinite() != b.isfinite()).any())
+            or not _off(*(x.nan_to_num(0, 0, 0) for x in (a, b))) <= tolerance * level
+        ):
+            entry = int((a - b).abs().nan_to_num(math.inf).argmax())
+            here, there = float(a.reshape(-1)[entry]), float(b.reshape(-1)[entry])
+            return failed(
+                f"{where.capitalize()} the {what} is {here:.8g}, the reference's {there:.8g}.",
+                why,
+                own=here,
+                reference=there,
+            )
+    return passed("")
+
+
 PROPERTIES: dict[str, Property] = {
+    "same as reference": as_reference,
     "repeatable": repeatable,
     "reductions": reductions,
     "no leak between samples": leaks,

@@ -22,8 +22,8 @@ from .tasks import KINDS, Task, make_task
 Loss = Callable[..., Any]
 OWN = os.path.dirname(os.path.dirname(__file__))
 OF_CLASSES = ("classification", "log_probabilities", "class_probabilities")  # class indices
-GUESSES: tuple[str, ...] = (*OF_CLASSES, "regression", "binary", "probabilities", "sign", "kl", "binary_probabilities")
-GUESSES += ("distance", "counts", "positive", "distance_different", "distance_same")
+GUESSES: tuple[str, ...] = (*OF_CLASSES, "regression", "binary", "counts", "probabilities", "sign", "kl")
+GUESSES += ("binary_probabilities", "distance", "positive", "distance_different", "distance_same")
 SHAPED = ("segmentation", "masks", "images", "boxes")  # tried where nothing else is taken
 OF_THREE = ("triplets", "pairs", "rankings", "gaussian")  # for a loss of three arguments
 FLOAT32_ONLY = (
@@ -69,12 +69,10 @@ def guess(fn: Loss, classes: int | None, shape: tuple[int, ...] | None) -> tuple
         text = ", though it fits badly" if badly else " from what the loss takes"
         return task, f"The kind is a guess{text}: {task.name}{how}{shaped}. Pass kind= for another."
 
-    if len(_required(fn)) > 2:
-        for kind in OF_THREE:
-            task = make_task(kind, 5, shape)
-            levels = _levels(fn, task)
-            if _fits(levels) or (kind == "gaussian" and levels and levels[0] < levels[1]):
-                return chosen(task, classes or 5)
+    for kind in _named(_required(fn)):
+        task = make_task(kind, 5, shape)
+        if _takes(fn, task) or (kind == "gaussian" and _levels(fn, task)):
+            return chosen(task, classes or 5)
     for count in counts:
         by_class = [(task, _levels(fn, task)) for task in (make_task(kind, count, shape) for kind in OF_CLASSES)]
         fitting = [task for task, levels in by_class if _fits(levels)]
@@ -87,18 +85,19 @@ def guess(fn: Loss, classes: int | None, shape: tuple[int, ...] | None) -> tuple
         taken += [task for task, levels in by_class if levels is not None]
         for kind in GUESSES[len(OF_CLASSES) :] if count == counts[0] else ("probabilities", "kl"):
             task = make_task(kind, count, shape)
-            levels = _levels(fn, task)
-            if _fits(levels):
+            if _takes(fn, task):
                 return chosen(task, count)
-            taken += [task] if levels is not None and count == counts[0] else []
+            taken += [task] if count == counts[0] and _levels(fn, task) is not None else []
+        if count == counts[0] and _nearly(fn, make_task("regression", count, shape)):
+            return chosen(make_task("regression", count, shape), count)
     for kind in SHAPED if shape is None else ():
         for count in counts if kind == "segmentation" else counts[:1]:
             task = make_task(kind, count)
-            if _fits(_levels(fn, task)):
+            if _takes(fn, task):
                 return chosen(task, count)
     for kind in GUESSES:
         task = make_task(kind, counts[0], shape)
-        if task.call is None and _fits(_levels(lambda p, t: fn(t, p), task)):
+        if task.call is None and _takes(lambda p, t: fn(t, p), task):
             return task, f"As (target, prediction) it would fit {kind}: the prediction comes first, as in torch."
     if taken:
         return chosen(taken[0], classes or 5, badly=True)
@@ -107,15 +106,32 @@ def guess(fn: Loss, classes: int | None, shape: tuple[int, ...] | None) -> tuple
     )
 
 
+def _named(required: list[str]) -> list[str]:
+    """The kinds of three arguments that the names of a loss's arguments tell."""
+    if len(required) != 3:
+        return []
+    first, second, third = (name.lower() for name in required)
+    if first.startswith("anchor") or third.startswith("neg"):
+        return ["triplets"]
+    if third.startswith(("var", "sigma", "std")):
+        return ["gaussian"]
+    return ["pairs", "rankings"] if (first[-1], second[-1]) in (("1", "2"), ("a", "b"), ("l", "r")) else []
+
+
+def _nearly(fn: Loss, task: Task) -> bool:
+    """Least somewhere beside what is right, as with a penalty."""
+    levels = _levels(fn, task)
+    return levels is not None and all(map(math.isfinite, levels)) and levels[0] < min(levels[1:4])
+
+
 def _likeliest(fn: Loss) -> str:
     """Two calls to try, for a loss that no kind was found for."""
     required, name = _required(fn), name_of(fn)
     if len(required) > 2:
-        named = {"triplets": ("anchor", "positive", "negative"), "gaussian": ("var", "variance", "sigma", "log_var")}
-        first = next((k for k, words in named.items() if {*words} & {*required}), "pairs")
+        first = [*_named(required), "pairs"][0]
         return (
-            f"Try fastloss.check({name}, {first!r}), or a Task with call=lambda loss, p, t: loss(...) that gives it what "
-            "it takes."
+            f"Try fastloss.check({name}, {first!r}), or a Task with call=lambda loss, p, t: loss(...) that gives it "
+            "what it takes."
         )
     sizes = sizes_in(fn)
     first = f'"classification", classes={sizes[0] if sizes else 3}'
@@ -187,7 +203,10 @@ def _levels(fn: Loss, task: Task) -> list[float] | None:
     points = [right, 3 * right, prediction]
     if task.decided is None:
         noise = torch.randn(right.shape, generator=generator).double()
-        points += [right + x * noise for x in (0.5, 0.1, -0.1)]
+        points.append(right + 0.5 * noise)
+        for x in (0.1, 0.01, 0.01):
+            noise = torch.randn(right.shape, generator=generator).double()
+            points += [right + x * noise, right - x * noise]
     for dtype in (torch.float64, torch.float32):
         try:
             with warnings.catch_warnings():
@@ -200,12 +219,34 @@ def _levels(fn: Loss, task: Task) -> list[float] | None:
     return None
 
 
-def _fits(levels: list[float] | None) -> bool:
+EXACT = ("regression", "counts", "positive", "images", "boxes", "kl", "probabilities")
+
+
+def _takes(fn: Loss, task: Task) -> bool:
+    """It takes such inputs and is least where the prediction is right."""
+    if task.name == "counts" and _shift_does_not_matter(fn, task):
+        return False  # softmax: shares, not rates
+    return _fits(_levels(fn, task), task.name in EXACT)
+
+
+def _shift_does_not_matter(fn: Loss, task: Task) -> bool:
+    prediction, target = task.make(7, torch.Generator().manual_seed(0))
+    try:
+        before, after = (_level(fn, task, p, target) for p in (prediction, prediction + 0.5))
+    except Exception:
+        return False
+    return abs(before - after) <= 1e-9 * abs(before)
+
+
+def _fits(levels: list[float] | None, exact: bool = True) -> bool:
     if levels is None or not all(map(math.isfinite, levels)):
         return False
     least, exaggerated, wrong, *beside = levels
     if beside:
-        return least <= min(beside) and least < min(exaggerated, wrong, beside[0])
+        slack = 1e-6 * abs(wrong)
+        # Where numbers are to be met exactly, everything else costs more; distances need only be small, or large.
+        nearest = min(exaggerated, beside[0]) - least
+        return least <= min(beside) + slack and least < wrong - slack and nearest > (slack if exact else -slack)
     margin = 0.1 * abs(wrong)  # of a decision: surer is no worse, and nearly nothing is left
     return least < wrong and exaggerated > least - margin and (least < 0 or least < margin)
 
@@ -336,7 +377,7 @@ def _hint(s: Subject, e: Exception) -> str:
     others = [
         f"{kind} ({KINDS[kind]})"
         for kind in GUESSES
-        if kind not in (s.task.name, "sign", "distance", "counts", "kl") and _fits(_levels(s.fn, make_task(kind)))
+        if kind not in (s.task.name, "sign", "distance", "counts", "kl") and _takes(s.fn, make_task(kind))
     ]
     for count in sizes_in(s.fn) if s.task.classes else ():
         if _levels(s.fn, make_task("classification", count)):

@@ -97,6 +97,13 @@ class Subject:
             if min(seconds) > 0.02 and len(seconds) > 1:
                 break
         self.cost = min(seconds)
+        try:
+            for more in (1, 2):
+                self.value(*self.sample(self.samples + more))
+        except Exception:  # it may want pairs, or as many of each class
+            with contextlib.suppress(Exception):
+                self.value(*self.sample(2 * self.samples))
+                self.step = self.samples
 
     @property
     def effort(self) -> float:
@@ -158,6 +165,13 @@ class Subject:
     def call(self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """The same of what is linked already."""
         fn = fn or self.fn
+        if self.needs_graph and not (prediction.requires_grad and torch.is_grad_enabled()):
+            with torch.enable_grad():
+                out = self.call(prediction.detach().requires_grad_(), target, fn, **options)
+            outs = [
+                x.detach() if isinstance(x, Tensor) else x for x in (out if isinstance(out, (tuple, list)) else [out])
+            ]
+            return outs if isinstance(out, (tuple, list)) else outs[0]
         if self.float32_only and prediction.dtype == torch.float64:
             target = target.float() if target.is_floating_point() else target
             options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -166,7 +180,11 @@ class Subject:
             return out.double() if isinstance(out, Tensor) and out.is_floating_point() else out
         if isinstance(fn, torch.nn.Module):
             module = self._like(fn, prediction)
-            fn, options = (self._configured(module, options) if options else module), {}
+            if options:
+                own = fn is self.fn
+                fn, options = (self._configured(module, options) if own else configured(module, options)), {}
+            else:
+                fn = module
         if self.task.call is not None:
             return self.task.call(functools.partial(fn, **options) if options else fn, prediction, target)
         return fn(prediction, target, **options)
@@ -253,10 +271,8 @@ class Subject:
 
     def value(self, prediction: Tensor, target: Tensor, total: Total = Tensor.sum, **options: Any) -> float:
         """The result, summed if it is no scalar."""
-        if self.needs_graph:
-            prediction = prediction.detach().requires_grad_()
-        with torch.set_grad_enabled(self.needs_graph):
-            return float(total(self.result(prediction, target, **options).double()).detach())
+        with torch.no_grad():
+            return float(total(self.result(prediction, target, **options).double()))
 
     def gradient(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Of the summed result by the prediction, detached."""
@@ -315,6 +331,12 @@ class Subject:
         return value if math.isfinite(value) else 0.0
 
     @functools.cached_property
+    def steepness(self) -> float:
+        """The largest entry of the gradient at ordinary inputs."""
+        tops = [float(self.gradient(*self.sample(salt=salt)).abs().max()) for salt in range(3)]
+        return max([x for x in tops if math.isfinite(x)], default=math.inf) or math.inf
+
+    @functools.cached_property
     def shifts(self) -> bool:
         """A small constant added to all logits of a row changes nothing: softmax is meant."""
         if not self.task.classes:
@@ -353,7 +375,8 @@ class Subject:
     def shown(self, finding: Finding, prediction: Tensor, target: Tensor) -> Finding:
         """With this input, as the loss is given it."""
         inputs = {"prediction": self.linked(prediction).tolist(), "target": target.tolist()}
-        return replace(finding, example={**inputs, **(finding.example or {})})
+        dtype = str(prediction.dtype)
+        return replace(finding, example={**inputs, **(finding.example or {})}, dtype=finding.dtype or dtype)
 
 
 def _reason(finding: Finding) -> tuple[str, str, str]:
