@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .report import Curve, Finding, failed, passed, skipped, warned
+from .report import Curve, Finding, failed, noted, passed, skipped, warned
 from .subject import NoGradientError, Subject
 
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-8)
@@ -251,7 +252,7 @@ def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
     if s.task.name == "binary_probabilities" and s.task.perfect is not None:  # in float32
         points.append(("predictions of exactly 0 and 1, and right", 10 * s.task.perfect(target), target, False))
     if s.task.decided is not None and s.task.perfect is not None:
-        # Where a class does not occur, a ratio of what is found of it to what there is of it has nothing above and below.
+        # Where a class does not occur, a ratio of what is found of it to what there is of it is 0/0.
         absent = torch.zeros_like(target) if s.task.name != "sign" else -torch.ones_like(target)
         best = s.task.perfect(absent)
         far = 10 * best if s.task.link else best / best.abs().max() * s.task.huge
@@ -300,6 +301,99 @@ STABLE = {
 STEEP = ("predictions all equal", "predictions equal to the target", "a target of 0", "prediction and target of 0")
 
 
+# The operation that was seen to make it, in forward or (Backward) in the slope: what to do.
+CAUSES = {
+    r"^(sqrt|.*norm).*Backward": "the slope of sqrt() and norm() at 0 is infinite: add a small number inside.",
+    r"^pow.*Backward": "the slope of a power below 1 at 0 is infinite: clamp what is raised, or add a small number.",
+    r"^log.*Backward": "the slope of log() at 0 is infinite: clamp inside log(), or use logits.",
+    r"^a(cos|sin).*Backward": "the slope of acos() and asin() at 1 is infinite: clamp inside.",
+    r"^(xlogy|entr)": "xlogy's slope at 0 is infinite: clamp what the logarithm is taken of.",
+    r"^log": "log(0) is infinite and 0 * log(0) is nan: use xlogy() or logits, or clamp inside log().",
+    r"^(div|reciprocal)": "a division by 0: clamp the divisor from below, or add a small number above and below.",
+    r"^rsqrt": "one through the root of 0: add a small number inside.",
+    r"^(exp|cosh|sinh|expm1)": "an exponential overflows: use the stable form (log_softmax, logsumexp, softplus, "
+    "logaddexp, log1p).",
+    r"^(pow|square|mul)": "a product or power overflows: scale down before, or clamp.",
+}
+
+
+class _Origin(TorchDispatchMode):
+    """The first operation whose result is not finite though all that it is given is."""
+
+    name = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.name and isinstance(out, Tensor) and out.is_floating_point() and not bool(out.isfinite().all()):
+            given = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+            if given and all(bool(x.isfinite().all()) for x in given):
+                self.name = str(func).split(".")[1].strip("_")
+        return out
+
+
+def _origin(s: Subject, prediction: Tensor, target: Tensor) -> str:
+    """The operation, as in 'log' or 'sqrtBackward', that makes what is not finite; '' if it cannot be told."""
+    leaf = prediction.detach().clone().requires_grad_()
+    with _Origin() as forward:
+        out = s.result(leaf, target).sum()
+    if forward.name or out.grad_fn is None:
+        return forward.name
+    found: list[str] = []
+
+    def watch(node: Any) -> Callable[[Any, Any], None]:
+        def hook(given: Any, received: Any) -> None:
+            def sound(grads: Any) -> bool:
+                return all(g is None or bool(g.isfinite().all()) for g in grads)
+
+            if not sound(given) and sound(received):
+                found.append(node.name().rstrip("0123456789"))
+
+        return hook
+
+    seen, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            node.register_hook(watch(node))
+            todo += [n for n, _ in node.next_functions if n is not None]
+    torch.autograd.grad(out, leaf, allow_unused=True)
+    return found[0][0].lower() + found[0][1:] if found else ""
+
+
+def _remedy(s: Subject, what: str, prediction: Tensor, target: Tensor) -> str:
+    """What to do about a value or slope that is not finite: of the operation that was seen, or else of the place."""
+    try:
+        origin = _origin(s, prediction, target)
+    except Exception:  # said elsewhere
+        origin = ""
+    cause = next((v for k, v in CAUSES.items() if re.search(k, origin)), None) if "masked" not in what else None
+    text = cause or next(v for k, v in STABLE.items() if k in what)
+    ours = sound_form(s, what, origin)
+    return f"{text} fastloss.{ours} is sound there." if ours else text
+
+
+def sound_form(s: Subject, what: str, origin: str) -> str:
+    """The loss of fastloss that is sound where this one is not, if it is told by what was seen."""
+    name = re.sub(r"\W|_", "", getattr(s.fn, "__name__", type(s.fn).__name__)).lower()
+    if ("only" in what or "no positive" in what) and origin.startswith("div"):
+        return "dice_loss"
+    if s.task.name in ("classification", "segmentation") and origin.startswith(("log", "exp", "div")):
+        return "focal_loss" if "focal" in name else "cross_entropy"
+    if s.task.name in ("binary", "masks") and origin.startswith(("log", "exp")):
+        return "binary_cross_entropy_with_logits"
+    if s.task.name == "regression":
+        if origin.startswith("cosh"):
+            return "log_cosh_loss"
+        if "cos" in name:
+            return "cosine_distance_loss"
+        if "equal to the target" in what and re.match("(sqrt|pow|.*norm).*Backward", origin):
+            return "rmse_loss"
+        if "of 0" in what and origin.startswith("div"):
+            return "relative_l1_loss(..., eps=...)"
+    return ""
+
+
 def finite(s: Subject) -> Finding:
     tried: list[str] = []
     excused: Finding | None = None
@@ -314,7 +408,7 @@ def finite(s: Subject) -> Finding:
                     1.0, len(s.sample()[0]) / max(len(p), 1)
                 ):
                     return passed("")
-                return warned(
+                return noted(
                     f"With {what} the gradient is {steepest:.4g}, where {s.steepness:.4g} is the largest at ordinary "
                     "inputs.",
                     "One such sample outweighs all others and throws the parameters far away: divide by a number that "
@@ -331,7 +425,7 @@ def finite(s: Subject) -> Finding:
             return (failed if zero_times_inf or not (may or excuse) else warned)(
                 f"With {what} the value is {value:.4g}, the gradient {gradient_is} (float32)."
                 + (" The loss itself grows exponentially." if excuse else ""),
-                "One such sample turns every parameter into nan: " + next(v for k, v in STABLE.items() if k in what),
+                "One such sample turns every parameter into nan: " + _remedy(s, what, p, t),
                 value=value,
                 nonfinite_gradients=count,
             )
@@ -340,8 +434,10 @@ def finite(s: Subject) -> Finding:
         found = s.judged(test, prediction.float(), target)
         if found.status == "failure":
             return found
-        if found.bad:
-            excused = excused or found
+        if found.bad and not (excused and excused.bad):
+            excused = found
+        elif found.status == "note":
+            excused = excused or s.shown(found, prediction, target)
     return excused or passed(f"Value and gradient are finite with {', '.join(tried)}.")
 
 
@@ -483,7 +579,9 @@ def precision(s: Subject) -> Finding:
         shown = s.judged(at_worst, p, t)
         if shown.bad:
             break
-    return replace(status(f"{evidence} {shown.evidence}".strip(), why, **numbers), example=shown.example)
+    return replace(
+        status(f"{evidence} {shown.evidence}".strip(), why, **numbers), example=shown.example, dtype=shown.dtype
+    )
 
 
 PRECISION = {torch.float32: (200.0, 1e4), torch.float16: (32.0, 300.0), torch.bfloat16: (16.0, 100.0)}  # warn, fail

@@ -460,7 +460,7 @@ def _weight_at(
 def labels_of(prediction: Tensor, target: Tensor) -> Tensor | None:
     """Class indices in the prediction's shape without its classes, also where the target has a dimension of 1 there."""
     shape = prediction.shape[:1] + prediction.shape[2:]
-    same = target.shape == shape or target.shape == prediction.shape[:1] + (1,) + prediction.shape[2:]
+    same = target.shape == shape or target.shape == (*prediction.shape[:1], 1, *prediction.shape[2:])
     return target.reshape(shape) if same else None
 
 
@@ -597,7 +597,8 @@ def ignored_targets(s: Subject) -> Finding:
         except NoGradientError:
             return failed(
                 "A batch in which everything is ignored returns a number without a gradient: backward() raises.",
-                "One such batch stops training: return prediction.sum() * 0, or divide by max(count, 1).",
+                "One such batch stops training: return prediction.sum() * 0, or divide by max(count, 1). "
+                "fastloss.cross_entropy(..., all_ignored='zero') does.",
             )
         if math.isfinite(value) and bool(grad.isfinite().all()):
             return passed("No value, count or gradient from ignored targets; an all-ignored batch is finite.")
@@ -605,7 +606,7 @@ def ignored_targets(s: Subject) -> Finding:
             f"A batch in which everything is ignored has value {value:.4g}, gradient "
             f"{'finite' if grad.isfinite().all() else 'not finite'}.",
             "0/0, as in torch: one such batch makes every parameter nan if the gradient is nan; skip it or divide by "
-            "max(count, 1).",
+            "max(count, 1), as fastloss.cross_entropy(..., all_ignored='zero') does.",
             value=value,
         )
 
@@ -1035,11 +1036,13 @@ def _as_reference_at(s: Subject, where: str, options: dict[str, Any], prediction
     if s.rounds_to is not None:
         eps = max(eps, torch.finfo(s.rounds_to).eps)
     tolerance = max(8 * eps, math.sqrt(eps) * 1e-2) if eps > 1e-5 else math.sqrt(eps) * (0.1 if eps > 1e-10 else 1)
-    pairs = [("value", own.detach().double(), want.detach().double())]
+    pairs: list[tuple[str, Tensor, Tensor]] = [("value", own.detach().double(), want.detach().double())]
     if own.requires_grad or want.requires_grad:
-        pairs.append(("gradient", *(slope(out.sum(), leaf).double() for out in (own, want))))
+        pairs.append(("gradient", slope(own.sum(), leaf).double(), slope(want.sum(), leaf).double()))
     for what, a, b in pairs:
-        level = max(float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 0.0, 1e-30)
+        ordinary = s.level if what == "value" else s.steepness  # next to nothing may be rounding
+        level = float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 0.0
+        level = max(level, 1e-6 * ordinary if math.isfinite(ordinary) else 0.0, 1e-30)
         if (
             bool((a.isfinite() != b.isfinite()).any())
             or not _off(*(x.nan_to_num(0, 0, 0) for x in (a, b))) <= tolerance * level

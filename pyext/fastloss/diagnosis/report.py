@@ -60,6 +60,10 @@ def failed(evidence: str, why: str, **numbers: Any) -> Finding:
     return Finding("", "failure", evidence, numbers, None, why)
 
 
+def noted(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "note", evidence, numbers, None, why)
+
+
 def warned(evidence: str, why: str, **numbers: Any) -> Finding:
     return Finding("", "warning", evidence, numbers, None, why)
 
@@ -128,7 +132,7 @@ class Report:
         marks = {"failure": "FAIL", "warning": "warn", "note": "note", "pass": "ok", "skipped": "-"}
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             head = f"{marks[f.status]:<4}  {f.name:<{width}}  "
-            text = [f.evidence, f.why] if f.bad else [f.evidence]
+            text = [f.evidence, f.why]
             if f.same_as:
                 text = [f"{f.evidence} The same cause as {f.same_as}."]
             elif f.example is not None and f.bad:
@@ -150,7 +154,7 @@ class Report:
         rows = []
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             text = html.escape(f.evidence)
-            if f.bad:
+            if f.why:
                 text += f'<div class="why">{html.escape(f.why)}</div>' if f.why else ""
                 text += f'<div class="why">The same cause as {html.escape(f.same_as)}.</div>' if f.same_as else ""
                 given = "\n".join(f"{k} = {_code(v, f.dtype)}" for k, v in (f.example or {}).items())
