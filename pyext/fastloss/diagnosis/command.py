@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("loss", help="package.module:name or file.py:name, a function, an nn.Module or its class")
     parser.add_argument("--kind", choices=[*KINDS], help="what the loss is fed with (default: guessed)")
-    parser.add_argument("--classes", type=int, default=5)
+    parser.add_argument("--classes", type=int)
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--shape", type=int, nargs="*", help="what follows (samples,) or (samples, classes)")
     parser.add_argument("--ignore-index", type=int)
