@@ -313,15 +313,15 @@ def test_allocations(entropy, device):
 
 def test_wrong_arguments(device):
     logits, index = problem(2, 3, 7, device=device, ignored=False)
-    with pytest.raises(ValueError, match="index must have one token for each row, of shape \\[2, 3\\], got \\[6\\]"):
+    with pytest.raises(ValueError, match=r"index must have one token for each row, of shape \[2, 3\], got \[6\]"):
         fastloss.token_log_probs(logits, index.flatten())
-    with pytest.raises(RuntimeError, match="index must have an integer dtype, got torch.float32"):
+    with pytest.raises(RuntimeError, match="index must have an integer dtype, got"):
         fastloss.token_log_probs(logits, index.float())
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         fastloss.token_log_probs(logits, index, temperature=0)
     with pytest.raises(ValueError, match="softcap must be positive or None, got -1"):
         fastloss.token_log_probs(logits, index, softcap=-1)
-    with pytest.raises(NotImplementedError, match="torch.int64"):
+    with pytest.raises(NotImplementedError, match="dtype torch"):
         fastloss.token_log_probs(index, index[:, 0])
     with pytest.raises(ValueError, match="last dimension of tokens"):
         fastloss.token_log_probs(logits[0, 0, 0], index[0, 0])
@@ -413,9 +413,9 @@ def test_linear_no_logits_in_memory(function, device):
 def test_linear_second_derivatives_and_transforms_are_refused():
     input, weight, _, index = head(bias=False)
     log_prob = fastloss.linear_token_log_probs(input, weight, index)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice .*token_log_probs"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice .*token_log_probs"):
         torch.autograd.grad(log_prob.sum(), input, create_graph=True)
-    with pytest.raises(NotImplementedError, match="not under torch.func.*token_log_probs"):
+    with pytest.raises(NotImplementedError, match=r"not under torch.func.*token_log_probs"):
         torch.func.grad(lambda x: fastloss.linear_token_log_probs(x, weight, index).sum())(input)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         kl = fastloss.linear_kl_divergence(input, weight, input, weight + 1)
@@ -449,7 +449,7 @@ def test_linear_wrong_arguments():
         fastloss.linear_token_log_probs(input, weight.t(), index)
     with pytest.raises(RuntimeError, match="input and weight must have the same dtype"):
         fastloss.linear_token_log_probs(input.double(), weight, index)
-    with pytest.raises(ValueError, match="bias must have the input's dtype and shape \\[50\\]"):
+    with pytest.raises(ValueError, match=r"bias must have the input's dtype and shape \[50\]"):
         fastloss.linear_token_log_probs(input, weight, index, bias=offset[1:])
     with pytest.raises(ValueError, match="index must have one token for each row"):
         fastloss.linear_token_log_probs(input, weight, index[1:])

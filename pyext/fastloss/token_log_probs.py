@@ -1,8 +1,8 @@
 """Log-probabilities of chosen tokens and entropies of all rows, both differentiable, from one read of the logits.
 
 Forward is that of cross entropy, which keeps two numbers per row. Backward is a kernel of its own
-(``csrc/rowwise/token_log_probs.h``): one read of the logits, one write of their gradient, for both incoming gradients at
-once. Where torch.func, forward mode or a recorder is active the same is composed of torch operations
+(``csrc/rowwise/token_log_probs.h``): one read of the logits, one write of their gradient, for both incoming gradients
+at once. Where torch.func, forward mode or a recorder is active the same is composed of torch operations
 (:func:`composed`), and so are second and higher derivatives.
 """
 
@@ -57,7 +57,7 @@ def check_index(function: str, index: Tensor, rows: torch.Size) -> None:
 
 
 def values(logits: Tensor, index: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By the kernels, for logits [N, C, d1, ...]: log-probabilities, what :func:`gradient` needs, entropies if wanted."""
+    """By the kernels, for logits [N, C, d1, ...]: log-probabilities, what :func:`gradient` needs, entropies or None."""
     op = ops.cross_entropy_forward_stats if o.entropy else ops.cross_entropy_forward
     dtype = DTYPE_CODES[accum_dtype(logits.dtype)]
     absent = (None, None, None)
@@ -148,8 +148,9 @@ def token_log_probs(
         temperature: divides the logits, after the cap.
         softcap: c > 0 replaces logits x by ``c * tanh(x / c)`` (Gemma 2).
         return_entropy: return a pair (log-probabilities, entropies).
-        ignore_index: index of rows that are padding. Their log-probability is 0 and passes no gradient on. Their entropy
-            is that of their logits, with its gradient: an entropy does not depend on the index. Leave them out of a mean.
+        ignore_index: index of rows that are padding. Their log-probability is 0 and passes no gradient on. Their
+            entropy is that of their logits, with its gradient, since an entropy does not depend on the index; leave
+            such rows out of a mean.
 
     Returns:
         Log-probabilities, none above 0, shape (...); with ``return_entropy`` a pair with the entropies, shape (...). In
@@ -172,7 +173,7 @@ def token_log_probs(
     """
     function = "token_log_probs"
     if has_torch_function((logits, index)):
-        keywords = {
+        keywords: dict[str, Any] = {
             "temperature": temperature,
             "softcap": softcap,
             "return_entropy": return_entropy,

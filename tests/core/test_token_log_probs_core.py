@@ -1,4 +1,4 @@
-"""The gradient of log-probabilities and entropies without torch: the CPU kernel, and the CUDA kernel on the emulator."""
+"""The gradient of log-probabilities and entropies without torch: the CPU kernel, and CUDA's on the emulator."""
 
 import numpy as np
 import pytest

@@ -85,10 +85,10 @@ def linear_kl_divergence(
 ) -> Tensor:
     """Divergence KL(teacher || student) of the softmax of two heads, neither's logits in memory.
 
-    With p = softmax(logits / temperature) of teacher and student, a row's divergence is ``sum_c p_t (log p_t - log
-    p_s)``, never below 0. The logits of some rows at a time are made and thrown away; backward makes them again. Only the
-    student's hidden states and matrix have gradients: the teacher is detached. Distillation commonly multiplies by
-    ``temperature**2``, which is left to the caller.
+    With p = softmax(logits / temperature) of teacher and student, a row's divergence is
+    ``sum_c p_t (log p_t - log p_s)``, never below 0. The logits of some rows at a time are made and thrown away;
+    backward makes them again. Only the student's hidden states and matrix have gradients: the teacher is detached.
+    Distillation commonly multiplies by ``temperature**2``, which is left to the caller.
 
     Args:
         student_hidden: shape (..., D); float32, float64, float16 or bfloat16.
@@ -135,8 +135,8 @@ def linear_kl_divergence(
     check_head(function, ("teacher_hidden", "teacher_weight"), t_hidden, t_weight)
     if s_hidden.shape[:-1] != t_hidden.shape[:-1] or s_weight.shape[0] != t_weight.shape[0]:
         raise ValueError(
-            f"{function}(): student and teacher must have the same rows and the same tokens, got hidden states of shape "
-            f"{list(s_hidden.shape)} and {list(t_hidden.shape)}, weights of shape {list(s_weight.shape)} and "
+            f"{function}(): student and teacher must have the same rows and the same tokens, got hidden states of "
+            f"shape {list(s_hidden.shape)} and {list(t_hidden.shape)}, weights of shape {list(s_weight.shape)} and "
             f"{list(t_weight.shape)}"
         )
 

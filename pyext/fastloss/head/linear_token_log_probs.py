@@ -117,7 +117,7 @@ class _LinearTokenLogProbs(Function):
         chunks = list(ranges(input.shape[0], at_a_time))
         made = [values(logits_of(input[rows], weight, bias), index[rows], o) for rows in chunks]
         log_prob = torch.cat([log_prob for log_prob, _, _ in made])
-        entropy = torch.cat([entropy for _, _, entropy in made]) if o.entropy else None
+        entropy = torch.cat([entropy for _, _, entropy in made if entropy is not None]) if o.entropy else None
         ctx.options, ctx.at_a_time = o, at_a_time
         ctx.save_for_backward(input, weight, bias, index, entropy, *(saved for _, saved, _ in made))
         return (log_prob,) if entropy is None else (log_prob, entropy)
@@ -188,7 +188,8 @@ def linear_token_log_probs(
     """:func:`fastloss.token_log_probs` of the logits ``linear(input, weight, bias)``, which are never all in memory.
 
     The logits of some rows at a time are made, read and thrown away; backward makes them again. Between the two there
-    are three numbers per row. The gradients of weight and bias are summed in float32 (float64 for float64), rounded once.
+    are three numbers per row. The gradients of weight and bias are summed in float32 (float64 for float64) and rounded
+    once.
 
     Args:
         input: hidden states, shape (..., D); float32, float64, float16 or bfloat16. Under autocast all three are
@@ -227,8 +228,8 @@ def linear_token_log_probs(
     check_head(function, ("input", "weight"), hidden, matrix)
     if offset is not None and (offset.dtype is not hidden.dtype or offset.shape != matrix.shape[:1]):
         raise ValueError(
-            f"{function}(): bias must have the input's dtype and shape [{matrix.shape[0]}], got {offset.dtype} of shape "
-            f"{list(offset.shape)}"
+            f"{function}(): bias must have the input's dtype and shape [{matrix.shape[0]}], got {offset.dtype} of "
+            f"shape {list(offset.shape)}"
         )
     check_index(function, index, hidden.shape[:-1])
     index = _rowwise.index_target(index)
