@@ -274,7 +274,7 @@ CUDA = [
     *(Case(f"{loss} 256 Mi float32", (1 << 28,), "float32", loss=loss, detail=True) for loss in POINTWISE[3:]),
     Case("BCE 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, BCE),
     Case("BCE 8388608x32 float32, pos_weight", (1 << 23, 32), "float32", _CUDA_POINTWISE, BCE, pos_weight=True),
-    Case("Tokens 8192x128256 bfloat16, entropy", (8192, 128256), "bfloat16", loss=TOKENS, own={"return_entropy": True}),  # noqa: E501
+    Case("Tokens 8192x128256 bfloat16, entropy", (8192, 128256), "bfloat16", loss=TOKENS, own={"return_entropy": True}),
     Case("Focal 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=FOCAL, own={"gamma": 2.0}),
     Case("Dice 8x21x512x512 float32", (8, 21, 512, 512), "float32", loss=DICE, own={"activation": "softmax"}),
     Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),
