@@ -11,6 +11,7 @@ from test_memory import measured
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of results in the accumulation type, and of gradients rounded to the dtype.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+HALVES = (torch.float16, torch.bfloat16)
 OPTIONS = ({}, {"temperature": 0.7}, {"softcap": 2.0, "temperature": 1.3})
 
 
@@ -63,9 +64,6 @@ def check(logits, index, **options):
     (got_grad,) = torch.autograd.grad(alone, logits, u)
     (want_grad,) = torch.autograd.grad(want[0], exact, u.double())
     torch.testing.assert_close(got_grad.double(), want_grad, rtol=tol, atol=tol * (0.1 if dtype in HALVES else 5))
-
-
-HALVES = (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -131,7 +129,8 @@ def test_large_gradients_are_stored_past_the_caches(classes):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("classes", (20, 200))
-def test_extremes(classes, dtype, device):
+@pytest.mark.parametrize("options", ({}, {"temperature": 0.5}, OPTIONS[2]), ids=str)  # 1e4 / 0.7 has fewer digits
+def test_extremes(options, classes, dtype, device):
     """Logits of 1e4 and of -inf, a row that is certain, one that is nearly so."""
     logits, index = problem(8, classes, dtype=dtype, device=device, ignored=False)
     with torch.no_grad():
@@ -149,7 +148,7 @@ def test_extremes(classes, dtype, device):
         index[5] = 2
         logits[6, 7] = 200.0
         index[6] = 8
-    check(logits, index)
+    check(logits, index, **options)
     log_prob = fastloss.token_log_probs(logits, index)
     assert log_prob[3] == 0 and log_prob[5] == -torch.inf
     # 1 - p of a nearly certain row keeps its digits.
@@ -207,8 +206,9 @@ def test_second_derivatives(options, device):
     def both(x):
         return fastloss.token_log_probs(x, index, return_entropy=True, **options)
 
-    assert torch.autograd.gradcheck(both, logits) and torch.autograd.gradgradcheck(both, logits)
-    assert torch.autograd.gradgradcheck(lambda x: fastloss.token_log_probs(x, index, **options), logits)
+    assert torch.autograd.gradcheck(both, logits)
+    for results in (both, lambda x: fastloss.token_log_probs(x, index, **options)):
+        assert torch.autograd.gradgradcheck(results, logits, fast_mode=True)
 
 
 def test_batched_gradients(device):
@@ -394,7 +394,7 @@ def test_weights_sum_up_in_float32():
 
 @pytest.mark.parametrize("function", ("log_probs", "kl"))
 def test_linear_no_logits_in_memory(function, device):
-    rows, hidden, tokens, budget = 512, 16, 4000, 1 << 20
+    rows, hidden, tokens, budget = 256, 8, 2000, 1 << 19
     input, weight, _, index = head((rows,), hidden, tokens, device=device, bias=False)
     logits = rows * tokens * 4
 
@@ -407,7 +407,7 @@ def test_linear_no_logits_in_memory(function, device):
     weight.grad = input.grad = None
     with measured(device) as memory:
         call(input).backward()
-    assert memory.peak < budget + 4 * weight.nbytes + 4 * input.nbytes + 200 * rows < logits / 3
+    assert memory.peak < budget + 4 * weight.nbytes + 4 * input.nbytes + 200 * rows < logits / 2
 
 
 def test_linear_second_derivatives_and_transforms_are_refused():

@@ -32,7 +32,7 @@ struct TokenTransform {
   }
   // dz/dx from z
   __device__ __forceinline__ A slope(A z) const {
-    const A u = z * inv_softcap;
+    const A u = softcap > A(0) ? z * inv_softcap : A(0);  // a logit of -inf has slope logit_scale
     return logit_scale * (A(1) - u * u);
   }
 };
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kTokenThreads, 4) token_log_probs_gradient_ker
   const int64_t items = p.rows * p.slices, step = int64_t(gridDim.x) * (blockDim.x / kThreads);
   const int thread = threadIdx.x % kThreads;
   for (int64_t item = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kThreads; item < items; item += step) {
-    const int64_t row = item / p.slices, begin = item % p.slices * p.slice;
-    const int64_t end = begin + p.slice < a.classes ? begin + p.slice : a.classes;
+    const int64_t row = item / p.slices, begin = item % p.slices * p.slice, rest = a.classes - begin;
+    const int64_t end = begin + (rest > p.slice ? p.slice : rest);
     const int64_t outer = row / a.inner, inner = row % a.inner;
     const T* x = static_cast<const T*>(a.logits) + outer * a.logits_strides.outer + inner * a.logits_strides.inner;
     T* grad = static_cast<T*>(a.grad) + outer * a.grad_strides.outer + inner * a.grad_strides.inner;

@@ -36,7 +36,8 @@ def reference(x, index, u, v, softcap=0.0, logit_scale=1.0, ignore_index=-100):
 
 def check(kernels, x, index, u, v, dtype, laid_out=None, **options):
     got = kernels.cross_entropy_forward(x, index, reduction="none", saved=True, entropy=True, **options)
-    grad = x.copy() if laid_out is None else laid_out
+    memory = np.full(x.size + 64 + x.shape[1], 7, x.dtype)
+    grad = memory[: x.size].reshape(x.shape) if laid_out is None else laid_out
     kernels.token_log_probs_backward(
         x, index, got["saved"], got["entropy"], grad_log_prob=u, grad_entropy=v, grad=grad, **options
     )
@@ -44,6 +45,7 @@ def check(kernels, x, index, u, v, dtype, laid_out=None, **options):
     full = (*x.shape, 1)[:3]
     want = reference(exact(x).reshape(full), index, zero if u is None else u, zero if v is None else v, **options)
     close(grad, want.reshape(x.shape), dtype)
+    assert (memory[x.size :] == 7).all()  # nothing is written past the last row
 
 
 def problem(shape, dtype, seed=0):
@@ -52,6 +54,7 @@ def problem(shape, dtype, seed=0):
     rows = x.size // shape[1]
     index = rng.integers(0, shape[1], rows)
     index[::4] = -100
+    index[-1] = shape[1] - 1
     wide = "float64" if dtype == "float64" else "float32"
     return x, index, rng.normal(size=rows).astype(wide), rng.normal(size=rows).astype(wide)
 
@@ -92,7 +95,8 @@ def test_layouts(kernels, dtype, offset):
     check(kernels, apart, index, u, v, dtype)
 
 
-def test_infinite_logits_and_rows_that_nobody_asks_for(kernels):
+@pytest.mark.parametrize("scale", (1.0, 0.7))
+def test_infinite_logits_and_rows_that_nobody_asks_for(kernels, scale):
     x, index, u, v = problem((6, 120), "float32")
     x[0, 3:] = -np.inf
     index[0] = 1
@@ -101,11 +105,37 @@ def test_infinite_logits_and_rows_that_nobody_asks_for(kernels):
     x[2, 7] = 300
     x[3] = np.nan
     u[3] = v[3] = 0
-    got = kernels.cross_entropy_forward(x, index, reduction="none", saved=True, entropy=True)
+    got = kernels.cross_entropy_forward(x, index, reduction="none", saved=True, entropy=True, logit_scale=scale)
     grad = kernels.token_log_probs_backward(
-        x, index, got["saved"], got["entropy"], grad_log_prob=u, grad_entropy=v, grad=np.full_like(x, 9)
+        x,
+        index,
+        got["saved"],
+        got["entropy"],
+        grad_log_prob=u,
+        grad_entropy=v,
+        grad=np.full_like(x, 9),
+        logit_scale=scale,
     )["grad"]
     assert not grad[3].any()
     rest = [0, 1, 2, 4, 5]
-    want = reference(exact(x[rest])[..., None], index[rest], u[rest], v[rest])[..., 0]
+    want = reference(exact(x[rest])[..., None], index[rest], u[rest], v[rest], logit_scale=scale)[..., 0]
     close(grad[rest], want, "float32")
+
+
+@pytest.mark.parametrize("value", (120, -1, -(2**63), 2**63 - 1))  # 120 is one past the last token
+def test_bad_index(kernels, value):
+    """Forward has said so; the row's gradient is 0, the others know nothing of it."""
+    x, index, u, v = problem((5, 120), "float32")
+    got = kernels.cross_entropy_forward(x, index, reduction="none", saved=True, entropy=True)
+    arguments = {"grad_log_prob": u, "grad_entropy": v}
+    want = kernels.token_log_probs_backward(x, index, got["saved"], got["entropy"], **arguments)["grad"]
+    index[2] = value
+    if not hasattr(kernels, "take_bad_target"):  # the CPU raises in forward
+        with pytest.raises(IndexError):
+            kernels.cross_entropy_forward(x, index, reduction="none", saved=True, entropy=True)
+        return
+    kernels.cross_entropy_forward(x, index, reduction="none", saved=True, entropy=True)
+    assert kernels.take_bad_target() == (2, value)
+    grad = kernels.token_log_probs_backward(x, index, got["saved"], got["entropy"], **arguments)["grad"]
+    want[2] = 0
+    assert (grad == want).all()
