@@ -14,7 +14,14 @@ from torch.autograd import Function, forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _arguments, errors
-from ._autograd import accum_dtype, attach, differentiated_again, recording, transforms_active
+from ._autograd import (
+    accum_dtype,
+    attach,
+    differentiated_again,
+    recording,
+    refuse_rehearsal,
+    transforms_active,
+)
 from ._library import DTYPE_CODES, NONE, loop_vmap, ops
 from .losses import _rowwise
 from .losses.cross_entropy import SAVE
@@ -180,6 +187,7 @@ def token_log_probs(
             "ignore_index": ignore_index,
         }
         return handle_torch_function(token_log_probs, (logits, index), logits, index, **keywords)
+    refuse_rehearsal(function)
     _arguments.require_tensor("logits", logits, function)
     _arguments.require_tensor("index", index, function)
     _arguments.require_supported_tensors(function, logits, index)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .. import _arguments, errors
-from .._autograd import accum_dtype, differentiated_again, recording, transforms_active
+from .._autograd import accum_dtype, differentiated_again, recording, refuse_rehearsal, transforms_active
 from .._library import DTYPE_CODES
 from ..losses import _rowwise
 from ..token_log_probs import IGNORE_INDEX, Options, check_index, gradient, options, values
@@ -92,6 +92,7 @@ def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
 
 def refuse_transforms(function: str, instead: str) -> None:
     """What chunks of rows do not do is said, not done in some other way that would make the logits."""
+    refuse_rehearsal(function)
     if transforms_active() or forward_ad._current_level >= 0 or recording():
         raise NotImplementedError(
             f"{function}(): not under torch.func, forward mode, torch.export or torch.jit.trace, which would need the "
