@@ -33,6 +33,7 @@ MODES = (FORWARD, BOTH, SCALED, BACKWARD)
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _WITH_GOALS = ("l1_loss", "mse_loss", "rmse_loss")
 BCE, FOCAL, DICE = "binary_cross_entropy_with_logits", "focal_loss", "dice_loss"
+TOKENS = "token_log_probs"
 # Of an input and a target, summed.
 _PLAIN = (name for name, loss in LOSSES.items() if not loss.further and not loss.per_sample)
 POINTWISE = (*_WITH_GOALS, *(name for name in _PLAIN if name not in _WITH_GOALS))
@@ -71,7 +72,23 @@ def _dice(x: torch.Tensor, target: torch.Tensor, smooth: float = 1e-5) -> torch.
     return (1 - (2 * common + smooth) / (either + smooth)).mean()
 
 
-_COMPOSED: dict[str, Loss] = {"rmse_loss": _root_mean_square, FOCAL: _focal, DICE: _dice}
+def token_objective(log_prob: torch.Tensor, entropy: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Likely tokens and, a little, uncertain rows: both results have an incoming gradient."""
+    return _reduced(-log_prob - 0.01 * entropy, reduction)
+
+
+def _token_log_probs(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    log_p = F.log_softmax(x, -1)
+    log_prob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return token_objective(log_prob, -(log_p.exp() * log_p).sum(-1), reduction)
+
+
+_COMPOSED: dict[str, Loss] = {
+    "rmse_loss": _root_mean_square,
+    FOCAL: _focal,
+    DICE: _dice,
+    TOKENS: _token_log_probs,
+}
 
 
 @dataclass(frozen=True)
@@ -232,6 +249,7 @@ CPU = [
       for shape in ((1024, 100), (1024, 257), (2048, 128), (4096, 1000), (65536, 100), (1024, 10007), (128, 50257), (4, 19, 128, 128))),  # noqa: E501
     Case("BCE 16 Mi float32", (1 << 24,), "float32", _both(8, 3.5), BCE, quick=True),
     Case("BCE 524288x32 float32, pos_weight", (524288, 32), "float32", _both(8, 3.5), BCE, pos_weight=True),
+    Case("Tokens 2048x32000 float32, entropy", (2048, 32000), "float32", _both(8, 4), TOKENS, own={"return_entropy": True}),  # noqa: E501
     Case("Focal 2048x32000 float32", (2048, 32000), "float32", _both(9, 5), FOCAL, own={"gamma": 2.0}),
     Case("Focal 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(8, 5), FOCAL, own={"gamma": 2.0}),
     Case("Dice 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(4.5, 3), DICE, own={"activation": "softmax"}),
@@ -256,6 +274,7 @@ CUDA = [
     *(Case(f"{loss} 256 Mi float32", (1 << 28,), "float32", loss=loss, detail=True) for loss in POINTWISE[3:]),
     Case("BCE 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, BCE),
     Case("BCE 8388608x32 float32, pos_weight", (1 << 23, 32), "float32", _CUDA_POINTWISE, BCE, pos_weight=True),
+    Case("Tokens 8192x128256 bfloat16, entropy", (8192, 128256), "bfloat16", loss=TOKENS, own={"return_entropy": True}),
     Case("Focal 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=FOCAL, own={"gamma": 2.0}),
     Case("Dice 8x21x512x512 float32", (8, 21, 512, 512), "float32", loss=DICE, own={"activation": "softmax"}),
     Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import BACKWARD, MODES, Case, Problem, bound
+from cases import BACKWARD, MODES, TOKENS, Case, Problem, bound, token_objective
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,6 +35,8 @@ def _ours(module: Any, **extras: Any) -> Callable[[Problem], Function | None]:
         if function is None or (extras and case.loss != "cross_entropy" and not case.hidden):
             return None
         loss = bound(function, {**problem.options, **case.own, **extras})
+        if case.loss == TOKENS:
+            return lambda x: token_objective(*loss(x, target))
         if classifier is not None:
             return lambda x: loss(x @ classifier.t(), target)
         return lambda x: loss(x, target)

@@ -656,6 +656,13 @@ def operator_calls(device):
             yield ops.dice_loss_backward, (g, x, target, w, saved, *options)
             if target is p:
                 yield ops.dice_loss_target_backward, (g, x, target, w, saved, *options)
+        saved, *_, entropy = ops.cross_entropy_forward_stats(x, t, NONE, 0, 1)[1:]
+        u = torch.linspace(-1, 1, t.numel(), device=device).view_as(t)
+        for by_log_prob, by_entropy in ((u, u), (u, None), (None, u)):
+            yield (
+                ops.token_log_probs_backward,
+                (by_log_prob, by_entropy, saved, entropy if by_entropy is u else None, x, t, -100, 3.0, 0.5),
+            )
         yield ops.scale_grad, (x, torch.tensor(2.0, device=device))
         yield ops.scale_grad_, (x, torch.tensor(2.0, device=device))
 

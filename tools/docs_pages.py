@@ -1,4 +1,4 @@
-"""Runs the pages in docs/questions and docs/cross_entropy_symbol_by_symbol.md and writes what they print and draw.
+"""Runs the pages in docs/questions and a few others (PAGES) and writes what they print and draw.
 
 In such a page a block of ```python is run, the pages' blocks one after the other in one namespace; a block of ```text
 right behind it holds what it printed, and pictures that it saves by name lie in docs/pictures. ``python
@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "pictures"
-PAGES = (*sorted((ROOT / "docs" / "questions").glob("*.md")), ROOT / "docs" / "cross_entropy_symbol_by_symbol.md")
+OTHERS = [ROOT / "docs" / name for name in ("cross_entropy_symbol_by_symbol.md", "log_probabilities.md")]
+PAGES = (*sorted((ROOT / "docs" / "questions").glob("*.md")), *OTHERS)
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.M | re.S)
 
 

@@ -6,6 +6,7 @@
 #include "../rowwise/cross_entropy.h"
 #include "../rowwise/dice_loss.h"
 #include "../rowwise/row_loss.h"
+#include "../rowwise/token_log_probs.h"
 
 namespace fastloss {
 
@@ -15,6 +16,7 @@ Status run_row_loss_forward(const RowLossArgs& a);
 Status run_row_loss_backward(const RowLossArgs& a);
 Status run_dice_loss_forward(const DiceLossArgs& a);
 Status run_dice_loss_backward(const DiceLossArgs& a);
+Status run_token_log_probs_backward(const TokenLogProbsArgs& a);
 Status run_pointwise_forward(const PointwiseArgs& a);
 Status run_pointwise_backward(const PointwiseArgs& a);
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type);

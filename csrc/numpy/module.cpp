@@ -38,6 +38,9 @@ Status run_row_loss_forward(const RowLossArgs& a) { return row_loss_forward_cpu(
 Status run_row_loss_backward(const RowLossArgs& a) { return row_loss_backward_cpu(a, thread_ranges); }
 Status run_dice_loss_forward(const DiceLossArgs& a) { return dice_loss_forward_cpu(a, thread_ranges); }
 Status run_dice_loss_backward(const DiceLossArgs& a) { return dice_loss_backward_cpu(a, thread_ranges); }
+Status run_token_log_probs_backward(const TokenLogProbsArgs& a) {
+  return token_log_probs_backward_cpu(a, thread_ranges);
+}
 Status run_pointwise_forward(const PointwiseArgs& a) { return pointwise_forward_cpu(a, thread_ranges); }
 Status run_pointwise_backward(const PointwiseArgs& a) { return pointwise_backward_cpu(a, thread_ranges); }
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {
@@ -68,6 +71,7 @@ PYBIND11_MODULE(fastloss_core_numpy, m) {
   bind_cross_entropy(m);
   bind_row_loss(m);
   bind_dice_loss(m);
+  bind_token_log_probs(m);
   bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);

@@ -11,6 +11,7 @@
 #include "../rowwise/cross_entropy_cuda.h"
 #include "../rowwise/dice_loss_cuda.h"
 #include "../rowwise/row_loss_cuda.h"
+#include "../rowwise/token_log_probs_cuda.h"
 #include "arrays.h"
 #include "emulator.h"
 
@@ -81,6 +82,9 @@ Status run_dice_loss_forward(const DiceLossArgs& a) {
 Status run_dice_loss_backward(const DiceLossArgs& a) {
   return with_workspace(a, dice_loss_workspace_bytes_cuda, dice_loss_backward_cuda);
 }
+Status run_token_log_probs_backward(const TokenLogProbsArgs& a) {
+  return token_log_probs_backward_cuda(a, context_of_device());
+}
 const PointwiseLoss* pointwise_losses() { return host::list_of(host::Losses{}); }
 Status run_pointwise_forward(const PointwiseArgs& a) { return run_pointwise(a, PointwisePass::forward); }
 Status run_pointwise_backward(const PointwiseArgs& a) { return run_pointwise(a, PointwisePass::backward); }
@@ -150,6 +154,7 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
   bind_cross_entropy(m);
   bind_row_loss(m);
   bind_dice_loss(m);
+  bind_token_log_probs(m);
   bind_pointwise(m);
   bind_scale_grad(m);
   bind_policy(m);

@@ -7,6 +7,8 @@ from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
+from .head.linear_kl_divergence import linear_kl_divergence
+from .head.linear_token_log_probs import linear_token_log_probs
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
@@ -22,6 +24,7 @@ from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
 from .patching import patch, unpatch
+from .token_log_probs import token_log_probs
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -50,6 +53,8 @@ __all__ = [
     "focal_loss",
     "huber_loss",
     "l1_loss",
+    "linear_kl_divergence",
+    "linear_token_log_probs",
     "log_cosh_loss",
     "mse_loss",
     "multi_margin_loss",
@@ -59,5 +64,6 @@ __all__ = [
     "rmse_loss",
     "set_error_mode",
     "smooth_l1_loss",
+    "token_log_probs",
     "unpatch",
 ]

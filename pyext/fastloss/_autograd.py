@@ -219,6 +219,14 @@ def rehearsal() -> Iterator[list[Step]]:
         _steps = before
 
 
+def refuse_rehearsal(function: str) -> None:
+    """Of a function that no engine serves: better no explanation than a wrong one."""
+    if _steps is not None:
+        raise NotImplementedError(
+            f"explain(): {function}() is no loss; its documentation says what it computes and how"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------- the engine
 
 

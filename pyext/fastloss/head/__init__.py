@@ -1,0 +1,1 @@
+"""Losses that begin at hidden states and the classifier's matrix, without the logits in memory."""

@@ -1,0 +1,153 @@
+"""Divergence of a student from a teacher, each given by hidden states and a matrix: a few rows of logits at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import _arguments
+from .._autograd import accum_dtype
+from .._library import MEAN, NONE
+from .linear_token_log_probs import (
+    add_gradients,
+    autocast,
+    check_budget,
+    check_head,
+    logits_of,
+    ranges,
+    refuse_second_derivative,
+    refuse_transforms,
+    rows_at_a_time,
+)
+
+_INSTEAD = "torch.nn.functional.kl_div on the two log_softmax"
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    logits = logits_of(hidden, weight, None).to(dtype)
+    return torch.log_softmax(logits / temperature if temperature != 1 else logits, 1)
+
+
+class _LinearKLDivergence(Function):
+    """KL of each row. The gradient by the student's logits is (p_student - p_teacher) / temperature."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        temperature: float,
+        at_a_time: int,
+    ) -> Tensor:
+        rows_of_kl, wide = [], accum_dtype(student_hidden.dtype)
+        for rows in ranges(student_hidden.shape[0], at_a_time):
+            log_s = _log_softmax(student_hidden[rows], student_weight, temperature, wide)
+            log_t = _log_softmax(teacher_hidden[rows], teacher_weight, temperature, wide)
+            p = log_t.exp()
+            log_t -= log_s
+            log_t *= p
+            # What the teacher rules out costs nothing, whatever the student says of it: 0 log 0 is 0.
+            rows_of_kl.append(log_t.masked_fill_(p == 0, 0.0).sum(1).clamp_(min=0))
+        ctx.temperature, ctx.at_a_time = temperature, at_a_time
+        ctx.save_for_backward(student_hidden, student_weight, teacher_hidden, teacher_weight)
+        return torch.cat(rows_of_kl)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        student_hidden, student_weight, teacher_hidden, teacher_weight = ctx.saved_tensors
+        refuse_second_derivative("linear_kl_divergence", _INSTEAD, grad_output, student_hidden, student_weight)
+        by_hidden, by_weight = ctx.needs_input_grad[:2]
+        wide = accum_dtype(student_hidden.dtype)
+        grad_hidden = torch.empty_like(student_hidden) if by_hidden else None
+        grad_weight = torch.zeros_like(student_weight, dtype=wide) if by_weight else None
+        for rows in ranges(student_hidden.shape[0], ctx.at_a_time):
+            x = student_hidden[rows]
+            grad = _log_softmax(x, student_weight, ctx.temperature, wide).exp_()
+            grad -= _log_softmax(teacher_hidden[rows], teacher_weight, ctx.temperature, wide).exp_()
+            grad *= (grad_output[rows] / ctx.temperature).unsqueeze(1)
+            add_gradients(grad.to(x.dtype), x, student_weight, rows, grad_hidden, grad_weight)
+        grad_weight = None if grad_weight is None else grad_weight.to(student_weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def linear_kl_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+) -> Tensor:
+    """Divergence KL(teacher || student) of the softmax of two heads, neither's logits in memory.
+
+    With p = softmax(logits / temperature) of teacher and student, a row's divergence is
+    ``sum_c p_t (log p_t - log p_s)``, never below 0. The logits of some rows at a time are made and thrown away;
+    backward makes them again. Only the student's hidden states and matrix have gradients: the teacher is detached.
+    Distillation commonly multiplies by ``temperature**2``, which is left to the caller.
+
+    Args:
+        student_hidden: shape (..., D); float32, float64, float16 or bfloat16.
+        student_weight: shape (V, D), the dtype of student_hidden.
+        teacher_hidden: shape (..., E), as many rows.
+        teacher_weight: shape (V, E), the dtype of teacher_hidden, which may be another than the student's.
+        temperature: divides the logits of both.
+        reduction: ``'none'`` | ``'mean'`` (over the rows; kl_div's ``'batchmean'`` of rows) | ``'sum'``.
+        memory_budget: bytes for what is in memory of both at once; by default the size of the student's hidden states,
+            or 64 MiB, whichever is more.
+
+    Returns:
+        float32 (float64 for float64 hidden states of the student), shape () or, for ``'none'``, (...).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: shapes, dtypes, devices and numbers that do not fit.
+        NotImplementedError: under torch.func, forward mode, torch.export and torch.jit.trace. A second derivative is a
+            RuntimeError. Both would need the logits in memory.
+
+    >>> linear_kl_divergence(torch.ones(2, 3), torch.eye(4, 3), torch.ones(2, 5), torch.eye(4, 5))
+    tensor(0.0726)
+    """
+    function = "linear_kl_divergence"
+    named = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+    }
+    for name, t in named.items():
+        _arguments.require_tensor(name, t, function)
+    _arguments.require_supported_tensors(function, *named.values())
+    first, *others = named.items()
+    _arguments.require_same_device(function, first, *others)
+    refuse_transforms(function, _INSTEAD)
+    code = _arguments.reduction_code(reduction)
+    temperature = _arguments.as_float(function, "temperature", temperature)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{function}(): temperature must be positive and finite, got {temperature}")
+    memory_budget = check_budget(function, memory_budget)
+    s_hidden, s_weight, t_hidden, t_weight = autocast(*named.values())
+    assert s_hidden is not None and s_weight is not None and t_hidden is not None and t_weight is not None
+    check_head(function, ("student_hidden", "student_weight"), s_hidden, s_weight)
+    check_head(function, ("teacher_hidden", "teacher_weight"), t_hidden, t_weight)
+    if s_hidden.shape[:-1] != t_hidden.shape[:-1] or s_weight.shape[0] != t_weight.shape[0]:
+        raise ValueError(
+            f"{function}(): student and teacher must have the same rows and the same tokens, got hidden states of "
+            f"shape {list(s_hidden.shape)} and {list(t_hidden.shape)}, weights of shape {list(s_weight.shape)} and "
+            f"{list(t_weight.shape)}"
+        )
+
+    shape = s_hidden.shape[:-1]
+    rows, wide = shape.numel(), accum_dtype(s_hidden.dtype)
+    bytes_of_a_row = 6 * s_weight.shape[0] * wide.itemsize  # logits, their softmax, and a temporary, of both
+    at_a_time = rows_at_a_time(rows, bytes_of_a_row, s_hidden.nbytes, memory_budget)
+    if rows:
+        flat = s_hidden.reshape(-1, s_hidden.shape[-1]), s_weight
+        teacher = t_hidden.detach().reshape(-1, t_hidden.shape[-1]), t_weight.detach()
+        kl = _LinearKLDivergence.apply(*flat, *teacher, temperature, at_a_time).reshape(shape)
+    else:
+        kl = (s_hidden.sum() * s_weight.sum() * 0).to(wide).expand(shape)
+    return kl if code == NONE else kl.mean() if code == MEAN else kl.sum()  # type: ignore[no-any-return]

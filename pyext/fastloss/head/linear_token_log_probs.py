@@ -1,0 +1,251 @@
+"""Log-probabilities and entropies from hidden states: the logits of some rows at a time, made again in backward."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from .. import _arguments, errors
+from .._autograd import accum_dtype, differentiated_again, recording, refuse_rehearsal, transforms_active
+from .._library import DTYPE_CODES
+from ..losses import _rowwise
+from ..token_log_probs import IGNORE_INDEX, Options, check_index, gradient, options, values
+
+LEAST_BUDGET = 64 << 20  # bytes
+
+
+def rows_at_a_time(rows: int, bytes_of_a_row: int, hidden_bytes: int, memory_budget: int | None) -> int:
+    """How many rows of logits are in memory at once: as many as the budget holds, but at least one. The default budget
+    is the size of the hidden states, or 64 MiB, whichever is more.
+
+    >>> rows_at_a_time(4096, 1 << 20, 0, None)
+    64
+    """
+    budget = max(hidden_bytes, LEAST_BUDGET) if memory_budget is None else memory_budget
+    return max(1, min(rows, budget // max(bytes_of_a_row, 1)))
+
+
+def ranges(rows: int, at_a_time: int) -> Iterator[slice]:
+    """The rows, so many at a time.
+
+    >>> list(ranges(5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    for first in range(0, rows, at_a_time):
+        yield slice(first, min(first + at_a_time, rows))
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden [n, D] times weight [V, D] transposed, plus bias [V]."""
+    return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+def check_head(function: str, names: tuple[str, str], hidden: Tensor, weight: Tensor) -> None:
+    """Hidden states [..., D] and the matrix [V, D] that makes logits of them."""
+    hidden_name, weight_name = names
+    if hidden.dtype not in DTYPE_CODES or weight.dtype is not hidden.dtype:
+        raise RuntimeError(
+            f"{function}(): {hidden_name} and {weight_name} must have the same dtype, float32, float64, float16 or "
+            f"bfloat16, got {hidden.dtype} and {weight.dtype}; convert one with .to()"
+        )
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{function}(): expected {hidden_name} of shape (..., D) and {weight_name} of shape (V, D), got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+
+
+def check_budget(function: str, memory_budget: Any) -> int | None:
+    """A positive number of bytes, or None."""
+    if memory_budget is None:
+        return None
+    memory_budget = _arguments.as_int(function, "memory_budget", memory_budget)
+    if memory_budget <= 0:
+        raise ValueError(f"{function}(): memory_budget must be a positive number of bytes, got {memory_budget}")
+    return memory_budget  # type: ignore[no-any-return]
+
+
+def check_range(function: str, index: Tensor, tokens: int, ignore_index: int) -> None:
+    """On the CPU all rows are looked at before the first chunk: a chunk's kernel would count from its own first row."""
+    if index.is_cuda or torch.compiler.is_compiling() or index.is_meta:
+        return
+    bad = (index != ignore_index) & ((index < 0) | (index >= tokens))
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        value = int(index[tuple(place)])
+        raise IndexError(
+            f"{function}(): index{place} = {value} is out of bounds, there are {tokens} tokens: expected 0 <= index < "
+            f"{tokens}, or ignore_index ({ignore_index}) for rows to leave out"
+        )
+
+
+def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As torch.nn.functional.linear would take them where autocast is on."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype is torch.float64:
+        return hidden, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in (hidden, *others))
+
+
+def refuse_transforms(function: str, instead: str) -> None:
+    """What chunks of rows do not do is said, not done in some other way that would make the logits."""
+    refuse_rehearsal(function)
+    if transforms_active() or forward_ad._current_level >= 0 or recording():
+        raise NotImplementedError(
+            f"{function}(): not under torch.func, forward mode, torch.export or torch.jit.trace, which would need the "
+            f"logits in memory; use {instead} there"
+        )
+
+
+def refuse_second_derivative(function: str, instead: str, *tensors: Tensor | None) -> None:
+    """In a backward pass: its result has no derivative."""
+    if differentiated_again(*tensors):
+        raise RuntimeError(
+            f"{function}() cannot be differentiated twice (create_graph=True), which would need the logits in memory; "
+            f"use {instead} there"
+        )
+
+
+_INSTEAD = "fastloss.token_log_probs(torch.nn.functional.linear(input, weight, bias), index)"
+
+
+class _LinearTokenLogProbs(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Any, index: Tensor, o: Options, at_a_time: int) -> Any:
+        chunks = list(ranges(input.shape[0], at_a_time))
+        made = [values(logits_of(input[rows], weight, bias), index[rows], o) for rows in chunks]
+        log_prob = torch.cat([log_prob for log_prob, _, _ in made])
+        entropy = torch.cat([entropy for _, _, entropy in made if entropy is not None]) if o.entropy else None
+        ctx.options, ctx.at_a_time = o, at_a_time
+        ctx.save_for_backward(input, weight, bias, index, entropy, *(saved for _, saved, _ in made))
+        return (log_prob,) if entropy is None else (log_prob, entropy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, weight, bias, index, entropy, *saved = ctx.saved_tensors
+        refuse_second_derivative("linear_token_log_probs", _INSTEAD, *grads, input, weight, bias)
+        by_log_prob, by_entropy = (*grads, None)[:2]
+        wide = accum_dtype(input.dtype)
+        by_input, by_weight, by_bias = ctx.needs_input_grad[:3]
+        grad_input = torch.empty_like(input) if by_input else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if by_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if by_bias else None
+        for rows, of_chunk in zip(ranges(input.shape[0], ctx.at_a_time), saved, strict=True):
+            x = input[rows]
+            grad = gradient(
+                by_log_prob[rows],
+                None if by_entropy is None else by_entropy[rows],
+                of_chunk,
+                None if entropy is None else entropy[rows],
+                logits_of(x, weight, bias),
+                index[rows],
+                ctx.options,
+            )
+            add_gradients(grad, x, weight, rows, grad_input, grad_weight, grad_bias)
+        return (
+            grad_input,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def add_gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: slice,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None = None,
+) -> None:
+    """What the gradient by some rows' logits gives for hidden states, weight and bias; the last two are sums over all
+    rows, in the accumulation type."""
+    if grad_hidden is not None:
+        grad_hidden[rows] = torch.mm(grad, weight)
+    if grad_weight is not None:
+        grad_weight.addmm_(grad.t().to(grad_weight.dtype), hidden.to(grad_weight.dtype))
+    if grad_bias is not None:
+        grad_bias.add_(grad.sum(0, dtype=grad_bias.dtype))
+
+
+def linear_token_log_probs(
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    memory_budget: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Any:
+    """:func:`fastloss.token_log_probs` of the logits ``linear(input, weight, bias)``, which are never all in memory.
+
+    The logits of some rows at a time are made, read and thrown away; backward makes them again. Between the two there
+    are three numbers per row. The gradients of weight and bias are summed in float32 (float64 for float64) and rounded
+    once.
+
+    Args:
+        input: hidden states, shape (..., D); float32, float64, float16 or bfloat16. Under autocast all three are
+            converted, as torch.nn.functional.linear does.
+        weight: the head's matrix, shape (V, D), the dtype of the input.
+        index: tokens, shape (...), any integer dtype.
+        bias: shape (V), the dtype of the input.
+        temperature, softcap, return_entropy, ignore_index: as in :func:`fastloss.token_log_probs`.
+        memory_budget: bytes for the logits that are in memory at once, with their gradient; by default the size of the
+            hidden states, or 64 MiB, whichever is more.
+
+    Returns:
+        Log-probabilities, and entropies where wanted, shape (...), as :func:`fastloss.token_log_probs`.
+
+    Raises:
+        IndexError: as :func:`fastloss.token_log_probs`.
+        ValueError, RuntimeError, TypeError: shapes, dtypes, devices and numbers that do not fit.
+        NotImplementedError: under torch.func, forward mode, torch.export and torch.jit.trace. A second derivative is a
+            RuntimeError. Both would need the logits in memory.
+
+    >>> linear_token_log_probs(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    function = "linear_token_log_probs"
+    for name, t in (("input", input), ("weight", weight), ("index", index)):
+        _arguments.require_tensor(name, t, function)
+    if bias is not None:
+        _arguments.require_tensor("bias", bias, function)
+    _arguments.require_supported_tensors(function, input, weight, index, bias)
+    _arguments.require_same_device(function, ("input", input), ("weight", weight), ("index", index), ("bias", bias))
+    refuse_transforms(function, _INSTEAD)
+    o = options(function, temperature, softcap, return_entropy, ignore_index)
+    memory_budget = check_budget(function, memory_budget)
+    hidden, matrix, offset = autocast(input, weight, bias)
+    assert hidden is not None and matrix is not None
+    check_head(function, ("input", "weight"), hidden, matrix)
+    if offset is not None and (offset.dtype is not hidden.dtype or offset.shape != matrix.shape[:1]):
+        raise ValueError(
+            f"{function}(): bias must have the input's dtype and shape [{matrix.shape[0]}], got {offset.dtype} of "
+            f"shape {list(offset.shape)}"
+        )
+    check_index(function, index, hidden.shape[:-1])
+    index = _rowwise.index_target(index)
+    check_range(function, index, matrix.shape[0], o.ignore_index)
+
+    rows_shape, rows = index.shape, index.numel()
+    size = hidden.element_size()
+    bytes_of_a_row = matrix.shape[0] * (2 * size + (4 if size == 2 else 0))  # logits, gradient, gradient in float32
+    at_a_time = rows_at_a_time(rows, bytes_of_a_row, hidden.nbytes, memory_budget)
+    flat = hidden.reshape(-1, hidden.shape[-1]) if rows else hidden.new_zeros(0, hidden.shape[-1])
+    if rows == 0:  # nothing to look at, but something to differentiate
+        nothing = (hidden.sum() * matrix.sum() * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)
+        return (nothing, nothing.clone()) if return_entropy else nothing
+    results = _LinearTokenLogProbs.apply(flat, matrix, offset, index.reshape(-1), o, at_a_time)
+    if errors.immediate_errors() and input.is_cuda:
+        errors.check_errors()
+    results = tuple(t.reshape(rows_shape) for t in results)
+    return results if return_entropy else results[0]
