@@ -7,6 +7,7 @@ from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
+from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "FocalLoss",
     "HuberLoss",
     "L1Loss",
+    "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
     "MultiMarginLoss",
@@ -50,6 +52,7 @@ __all__ = [
     "focal_loss",
     "huber_loss",
     "l1_loss",
+    "linear_cross_entropy",
     "log_cosh_loss",
     "mse_loss",
     "multi_margin_loss",
