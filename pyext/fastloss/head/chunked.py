@@ -61,7 +61,7 @@ class HeadOptions(NamedTuple):
 
     def of_rows(self) -> Options:
         """Those of cross entropy."""
-        return Options(*self[: len(Options._fields)])
+        return Options(*self[: len(Options._fields)])  # type: ignore[arg-type]
 
 
 class Result(NamedTuple):
@@ -134,7 +134,7 @@ def _raise_for_bad_targets(t: Operands, o: Options) -> None:
         return
     low, high = torch.aminmax(t.target.to(torch.int64))
     classes = classes_of(t)
-    if 0 <= low and high < classes:
+    if low >= 0 and high < classes:
         return
     index = t.target.to(torch.int64).flatten()
     bad = ((index < 0) | (index >= classes)) & (index != o.ignore_index)
@@ -190,18 +190,16 @@ def _kept(t: Operands, o: HeadOptions) -> _Kept:
 # -------------------------------------------------------------------------------------------------------- products
 
 
-def _fast_in_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a CPU multiplies matrices of this dtype faster than those of float32."""
-    if device.type != "cpu":
-        return True
-    name = "_is_amx_tile_supported" if dtype is torch.bfloat16 else "_is_amx_fp16_supported"
-    return bool(getattr(torch.cpu, name, lambda: False)())
+# Whether this CPU multiplies matrices of a 16-bit dtype faster than those of float32.
+_FAST_ON_CPU = {
+    dtype: bool(getattr(torch.cpu, name, lambda: False)())
+    for dtype, name in ((torch.bfloat16, "_is_amx_tile_supported"), (torch.float16, "_is_amx_fp16_supported"))
+}
 
 
 def chunk_dtype(device: torch.device, logits_dtype: torch.dtype) -> torch.dtype:
     """In which the logits of a chunk are held: on a CPU that has no products of 16 bits of its own, float32."""
-    half = logits_dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and not _fast_in_16_bits(device, logits_dtype) else logits_dtype
+    return logits_dtype if device.type != "cpu" or _FAST_ON_CPU.get(logits_dtype, True) else torch.float32
 
 
 class _Products:
@@ -372,9 +370,7 @@ def _in_place(operands: Sequence[Any], o: Options, grad_output: Tensor | None) -
     return tuple(rules.in_place(operands, o))
 
 
-def _by_probabilities(
-    operands: Sequence[Any], o: Options, grad_output: Tensor | None, needs: Needs
-) -> tuple[Tensor | Sequence[Tensor] | None, ...]:
+def _by_probabilities(operands: Sequence[Any], o: Options, grad_output: Tensor | None, needs: Needs) -> tuple[Any, ...]:
     """Loss and statistics, and the gradients by the chunk's probabilities, class weights and logits."""
     loss, saved, *stats = rules.forward(operands, o)
     g = torch.ones_like(loss) if grad_output is None else grad_output.to(loss.dtype)
@@ -446,7 +442,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     x, shape, accum = t.input, row_shape(t), accum_dtype(chunk_dtype(t.input.device, DTYPES[o.logits_dtype]))
     stats: Sequence[Tensor | None] = (None,) * 4
     if o.flags & STATS:
-        kinds = ((shape, accum), (shape, torch.int64), ([], torch.float32), (shape, accum))
+        kinds: Any = ((shape, accum), (shape, torch.int64), ([], torch.float32), (shape, accum))
         stats = [x.new_empty(size, dtype=dtype) for size, dtype in kinds]
     loss = x.new_empty(shape if o.reduction == NONE else [], dtype=DTYPES[o.loss_dtype])
     return _full((loss, *stats, *_fake_grads(t, o, needs)), x)

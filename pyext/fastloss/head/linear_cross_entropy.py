@@ -1,7 +1,7 @@
 """``cross_entropy(linear(input, weight, bias), target)`` without the logits: function, module, and their autograd.
 
-``chunked.py`` computes values and gradients, ``chunks.py`` says how many rows are done at once, ``losses/cross_entropy.py``
-checks the arguments that both losses have.
+``chunked.py`` computes values and gradients, ``chunks.py`` says how many rows are done at once, and
+``losses/cross_entropy.py`` checks the arguments that both losses have.
 """
 
 import math
@@ -151,7 +151,7 @@ def _differentiable(grads: Grads, grad_output: Tensor, t: Operands, o: HeadOptio
                     checkpoint(_chunk_gradients, o, needs, g, *part, use_reentrant=False, preserve_rng_state=False)
                 )
     of_rows = (True, False, False, True, False)
-    found = []
+    found: list[Tensor | None] = []
     for column, value, by_row in zip(zip(*parts, strict=True), grads, of_rows, strict=True):
         if value is None:
             found.append(None)
@@ -268,7 +268,7 @@ def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor,
         forward_mode=forward_ad._current_level >= 0,
         recorded=recorded,
         fusable=o.reduction != NONE,
-        deferred=saved_tensor_hooks_active() and not compiling,
+        deferred=not recorded and saved_tensor_hooks_active(),
         in_forward=not (half or DTYPES[o.logits_dtype] is torch.float16) if in_forward is None else in_forward,
         in_place=False,
     )
@@ -384,8 +384,8 @@ def _accumulate(function: str, c: Chunking, dtype: torch.dtype) -> torch.dtype:
         return accum_dtype(dtype)
     if asked not in (dtype, accum_dtype(dtype), torch.float64):
         raise ValueError(
-            f"{function}(): accumulate_in must be {accum_dtype(dtype)}, torch.float64 or the logits' dtype, {dtype}, got "
-            f"{asked!r}"
+            f"{function}(): accumulate_in must be {accum_dtype(dtype)}, torch.float64 or {dtype}, the "
+            f"logits' dtype, got {asked!r}"
         )
     return asked
 
