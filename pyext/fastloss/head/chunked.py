@@ -84,7 +84,7 @@ def classes_of(t: Operands) -> int:
     """C."""
     if is_soft(t):
         return t.target.shape[1]
-    return t.linear_weight.shape[0] // (t.target.shape[1] if t.target.dim() > 1 else 1)
+    return t.linear_weight.shape[0] // max(t.target.shape[1] if t.target.dim() > 1 else 1, 1)
 
 
 def row_shape(t: Operands) -> list[int]:
@@ -94,7 +94,10 @@ def row_shape(t: Operands) -> list[int]:
 
 def as_logits(z: Tensor, t: Operands) -> Tensor:
     """Products [n, C * K] as logits [n, C] or [n, C, K]."""
-    return z if len(row_shape(t)) == 1 else z.view(z.shape[0], -1, row_shape(t)[1])
+    if len(row_shape(t)) == 1:
+        return z
+    positions = row_shape(t)[1]
+    return z.view(z.shape[0], z.shape[1] // positions if positions else 0, positions)
 
 
 def _counts(t: Operands, o: Options) -> Tensor | None:
@@ -147,7 +150,7 @@ def _raise_for_bad_targets(t: Operands, o: Options) -> None:
         )
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """The rows that reach a product.
 
     Attributes:
@@ -157,34 +160,37 @@ class _Kept(NamedTuple):
     """
 
     rows: Tensor | None
-    flags: int
+    flags: int = 0
     poison: Tensor | None = None
 
 
-def _kept(t: Operands, o: HeadOptions) -> _Kept:
+def first_rows(keep: Tensor, most: int) -> Kept:
+    """Those to keep, without counting them; where they are fewer than ``most``, others follow, which change nothing."""
+    return Kept(torch.argsort(~keep, stable=True)[:most], poison=torch.where(keep.sum() > most, torch.nan, 0.0))
+
+
+def _kept(t: Operands, o: HeadOptions) -> Kept:
     """Rows with a target that is not ignored and a weight that is not 0; statistics need all of them."""
     counts, s = _counts(t, o.of_rows()), t.sample_weight
     on_cpu = t.input.is_cpu
     if o.flags & STATS or (counts is None and s is None) or not (on_cpu or o.max_rows):
-        return _Kept(None, o.flags)
+        return Kept(None, o.flags)
     keep = s != 0 if counts is None else counts if s is None else counts & (s != 0)  # type: ignore[operator]
     assert isinstance(keep, Tensor)
     keep = keep.flatten(1).any(1) if keep.dim() > 1 else keep
     if o.max_rows > 0 and not on_cpu:
-        # Rows that count first; where fewer do than max_rows, ignored ones follow, which change nothing.
-        rows = torch.argsort(~keep, stable=True)[: o.max_rows]
-        return _Kept(rows, o.flags, torch.where(keep.sum() > o.max_rows, torch.nan, 0.0))
+        return first_rows(keep, o.max_rows)._replace(flags=o.flags)
     count = int(keep.sum())
     if 0 < o.max_rows < count:
         raise ValueError(
             f"linear_cross_entropy(): max_rows is {o.max_rows}, but {count} rows count; give at least so many"
         )
     if count == keep.numel():
-        return _Kept(None, o.flags)
+        return Kept(None, o.flags)
     flags = o.flags
     if count == 0 and (counts is None or bool(counts.any())):
         flags &= ~ALL_IGNORED_ZERO  # some do count, with weight 0
-    return _Kept(keep.nonzero().flatten(), flags)
+    return Kept(keep.nonzero().flatten(), flags)
 
 
 # -------------------------------------------------------------------------------------------------------- products
@@ -286,6 +292,8 @@ def _loss_and_gradients(t: Operands, o: HeadOptions, needs: Needs, grad_output: 
     kept = _kept(t, o)
     t = with_denominators(t, o.of_rows())
     x, w, target, s, shape = t.input, t.linear_weight, t.target, t.sample_weight, row_shape(t)
+    if kept.rows is not None and not target.is_floating_point():
+        target = target.to(torch.int64)  # rows of other dtypes cannot be picked everywhere
     count = x.shape[0] if kept.rows is None else kept.rows.shape[0]
     per_row, options = o.reduction == NONE, o.of_rows()._replace(flags=kept.flags)
     if not per_row:
@@ -401,15 +409,25 @@ library = torch.library.Library("fastloss", "FRAGMENT")
 _TENSORS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
 _TENSORS += "Tensor? sample_weight, Tensor? normalizer"
 _OPTIONS = ", ".join(f"{kind.__name__} {name}" for name, kind in HeadOptions.__annotations__.items())
-_REST = f"{_TENSORS}, {_OPTIONS}, bool[] needs"
+_REST = f"{_TENSORS}, {_OPTIONS}, int needs"
 library.define(f"linear_cross_entropy_forward({_REST}) -> ({', '.join(['Tensor'] * 10)})")
 library.define(f"linear_cross_entropy_backward(Tensor grad_output, {_REST}) -> ({', '.join(['Tensor'] * 5)})")
 _TENSOR_COUNT, _OPTION_COUNT = len(Operands._fields), len(HeadOptions._fields)
 
 
+def as_bits(needs: Needs) -> int:
+    """``needs`` as an operator takes it: torch.jit.trace takes no list of bool."""
+    return sum(1 << i for i, needed in enumerate(needs) if needed)
+
+
+def from_bits(bits: int) -> tuple[bool, ...]:
+    """The opposite of :func:`as_bits`."""
+    return tuple(bool(bits >> i & 1) for i in range(WANTS))
+
+
 def _split(args: Sequence[Any]) -> tuple[Operands, HeadOptions, Needs]:
     options = HeadOptions(*args[_TENSOR_COUNT : _TENSOR_COUNT + _OPTION_COUNT])
-    return Operands(*args[:_TENSOR_COUNT]), options, args[-1]
+    return Operands(*args[:_TENSOR_COUNT]), options, from_bits(args[-1])
 
 
 def _full(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -467,11 +485,14 @@ __all__ = [
     "Operands",
     "Result",
     "accuracy",
+    "as_bits",
     "as_logits",
     "backward_operator",
     "chunk_dtype",
     "classes_of",
+    "first_rows",
     "forward_operator",
+    "from_bits",
     "is_soft",
     "library",
     "loss_and_gradients",

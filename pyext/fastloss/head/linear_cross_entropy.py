@@ -34,7 +34,7 @@ from .._autograd import (
 )
 from .._library import DTYPE_CODES, DTYPES, NONE, ops
 from ..losses import _rowwise
-from ..losses.cross_entropy import STATS, CrossEntropyStats, Given, canonical, engine, rules
+from ..losses.cross_entropy import STATS, CrossEntropyStats, Given, Unmade, canonical, engine, rules
 from ..losses.cross_entropy import run as run_on_logits
 from . import chunked
 from .chunked import COUNT, WANTS, HeadOptions, Operands
@@ -113,7 +113,7 @@ class LinearCrossEntropyRecompute(Function):
 
 
 def _by_operator(grad_output: Tensor, t: Operands, o: HeadOptions, needs: Needs) -> Grads:
-    found = chunked.backward_operator(grad_output, *t, *o, list(needs))
+    found = chunked.backward_operator(grad_output, *t, *o, chunked.as_bits(needs))
     return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
 
 
@@ -220,7 +220,7 @@ _opaque_composed = opaque(_composed)
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.options = HeadOptions(*inputs[_TENSORS : _TENSORS + _OPTIONS])
-    ctx.in_forward = tuple(inputs[-1])
+    ctx.in_forward = chunked.from_bits(inputs[-1])
     ctx.mark_non_differentiable(*output[1:])
     kept = [g for g, made in zip(output[5:], ctx.in_forward, strict=True) if made]
     ctx.save_for_backward(*inputs[:_TENSORS], *kept)
@@ -277,9 +277,11 @@ def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor,
     if path is Path.FORWARD_MODE:
         return _composed(*t, *o)
     if path is Path.RECORDED:
-        fused = wanted and o.reduction != NONE and (not half if in_forward is None else in_forward)
+        # A recorded program may be run with other wishes than it was recorded with.
+        fused = wanted and compiling and not recording() and o.reduction != NONE
+        fused = fused and (not half if in_forward is None else in_forward)
         needs = [fused and x is not None and x.requires_grad for x in t[:WANTS]]
-        loss, *rest = chunked.forward_operator(*t, *o, needs)
+        loss, *rest = chunked.forward_operator(*t, *o, chunked.as_bits(needs))
         return (loss, *rest[:4]) if o.flags & STATS else (loss,)
     if path is Path.VALUE:
         result = chunked.loss_and_gradients(t, o, [False] * WANTS)
@@ -377,6 +379,11 @@ def _rows(function: str, c: Chunking, shape: tuple[int, int, int], dtype: torch.
     return rows_per_chunk(rows, features, columns, itemsize=held.itemsize, device=device.type, budget=budget)
 
 
+def _sized(rows: Any) -> int:
+    """A number where torch.jit.trace, to which sizes are tensors, has made one of it."""
+    return int(rows) if isinstance(rows, Tensor) else rows
+
+
 def _accumulate(function: str, c: Chunking, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the gradients by weight and bias are summed up."""
     asked = c.accumulate_in
@@ -436,26 +443,25 @@ def run(
             sample_weight = _flattened(function, "sample_weight", sample_weight, lead)
     g = g._replace(sample_weight=sample_weight, ignore_index=-100 if ignore_index is None else ignore_index)
     dtype = _logits_dtype(function, input, linear_weight, linear_bias)
-    single, matrix = input.dim() == 1, linear_weight.reshape(-1, features)
+    single, matrix = input.dim() == 1, linear_weight.reshape(classes * math.prod(outputs), features)
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     shape = (classes,) if single else (rows, classes, *outputs)
     if classes == 0:  # there are no logits to make
         made = F.linear(input.reshape(rows, features), matrix, bias).reshape(shape)
         return run_on_logits(function, made, target, g, row_map, map_a)
-    # Logits that hold nothing, for the checks.
-    checked = canonical(function, input.new_empty((), dtype=dtype).expand(shape), target, g, row_map, map_a)
+    checked = canonical(function, Unmade(shape, dtype, input.device), target, g, row_map, map_a)
     _, target, weight, sample_weight, normalizer = checked.tensors
     soft = target.is_floating_point()
     row_dims = _rowwise.row_shape(target) if soft else list(target.shape)  # [rows, *outputs]
     if outputs:
-        target = target.reshape(rows, classes, -1) if soft else target.reshape(rows, math.prod(outputs))
+        target = target.reshape(rows, classes, math.prod(outputs)) if soft else target.reshape(rows, math.prod(outputs))
         if sample_weight is not None:
             sample_weight = sample_weight.reshape(rows, math.prod(outputs))
-    operands = Operands(input.reshape(-1, features), matrix, bias, target, weight, sample_weight, normalizer)
+    operands = Operands(input.reshape(rows, features), matrix, bias, target, weight, sample_weight, normalizer)
     size = rows, features, matrix.shape[0]
     o = HeadOptions(
         *checked.options,
-        rows=_rows(function, c, size, dtype, input.device),
+        rows=_sized(_rows(function, c, size, dtype, input.device)),
         max_rows=_max_rows(function, c),
         logits_dtype=DTYPE_CODES[dtype],
         accumulate=DTYPE_CODES[_accumulate(function, c, dtype)],

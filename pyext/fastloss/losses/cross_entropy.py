@@ -409,26 +409,47 @@ class Canonical(NamedTuple):
     """A call as the operators take it.
 
     Attributes:
-        tensors: logits [N, C, d1, ...], target, weight, sample_weight, normalizer.
+        tensors: logits [N, C, d1, ...] (or what stands for them), target, weight, sample_weight, normalizer.
         options: of the operators.
         loss_dtype: what probabilities and their weights make of the logits' dtype.
         single: logits (C) were given; ``single_shape`` is that of their target.
     """
 
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+    tensors: tuple[Any, Tensor, Tensor | None, Tensor | None, Tensor | None]
     options: Options
     loss_dtype: torch.dtype
     single: bool
     single_shape: Sequence[int]
 
 
-def canonical(
-    function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0
-) -> Canonical:
-    """Checks a call of ``function``, with torch's exceptions. Of ``input`` it looks at nothing that it holds."""
+class Unmade(NamedTuple):
+    """What there is to check of logits that are made later, a part at a time."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        """As a tensor's."""
+        return self.device.type == "cuda"
+
+    def dim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
+    def unsqueeze(self, dim: int) -> "Unmade":
+        """As a tensor's, with ``dim`` 0."""
+        return self._replace(shape=(1, *self.shape))
+
+
+def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Canonical:
+    """Checks a call of ``function``, with torch's exceptions; ``input`` may be :class:`Unmade`."""
     red = _arguments.reduction_code(g.reduction)
     weight, sample_weight = g.weight, g.sample_weight
-    _arguments.require_tensor("input", input, function)
+    unmade = type(input) is Unmade
+    if not unmade:
+        _arguments.require_tensor("input", input, function)
     _arguments.require_tensor("target", target, function)
     for name, t in (("weight", weight), ("sample_weight", sample_weight)):
         if t is not None:
@@ -439,7 +460,7 @@ def canonical(
         target = target.to_dense()
     ignore_index = _arguments.as_int(function, "ignore_index", g.ignore_index)
     # Ranges are looked at after kinds and devices, as torch does.
-    _arguments.require_supported_tensors(function, input, target, weight, sample_weight)
+    _arguments.require_supported_tensors(function, None if unmade else input, target, weight, sample_weight)
     others = ("target", target), ("weight", weight), ("sample_weight", sample_weight)
     _arguments.require_same_device(function, ("input", input), *others)
     input, target = _classes_second(input, target, soft, _class_dim(function, g.class_dim))
@@ -484,7 +505,7 @@ def canonical(
     if sample_weight is not None:
         sample_weight = _checked_sample_weight(function, sample_weight, input)
     normalizer = None if g.normalizer is None else checked_normalizer(function, g.normalizer, red, input.device)
-    if g.inplace_grad and input.requires_grad and torch.is_grad_enabled():
+    if g.inplace_grad and not unmade and input.requires_grad and torch.is_grad_enabled():
         _check_in_place(function, input, given)
 
     # torch's CUDA kernel gives 0 for a single ignored target, its CPU kernel nan.
