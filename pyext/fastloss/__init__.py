@@ -7,6 +7,7 @@ from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
+from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
@@ -35,6 +36,7 @@ __all__ = [
     "FocalLoss",
     "HuberLoss",
     "L1Loss",
+    "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
     "MultiMarginLoss",
@@ -53,6 +55,7 @@ __all__ = [
     "focal_loss",
     "huber_loss",
     "l1_loss",
+    "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_token_log_probs",
     "log_cosh_loss",

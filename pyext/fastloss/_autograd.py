@@ -545,8 +545,13 @@ def opaque_apply(function: type[Function]) -> Callable[..., Any]:
     def apply(*args: Any) -> Any:
         return function.apply(*args)
 
-    _opaque.append(apply)
-    return apply
+    return opaque(apply)
+
+
+def opaque(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors and numbers, to be used as :func:`opaque_apply` says."""
+    _opaque.append(call)
+    return call
 
 
 def _allow_in_graph() -> bool:

@@ -1,5 +1,6 @@
 """The function names of :mod:`torch.nn.functional`: ``import fastloss.functional as F``. Some are fastloss's own."""
 
+from .head.linear_cross_entropy import linear_cross_entropy
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import cosine_distance_loss
 from .losses.cross_entropy import cross_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "focal_loss",
     "huber_loss",
     "l1_loss",
+    "linear_cross_entropy",
     "log_cosh_loss",
     "mse_loss",
     "multi_margin_loss",

@@ -1,5 +1,6 @@
 """The class names of :mod:`torch.nn`: ``import fastloss.nn as nn``. Some are fastloss's own."""
 
+from .head.linear_cross_entropy import LinearCrossEntropyLoss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
 from .losses.cross_entropy import CrossEntropyLoss
@@ -23,6 +24,7 @@ __all__ = [
     "FocalLoss",
     "HuberLoss",
     "L1Loss",
+    "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
     "MultiMarginLoss",

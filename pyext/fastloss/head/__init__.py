@@ -1,1 +1,1 @@
-"""Losses that begin at hidden states and the classifier's matrix, without the logits in memory."""
+"""Losses that begin at hidden states and the classifier's matrix: the logits are made a chunk of rows at a time."""

@@ -246,7 +246,8 @@ def _(grad_output: Any, saved: Any, logits: Any, target: Any, *rest: Any) -> Any
 for _name in ("plain_value", "plain_grad", "value", "forward", "forward_stats", "backward", "target_backward"):
     torch.library.register_vmap(f"fastloss::cross_entropy_{_name}", loop_vmap(getattr(ops, f"cross_entropy_{_name}")))
 
-_engine = Engine(_CrossEntropy(), stats=4)
+rules = _CrossEntropy()
+engine = Engine(rules, stats=4)
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -297,7 +298,7 @@ def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
     o = _USUAL_OPTIONS.get((reduction, input.dtype))
     if o is None or (input.is_cuda and errors.immediate_errors()):
         return None
-    return _engine.plain(input, target, o, o.reduction != NONE)
+    return engine.plain(input, target, o, o.reduction != NONE)
 
 
 def _checked_options(function: str, g: Given) -> Given:
@@ -405,11 +406,51 @@ def _check_in_place(function: str, input: Tensor, given: Tensor) -> None:
         )
 
 
-def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
-    """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says."""
+class Canonical(NamedTuple):
+    """A call as the operators take it.
+
+    Attributes:
+        tensors: logits [N, C, d1, ...] (or what stands for them), target, weight, sample_weight, normalizer.
+        options: of the operators.
+        loss_dtype: what probabilities and their weights make of the logits' dtype.
+        single: logits (C) were given; ``single_shape`` is that of their target.
+    """
+
+    tensors: tuple[Any, Tensor, Tensor | None, Tensor | None, Tensor | None]
+    options: Options
+    loss_dtype: torch.dtype
+    single: bool
+    single_shape: Sequence[int]
+
+
+class Unmade(NamedTuple):
+    """What there is to check of logits that are made later, a part at a time."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        """As a tensor's."""
+        return self.device.type == "cuda"
+
+    def dim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
+    def unsqueeze(self, dim: int) -> "Unmade":
+        """As a tensor's, with ``dim`` 0."""
+        return self._replace(shape=(1, *self.shape))
+
+
+def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Canonical:
+    """Checks a call of ``function``, with torch's exceptions; ``input`` may be :class:`Unmade`."""
     red = _arguments.reduction_code(g.reduction)
     weight, sample_weight = g.weight, g.sample_weight
-    _arguments.require_tensor("input", input, function)
+    unmade = type(input) is Unmade
+    if not unmade:
+        _arguments.require_tensor("input", input, function)
     _arguments.require_tensor("target", target, function)
     for name, t in (("weight", weight), ("sample_weight", sample_weight)):
         if t is not None:
@@ -420,7 +461,7 @@ def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0
         target = target.to_dense()
     ignore_index = _arguments.as_int(function, "ignore_index", g.ignore_index)
     # Ranges are looked at after kinds and devices, as torch does.
-    _arguments.require_supported_tensors(function, input, target, weight, sample_weight)
+    _arguments.require_supported_tensors(function, None if unmade else input, target, weight, sample_weight)
     others = ("target", target), ("weight", weight), ("sample_weight", sample_weight)
     _arguments.require_same_device(function, ("input", input), *others)
     input, target = _classes_second(input, target, soft, _class_dim(function, g.class_dim))
@@ -440,11 +481,10 @@ def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0
     g = _checked_options(function, g)
     _rowwise.check_logits_dtype(input, function)
 
-    single = input.dim() == 1
+    single, single_shape = input.dim() == 1, target.shape if not soft else ()
     if single:
         if not soft:
             _rowwise.check_single_target(target, function)
-        single_shape = target.shape if not soft else ()
         input = input.unsqueeze(0)
         target = target.unsqueeze(0) if soft else target.reshape(1)
         if sample_weight is not None and sample_weight.numel() == 1:
@@ -463,17 +503,10 @@ def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0
         if soft:
             loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
         weight = weight.to(accum_dtype(input.dtype)).flatten().contiguous()
-    if input.shape[1] == 0 and soft:  # nothing to sum over: 0, and 0 / 0 for the mean
-        if g.return_stats:
-            raise ValueError(f"{function}(return_stats=True): there is no arg-max over no classes; input has 0 classes")
-        empty = (input.sum(1) + target.sum(1)).to(loss_dtype)
-        if red != NONE:
-            empty = empty.sum() * (float("nan") if red == MEAN else 1.0)
-        return empty.reshape(()) if single else empty
     if sample_weight is not None:
         sample_weight = _checked_sample_weight(function, sample_weight, input)
     normalizer = None if g.normalizer is None else checked_normalizer(function, g.normalizer, red, input.device)
-    if g.inplace_grad and input.requires_grad and torch.is_grad_enabled():
+    if g.inplace_grad and not unmade and input.requires_grad and torch.is_grad_enabled():
         _check_in_place(function, input, given)
 
     # torch's CUDA kernel gives 0 for a single ignored target, its CPU kernel nan.
@@ -492,10 +525,22 @@ def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0
         flags=flags + STATS * bool(g.return_stats),
     )
     tensors = (input, target, weight, sample_weight, normalizer)
-    loss, *stats = _engine(
-        tensors, options, in_forward=g.grad_in_forward, in_place=g.inplace_grad, stats=g.return_stats
-    )
-    if errors.immediate_errors() and input.is_cuda:
+    return Canonical(tensors, options, loss_dtype, single, single_shape)
+
+
+def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
+    """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says."""
+    tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_a)
+    logits, target = tensors[:2]
+    if logits.shape[1] == 0 and target.is_floating_point():  # nothing to sum over: 0, and 0 / 0 for the mean
+        if g.return_stats:
+            raise ValueError(f"{function}(return_stats=True): there is no arg-max over no classes; input has 0 classes")
+        empty = (logits.sum(1) + target.sum(1)).to(loss_dtype)
+        if o.reduction != NONE:
+            empty = empty.sum() * (float("nan") if o.reduction == MEAN else 1.0)
+        return empty.reshape(()) if single else empty
+    loss, *stats = engine(tensors, o, in_forward=g.grad_in_forward, in_place=g.inplace_grad, stats=g.return_stats)
+    if errors.immediate_errors() and logits.is_cuda:
         errors.check_errors()
     if single:
         loss = loss.reshape(())

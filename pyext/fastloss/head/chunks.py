@@ -1,0 +1,46 @@
+"""How many rows of logits are made at once: a pure function of shapes, dtype, device and a budget of memory."""
+
+LEAST_BUDGET = 64 << 20  # bytes, where the input's own gradient takes less
+
+
+def _tile(device: str) -> int:
+    """Rows that a matrix product takes at once: a chunk is a multiple of it where the budget allows."""
+    return 128 if device == "cuda" else 16
+
+
+def default_budget(rows: int, features: int, itemsize: int) -> int:
+    """What a step has room for anyway: the input's gradient, or 64 MiB if that is more."""
+    return max(rows * features * itemsize, LEAST_BUDGET)
+
+
+def rows_per_chunk(
+    rows: int, features: int, columns: int, *, itemsize: int, device: str, budget: int | None = None
+) -> int:
+    """Rows of a chunk.
+
+    Every chunk reads the whole weight for three products, so that few large chunks are fast: as many rows as the budget
+    holds. Chunks are then made equal, for a short last one feeds its products badly.
+
+    Args:
+        rows, features: of the input.
+        columns: of the logits.
+        itemsize: bytes of a logit.
+        device: ``"cpu"`` or ``"cuda"``.
+        budget: bytes that the logits of a chunk may take; None: :func:`default_budget`. One row is made whatever the
+            budget.
+
+    >>> rows_per_chunk(8192, 4096, 128256, itemsize=2, device="cuda", budget=1 << 30)
+    4096
+    """
+    budget = default_budget(rows, features, itemsize) if budget is None else budget
+    most = max(1, budget // max(1, columns * itemsize))
+    if most >= rows:
+        return max(rows, 1)
+    tile = min(_tile(device), most)
+    most -= most % tile
+    chunks = -(-rows // most)
+    equal = -(-rows // chunks)
+    return min(most, -(-equal // tile) * tile)
+
+
+__all__ = ["LEAST_BUDGET", "default_budget", "rows_per_chunk"]
