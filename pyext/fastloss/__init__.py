@@ -7,6 +7,8 @@ from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
+from .head.lazy_head import lazy_head, restore_head
+from .head.lazy_logits import LazyHeadWarning
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
@@ -32,6 +34,7 @@ __all__ = [
     "FocalLoss",
     "HuberLoss",
     "L1Loss",
+    "LazyHeadWarning",
     "LogCoshLoss",
     "MSELoss",
     "MultiMarginLoss",
@@ -50,12 +53,14 @@ __all__ = [
     "focal_loss",
     "huber_loss",
     "l1_loss",
+    "lazy_head",
     "log_cosh_loss",
     "mse_loss",
     "multi_margin_loss",
     "nll_loss",
     "patch",
     "relative_l1_loss",
+    "restore_head",
     "rmse_loss",
     "set_error_mode",
     "smooth_l1_loss",

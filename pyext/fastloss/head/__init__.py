@@ -1,0 +1,1 @@
+"""Losses that take the classifier's matrix too, so that its logits need not be made."""
