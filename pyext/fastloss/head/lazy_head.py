@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from .._library import DTYPE_CODES
 from .lazy_logits import HeadState, LazyLogits, Step
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -48,14 +50,14 @@ class Report:
 def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
     """What a lazy head does in place of ``torch.nn.Linear.forward``."""
     if torch.compiler.is_compiling():
-        return torch.nn.Linear.forward(head, input)
+        return type(head).forward(head, input)
     state: HeadState = getattr(head, _STATE)
     reason, urgent = _why_plain(head, state, input)
     if reason is not None:
         state.step = Step(plain=reason)
         if urgent:
             state.say("forward", f"fastloss.lazy_head: the head gives ordinary logits: {reason}")
-        return torch.nn.Linear.forward(head, input)
+        return type(head).forward(head, input)
     hidden, weight, bias = input, head.weight, head.bias
     kind = hidden.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, weight.dtype):
@@ -63,8 +65,23 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if hidden.dtype is not weight.dtype:
-        return torch.nn.Linear.forward(head, input)  # which says so
-    return LazyLogits.from_head(state, hidden, weight, bias)
+        return type(head).forward(head, input)  # which says so
+    logits = LazyLogits.from_head(state, hidden, weight, bias)
+    if type(head).forward is torch.nn.Linear.forward:
+        return logits
+    with _Returning(logits):
+        return type(head).forward(head, input)
+
+
+class _Returning(TorchFunctionMode):
+    """What ``torch.nn.functional.linear`` gives within the forward of a head that extends torch.nn.Linear."""
+
+    def __init__(self, logits: LazyLogits) -> None:
+        super().__init__()
+        self._logits = logits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._logits if func is torch.nn.functional.linear else func(*args, **(kwargs or {}))
 
 
 def _why_plain(head: torch.nn.Linear, state: HeadState, input: Tensor) -> tuple[str | None, bool]:
@@ -86,22 +103,23 @@ def _why_plain(head: torch.nn.Linear, state: HeadState, input: Tensor) -> tuple[
     return None, False
 
 
-def _unfit(head: torch.nn.Module) -> str | None:
-    """Why a loss could not be computed from this head's weight, or None."""
+def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
+    """Why a loss could not be computed from this head's weight, or None. ``sharded``: its weight is a shard now and will
+    be whole in the forward pass of the model."""
     kind = f"{type(head).__module__}.{type(head).__name__}"
     if hasattr(head, "base_layer") or hasattr(head, "modules_to_save") or kind.startswith("peft."):
         return (
             f"it is wrapped by PEFT ({kind}), so that its output is more than a matrix product. Leave the head out of "
             "target_modules and modules_to_save, or merge the adapter"
         )
-    if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
+    if _is_fsdp(head):
         return (
             "it is sharded by fully_shard on its own, and its weight is there during its own forward only. Leave the "
             "head in the root's group: call fully_shard on the layers and on the model"
         )
     if not isinstance(head, torch.nn.Linear):
         return f"it is a {kind}, not a torch.nn.Linear"
-    if type(head).forward is not torch.nn.Linear.forward:
+    if type(head).forward is not torch.nn.Linear.forward and not _extends_linear(head):
         return f"{kind} has a forward of its own (a quantised layer?); only a plain torch.nn.Linear will do"
     own = head.__dict__.get("forward")
     if own is not None and getattr(own, "func", None) is not _forward:
@@ -111,13 +129,26 @@ def _unfit(head: torch.nn.Module) -> str | None:
             continue
         if hasattr(t, "ds_id"):
             return f"its {name} is partitioned by DeepSpeed ZeRO-3; use stage 1 or 2"
-        if type(t) not in (Tensor, torch.nn.Parameter) or type(t.data) is not Tensor:
+        plain = type(t) in (Tensor, torch.nn.Parameter) and type(t.data) is Tensor
+        if not plain and not (sharded and type(t.data).__name__ == "DTensor"):
             return f"its {name} is a {type(t.data).__name__} (sharded or quantised), not a plain tensor"
-        if not t.is_floating_point():
-            return f"its {name} is {t.dtype} (quantised), not floating point"
+        if t.dtype not in DTYPE_CODES:
+            return f"its {name} is {t.dtype} (quantised?); float32, float64, float16 and bfloat16 will do"
         if t.numel() == 0 and name == "weight":
             return f"its weight has the shape {list(t.shape)}: its numbers are elsewhere (sharded?)"
     return None
+
+
+def _is_fsdp(module: torch.nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _extends_linear(head: torch.nn.Linear) -> bool:
+    """Whether its own forward does something to what ``super().forward`` returns, and torch.nn.Linear is that."""
+    forward = type(head).__dict__.get("forward")
+    code = getattr(forward, "__code__", None)
+    calls = code is not None and "__class__" in code.co_freevars and "linear" not in code.co_names
+    return calls and type(head).__mro__[1] is torch.nn.Linear
 
 
 def _heads(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -218,7 +249,7 @@ class LazyHead:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"lazy_head(): model must be a torch.nn.Module, not {type(model).__name__}")
         found = _find(model, head)
-        reason = _unfit(found)
+        reason = _unfit(found, sharded=any(_is_fsdp(m) for m in model.modules()))
         if reason is not None:
             raise NotImplementedError(f"lazy_head(): the head cannot be lazy: {reason}. The model was left as it is.")
         found.__dict__[_STATE] = HeadState(evaluation, options)

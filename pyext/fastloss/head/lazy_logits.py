@@ -388,10 +388,11 @@ def _squeeze(func: Any, x: Any, dim: Any = None) -> Any:
     if not _row_major(x) or not isinstance(dim, int):
         return NotImplemented
     with _DisableTorchFunction():
-        shape = list(torch.empty(x.shape, device="meta").squeeze(dim).shape) if "un" not in func.__name__ else None
-        shape = shape or list(torch.empty(x.shape, device="meta").unsqueeze(dim).shape)
-        if shape == list(x.shape):
-            return x
+        shape = list(x.shape)
+    if func.__name__ == "unsqueeze":
+        shape.insert(dim % (len(shape) + 1), 1)
+    elif shape[dim] == 1:
+        del shape[dim]
     return _reshaped(Tensor.reshape, x, shape)
 
 
@@ -527,7 +528,24 @@ def _scaled(x: Any, factor: Any, how: Callable[[Tensor], Tensor], invert: bool =
         s = 1 / s if invert else s
         operands = ((x._hidden * s).to(x._hidden.dtype), x._weight, None if x._bias is None else x._bias * s)
         return x.derive(how, operands=operands, copies=1)
+    if _per_class(x, factor):  # a learned scale for each class: on the weight
+        s = factor.reshape(-1)
+        s = 1 / s if invert else s
+        weight = (x._weight * s.unsqueeze(-1)).to(x._weight.dtype)
+        bias = None if x._bias is None else (x._bias * s).to(x._bias.dtype)
+        return x.derive(how, operands=(x._hidden, weight, bias), copies=1)
     return NotImplemented
+
+
+def _per_class(x: Any, other: Any) -> bool:
+    """Whether ``other`` has a number for each class and is the same for every row."""
+    if not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not _row_major(x) or x._form.cap is not None:
+        return False
+    if other.dim() == 0 or other.dim() > x._hidden.dim() or other.numel() != other.shape[-1]:
+        return False
+    same_device = other.device == x._hidden.device
+    kept = other.is_floating_point() and torch.promote_types(x._form.dtype, other.dtype) is x._form.dtype
+    return same_device and kept and other.shape[-1] == x._weight.shape[0]
 
 
 @_rule("tanh")
@@ -540,11 +558,8 @@ def _add(func: Any, x: Any, other: Any) -> Any:
     """A bias that torch adds afterwards."""
     if not isinstance(x, LazyLogits):
         x, other = other, x
-    fits = isinstance(other, Tensor) and not isinstance(other, LazyLogits) and _row_major(x) and x._form.cap is None
-    if not fits or other.dim() == 0 or other.dim() > x._hidden.dim() or other.numel() != other.shape[-1]:
-        return NotImplemented
     base = x._hidden.dtype
-    if other.shape[-1] != x._weight.shape[0] or torch.promote_types(base, other.dtype) is not base:
+    if not _per_class(x, other) or torch.promote_types(base, other.dtype) is not base:
         return NotImplemented
     more = other.reshape(-1).to(base) / x._form.scale
     bias = more if x._bias is None else x._bias + more
