@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import socket
 import warnings
 
 import fastloss
@@ -119,8 +120,12 @@ def patched(z, t, **options):
 @pytest.mark.parametrize("loss", UNMADE.values(), ids=UNMADE)
 def test_a_loss_needs_no_logits(loss, bias, data):
     plain, lazy = pair(loss, bias=bias)
-    rows = {"rows by mask": B * T - 2, "row by number": T - 1}.get(next(k for k, v in UNMADE.items() if v is loss), B * T)
-    numel = (rows if loss is not UNMADE["shifted"] else B * (T - 1)) * (V - 5 if loss is UNMADE["cut vocabulary"] else V)
+    rows = {"rows by mask": B * T - 2, "row by number": T - 1}.get(
+        next(k for k, v in UNMADE.items() if v is loss), B * T
+    )
+    numel = (rows if loss is not UNMADE["shifted"] else B * (T - 1)) * (
+        V - 5 if loss is UNMADE["cut vocabulary"] else V
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if loss is UNMADE["probabilities"]:  # the target itself is as large
@@ -138,6 +143,22 @@ def test_a_loss_needs_no_logits(loss, bias, data):
     assert report.fused and report.losses >= 1 and report.made == () and report.plain is None
     assert report.bytes_not_allocated >= numel * 4 * 3 or "row" in str(rows)
     assert "fused" in str(report)
+
+
+def test_explain_is_about_the_last_step(data):
+    _, lazy = pair(flat)
+    assert fastloss.explain(
+        lazy
+    ).handled_by == "torch: the head has not been called (or torch.compile called it, or " + (
+        "the model uses its weight directly)"
+    )
+    lazy(*data)
+    assert fastloss.explain(lazy).handled_by == "fastloss" and "not allocated" in fastloss.explain(lazy).kernel
+    with pytest.warns(fastloss.LazyHeadWarning):
+        lazy.logits.sum()
+    assert "the logits were made by sum at" in fastloss.explain(lazy).handled_by
+    lazy.eval()(*data)
+    assert "evaluation mode" in fastloss.explain(lazy).handled_by
 
 
 def test_shape_and_dtype_are_known_without_looking(data):
@@ -284,7 +305,8 @@ class Foreign(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "how", (lambda z: z, lambda z: 3 * torch.tanh(z / 2), lambda z: (z + torch.ones(V)).transpose(1, 2), lambda z: z[:, 1:])
+    "how",
+    (lambda z: z, lambda z: 3 * torch.tanh(z / 2), lambda z: (z + torch.ones(V)).transpose(1, 2), lambda z: z[:, 1:]),
 )
 def test_an_autograd_function_of_somebody_else(how, data):
     plain, lazy = pair(lambda z, t: Foreign.apply(how(z)))
@@ -377,7 +399,7 @@ def test_head_by_module_or_by_an_unknown_name():
         fastloss.lazy_head(net)
     with pytest.raises(ValueError, match="not a module of this model"):
         fastloss.lazy_head(net, nn.Linear(2, 3))
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, not str"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not str"):
         fastloss.lazy_head("llama")
     with pytest.raises(TypeError, match="head must be the name"):
         fastloss.lazy_head(net, 3)
@@ -445,7 +467,7 @@ def test_a_head_that_becomes_unfit_gives_ordinary_logits(data):
     assert type(lazy.logits) is torch.Tensor and "backward hooks" in str(fastloss.lazy_head.report(lazy))
 
 
-# ------------------------------------------------------------------------------------------ transforms, several processes
+# ---------------------------------------------------------------------------------------- transforms, several processes
 
 
 def test_compiled_whole_gives_ordinary_logits_without_a_break(data):
@@ -472,53 +494,52 @@ def test_transforms_get_ordinary_logits(data):
         torch.testing.assert_close(got[name], want[name])
 
 
-def _process(rank, port, kind, state, data):
+def _sharded(net, kind):
+    """The model on two processes, with a lazy head."""
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(fastloss.lazy_head(net, "lm_head"))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    if kind == "fsdp2, lazy before":
+        fastloss.lazy_head(net, "lm_head")
+    fully_shard(net.body, mesh=mesh)
+    if kind == "fsdp2, head alone":
+        fully_shard(net.lm_head, mesh=mesh)
+        with pytest.raises(NotImplementedError, match="fully_shard on its own"):
+            fastloss.lazy_head(net, "lm_head")
+    fully_shard(net, mesh=mesh)
+    return net if kind != "fsdp2" else fastloss.lazy_head(net, "lm_head")
+
+
+def _process(rank, port, state, data):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo")
     x, t = (part[rank : rank + 1] for part in data)
-    net = Net(flat)
-    net.load_state_dict(state)
-    if kind == "ddp":
-        fastloss.lazy_head(net, "lm_head")
-        net = nn.parallel.DistributedDataParallel(net)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (2,))
-        fully_shard(net.body, mesh=mesh)
-        if kind == "fsdp2, head alone":
-            fully_shard(net.lm_head, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-        if kind == "fsdp2, head alone":
-            with pytest.raises(NotImplementedError, match="DTensor|fully_shard on its own"):
-                fastloss.lazy_head(net, "lm_head")
-            torch.distributed.destroy_process_group()
-            return
-        fastloss.lazy_head(net, "lm_head")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", fastloss.LazyHeadWarning)
-        for _ in range(2):
-            net.zero_grad()
-            net(x, t).backward()
-    assert fastloss.lazy_head.report(net).fused
-    inner = net.module if kind == "ddp" else net
-    grads = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in inner.named_parameters()}
     reference = Net(flat)
     reference.load_state_dict(state)
     (sum(reference(a[None], b[None]) for a, b in zip(*data, strict=True)) / 2).backward()
-    for name, p in reference.named_parameters():
-        torch.testing.assert_close(grads[name], p.grad)
+    for kind in ("ddp", "fsdp2", "fsdp2, lazy before", "fsdp2, head alone"):
+        net = Net(flat)
+        net.load_state_dict(state)
+        net = _sharded(net, kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", fastloss.LazyHeadWarning)
+            for _ in range(2):
+                net.zero_grad()
+                net(x, t).backward()
+        assert kind == "fsdp2, head alone" or fastloss.lazy_head.report(net).fused
+        for (name, want), p in zip(reference.named_parameters(), net.parameters(), strict=True):
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(grad, want.grad, msg=lambda m, at=(kind, name): f"{at}: {m}")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ("ddp", "fsdp2", "fsdp2, head alone"))
-def test_two_processes(kind, data):
-    import socket
-
+def test_two_processes(data):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = (port, kind, Net(flat).state_dict(), data)
+    arguments = (port, Net(flat).state_dict(), data)
     torch.multiprocessing.start_processes(_process, arguments, nprocs=2, start_method="spawn")

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -58,12 +58,19 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
         if urgent:
             state.say("forward", f"fastloss.lazy_head: the head gives ordinary logits: {reason}")
         return type(head).forward(head, input)
-    hidden, weight, bias = input, head.weight, head.bias
+    hidden: Tensor = input
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
     kind = hidden.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if hidden.device != weight.device:
+        raise RuntimeError(
+            f"fastloss.lazy_head: the head's input is on {hidden.device}, its weight on {weight.device}. A replica made by "
+            "torch.nn.DataParallel? Its head is not lazy; use DistributedDataParallel or fastloss.restore_head(model)"
+        )
     if hidden.dtype is not weight.dtype:
         return type(head).forward(head, input)  # which says so
     logits = LazyLogits.from_head(state, hidden, weight, bias)
@@ -104,8 +111,8 @@ def _why_plain(head: torch.nn.Linear, state: HeadState, input: Tensor) -> tuple[
 
 
 def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
-    """Why a loss could not be computed from this head's weight, or None. ``sharded``: its weight is a shard now and will
-    be whole in the forward pass of the model."""
+    """Why a loss could not be computed from this head's weight, or None. ``sharded``: its weight is a shard now and
+    will be whole in the forward pass of the model."""
     kind = f"{type(head).__module__}.{type(head).__name__}"
     if hasattr(head, "base_layer") or hasattr(head, "modules_to_save") or kind.startswith("peft."):
         return (
@@ -153,6 +160,11 @@ def _extends_linear(head: torch.nn.Linear) -> bool:
 
 def _heads(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     return (m for m in model.modules() if _STATE in m.__dict__)
+
+
+def is_lazy(model: torch.nn.Module) -> bool:
+    """Whether :func:`lazy_head` has been called for it."""
+    return next(_heads(model), None) is not None
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -213,9 +225,9 @@ class LazyHead:
     ) -> Model:
         """Give the model an output head whose logits are not made until somebody looks.
 
-        The head then returns a tensor subclass that holds hidden states and the head's weight. It follows what models do
-        to logits before the loss (casts, views, slices of rows, a vocabulary cut to size, scaling, soft capping, a bias)
-        and becomes :func:`fastloss.linear_cross_entropy` when it meets a cross entropy: torch's, torch.nn's or
+        The head then returns a tensor subclass that holds hidden states and the head's weight. It follows what models
+        do to logits before the loss (casts, views, slices of rows, a vocabulary cut to size, scaling, soft capping, a
+        bias) and becomes :func:`fastloss.linear_cross_entropy` when it meets a cross entropy: torch's, torch.nn's or
         fastloss's. For anything else it turns into ordinary logits, once and differentiable, with a warning
         (:class:`LazyHeadWarning`) that names operation and line. The model is changed in place: parameters, state dict
         and class stay what they are.
@@ -254,7 +266,7 @@ class LazyHead:
             raise NotImplementedError(f"lazy_head(): the head cannot be lazy: {reason}. The model was left as it is.")
         found.__dict__[_STATE] = HeadState(evaluation, options)
         # Not a bound method: those of an instance cannot be pickled or copied with it.
-        found.__dict__["forward"] = functools.partial(_forward, found)
+        found.__dict__["forward"] = functools.partial(_forward, cast(torch.nn.Linear, found))
         if not hasattr(type(model), "__enter__"):
             type(model).__enter__ = _enter  # type: ignore[attr-defined]  # `with` asks the class
             type(model).__exit__ = _exit  # type: ignore[attr-defined]

@@ -164,7 +164,9 @@ class LazyLogits(Tensor):
         return _look(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own type is that of a function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def plain(x: Any) -> Any:
             return x.value(func.__name__) if isinstance(x, LazyLogits) else x
 
@@ -239,7 +241,8 @@ class LazyLogits(Tensor):
 
     def require_unchanged(self) -> None:
         """Raises if hidden states or weight are no longer what they were in the head's forward."""
-        for name, (t, version) in zip(("the hidden states", "the head's weight", "the head's bias"), self._versions):
+        names = "the hidden states", "the head's weight", "the head's bias"
+        for name, (t, version) in zip(names, self._versions, strict=False):
             if t.untyped_storage().size() == 0 and t.numel() and t.device.type != "meta":
                 raise RuntimeError(
                     f"fastloss.lazy_head: {name} were freed since the head's forward (sharded again?), so the logits "
@@ -300,27 +303,20 @@ _SHARING = {"__setitem__", "data", "data_ptr", "numpy", "untyped_storage", "stor
 def _may_write(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether it writes to its tensor, or hands out the memory."""
     dunder = name.endswith("__")
-    return name in _SHARING or "out" in kwargs or (name.startswith("__i") and dunder) or (name[-1] == "_" and not dunder)
+    return (
+        name in _SHARING or "out" in kwargs or (name.startswith("__i") and dunder) or (name[-1] == "_" and not dunder)
+    )
 
 
 # ---------------------------------------------------------------------------------------- what leaves logits unmade
 
-_METADATA: set[Any] = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "shape dtype device layout ndim requires_grad is_leaf is_cuda is_cpu is_meta is_sparse is_quantized is_nested "
-        "is_mkldnn is_xpu is_mps is_xla is_vulkan is_ipu is_maia itemsize nbytes names grad_fn output_nr _version _base "
-        "is_sparse_csr is_mtia is_ort retains_grad"
-    ).split()
-    if hasattr(Tensor, name)
-}
-for _name in (
-    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_signed is_contiguous "
-    "element_size get_device __len__ is_inference is_same_size has_names is_shared is_conj is_neg"
-).split():
-    for _holder in (Tensor, torch):
-        if hasattr(_holder, _name):
-            _METADATA.add(getattr(_holder, _name))
+_PROPERTIES = """_base _version device dtype grad_fn is_cpu is_cuda is_ipu is_leaf is_maia is_meta is_mkldnn is_mps
+    is_mtia is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim
+    output_nr requires_grad retains_grad shape"""
+_METHODS = """__len__ dim element_size get_device has_names is_complex is_conj is_contiguous is_floating_point
+    is_inference is_neg is_same_size is_shared is_signed ndimension nelement numel size storage_offset stride"""
+_METADATA: set[Any] = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
+_METADATA |= {getattr(holder, n) for n in _METHODS.split() for holder in (Tensor, torch) if hasattr(holder, n)}
 _RULES: dict[Any, Callable[..., Any]] = {}
 
 
@@ -432,6 +428,7 @@ def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     with _DisableTorchFunction():
         device, current = x.device, x.dtype
     name = func.__name__
+    rest: Any
     named = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
     try:
         if name in named:
@@ -482,9 +479,7 @@ def _getitem(func: Any, x: Any, key: Any) -> Any:
         if weight.shape[0] == 0:
             return NotImplemented
     picked = any(isinstance(k, Tensor) for k in keys)
-    if picked and sum(isinstance(k, Tensor) for k in keys) > 1 and not isinstance(keys[0], Tensor):
-        return NotImplemented  # where the picked axis goes is a matter of its own
-    hidden = x._hidden[tuple([*keys[:-1], slice(None)])]
+    hidden = x._hidden[tuple(keys)[:-1]]  # wherever picked rows go, the classes stay last
     return x.derive(
         lambda z: z[key], operands=(hidden, weight, bias), classes=hidden.dim() - 1, copies=1 if picked else 0
     )
