@@ -7,6 +7,8 @@ from ._version import __version__
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
+from .head.lazy_head import lazy_head, restore_head
+from .head.lazy_logits import LazyHeadWarning
 from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
@@ -36,6 +38,7 @@ __all__ = [
     "FocalLoss",
     "HuberLoss",
     "L1Loss",
+    "LazyHeadWarning",
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
@@ -55,6 +58,7 @@ __all__ = [
     "focal_loss",
     "huber_loss",
     "l1_loss",
+    "lazy_head",
     "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_token_log_probs",
@@ -64,6 +68,7 @@ __all__ = [
     "nll_loss",
     "patch",
     "relative_l1_loss",
+    "restore_head",
     "rmse_loss",
     "set_error_mode",
     "smooth_l1_loss",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import Path, Step, rehearsal
+from .head.lazy_head import is_lazy, lazy_head
 from .losses.cross_entropy import cross_entropy
 from .patching import takes
 
@@ -57,7 +58,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     ``explain(loss, input, target, ...)`` with any loss of fastloss, a function or a module, and the arguments of the
     call; ``explain(input, target, ...)`` is about :func:`fastloss.cross_entropy`. Whether a gradient is made depends on
     what requires grad and on torch's grad mode, as it would in the call; the call's own code decides, so that wrong
-    arguments raise what they would raise there.
+    arguments raise what they would raise there. ``explain(model)`` of a model with a lazy head is about its last step,
+    which has run: whether it was fused, and how much memory it did without.
 
     Returns:
         An :class:`Explanation`. ``handled_by`` is ``"torch: <reason>"`` for inputs that :func:`fastloss.patch` would
@@ -68,6 +70,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         >>> print(fastloss.explain(fastloss.l1_loss, x, t, reduction="sum").gradient)
         in forward, while the row is at hand; scaled in backward
     """
+    if len(args) == 1 and isinstance(args[0], torch.nn.Module) and not kwargs and is_lazy(args[0]):
+        return _last_step(args[0])
     loss: Callable[..., Any] = cross_entropy
     if args and not isinstance(args[0], Tensor):
         loss, *args = args  # type: ignore[assignment]
@@ -97,6 +101,18 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         *(sum(column) for column in zip(*costs, strict=True)),
         *(tuple(name for step in steps for name in _operators(step)[way]) for way in (0, 1)),
     )
+
+
+def _last_step(model: torch.nn.Module) -> Explanation:
+    report = lazy_head.report(model)
+    device = str(next(model.parameters()).device)
+    if not report.fused:
+        reason = report.plain or f"the logits were made by {'; '.join(report.made) or 'nobody, nor met a loss'}"
+        return Explanation(f"torch: {reason}", device, "torch's own", "torch's own", 0, 0)
+    kernel = (
+        f"linear_cross_entropy, {report.losses} of the head's last output; {report.bytes_not_allocated / 2**20:.1f} MiB"
+    )
+    return Explanation("fastloss", device, f"{kernel} not allocated", "from hidden states and the head's weight", 0, 0)
 
 
 def _operators(step: Step) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,0 +1,313 @@
+"""One line that gives any language model a head whose logits are not made: see :class:`LazyHead`."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._library import DTYPE_CODES
+from .lazy_logits import HeadState, LazyLogits, Step
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+_STATE = "_fastloss_lazy_head"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the last step's logits; ``print`` it.
+
+    Attributes:
+        fused: whether a loss of them was computed from hidden states and weight, and they were not made.
+        losses: how many losses were.
+        bytes_not_allocated: tensors of logits, their copies, log-probabilities and gradient that eager torch would
+            have held for these losses, in bytes.
+        made: operations that made the logits, with file and line.
+        plain: why the head gave ordinary logits, or None.
+    """
+
+    fused: bool
+    losses: int
+    bytes_not_allocated: int
+    made: tuple[str, ...] = ()
+    plain: str | None = None
+
+    def __str__(self) -> str:
+        if self.plain is not None:
+            return f"not fused: {self.plain}"
+        lines = [f"losses fused        {self.losses}"]
+        lines.append(f"not allocated       {self.bytes_not_allocated / 2**20:.1f} MiB")
+        lines.append(f"logits made by      {'; '.join(self.made) or 'nobody'}")
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------ the head
+
+
+def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
+    """What a lazy head does in place of ``torch.nn.Linear.forward``."""
+    if torch.compiler.is_compiling():
+        return type(head).forward(head, input)
+    state: HeadState = getattr(head, _STATE)
+    reason, urgent = _why_plain(head, state, input)
+    if reason is not None:
+        state.step = Step(plain=reason)
+        if urgent:
+            state.say("forward", f"fastloss.lazy_head: the head gives ordinary logits: {reason}")
+        return type(head).forward(head, input)
+    hidden: Tensor = input
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    kind = hidden.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if hidden.device != weight.device:
+        raise RuntimeError(
+            f"fastloss.lazy_head: the head's input is on {hidden.device}, its weight on {weight.device}. A replica made by "
+            "torch.nn.DataParallel? Its head is not lazy; use DistributedDataParallel or fastloss.restore_head(model)"
+        )
+    if hidden.dtype is not weight.dtype:
+        return type(head).forward(head, input)  # which says so
+    logits = LazyLogits.from_head(state, hidden, weight, bias)
+    if type(head).forward is torch.nn.Linear.forward:
+        return logits
+    with _Returning(logits):
+        return type(head).forward(head, input)
+
+
+class _Returning(TorchFunctionMode):
+    """What ``torch.nn.functional.linear`` gives within the forward of a head that extends torch.nn.Linear."""
+
+    def __init__(self, logits: LazyLogits) -> None:
+        super().__init__()
+        self._logits = logits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._logits if func is torch.nn.functional.linear else func(*args, **(kwargs or {}))
+
+
+def _why_plain(head: torch.nn.Linear, state: HeadState, input: Tensor) -> tuple[str | None, bool]:
+    """Why this call gives ordinary logits, or None; and whether the user should hear of it."""
+    if not state.evaluation and not head.training:
+        return "the head is in evaluation mode (lazy_head(..., evaluation=True) changes that)", False
+    if not state.evaluation and not torch.is_grad_enabled():
+        return "gradients are off (lazy_head(..., evaluation=True) changes that)", False
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active", False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "torch.jit.trace records operators", False
+    if head._backward_hooks or head._backward_pre_hooks:
+        return "the head has backward hooks, which want the gradient by its output", True
+    if reason := _unfit(head):
+        return reason, True
+    if type(input) not in (Tensor, torch.nn.Parameter) or input.dim() == 0:
+        return f"its input is a {type(input).__name__}, not a plain tensor", True
+    return None, False
+
+
+def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
+    """Why a loss could not be computed from this head's weight, or None. ``sharded``: its weight is a shard now and
+    will be whole in the forward pass of the model."""
+    kind = f"{type(head).__module__}.{type(head).__name__}"
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save") or kind.startswith("peft."):
+        return (
+            f"it is wrapped by PEFT ({kind}), so that its output is more than a matrix product. Leave the head out of "
+            "target_modules and modules_to_save, or merge the adapter"
+        )
+    if _is_fsdp(head):
+        return (
+            "it is sharded by fully_shard on its own, and its weight is there during its own forward only. Leave the "
+            "head in the root's group: call fully_shard on the layers and on the model"
+        )
+    if not isinstance(head, torch.nn.Linear):
+        return f"it is a {kind}, not a torch.nn.Linear"
+    if type(head).forward is not torch.nn.Linear.forward and not _extends_linear(head):
+        return f"{kind} has a forward of its own (a quantised layer?); only a plain torch.nn.Linear will do"
+    own = head.__dict__.get("forward")
+    if own is not None and getattr(own, "func", None) is not _forward:
+        return f"its forward was replaced by {own!r} (offloading by accelerate?); undo that first"
+    for name, t in (("weight", head.weight), ("bias", head.bias)):
+        if t is None:
+            continue
+        if hasattr(t, "ds_id"):
+            return f"its {name} is partitioned by DeepSpeed ZeRO-3; use stage 1 or 2"
+        plain = type(t) in (Tensor, torch.nn.Parameter) and type(t.data) is Tensor
+        if not plain and not (sharded and type(t.data).__name__ == "DTensor"):
+            return f"its {name} is a {type(t.data).__name__} (sharded or quantised), not a plain tensor"
+        if t.dtype not in DTYPE_CODES:
+            return f"its {name} is {t.dtype} (quantised?); float32, float64, float16 and bfloat16 will do"
+        if t.numel() == 0 and name == "weight":
+            return f"its weight has the shape {list(t.shape)}: its numbers are elsewhere (sharded?)"
+    return None
+
+
+def _is_fsdp(module: torch.nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _extends_linear(head: torch.nn.Linear) -> bool:
+    """Whether its own forward does something to what ``super().forward`` returns, and torch.nn.Linear is that."""
+    forward = type(head).__dict__.get("forward")
+    code = getattr(forward, "__code__", None)
+    calls = code is not None and "__class__" in code.co_freevars and "linear" not in code.co_names
+    return calls and type(head).__mro__[1] is torch.nn.Linear
+
+
+def _heads(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    return (m for m in model.modules() if _STATE in m.__dict__)
+
+
+def is_lazy(model: torch.nn.Module) -> bool:
+    """Whether :func:`lazy_head` has been called for it."""
+    return next(_heads(model), None) is not None
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Without DistributedDataParallel, torch.compile and the like around it."""
+    for name in ("_orig_mod", "module"):
+        inner = model._modules.get(name)
+        if isinstance(inner, torch.nn.Module) and not hasattr(type(model), "get_output_embeddings"):
+            return _unwrapped(inner)
+    return model
+
+
+def _find(model: torch.nn.Module, head: str | torch.nn.Module | None) -> torch.nn.Module:
+    if isinstance(head, torch.nn.Module):
+        if not any(m is head for m in model.modules()):
+            raise ValueError("lazy_head(): head is not a module of this model; name one that is, such as 'lm_head'")
+        return head
+    if head is not None and not isinstance(head, str):
+        raise TypeError(f"lazy_head(): head must be the name of a module, or one, not {type(head).__name__}")
+    inner = _unwrapped(model)
+    if head is None:
+        get = getattr(inner, "get_output_embeddings", None)
+        found = get() if callable(get) else None
+        if isinstance(found, torch.nn.Module):
+            return found
+    else:
+        for root in (model, inner):
+            try:
+                return root.get_submodule(head)
+            except AttributeError:
+                pass
+    linear = [f"{n!r} ({m.out_features} classes)" for n, m in inner.named_modules() if isinstance(m, torch.nn.Linear)]
+    largest = ", ".join(linear[-3:]) or "none"
+    what = "model.get_output_embeddings() names no head" if head is None else f"head={head!r} is no module of the model"
+    raise ValueError(f"lazy_head(): {what}; give its name as head=. Its last linear layers: {largest}")
+
+
+# --------------------------------------------------------------------------------------------- what users call
+
+
+def _enter(model: torch.nn.Module) -> torch.nn.Module:
+    return model
+
+
+def _exit(model: torch.nn.Module, *error: Any) -> None:
+    restore_head(model)
+
+
+class LazyHead:
+    """``fastloss.lazy_head(model)``: logits that are not made until somebody looks, for any model, in one line."""
+
+    def __call__(
+        self,
+        model: Model,
+        head: str | torch.nn.Module | None = None,
+        *,
+        evaluation: bool = False,
+        options: Any = None,
+    ) -> Model:
+        """Give the model an output head whose logits are not made until somebody looks.
+
+        The head then returns a tensor subclass that holds hidden states and the head's weight. It follows what models
+        do to logits before the loss (casts, views, slices of rows, a vocabulary cut to size, scaling, soft capping, a
+        bias) and becomes :func:`fastloss.linear_cross_entropy` when it meets a cross entropy: torch's, torch.nn's or
+        fastloss's. For anything else it turns into ordinary logits, once and differentiable, with a warning
+        (:class:`LazyHeadWarning`) that names operation and line. The model is changed in place: parameters, state dict
+        and class stay what they are.
+
+        Args:
+            model: any module with a linear head, wrapped (DistributedDataParallel, PEFT on the body) or not.
+            head: the head, or its name, such as ``"lm_head"``. None asks ``model.get_output_embeddings()``, which the
+                models of transformers have.
+            evaluation: also in evaluation mode and without gradients, where the head gives ordinary logits otherwise
+                (generation wants them).
+            options: passed to :func:`fastloss.linear_cross_entropy`.
+
+        Returns:
+            The model itself. ``with fastloss.lazy_head(model):`` gives the ordinary head back at the end, as
+            :func:`fastloss.restore_head` does.
+
+        Raises:
+            NotImplementedError: for a head that is wrapped by PEFT, quantised, sharded (ZeRO-3, DTensor) or no plain
+                ``torch.nn.Linear``; nothing is changed then.
+            ValueError: no such head. TypeError: ``model`` is no module.
+
+        Under torch.compile the head gives ordinary logits, without a graph break. Compile the body instead
+        (``model.model.compile()``): head and loss then stay outside.
+
+        Example::
+
+            >>> model = fastloss.lazy_head(AutoModelForCausalLM.from_pretrained(name))
+            >>> model(input_ids, labels=labels).loss.backward()
+            >>> print(fastloss.lazy_head.report(model))
+        """
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"lazy_head(): model must be a torch.nn.Module, not {type(model).__name__}")
+        found = _find(model, head)
+        reason = _unfit(found, sharded=any(_is_fsdp(m) for m in model.modules()))
+        if reason is not None:
+            raise NotImplementedError(f"lazy_head(): the head cannot be lazy: {reason}. The model was left as it is.")
+        found.__dict__[_STATE] = HeadState(evaluation, options)
+        # Not a bound method: those of an instance cannot be pickled or copied with it.
+        found.__dict__["forward"] = functools.partial(_forward, cast(torch.nn.Linear, found))
+        if not hasattr(type(model), "__enter__"):
+            type(model).__enter__ = _enter  # type: ignore[attr-defined]  # `with` asks the class
+            type(model).__exit__ = _exit  # type: ignore[attr-defined]
+        return model
+
+    def report(self, model: torch.nn.Module) -> Report:
+        """Whether the last step was fused, and how much memory was not allocated.
+
+        A step is what has happened since the last forward pass of the head.
+
+        Raises:
+            ValueError: if the model has no lazy head.
+        """
+        states = [head.__dict__[_STATE] for head in _heads(model)]
+        if not states:
+            raise ValueError("lazy_head.report(): this model has no lazy head; call fastloss.lazy_head(model) first")
+        steps = [state.step for state in states if state.step is not None]
+        if not steps:
+            plain = "the head has not been called (or torch.compile called it, or the model uses its weight directly)"
+            return Report(False, 0, 0, plain=plain)
+        made = tuple(where for step in steps for where in step.made)
+        fused = sum(step.fused for step in steps)
+        size = sum(step.bytes_not_allocated for step in steps)
+        return Report(fused > 0 and not made, fused, size, made, next((s.plain for s in steps if s.plain), None))
+
+    def __repr__(self) -> str:
+        return "fastloss.lazy_head"
+
+
+lazy_head = LazyHead()
+
+
+def restore_head(model: Model) -> Model:
+    """Undo :func:`lazy_head`: the head gives ordinary logits again. Without a lazy head it does nothing.
+
+    Args:
+        model: what lazy_head was called with, or anything around or inside it that has the head.
+
+    Returns:
+        The model itself.
+    """
+    for head in list(_heads(model)):
+        del head.__dict__[_STATE], head.__dict__["forward"]
+    return model

@@ -1,0 +1,670 @@
+"""Logits that are not made until somebody looks: a tensor of hidden states and the head's weight.
+
+:class:`LazyLogits` has the shape, dtype and device of ``F.linear(hidden, weight, bias)`` and no memory. What models do
+to logits before the loss (:data:`_RULES`) gives another one; a cross entropy becomes :func:`linear_cross_entropy`;
+anything else gets the logits themselves, made once and kept.
+
+Each is two things at once. Its *form* says what it is in terms of hidden states, for the fused loss. Its *origin*, the
+one that it was derived from and the operation that did it, says how torch would have made it, so that views share
+memory with what they are views of, and rounding is torch's.
+"""
+
+import contextlib
+import math
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .._arguments import HALVES, autocast_dtype, legacy_reduction
+from ..losses.cross_entropy import CrossEntropyStats, cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
+
+_TORCHS_CROSS_ENTROPY = F.cross_entropy
+_DisableTorchFunction = torch._C.DisableTorchFunctionSubclass
+
+
+class LazyHeadWarning(UserWarning):
+    """Logits of a lazy head had to be made, or its head gives ordinary ones; once for each operation and line."""
+
+
+@dataclass
+class Step:
+    """What became of the logits of one call of the head."""
+
+    plain: str | None = None
+    fused: int = 0
+    bytes_not_allocated: int = 0
+    made: list[str] = field(default_factory=list)
+
+
+@dataclass
+class HeadState:
+    """What a lazy head keeps beside its parameters."""
+
+    evaluation: bool
+    options: Any
+    step: Step | None = None
+    said: set[tuple[str, str, int]] = field(default_factory=set)
+
+    def say(self, operation: str, message: str) -> str:
+        """Warns once for each operation and line of the caller; returns the two."""
+        file, line = _caller()
+        if (operation, file, line) not in self.said:
+            self.said.add((operation, file, line))
+            warnings.warn_explicit(message, LazyHeadWarning, file, line)
+        return f"{operation} at {file}:{line}"
+
+
+def _caller() -> tuple[str, int]:
+    """File and line of the first frame outside torch and this package."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastloss", "torch"):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+@dataclass(frozen=True)
+class Form:
+    """``z = scale * linear(hidden, weight, bias)``, or ``cap * tanh(z)``, in ``dtype``, classes on axis ``classes``."""
+
+    classes: int
+    dtype: torch.dtype
+    scale: float = 1.0
+    cap: float | None = None
+    copies: int = 1  # tensors of this size that torch would have made so far
+
+    def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The tensor that this is the form of."""
+        z = F.linear(hidden.movedim(self.classes, -1), weight, bias).to(self.dtype) * self.scale
+        return (z if self.cap is None else self.cap * torch.tanh(z)).movedim(-1, self.classes)
+
+
+@contextlib.contextmanager
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast to ``dtype``, or none at all."""
+    if device.type not in ("cpu", "cuda") or (dtype is None and not torch.is_autocast_enabled(device.type)):
+        yield
+    elif dtype is None:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        with torch.autocast(device.type, dtype=dtype):
+            yield
+
+
+class _Origin(torch.autograd.Function):
+    """Makes the tensor, which has no memory, and its place in the graph.
+
+    The gradient comes this way only if something that does not ask ``__torch_function__`` (an autograd.Function of
+    somebody else) took the tensor; without it, it would be lost in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, form: Form, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.form, ctx.operands = form, (hidden, weight, bias)  # not saved: hooks on saved tensors would move the weight
+        shape = list(hidden.shape)
+        shape[form.classes] = weight.shape[0]
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            LazyLogits, shape, dtype=form.dtype, device=hidden.device
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), _autocast(ctx.operands[0].device, None):
+            operands = [
+                t if t is None or again else t.detach().requires_grad_(needed)
+                for t, needed in zip(ctx.operands, ctx.needs_input_grad[1:], strict=True)
+            ]
+            z = ctx.form.of(*operands)
+            wanted = [t for t, needed in zip(operands, ctx.needs_input_grad[1:], strict=True) if needed]
+            found = iter(torch.autograd.grad(z, wanted, grads[0], create_graph=again))
+        return (None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:]))
+
+
+class LazyLogits(Tensor):
+    """Logits that are made when somebody looks. See the module."""
+
+    _form: Form
+    _hidden: Tensor
+    _weight: Tensor
+    _bias: Tensor | None
+    _state: HeadState
+    _step: Step
+    _parent: "LazyLogits | None"
+    _how: Callable[[Tensor], Tensor]
+    _made: Tensor | None
+    _value: Tensor | None
+    _hooks: "list[Callable[[Tensor], Any]]"
+    _with_grad: bool
+    _versions: list[tuple[Tensor, int]]
+    _family: "list[weakref.ref[LazyLogits]]"
+
+    # ------------------------------------------------------------------------------------------------ what others call
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with _DisableTorchFunction():
+                return func(*args, **kwargs)
+        rule = _RULES.get(func)
+        if rule is not None:
+            result = rule(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return _look(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own type is that of a function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def plain(x: Any) -> Any:
+            return x.value(func.__name__) if isinstance(x, LazyLogits) else x
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+    # ------------------------------------------------------------------------------------------------ how it is made
+
+    @staticmethod
+    def from_head(state: HeadState, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "LazyLogits":
+        """The output of a head."""
+        form = Form(hidden.dim() - 1, hidden.dtype)
+        state.step = Step()
+        return _new(form, hidden, weight, bias, state, state.step, None, lambda _: F.linear(hidden, weight, bias))
+
+    def derive(
+        self, how: Callable[[Tensor], Tensor], *, copies: int = 0, operands: Any = None, **changes: Any
+    ) -> "LazyLogits":
+        """Another one, which torch would make of this one's logits by ``how``."""
+        form = replace(self._form, copies=self._form.copies + copies, **changes)
+        hidden, weight, bias = operands or (self._hidden, self._weight, self._bias)
+        return _new(form, hidden, weight, bias, self._state, self._step, self, how)
+
+    @property
+    def looked_at(self) -> bool:
+        """Whether the logits that this one comes from were made. From then on they are what counts: they may have been
+        changed in place."""
+        return bool(self._made is not None or self._hooks or (self._parent is not None and self._parent.looked_at))
+
+    def make(self, operation: str) -> Tensor:
+        """The logits, differentiable; the same tensor each time."""
+        if self._made is None:
+            self._announce(operation)
+            if self._parent is None:
+                self.require_unchanged()
+            base = self if self._parent is None else self._parent.make(operation)
+            with torch.set_grad_enabled(self._with_grad), _autocast(self._hidden.device, None):
+                self._made = self._how(base)
+            for hook in self._hooks:
+                if self._made.requires_grad:
+                    hook(self._made)
+        return self._made
+
+    def value(self, operation: str) -> Tensor:
+        """The logits for an operator below autograd, whose place in the graph is this tensor's own."""
+        if self._made is not None:
+            return self._made.detach()
+        if self._value is None:
+            self._announce(operation)
+            if self._parent is None:
+                self.require_unchanged()
+            with torch.no_grad(), _autocast(self._hidden.device, None):
+                self._value = self._how(self if self._parent is None else self._parent.value(operation))
+        return self._value
+
+    def _announce(self, operation: str) -> None:
+        if not self._root().noted:
+            self._root().noted = True
+            with _DisableTorchFunction():
+                shape, dtype, size = list(self.shape), self.dtype, self.numel() * self.element_size() / 2**20
+            where = self._state.say(
+                operation,
+                f"fastloss.lazy_head: {operation} needs the logits themselves, {shape} of {dtype}: they are made here "
+                f"({size:.1f} MiB), once. Only a cross entropy does without; fastloss.restore_head(model) gives the "
+                "model its ordinary head back.",
+            )
+            self._step.made.append(where)
+
+    noted = False  # of a root: whether it has been said that its logits are made
+
+    def _root(self) -> "LazyLogits":
+        return self if self._parent is None else self._parent._root()
+
+    def require_unchanged(self) -> None:
+        """Raises if hidden states or weight are no longer what they were in the head's forward."""
+        names = "the hidden states", "the head's weight", "the head's bias"
+        for name, (t, version) in zip(names, self._versions, strict=False):
+            if t.untyped_storage().size() == 0 and t.numel() and t.device.type != "meta":
+                raise RuntimeError(
+                    f"fastloss.lazy_head: {name} were freed since the head's forward (sharded again?), so the logits "
+                    "cannot be made. Read them before, or call fastloss.restore_head(model)"
+                )
+            if not t.is_inference() and t._version != version:
+                raise RuntimeError(
+                    f"fastloss.lazy_head: {name} changed in place since the head's forward (an optimizer's step?), so "
+                    "the logits of that forward cannot be made any more. Read them before, or call "
+                    "fastloss.restore_head(model)"
+                )
+
+
+def _new(
+    form: Form,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: HeadState,
+    step: Step,
+    parent: LazyLogits | None,
+    how: Callable[[Tensor], Tensor],
+) -> LazyLogits:
+    lazy = cast(LazyLogits, _Origin.apply(form, hidden, weight, bias))
+    lazy._form, lazy._hidden, lazy._weight, lazy._bias = form, hidden, weight, bias
+    lazy._state, lazy._step, lazy._parent, lazy._how = state, step, parent, how
+    lazy._made = lazy._value = None
+    lazy._hooks, lazy._with_grad = [], torch.is_grad_enabled()
+    if parent is None:
+        operands = (hidden, weight) if bias is None else (hidden, weight, bias)
+        lazy._versions = [(t, 0 if t.is_inference() else t._version) for t in operands]
+        lazy._family = []
+    else:
+        lazy._versions, lazy._family = parent._versions, parent._family
+    lazy._family.append(weakref.ref(lazy))
+    return lazy
+
+
+def _look(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls it with the logits made."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":  # of a property
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    if _may_write(name, kwargs):  # what torch would have copied by now must be copied before
+        for x in tree_leaves((args, kwargs)):
+            for relative in x._family if isinstance(x, LazyLogits) else ():
+                if (alive := relative()) is not None:
+                    alive.make(name)
+    made = [tree_map(lambda x: x.make(name) if isinstance(x, LazyLogits) else x, x) for x in (args, kwargs)]
+    if getattr(F, name, None) is not func and getattr(func, "__module__", "") == "torch.nn.functional":
+        func = getattr(F, name, func)  # fastloss.patch() may serve it
+    return func(*made[0], **made[1])
+
+
+_SHARING = {"__setitem__", "data", "data_ptr", "numpy", "untyped_storage", "storage", "__dlpack__", "__array__"}
+
+
+def _may_write(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether it writes to its tensor, or hands out the memory."""
+    dunder = name.endswith("__")
+    return (
+        name in _SHARING or "out" in kwargs or (name.startswith("__i") and dunder) or (name[-1] == "_" and not dunder)
+    )
+
+
+# ---------------------------------------------------------------------------------------- what leaves logits unmade
+
+_PROPERTIES = """_base _version device dtype grad_fn is_cpu is_cuda is_ipu is_leaf is_maia is_meta is_mkldnn is_mps
+    is_mtia is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim
+    output_nr requires_grad retains_grad shape"""
+_METHODS = """__len__ dim element_size get_device has_names is_complex is_conj is_contiguous is_floating_point
+    is_inference is_neg is_same_size is_shared is_signed ndimension nelement numel size storage_offset stride"""
+_METADATA: set[Any] = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
+_METADATA |= {getattr(holder, n) for n in _METHODS.split() for holder in (Tensor, torch) if hasattr(holder, n)}
+_RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers for Tensor's methods and torch's functions of these names. A rule gets the function and its arguments;
+    NotImplemented makes the logits."""
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        for holder in (Tensor, torch):
+            for name in names:
+                if hasattr(holder, name):
+                    _RULES[getattr(holder, name)] = rule
+        return rule
+
+    return register
+
+
+def _row_major(x: Any) -> bool:
+    """Lazy, with the classes last."""
+    return isinstance(x, LazyLogits) and x._form.classes == x._hidden.dim() - 1
+
+
+def _reshaped(func: Any, x: LazyLogits, shape: list[int]) -> Any:
+    """``x`` in another shape, if its last axis stays the classes'."""
+    with _DisableTorchFunction():
+        total, classes = x.numel(), x.shape[-1]
+    if -1 in shape:
+        others = -math.prod(shape)
+        if shape.count(-1) != 1 or others == 0 or total % others:
+            return NotImplemented
+        shape = [total // others if n == -1 else n for n in shape]
+    if not shape or shape[-1] != classes or math.prod(shape) != total:
+        return NotImplemented
+    hidden = x._hidden.reshape(*shape[:-1], x._hidden.shape[-1])
+    return x.derive(lambda z: func(z, shape), operands=(hidden, x._weight, x._bias), classes=len(shape) - 1)
+
+
+@_rule("view", "reshape")
+def _view(func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
+    if "size" in kwargs or "shape" in kwargs:
+        shape = kwargs.pop("size", None) or kwargs.pop("shape")
+    sizes = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else list(shape)
+    if kwargs or not _row_major(x) or not all(isinstance(n, int) for n in sizes):
+        return NotImplemented
+    return _reshaped(Tensor.reshape, x, sizes)
+
+
+@_rule("view_as", "reshape_as")
+def _view_as(func: Any, x: Any, other: Any) -> Any:
+    return _reshaped(Tensor.reshape, x, list(other.shape)) if _row_major(x) else NotImplemented
+
+
+@_rule("flatten")
+def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    if not _row_major(x):
+        return NotImplemented
+    with _DisableTorchFunction():
+        shape = list(x.shape)
+    start, end = start_dim % len(shape), end_dim % len(shape)
+    return _reshaped(Tensor.reshape, x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]])
+
+
+@_rule("squeeze", "unsqueeze")
+def _squeeze(func: Any, x: Any, dim: Any = None) -> Any:
+    if not _row_major(x) or not isinstance(dim, int):
+        return NotImplemented
+    with _DisableTorchFunction():
+        shape = list(x.shape)
+    if func.__name__ == "unsqueeze":
+        shape.insert(dim % (len(shape) + 1), 1)
+    elif shape[dim] == 1:
+        del shape[dim]
+    return _reshaped(Tensor.reshape, x, shape)
+
+
+@_rule("contiguous")
+def _contiguous(func: Any, x: Any, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs or not isinstance(x, LazyLogits) else x.derive(Tensor.contiguous)
+
+
+@_rule("transpose", "swapaxes", "swapdims", "permute")
+def _permute(func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
+    flat = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else list(dims)
+    if kwargs or not isinstance(x, LazyLogits) or not all(isinstance(d, int) for d in flat):
+        return NotImplemented
+    n = x._hidden.dim()
+    flat = [d % n for d in flat]
+    order = list(range(n))
+    if func.__name__ == "permute":
+        order = flat
+    elif len(flat) == 2:
+        order[flat[0]], order[flat[1]] = flat[1], flat[0]
+    if sorted(order) != list(range(n)):
+        return NotImplemented
+    operands = (x._hidden.permute(order), x._weight, x._bias)
+    return x.derive(lambda z: z.permute(order), operands=operands, classes=order.index(x._form.classes))
+
+
+@_rule("detach")
+def _detach(func: Any, x: Any) -> Any:
+    operands = (x._hidden.detach(), x._weight.detach(), None if x._bias is None else x._bias.detach())
+    return x.derive(Tensor.detach, operands=operands)
+
+
+@_rule("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu", "cuda")
+def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, LazyLogits):
+        return NotImplemented
+    with _DisableTorchFunction():
+        device, current = x.device, x.dtype
+    name = func.__name__
+    rest: Any
+    named = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+    try:
+        if name in named:
+            to, dtype, rest = device, named[name], args or kwargs
+        elif name in ("type_as", "to", "type"):
+            if name != "to" and (len(args) != 1 or kwargs or not isinstance(args[0], (torch.dtype, Tensor))):
+                return NotImplemented
+            if args and isinstance(args[0], LazyLogits):
+                with _DisableTorchFunction():
+                    args = (args[0].device, args[0].dtype, *args[1:])
+            to, dtype, _, rest = torch._C._nn._parse_to(*args, **kwargs)
+        else:
+            to, dtype, rest = torch.device(name, *args), current, kwargs
+    except (TypeError, RuntimeError):
+        return NotImplemented
+    to, dtype = to or device, dtype or current
+    if rest or to not in (device, torch.device(device.type)) or not dtype.is_floating_point:
+        return NotImplemented
+    if dtype is current:
+        return x
+    if torch.promote_types(dtype, x._hidden.dtype) is not dtype:  # narrower than the logits
+        return NotImplemented
+    return x.derive(lambda z: z.to(dtype), dtype=dtype, copies=1)
+
+
+def _basic(key: Any, dims: int) -> list[Any] | None:
+    """An index with one entry for each axis of the tensor, or None where that is not simple."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if any(k is None for k in keys) or any(not isinstance(k, (int, slice, Tensor)) and k is not ... for k in keys):
+        return None
+    if any(isinstance(k, (bool, LazyLogits)) for k in keys) or sum(k is ... for k in keys) > 1:
+        return None
+    used = sum(k.dim() if isinstance(k, Tensor) and k.dtype is torch.bool else k is not ... for k in keys)
+    if used > dims:
+        return None
+    at = next((i for i, k in enumerate(keys) if k is ...), len(keys))
+    return [*keys[:at], *[slice(None)] * (dims - used), *keys[at + 1 :]]
+
+
+@_rule("__getitem__")
+def _getitem(func: Any, x: Any, key: Any) -> Any:
+    keys = _basic(key, x._hidden.dim()) if _row_major(x) else None
+    if keys is None or not isinstance(keys[-1], slice) or keys[-1].step not in (None, 1):
+        return NotImplemented
+    weight, bias = x._weight, x._bias
+    if keys[-1] != slice(None):  # a padded vocabulary cut to size
+        weight, bias = weight[keys[-1]], None if bias is None else bias[keys[-1]]
+        if weight.shape[0] == 0:
+            return NotImplemented
+    picked = any(isinstance(k, Tensor) for k in keys)
+    hidden = x._hidden[tuple(keys)[:-1]]  # wherever picked rows go, the classes stay last
+    return x.derive(
+        lambda z: z[key], operands=(hidden, weight, bias), classes=hidden.dim() - 1, copies=1 if picked else 0
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@_rule("mul", "multiply", "__mul__", "__rmul__")
+def _mul(func: Any, x: Any, other: Any) -> Any:
+    if not isinstance(x, LazyLogits):
+        x, other = other, x
+    return _scaled(x, other, lambda z: z * other)
+
+
+@_rule("div", "divide", "true_divide", "__div__", "__truediv__")
+def _div(func: Any, x: Any, other: Any) -> Any:
+    if _number(other) and other != 0:
+        return _scaled(x, 1.0 / other, lambda z: z / other)
+    if isinstance(other, Tensor) and other.is_floating_point():
+        return _scaled(x, other, lambda z: z / other, invert=True)
+    return NotImplemented
+
+
+def _scaled(x: Any, factor: Any, how: Callable[[Tensor], Tensor], invert: bool = False) -> Any:
+    if not isinstance(x, LazyLogits) or isinstance(factor, LazyLogits):
+        return NotImplemented
+    form = x._form
+    if _number(factor):
+        if form.cap is None:
+            scale = form.scale * factor
+            return x.derive(how, scale=scale, copies=1) if scale != 0 and math.isfinite(scale) else NotImplemented
+        return x.derive(how, cap=form.cap * factor, copies=1) if factor > 0 else NotImplemented
+    if isinstance(factor, Tensor) and factor.dim() == 0 and factor.is_floating_point() and form.cap is None:
+        # A learnt or measured temperature: on the hidden states instead, where it has its gradient. An expanded scale
+        # would have the same value, but is read back from the device.
+        if factor.device != x._hidden.device and factor.device.type != "cpu":
+            return NotImplemented
+        s = factor.to(torch.float32) if x._hidden.dtype in HALVES else factor
+        s = 1 / s if invert else s
+        operands = ((x._hidden * s).to(x._hidden.dtype), x._weight, None if x._bias is None else x._bias * s)
+        return x.derive(how, operands=operands, copies=1)
+    if _per_class(x, factor):  # a learned scale for each class: on the weight
+        s = factor.reshape(-1)
+        s = 1 / s if invert else s
+        weight = (x._weight * s.unsqueeze(-1)).to(x._weight.dtype)
+        bias = None if x._bias is None else (x._bias * s).to(x._bias.dtype)
+        return x.derive(how, operands=(x._hidden, weight, bias), copies=1)
+    return NotImplemented
+
+
+def _per_class(x: Any, other: Any) -> bool:
+    """Whether ``other`` has a number for each class and is the same for every row."""
+    if not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not _row_major(x) or x._form.cap is not None:
+        return False
+    if other.dim() == 0 or other.dim() > x._hidden.dim() or other.numel() != other.shape[-1]:
+        return False
+    same_device = other.device == x._hidden.device
+    kept = other.is_floating_point() and torch.promote_types(x._form.dtype, other.dtype) is x._form.dtype
+    return same_device and kept and other.shape[-1] == x._weight.shape[0]
+
+
+@_rule("tanh")
+def _tanh(func: Any, x: Any) -> Any:
+    return NotImplemented if x._form.cap is not None else x.derive(torch.tanh, cap=1.0, copies=1)
+
+
+@_rule("add", "__add__", "__radd__")
+def _add(func: Any, x: Any, other: Any) -> Any:
+    """A bias that torch adds afterwards."""
+    if not isinstance(x, LazyLogits):
+        x, other = other, x
+    base = x._hidden.dtype
+    if not _per_class(x, other) or torch.promote_types(base, other.dtype) is not base:
+        return NotImplemented
+    more = other.reshape(-1).to(base) / x._form.scale
+    bias = more if x._bias is None else x._bias + more
+    return x.derive(lambda z: z + other, operands=(x._hidden, x._weight, bias), copies=1)
+
+
+@_rule("register_hook")
+def _register_hook(func: Any, x: Any, hook: Any) -> Any:
+    """Whoever wants the gradient by the logits gets one: their losses are not fused from here on."""
+    if x._made is not None:
+        return x._made.register_hook(hook)
+    x._hooks.append(lambda made: made.register_hook(hook))
+    with _DisableTorchFunction():
+        return x.register_hook(hook)
+
+
+@_rule("retain_grad")
+def _retain_grad(func: Any, x: Any) -> Any:
+    x.make("retain_grad").retain_grad()
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def _loss(
+    func: Any,
+    input: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    softcap: float | None = None,
+    logit_scale: Any = 1.0,
+    sample_weight: Tensor | None = None,
+    class_dim: int | None = None,
+    return_stats: bool = False,
+    inplace_grad: bool = False,  # there is nothing whose memory it could take
+    grad_in_forward: bool | None = None,
+    zero_times_inf: str = "nan",
+    **ours: Any,
+) -> Any:
+    """A cross entropy of lazy logits is one of hidden states and weight."""
+    x, others = input, (target, weight, sample_weight)
+    if not isinstance(x, LazyLogits) or any(isinstance(t, LazyLogits) for t in others) or x.looked_at:
+        return NotImplemented
+    if not isinstance(target, Tensor) or zero_times_inf != "nan":
+        return NotImplemented
+    form, hidden, dims = x._form, x._hidden, x._hidden.dim()
+    axis = 0 if dims == 1 else 1 if class_dim is None else class_dim % dims
+    with _DisableTorchFunction():
+        rows, dtype = [n for i, n in enumerate(x.shape) if i != form.classes], x.dtype
+        soft = target.shape == x.shape
+    if axis != form.classes or not (soft or list(target.shape) == rows) or 0 in (*rows, *hidden.shape):
+        return NotImplemented  # the loss itself knows what to say of wrong shapes
+    if sample_weight is not None and list(sample_weight.shape) != rows:
+        return NotImplemented
+    scale = form.scale
+    if form.cap is not None:
+        if softcap is not None or not _number(logit_scale) or logit_scale <= 0:
+            return NotImplemented
+        softcap = form.cap
+        scale *= form.cap
+        if logit_scale != 1:
+            softcap, scale = softcap * logit_scale, scale * logit_scale
+    elif not _number(logit_scale):
+        return NotImplemented
+    else:
+        scale *= logit_scale
+    if size_average is not None or reduce is not None:
+        reduction = legacy_reduction(size_average, reduce)
+    x.require_unchanged()
+    wanted = autocast_dtype(torch.promote_types(dtype, target.dtype) if soft else dtype, hidden.device)
+    if hidden.dtype not in HALVES and wanted is not hidden.dtype:
+        return NotImplemented  # float32 logits made double
+    ours |= {"softcap": softcap} if softcap is not None else {}
+    ours |= {"logit_scale": scale} if scale != 1 else {}
+    ours |= {"sample_weight": sample_weight.reshape(-1)} if sample_weight is not None else {}
+    ours |= {"return_stats": True} if return_stats else {}
+    ours |= {"options": x._state.options} if x._state.options is not None else {}
+    flat = hidden.movedim(form.classes, -1).reshape(-1, hidden.shape[form.classes])
+    if soft:
+        target = target.movedim(form.classes, -1).reshape(-1, x._weight.shape[0])
+    # A loss that is to be float32 over logits of 16 bits: what autocast does.
+    with _autocast(hidden.device, hidden.dtype if hidden.dtype in HALVES and wanted not in HALVES else None):
+        result = linear_cross_entropy(
+            flat,
+            x._weight,
+            target if soft else target.reshape(-1),
+            linear_bias=x._bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            **ours,
+        )
+    x._step.fused += 1
+    # The logits, their copies, log-probabilities and these's gradient.
+    x._step.bytes_not_allocated += math.prod(rows) * x._weight.shape[0] * wanted.itemsize * (form.copies + 2)
+    loss, stats = result if return_stats else (result, None)
+    loss = loss.to(wanted)
+    if reduction == "none":
+        loss = loss.reshape(rows)
+    if stats is None:
+        return loss
+    lse, argmax, accuracy, entropy = stats
+    return loss, CrossEntropyStats(lse.reshape(rows), argmax.reshape(rows), accuracy, entropy.reshape(rows))
+
+
+_RULES[_TORCHS_CROSS_ENTROPY] = _RULES[cross_entropy] = _loss
