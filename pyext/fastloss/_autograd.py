@@ -8,8 +8,7 @@ A loss hands over :class:`Rules`: what its operators are called with, and its fo
   backward scales it, or returns it untouched where grad_output is 1;
 - *in place*: the same, in the memory of the input;
 - *recompute*: forward keeps O(1) numbers per row; backward reads the operands again and writes the gradient;
-- *forward mode*, *transformed* (torch.func) and *recorded* (torch.export, torch.jit.trace): recompute, in the form that
-  each of them asks for.
+- *forward mode* and *transformed* (torch.func): recompute, in the form that each of them asks for.
 
 Which of these a call takes is said by :func:`choose`, a pure function, which :func:`fastloss.explain` asks as well.
 Second and higher derivatives, and those of forward mode, are torch's of the formula: the kernel's value with the
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 
-from ._library import DTYPES, define_recorded, direct, ops
+from ._library import DTYPES, direct, ops
 
 Tensors = Sequence[Any]  # tensors, or None where one is absent
 Needs = Sequence[bool]  # which of them want a gradient
@@ -155,7 +154,6 @@ class Path(enum.Enum):
     RECOMPUTE = "in backward, from the operands, which are read again"
     FORWARD_MODE = "by forward mode, from the formula; in backward, from the operands, which are read again"
     TRANSFORMED = "by torch.func, which decides; in backward, from the operands, which are read again"
-    RECORDED = "in the recorded program's backward, from the operands, which are read again"
 
 
 def choose(
@@ -163,7 +161,6 @@ def choose(
     wanted: bool,
     transformed: bool,
     forward_mode: bool,
-    recorded: bool,
     fusable: bool,
     deferred: bool,
     in_forward: bool,
@@ -173,7 +170,7 @@ def choose(
 
     Args:
         wanted: grad mode is on and an operand requires grad.
-        transformed, forward_mode, recorded: a transform of torch.func, a dual level, a recorder is active.
+        transformed, forward_mode: a transform of torch.func, a dual level is active.
         fusable: forward can compute every gradient that is wanted.
         deferred: nothing may be held between forward and backward but saved tensors (saved tensor hooks), or what is
             held is somebody else's choice (torch.compile).
@@ -184,8 +181,6 @@ def choose(
         return Path.TRANSFORMED
     if forward_mode:
         return Path.FORWARD_MODE
-    if recorded:
-        return Path.RECORDED
     if not wanted:
         return Path.VALUE
     if not fusable or deferred:
@@ -225,15 +220,10 @@ def rehearsal() -> Iterator[list[Step]]:
 class Engine:
     """Differentiates a loss by its :class:`Rules`; called with operands and options, it returns loss and statistics."""
 
-    def __init__(self, rules: Rules, stats: int = 0) -> None:
-        """``stats``: how many statistics the operators of a call with statistics return."""
+    def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self._absent = (None,) * (rules.tensors - 2)
         self._functions(rules)
-        names = {0: f"{rules.name}_recorded", stats: f"{rules.name}{'_stats' * bool(stats)}_recorded"}
-        for count, name in names.items():
-            define_recorded(name, rules.tensors, rules.options, 2 + count, self.Transformed)
-        self._recorded, self._recorded_stats = getattr(ops, names[0]), getattr(ops, names[stats])
 
     def __call__(
         self,
@@ -242,20 +232,17 @@ class Engine:
         *,
         in_forward: bool | None = None,
         in_place: bool = False,
-        stats: bool = False,
     ) -> tuple[Tensor, ...]:
         """Loss and statistics. ``in_forward``: None leaves it to the dtype."""
         path = self._path(tensors, o, in_forward, in_place)
         if _steps is not None:
-            return self._rehearse(path, tensors, o, stats)
+            return self._rehearse(path, tensors, o)
         if path is Path.VALUE:
             return self.rules.value(tensors, o)
         if path is Path.FUSED:
             return self._fused(o, *tensors)
         if path is Path.TRANSFORMED:
             loss, _, *rest = self._transformed(*tensors, *o)
-        elif path is Path.RECORDED:
-            loss, _, *rest = (self._recorded_stats if stats else self._recorded)(*tensors, *o)
         elif path is Path.IN_PLACE:
             loss, *rest = self.InPlace.apply(o, *tensors)
         else:
@@ -270,8 +257,7 @@ class Engine:
             # nothing of what _path looks for
             functorch_active()
             or forward_ad._current_level >= 0
-            or _tracing_state() is not None
-            or torch.compiler.is_compiling()  # by torch.export as well
+            or torch.compiler.is_compiling()
             or _saved_tensor_hooks(True) is not None
             or _steps is not None
         ):
@@ -292,7 +278,6 @@ class Engine:
             wanted=wanted,
             transformed=transforms_active(),
             forward_mode=forward_ad._current_level >= 0,
-            recorded=recording(),
             fusable=fusable,
             deferred=fusable and (torch.compiler.is_compiling() or saved_tensor_hooks_active()),
             # An unscaled float16 gradient could underflow before the loss scale arrives.
@@ -300,7 +285,7 @@ class Engine:
             in_place=in_place,
         )
 
-    def _rehearse(self, path: Path, tensors: tuple[Any, ...], o: Any, stats: bool) -> tuple[Tensor, ...]:
+    def _rehearse(self, path: Path, tensors: tuple[Any, ...], o: Any) -> tuple[Tensor, ...]:
         assert _steps is not None
         needs = tuple(t is not None and t.requires_grad and path is not Path.VALUE for t in tensors[: self.rules.wants])
         _steps.append(Step(self.rules, path, tensors, o, needs))
@@ -548,9 +533,9 @@ def _allow_in_graph() -> bool:
 _allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def recording() -> bool:
-    """Whether torch.export or torch.jit.trace records the operators that are called: see define_recorded."""
-    return _tracing_state() is not None or torch.compiler.is_exporting()
+def tracing() -> bool:
+    """Whether torch.jit.trace records."""
+    return _tracing_state() is not None
 
 
 def transforms_active() -> bool:

@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, direct, loop_vmap, ops
+from .._recorded import record, recordable, recording
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
 
@@ -246,7 +247,7 @@ def _(grad_output: Any, saved: Any, logits: Any, target: Any, *rest: Any) -> Any
 for _name in ("plain_value", "plain_grad", "value", "forward", "forward_stats", "backward", "target_backward"):
     torch.library.register_vmap(f"fastloss::cross_entropy_{_name}", loop_vmap(getattr(ops, f"cross_entropy_{_name}")))
 
-_engine = Engine(_CrossEntropy(), stats=4)
+_engine = Engine(_CrossEntropy())
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -491,9 +492,7 @@ def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0
         flags=flags + STATS * bool(g.return_stats),
     )
     tensors = (input, target, weight, sample_weight, normalizer)
-    loss, *stats = _engine(
-        tensors, options, in_forward=g.grad_in_forward, in_place=g.inplace_grad, stats=g.return_stats
-    )
+    loss, *stats = _engine(tensors, options, in_forward=g.grad_in_forward, in_place=g.inplace_grad)
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     if single:
@@ -509,6 +508,7 @@ def _class_dim(function: str, class_dim: Any) -> int | None:
 # ------------------------------------------------------------------------------------------------- function, module
 
 
+@recordable
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -592,6 +592,8 @@ def cross_entropy(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(cross_entropy, (input, target, weight, sample_weight), input, target, **options)
+    if recording():
+        return record("cross_entropy", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     usual = weight is sample_weight is normalizer is softcap is class_dim is grad_in_forward is None

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._recorded import record, recordable, recording
 from .cross_entropy import ROW_MAPS, Given, run
 
 
+@recordable
 def focal_loss(
     input: Tensor,
     target: Tensor,
@@ -63,6 +65,8 @@ def focal_loss(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(focal_loss, (input, target, weight, sample_weight), input, target, **options)
+    if recording():
+        return record("focal_loss", locals())
     gamma = _arguments.as_non_negative("focal_loss", "gamma", gamma)
     given = Given(
         weight,

@@ -6,9 +6,11 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
 from .._library import MEAN, NONE, REDUCTIONS
+from .._recorded import record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
+@recordable
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -59,6 +61,8 @@ def l1_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("l1_loss", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     if isinstance(input, Tensor) and isinstance(target, Tensor):

@@ -10,10 +10,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments
 from .._autograd import accum_dtype
 from .._library import MEAN, NONE
+from .._recorded import record, recordable, recording
 from . import _pointwise
 from ._pointwise import Operands
 
 
+@recordable
 def rmse_loss(
     input: Tensor,
     target: Tensor,
@@ -75,6 +77,8 @@ def rmse_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("rmse_loss", locals())
     eps = _arguments.as_non_negative("rmse_loss", "eps", eps)
     if dim is None and weight is sample_weight is mask is None and reduction != "none":
         result = _pointwise.usual("rmse_loss", input, target, reduction, (eps,))
