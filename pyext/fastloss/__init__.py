@@ -21,7 +21,7 @@ from .losses.nll_loss import NLLLoss, nll_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
-from .patching import patch, unpatch
+from .patching import PatchReport, patch, patch_report, unpatch
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -36,6 +36,7 @@ __all__ = [
     "MSELoss",
     "MultiMarginLoss",
     "NLLLoss",
+    "PatchReport",
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
@@ -55,6 +56,7 @@ __all__ = [
     "multi_margin_loss",
     "nll_loss",
     "patch",
+    "patch_report",
     "relative_l1_loss",
     "rmse_loss",
     "set_error_mode",

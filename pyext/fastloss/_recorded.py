@@ -77,14 +77,18 @@ def record(name: str, arguments: Mapping[str, Any]) -> Any:
             f"{name}(): torch.jit.trace cannot record a loss within a transform of torch.func: its sizes would become "
             "constants. Use torch.export, or torch.autograd.grad instead of the transform"
         )
-    types = _arguments_of[name]
-    values = [_value(name, argument, kind, arguments) for argument, kind in types.items()]
+    values = arguments_of(name, arguments)
     if not arguments.get("return_stats"):
         return getattr(ops, f"{name}_recorded")(*values)
     from .losses.cross_entropy import CrossEntropyStats
 
     loss, *stats = getattr(ops, f"{name}_stats_recorded")(*values)
     return loss, CrossEntropyStats(*stats)
+
+
+def arguments_of(name: str, arguments: Mapping[str, Any]) -> list[Any]:
+    """What the operator of the loss takes, in its order."""
+    return [_value(name, argument, kind, arguments) for argument, kind in _arguments_of[name].items()]
 
 
 def _value(name: str, argument: str, kind: str, arguments: Mapping[str, Any]) -> Any:
@@ -113,7 +117,7 @@ def _value(name: str, argument: str, kind: str, arguments: Mapping[str, Any]) ->
 
 
 def recordable(function: _F) -> _F:
-    """Defines the operator of a loss, from its signature. Where it is :func:`recording` the loss calls :func:`record`."""
+    """Defines the operator of a loss, from its signature. The loss itself calls :func:`record`."""
     name, signature = function.__name__, inspect.signature(function)
     types = {argument: _type(p.annotation) for argument, p in signature.parameters.items()}
     _arguments_of[name] = types

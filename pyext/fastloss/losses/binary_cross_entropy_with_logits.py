@@ -7,7 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments
 from .._autograd import accum_dtype
 from .._library import DTYPE_CODES
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 from ._pointwise import Operands
 
@@ -156,6 +156,8 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     # Of modules that were torch's before they became one of this class.
     label_smoothing: float = 0.0
     ignore_index: float | None = None
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(
         self,

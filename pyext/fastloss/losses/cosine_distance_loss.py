@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 
 
@@ -66,6 +66,8 @@ def cosine_distance_loss(
 
 class CosineDistanceLoss(torch.nn.Module):
     """:func:`cosine_distance_loss` as a module. Weight and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean", *, dim: int = -1, eps: float = 1e-8) -> None:
         super().__init__()

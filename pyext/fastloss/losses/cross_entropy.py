@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, direct, loop_vmap, ops
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
 
@@ -633,6 +633,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     # Of modules that were torch's before they became one of this class.
     options: Mapping[str, Any] = MappingProxyType({})
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(
         self,

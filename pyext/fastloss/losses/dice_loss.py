@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _rowwise
 
 _ACTIVATIONS = {None: 0, "softmax": 1, "sigmoid": 2}  # codes of the C++ enum Activation
@@ -269,6 +269,8 @@ class DiceLoss(torch.nn.Module):
     """:func:`dice_loss` as a module. The weight is a buffer."""
 
     weight: Tensor | None
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(
         self,

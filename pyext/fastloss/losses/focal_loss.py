@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from .cross_entropy import ROW_MAPS, Given, run
 
 
@@ -97,6 +97,8 @@ class FocalLoss(torch.nn.Module):
     """
 
     weight: Tensor | None
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(
         self,

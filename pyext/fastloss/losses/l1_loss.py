@@ -6,7 +6,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
 from .._library import MEAN, NONE, REDUCTIONS
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
@@ -103,6 +103,8 @@ class L1Loss(torch.nn.L1Loss):
 
     Weights and mask are arguments of the call.
     """
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(
         self,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
@@ -55,6 +55,8 @@ def log_cosh_loss(
 
 class LogCoshLoss(torch.nn.Module):
     """:func:`log_cosh_loss` as a module. Weights and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _row_loss
 
 
@@ -91,6 +91,8 @@ def multi_margin_loss(
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):
     """:func:`multi_margin_loss` as a module; a drop-in for :class:`torch.nn.MultiMarginLoss`."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of scores (N, C, ...) against class indices; as :func:`multi_margin_loss`."""

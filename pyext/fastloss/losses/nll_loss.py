@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _row_loss
 
 
@@ -55,6 +55,8 @@ def nll_loss(
 
 class NLLLoss(torch.nn.NLLLoss):
     """:func:`nll_loss` as a module; a drop-in for :class:`torch.nn.NLLLoss`."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of log-probabilities (N, C, ...) against class indices; as :func:`nll_loss`."""

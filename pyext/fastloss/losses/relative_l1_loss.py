@@ -6,7 +6,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
 from .._library import DTYPE_CODES
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
@@ -78,6 +78,8 @@ def relative_l1_loss(
 
 class RelativeL1Loss(torch.nn.Module):
     """:func:`relative_l1_loss` as a module. Weights and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean", *, eps: float | None = None, symmetric: bool = False) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments
 from .._autograd import accum_dtype
 from .._library import MEAN, NONE
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 from ._pointwise import Operands
 
@@ -131,6 +131,8 @@ def _per_group(x: Operands, dim: int | Sequence[int], eps: float) -> Tensor:
 
 class RMSELoss(torch.nn.Module):
     """:func:`rmse_loss` as a module. Weights and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean", *, dim: int | Sequence[int] | None = None, eps: float = 0.0) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import record, recordable, recording
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
@@ -79,6 +79,8 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
 
     Weights and mask are arguments of the call.
     """
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(
         self,
