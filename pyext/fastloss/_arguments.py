@@ -112,6 +112,12 @@ def require_tensor(name: str, value: Any, function: str) -> None:
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+_NESTED = (
+    "fastloss takes dense tensors; give the values of jagged ones, input.values() and target.values(), which hold the "
+    "elements of all samples without padding (a mean is then over these), or torch.nested.to_padded_tensor with a mask"
+)
+
+
 def unsupported(*tensors: Tensor | None) -> str | None:
     """Why fastloss cannot take these tensors, or None. The first one is the loss's input."""
     first: Tensor | None = None
@@ -125,6 +131,8 @@ def unsupported(*tensors: Tensor | None) -> str | None:
                 return f"device {t.device}: fastloss has kernels for cpu and cuda"
             if kind == "cuda" and not cuda_built() and not isinstance(t, FakeTensor):
                 return "CUDA tensors: this build of fastloss has no CUDA kernels (see python -m fastloss info)"
+        if t.is_nested:
+            return f"nested tensors: {_NESTED}"
         if t.layout is not torch.strided:
             return f"layout {t.layout}: fastloss takes dense tensors; call .to_dense()"
         if type(t) not in _ORDINARY and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:

@@ -65,11 +65,23 @@ def check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
                 f"input {x} the target needs shape {[x[0], *x[2:]]}"
             )
         if t[1:] != x[2:]:
-            raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
+            raise RuntimeError(
+                f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}"
+                f"{_classes_last(x, t, function)}"
+            )
     elif not t or t[1:] != x[2:]:
-        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
+        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}{_classes_last(x, t, function)}")
     elif x[1] == 0 and target.numel():
         raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): input has no classes, but there are targets")
+
+
+def _classes_last(x: list[int], t: list[int], function: str) -> str:
+    """What to do where the shapes are those of classes in the last dimension: (N, T, V) and (N, T)."""
+    if t != x[:-1]:
+        return ""
+    if function in ("cross_entropy", "focal_loss"):
+        return f". {function}(): where the classes are the last dimension of the input, give class_dim=-1"
+    return f". {function}(): where the classes are the last dimension of the input, give input.movedim(-1, 1)"
 
 
 def check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", any_shape: bool = False) -> None:

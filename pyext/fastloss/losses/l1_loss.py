@@ -7,7 +7,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments
 from .._library import MEAN, NONE, REDUCTIONS
 from .._recorded import not_scriptable, record, recordable, recording
-from ._pointwise import pointwise_loss
+from . import _pointwise
+from ._pointwise import Operands, pointwise_loss
 
 
 @recordable
@@ -71,7 +72,18 @@ def l1_loss(
             return _composed_l1_loss(input, target, reduction, weight, sample_weight, mask)
         if torch.bool in (input.dtype, target.dtype):
             raise RuntimeError("l1_loss(): subtraction with a bool tensor is not supported; convert it to a number")
+        if reduction == "none" and torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+            x = _pointwise.check("l1_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
+            return _pointwise.run_checked(_of_residual(x), "l1_loss")
     return pointwise_loss("l1_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
+
+
+def _of_residual(x: Operands) -> Operands:
+    """The residual against 0: backward keeps the residual, as torch's does, and not the operands, which may then be
+    changed, or be tensors of inference mode."""
+    dtype = _arguments.autocast_dtype(torch.promote_types(x.input.dtype, x.target.dtype), x.input.device)
+    residual = x.input.to(dtype) - x.target.to(dtype)
+    return x._replace(input=residual, target=residual.new_zeros(()).expand(residual.shape))
 
 
 def _composed_l1_loss(
