@@ -35,7 +35,9 @@ _TYPES: dict[Any, str] = {
     float | None: "float?",
     int: "SymInt",
     int | None: "SymInt?",
-    int | Sequence[int] | None: "int[]?",
+    int | Sequence[int]: "SymInt[]",
+    int | Sequence[int] | None: "SymInt[]?",
+    torch.dtype | None: "ScalarType?",
 }
 
 
@@ -102,18 +104,17 @@ def _value(name: str, argument: str, kind: str, arguments: Mapping[str, Any]) ->
             return torch.full((), value, dtype=torch.float64, device=arguments["input"].device)
         _arguments.require_tensor(argument, value, name)
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value)):
         raise TypeError(
             f"{name}(): argument '{argument}' is a tensor (under torch.jit.trace a size is one too), and the recorded "
             "program would keep the number that it holds now. Give a number, or apply it to the tensors yourself"
         )
     if kind.startswith("float"):
         return _arguments.as_float(name, argument, value)
-    if kind.startswith("SymInt"):
-        return _arguments.as_int(name, argument, value)
-    if kind.startswith("int["):
-        return [value] if isinstance(value, int) else list(value)
-    return value
+    if kind.startswith("SymInt["):
+        several = value if isinstance(value, (list, tuple, set, frozenset, range)) else [value]
+        return [_arguments.as_int(name, argument, v) for v in several]
+    return _arguments.as_int(name, argument, value) if kind.startswith("SymInt") else value
 
 
 def recordable(function: _F) -> _F:

@@ -3,6 +3,8 @@
 The mathematics is in ``csrc/rowwise/row_losses.h``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -18,7 +20,7 @@ def nll_loss(
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | Sequence[int] = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -32,7 +34,7 @@ def nll_loss(
         target: class indices, shape (), (N) or (N, d1, ..., dK), any integer dtype.
         weight: weight of each class, shape (C), in the input's dtype.
         size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
-        ignore_index: class index that marks targets to leave out.
+        ignore_index: class index that marks targets to leave out, or several in a list.
         reduction: ``'none'`` | ``'mean'`` (divided by the sum of ``weight[target]`` over the counted) | ``'sum'``.
 
     Returns:
