@@ -17,6 +17,7 @@ formula's derivative (:func:`attach`).
 
 import contextlib
 import enum
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -257,7 +258,8 @@ class Engine:
             # nothing of what _path looks for
             functorch_active()
             or forward_ad._current_level >= 0
-            or torch.compiler.is_compiling()
+            or _tracing_state() is not None
+            or torch.compiler.is_compiling()  # by torch.export as well
             or _saved_tensor_hooks(True) is not None
             or _steps is not None
         ):
@@ -268,6 +270,11 @@ class Engine:
         return self((input, target, *self._absent), o)[0]
 
     def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
+        if recording() and _steps is None:
+            raise RuntimeError(
+                f"fastloss, {self.rules.name}: torch.jit.trace and torch.export would record this call's sizes and no "
+                "gradient. The loss's function needs @recordable and record(), see CONTRIBUTING.md"
+            )
         wanted = half = False
         if torch.is_grad_enabled():
             for t in tensors[: self.rules.wants]:
@@ -533,9 +540,27 @@ def _allow_in_graph() -> bool:
 _allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def tracing() -> bool:
-    """Whether torch.jit.trace records."""
-    return _tracing_state() is not None
+_running_recorded = threading.local()
+
+
+@contextlib.contextmanager
+def running_recorded() -> Iterator[None]:
+    """Within it a recorder has the call already, as an operator, which now computes."""
+    before = getattr(_running_recorded, "now", False)
+    _running_recorded.now = True
+    try:
+        yield
+    finally:
+        _running_recorded.now = before
+
+
+def recording() -> bool:
+    """Whether torch.jit.trace or torch.export is to find this call as one operator: see :mod:`fastloss._recorded`."""
+    if _tracing_state() is not None:
+        return not getattr(_running_recorded, "now", False)
+    if not torch.compiler.is_exporting() or functorch_active():  # the transforms put their own operators there
+        return False
+    return torch.compiler.is_dynamo_compiling() or not getattr(_running_recorded, "now", False)
 
 
 def transforms_active() -> bool:

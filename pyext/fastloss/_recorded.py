@@ -9,16 +9,17 @@ with a gradient.
 
 import contextlib
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from . import _arguments
-from ._autograd import functorch_active, tracing
+from ._autograd import functorch_active, recording, running_recorded
 from ._library import ops
+
+__all__ = ["arguments_of", "not_scriptable", "record", "recordable", "recording"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -49,27 +50,9 @@ def _type(annotation: Any) -> str:
 
 _library = torch.library.Library("fastloss", "FRAGMENT")
 _arguments_of: dict[str, dict[str, str]] = {}  # by the loss's name: its arguments, with their types
-_state = threading.local()
-
-
-@contextlib.contextmanager
-def _running() -> Iterator[None]:
-    """Within it calls are what they are elsewhere: the operator's own."""
-    before = getattr(_state, "running", False)
-    _state.running = True
-    try:
-        yield
-    finally:
-        _state.running = before
-
-
-def recording() -> bool:
-    """Whether a recorder is to find this call as one operator."""
-    if tracing():
-        return not getattr(_state, "running", False)
-    if not torch.compiler.is_exporting() or functorch_active():  # the transforms put their own operators there
-        return False
-    return torch.compiler.is_dynamo_compiling() or not getattr(_state, "running", False)
+# A loss that takes **options takes those of cross_entropy; their defaults.
+_OPTIONS = "options"
+_defaults: dict[str, Any] = {}
 
 
 def record(name: str, arguments: Mapping[str, Any]) -> Any:
@@ -80,6 +63,8 @@ def record(name: str, arguments: Mapping[str, Any]) -> Any:
             "constants. Use torch.export, or torch.autograd.grad instead of the transform"
         )
     values = arguments_of(name, arguments)
+    if _OPTIONS in arguments:
+        arguments = arguments[_OPTIONS]
     if not arguments.get("return_stats"):
         return getattr(ops, f"{name}_recorded")(*values)
     from .losses.cross_entropy import CrossEntropyStats
@@ -90,6 +75,8 @@ def record(name: str, arguments: Mapping[str, Any]) -> Any:
 
 def arguments_of(name: str, arguments: Mapping[str, Any]) -> list[Any]:
     """What the operator of the loss takes, in its order."""
+    if _OPTIONS in arguments:
+        arguments = {**_defaults, **arguments, **arguments[_OPTIONS]}
     return [_value(name, argument, kind, arguments) for argument, kind in _arguments_of[name].items()]
 
 
@@ -119,21 +106,27 @@ def _value(name: str, argument: str, kind: str, arguments: Mapping[str, Any]) ->
 
 def recordable(function: _F) -> _F:
     """Defines the operator of a loss, from its signature. The loss itself calls :func:`record`."""
-    name, signature = function.__name__, inspect.signature(function)
-    types = {argument: _type(p.annotation) for argument, p in signature.parameters.items()}
+    name, parameters = function.__name__, dict(inspect.signature(function).parameters)
+    rest = parameters.pop(_OPTIONS, None)
+    types = {argument: _type(p.annotation) for argument, p in parameters.items()}
+    if name == "cross_entropy":
+        _defaults.update({argument: p.default for argument, p in parameters.items()})
+    if rest is not None:
+        left_out = (*types, "size_average", "reduce")
+        types |= {
+            argument: kind for argument, kind in _arguments_of["cross_entropy"].items() if argument not in left_out
+        }
     _arguments_of[name] = types
     takes = ", ".join(f"{kind} {argument}" for argument, kind in types.items())
-    _define(f"{name}_recorded", takes, 1, function)
+    _define(f"{name}_recorded", takes, 1, function, list(types))
     if "return_stats" in types:
-        _define(f"{name}_stats_recorded", takes, 5, function)
+        _define(f"{name}_stats_recorded", takes, 5, function, list(types))
     return function
 
 
-def _define(operator: str, takes: str, results: int, function: Callable[..., Any]) -> None:
-    names = list(inspect.signature(function).parameters)
-
+def _define(operator: str, takes: str, results: int, function: Callable[..., Any], names: list[str]) -> None:
     def call(values: Sequence[Any]) -> Any:
-        with _running():
+        with running_recorded():
             return function(**dict(zip(names, values, strict=True)))
 
     def forward(*values: Any) -> Any:
