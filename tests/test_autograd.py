@@ -1,5 +1,6 @@
 """Autograd: backward again and again, any grad_output, in-place changes, the gradient in the logits' memory."""
 
+import functools
 import threading
 
 import fastloss
@@ -599,3 +600,89 @@ def test_second_gpu():
     loss = fastloss.cross_entropy(x, t)
     loss.backward()
     torch.testing.assert_close(x.grad, torch.autograd.grad(F.cross_entropy(x, t), x)[0])
+
+
+# ---------------------------------------------------------------------------- what is kept between forward and backward
+
+KEPT = ("l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits")
+kept = pytest.mark.parametrize("name", KEPT)
+
+
+def outcome(loss):
+    """The gradient, or the error instead of it."""
+    try:
+        return loss()
+    except RuntimeError:
+        return None
+
+
+@kept
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_targets_of_inference_mode(name, reduction, device):
+    """Where torch trains with one, so do we."""
+    with torch.inference_mode():
+        t = torch.linspace(0, 1, 6, device=device)
+
+    def gradient(function):
+        x = torch.linspace(-1, 2, 6, device=device, requires_grad=True)
+        return torch.autograd.grad(function(x, t, reduction=reduction).sum(), x)[0]
+
+    got, want = (outcome(lambda m=m: gradient(getattr(m, name))) for m in (fastloss, F))
+    assert got is not None or want is None
+    if want is not None:
+        torch.testing.assert_close(got, want)
+    if reduction != "none":
+        assert got is not None  # nothing of it is kept
+
+
+@kept
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("which", ("input", "target"))
+def test_operands_changed_between_forward_and_backward(name, reduction, which, device):
+    """Where torch has the gradient all the same, so have we; no error where it has none, and no wrong gradient ever."""
+
+    def gradient(function, change):
+        leaf = torch.linspace(-1, 2, 6, device=device, requires_grad=True)
+        x, t = leaf * 1, torch.linspace(0, 1, 6, device=device)
+        loss = function(x, t, reduction=reduction).sum()
+        if change:
+            (x if which == "input" else t).add_(5.0)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    got, want = (outcome(lambda m=m: gradient(getattr(m, name), True)) for m in (fastloss, F))
+    assert got is not None or want is None
+    if got is not None:
+        torch.testing.assert_close(got, gradient(getattr(F, name), False))
+
+
+@pytest.mark.parametrize("options", ({}, {"weight": True}, {"mask": True}, {"sample_weight": True}))
+def test_l1_loss_of_elements_takes_every_option(options, device):
+    """By the residual, which is what backward keeps."""
+    x, t = (torch.randn(3, 4, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    given = {"weight": torch.rand(3, 4), "mask": torch.rand(3, 4) > 0.3, "sample_weight": torch.rand(3)}
+    given = {name: given[name].to(device) for name in options}
+    with torch.no_grad():
+        want = fastloss.l1_loss(x, t, reduction="none", **given)
+    got = fastloss.l1_loss(x, t, reduction="none", **given)
+    assert torch.equal(got, want)
+    fastloss.testing.check_gradients(
+        functools.partial(fastloss.l1_loss, reduction="none", **given), x, t, forward_mode=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
+@pytest.mark.parametrize("inplace_grad", (False, True))
+def test_compiled_autograd(inplace_grad):
+    """Logits whose memory holds the gradient have not been modified by anybody else."""
+    from torch._dynamo.compiled_autograd import _enable
+
+    w, x, t = torch.randn(5, 5, requires_grad=True), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    (want,) = torch.autograd.grad(F.cross_entropy(x @ w, t), w)
+    for changes in (0, 1, 0):  # the graph of the first call is there for the others
+        logits = x @ w
+        for _ in range(changes):
+            logits = logits.mul_(1.0)
+        with _enable(lambda graph: torch.compile(graph, backend="eager")):
+            w.grad = None
+            fastloss.cross_entropy(logits, t, inplace_grad=inplace_grad).backward()
+        torch.testing.assert_close(w.grad, want)

@@ -523,3 +523,65 @@ def test_more_classes_than_32_bits_number(dtype):
     logits = torch.zeros(1, 1, dtype=dtype).expand(1, 2**31)  # one element in memory
     with pytest.raises(RuntimeError, match="no kernel"):
         fastloss.cross_entropy(logits, torch.tensor([2**31 - 1]))
+
+
+# -------------------------------------------------------------------------------------------- loss_dtype, ignore_index
+
+
+@pytest.mark.parametrize("loss", (fastloss.cross_entropy, fastloss.focal_loss))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_loss_dtype(loss, dtype, reduction, device):
+    """The loss of 16-bit logits in float32, as of the same logits in float32; the gradient in the logits' dtype."""
+    x = (20 * torch.randn(64, 5, device=device)).to(dtype).requires_grad_()
+    t = torch.randint(5, (64,), device=device)
+    got = loss(x, t, reduction=reduction, loss_dtype=torch.float32)
+    wide = x.detach().float().requires_grad_()
+    want = loss(wide, t, reduction=reduction)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, want)
+    grad, exact = (torch.autograd.grad(y.sum(), a)[0] for y, a in ((got, x), (want, wide)))
+    assert grad.dtype is dtype
+    torch.testing.assert_close(grad, exact.to(dtype))
+
+
+def test_loss_dtype_that_is_not_offered(device):
+    x, t = torch.randn(4, 5, device=device), torch.zeros(4, dtype=torch.long, device=device)
+    assert torch.equal(
+        fastloss.cross_entropy(x, t, loss_dtype=torch.float32), fastloss.cross_entropy(x, t, loss_dtype=None)
+    )
+    for input, dtype in ((x, torch.float64), (x.double(), torch.float32), (x.bfloat16(), torch.float16)):
+        with pytest.raises(ValueError, match=r"loss_dtype is torch\.float.*float32 for 16 bits"):
+            fastloss.cross_entropy(input, t, loss_dtype=dtype)
+    module = fastloss.CrossEntropyLoss(loss_dtype=torch.float32)
+    assert module(x.bfloat16(), t).dtype is torch.float32 and "loss_dtype=torch.float32" in repr(module)
+    soft = x.bfloat16().softmax(1)
+    assert fastloss.cross_entropy(x.bfloat16(), soft, loss_dtype=torch.float32).dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", ("cross_entropy", "focal_loss", "nll_loss"))
+@pytest.mark.parametrize("index_dtype", (torch.int64, torch.uint8, torch.uint16), ids=str)
+def test_several_ignore_indices(name, index_dtype, device):
+    loss = getattr(fastloss, name)
+    x = torch.randn(12, 5, device=device, requires_grad=True)
+    t = torch.arange(12, device=device) % 6  # 5 is no class
+    one = torch.where((t == 0) | (t == 3) | (t == 5), -100, t)
+    weight = torch.linspace(0.5, 2, 5, device=device)
+    for reduction in ("mean", "sum", "none"):
+        got = loss(x, t.to(index_dtype), ignore_index=[3, 0, 5], weight=weight, reduction=reduction)
+        want = loss(x, one, weight=weight, reduction=reduction)
+        assert torch.equal(got, want)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, want)))
+    assert torch.equal(loss(x, one, ignore_index=(-100,)), loss(x, one))
+    with pytest.raises(ValueError, match="ignore_index is empty"):
+        loss(x, one, ignore_index=[])
+    with pytest.raises(TypeError, match="ignore_index"):
+        loss(x, one, ignore_index=[0.5])
+
+
+def test_several_ignore_indices_of_a_module(device):
+    x, t = torch.randn(4, 5, device=device), torch.tensor([0, 1, 2, 255], device=device)
+    want = F.cross_entropy(x[:2], t[:2])
+    torch.testing.assert_close(fastloss.CrossEntropyLoss(ignore_index=[255, 2])(x, t), want)
+    with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):
+        fastloss.cross_entropy(x, x.softmax(1), ignore_index=[-100, 2])

@@ -582,3 +582,32 @@ def test_operators_refuse_wrong_arguments():
         ops.cross_entropy_backward(torch.ones(()), torch.ones(3), *good)
     with pytest.raises((RuntimeError, ValueError)):
         ops.scale_grad(x(), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("loss", "remedy"),
+    [
+        (fastloss.cross_entropy, "class_dim=-1"),
+        (fastloss.focal_loss, "class_dim=-1"),
+        (fastloss.nll_loss, r"input\.movedim\(-1, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("shape", ((2, 7, 5), (2, 3, 4, 5)))
+def test_classes_in_the_last_dimension(loss, remedy, shape, device):
+    """Logits of a language model: (N, T, V), labels (N, T)."""
+    x, t = torch.randn(shape, device=device), torch.zeros(shape[:-1], dtype=torch.long, device=device)
+    with pytest.raises(RuntimeError, match=remedy):
+        loss(x, t)
+    with pytest.raises(RuntimeError) as error:
+        loss(x, t[..., :2])
+    assert "last dimension" not in str(error.value)
+
+
+def test_jagged_tensors_hear_of_their_values(device):
+    x = torch.randn(5, 4, device=device)
+    jagged = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+    for call in (lambda: fastloss.mse_loss(jagged, jagged), lambda: fastloss.cross_entropy(jagged, x[:, 0].long())):
+        with pytest.raises(NotImplementedError, match=r"input\.values\(\)") as error:
+            call()
+        assert "to_dense" not in str(error.value)
+    torch.testing.assert_close(fastloss.mse_loss(jagged.values(), x), torch.tensor(0.0, device=device))

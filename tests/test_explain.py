@@ -38,7 +38,7 @@ class Ran(TorchDispatchMode):
 
 
 def same_operators(got, want):
-    return [name.removesuffix("_recorded") for name in got] == list(want)
+    return got == list(want)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
@@ -107,7 +107,7 @@ def test_hooks_transforms_and_recorders(device):
 
 def test_choose():
     """Over every combination of what it is told."""
-    names = ("wanted", "transformed", "forward_mode", "recorded", "fusable", "deferred", "in_forward", "in_place")
+    names = ("wanted", "transformed", "forward_mode", "fusable", "deferred", "in_forward", "in_place")
     paths = {}
     for bits in range(1 << len(names)):
         told = {name: bool(bits >> i & 1) for i, name in enumerate(names)}
@@ -115,7 +115,7 @@ def test_choose():
         path = choose(**told)
         if path in (Path.FUSED, Path.IN_PLACE):
             assert told["wanted"] and told["fusable"] and not told["deferred"]
-            assert not (told["transformed"] or told["forward_mode"] or told["recorded"])
+            assert not (told["transformed"] or told["forward_mode"])
         if path is Path.VALUE:
             assert not told["wanted"]
         if told["transformed"]:

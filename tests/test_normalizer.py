@@ -51,3 +51,14 @@ def test_errors(device):
     ):
         with pytest.raises(kind, match=words):
             fastloss.cross_entropy(x, t, normalizer=normalizer, **options)
+
+
+@pytest.mark.parametrize("loss", (fastloss.cross_entropy, fastloss.focal_loss))
+def test_a_weighted_mean_divided_by_the_count(loss, device):
+    """Instead of by the sum of the weights of the targets."""
+    x = torch.randn(6, 5, device=device, requires_grad=True)
+    t, w = torch.tensor([0, 4, -100, 2, 2, -100], device=device), torch.linspace(0.2, 3, 5, device=device)
+    got = loss(x, t, weight=w, normalizer=(t != -100).sum())
+    want = loss(x, t, weight=w, reduction="none").sum() / 4
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))

@@ -98,6 +98,97 @@ def test_context_manager(problem):
     assert ours(F.cross_entropy, x, t)
 
 
+@pytest.mark.parametrize("threads", (False, True))
+def test_overlapping_blocks(problem, threads):
+    """The patch lives until the last of them is left."""
+    x, t = problem
+    first, second = fastloss.patch(), fastloss.patch()
+
+    def leave(block):
+        block.__exit__(None, None, None)
+
+    def elsewhere(function, *args):
+        if not threads:
+            return function(*args)
+        thread = threading.Thread(target=function, args=args)
+        thread.start()
+        thread.join()
+
+    elsewhere(first.__enter__)
+    second.__enter__()
+    elsewhere(leave, first)
+    assert ours(F.cross_entropy, x, t)
+    leave(second)
+    assert F.cross_entropy is TORCHS["cross_entropy"]
+    with second:  # once more
+        assert ours(F.cross_entropy, x, t)
+        with second:
+            pass
+        assert ours(F.cross_entropy, x, t)
+    assert F.cross_entropy is TORCHS["cross_entropy"]
+    with fastloss.patch():
+        fastloss.unpatch()
+        assert F.cross_entropy is TORCHS["cross_entropy"]
+
+
+def test_report(problem, capsys):
+    x, t = problem
+    with fastloss.patch(report=True):
+        for _ in range(3):
+            F.cross_entropy(x, t)
+        torch.nn.MSELoss()(keeping(x), x)
+        for _ in range(2):
+            F.l1_loss(x.detach().to(torch.complex64), x)
+        F.kl_div(x, x.detach().softmax(1), reduction="batchmean")
+    report = fastloss.patch_report()
+    assert report.served == {"cross_entropy": 3, "mse_loss": 1}
+    assert list(report.declined) == ["l1_loss"] and report.lacking == {"kl_div": 1}
+    ((reason, count),) = report.declined["l1_loss"].items()
+    assert "complex64" in reason and count == 2
+    printed = capsys.readouterr().out
+    assert printed == f"{report}\n"
+    for line in ("cross_entropy: 3 served", "l1_loss: 2 left to torch (dtype torch.complex64", "kl_div: 1 torch's"):
+        assert line in printed
+    assert fastloss.patch_report() == report  # asking changes nothing
+    with fastloss.patch():  # another patch, which counts anew
+        assert fastloss.patch_report() == fastloss.PatchReport()
+        F.kl_div(x, x.detach().softmax(1), reduction="batchmean")
+    assert fastloss.patch_report() == fastloss.PatchReport() and not capsys.readouterr().out
+
+
+def test_report_of_threads(problem):
+    x, t = problem
+    with fastloss.patch():
+        threads = [threading.Thread(target=lambda: [F.cross_entropy(x, t) for _ in range(50)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert fastloss.patch_report().served == {"cross_entropy": 200}
+
+
+def test_report_at_the_end_of_a_program():
+    code = """
+import fastloss, torch, torch.nn.functional as F
+fastloss.patch(report=True)
+F.l1_loss(torch.ones(2), torch.ones(2))
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "l1_loss: 1 served" in printed
+
+
+@pytest.mark.parametrize("patched", (False, True))
+@pytest.mark.parametrize("make", (lambda t: t, lambda t: keeping(t)), ids=("plain", "subclass"))
+def test_the_broadcasting_warning_points_at_the_callers_line(make, patched, device):
+    x, t = make(torch.ones(2, 3, device=device)), torch.ones(3, device=device)
+    with fastloss.patch() if patched else torch.enable_grad():
+        for loss in (F.mse_loss, fastloss.mse_loss) if patched else (fastloss.mse_loss,):
+            with pytest.warns(UserWarning, match="target size") as found:
+                here = sys._getframe().f_lineno + 1
+                loss(x, t)
+            assert [(w.filename, w.lineno) for w in found] == [(__file__, here)]
+
+
 def test_errors_inside_a_patched_call_are_ours_and_leave_the_patch(problem):
     x, t = problem
     with fastloss.patch():
@@ -162,13 +253,32 @@ class Losses(torch.nn.Module):
         return F.cross_entropy(x, t) + F.nll_loss(x, t) + F.huber_loss(x, x.cos()) + pointwise
 
 
+def kinds_of(block):
+    """The operators of a graph, in its branches too."""
+    kinds = set()
+    for node in block.nodes():
+        kinds.add(node.kind())
+        for inner in node.blocks():
+            kinds |= kinds_of(inner)
+    return kinds
+
+
+def test_kinds_of_sees_fastloss(problem):
+    x, t = problem
+    kinds = kinds_of(torch.jit.trace(fastloss.cross_entropy, (x, t)).inlined_graph)
+    assert "fastloss::cross_entropy_recorded" in kinds
+
+
 def test_torchscript(problem):
     """Scripted and traced under the patch: torch's own operators, so that the graph can be saved and run elsewhere."""
     x, t = problem
     want = Losses()(x, t)
     with fastloss.patch():
         for graph in (torch.jit.script(Losses()), torch.jit.trace(Losses(), (x, t)), torch.jit.script(F.cross_entropy)):
-            assert "fastloss" not in str(graph.inlined_graph)
+            # Not in the graph's text, which names source files, and so the folder of the checkout.
+            kinds = kinds_of(graph.inlined_graph)
+            assert "aten::cross_entropy_loss" in kinds
+            assert not any(kind.startswith("fastloss::") for kind in kinds)
         file = io.BytesIO()
         torch.jit.save(torch.jit.trace(Losses(), (x * 2, t)), file)
     file.seek(0)
@@ -298,6 +408,121 @@ class Duck:
     """No tensor at all."""
 
     __torch_function__ = Handling.__torch_function__
+
+
+class Keeping(torch.Tensor):
+    """As fastai's TensorBase: it keeps its type and what hangs on it, and shows itself only to its own kind."""
+
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        first = next((a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Keeping)), None)
+        if isinstance(result, Keeping) and first is not None:
+            result.__dict__.update({k: v for k, v in first.__dict__.items() if k != "requires_grad"})
+        return result
+
+
+class OtherKind(Keeping):
+    pass
+
+
+def keeping(t, cls=Keeping, **meta):
+    made = t.as_subclass(cls)
+    made.__dict__.update(meta)
+    return made
+
+
+SUBCLASSED = {
+    "cross_entropy": lambda x, t: ((x, t), {"label_smoothing": 0.1}),
+    "nll_loss": lambda x, t: ((x, t), {}),
+    "mse_loss": lambda x, t: ((x, 2 * x.detach()), {"reduction": "none"}),
+    "huber_loss": lambda x, t: ((x, 2 * x.detach()), {"delta": 0.5}),
+    "binary_cross_entropy_with_logits": lambda x, t: ((x, x.detach().sigmoid()), {}),
+}
+
+
+@pytest.mark.parametrize("make", (keeping, lambda t: t.as_subclass(Labelled)), ids=("keeping", "default"))
+@pytest.mark.parametrize("name", SUBCLASSED)
+def test_subclasses_that_keep_their_type_are_served(name, make, problem):
+    """Patched and direct: with the type, the metadata, the value and the gradient that torch's own function gives."""
+    x, t = problem
+    (first, second), options = SUBCLASSED[name](x, t)
+    for arguments in ((make(first), second), (first, make(second)), (make(first), make(second))):
+        want = getattr(F, name)(*arguments, **options)
+        grad = torch.autograd.grad(want.sum(), x)
+        with fastloss.patch():
+            assert ours(getattr(F, name), *arguments, **options)
+            patched = getattr(F, name)(*arguments, **options)
+            by_keyword = getattr(F, name)(target=arguments[1], input=arguments[0], **options)
+        assert ours(getattr(fastloss, name), *arguments, **options)
+        said = fastloss.explain(getattr(fastloss, name), *arguments, **options)
+        assert said.handled_by == "fastloss" and said.forward
+        for got in (patched, by_keyword, getattr(fastloss, name)(*arguments, **options)):
+            assert type(got) is type(want)
+            torch.testing.assert_close(got.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor))
+            torch.testing.assert_close(torch.autograd.grad(got.sum(), x), grad)
+
+
+def test_metadata_of_subclasses(problem):
+    x, t = problem
+    x, t = keeping(x, origin="x"), keeping(t, origin="t")
+    want = F.cross_entropy(x, t)
+    Keeping.seen = []
+    with fastloss.patch():
+        got = F.cross_entropy(x, t)
+    assert got.__dict__ == want.__dict__ == {"origin": "x"}
+    assert TORCHS["cross_entropy"] in Keeping.seen  # and nothing that is not torch's
+    assert fastloss.cross_entropy not in Keeping.seen and F.cross_entropy in Keeping.seen
+    assert fastloss.cross_entropy(x, t).origin == "x"
+
+
+def test_errors_of_subclasses_are_torchs(problem):
+    x, t = problem
+    for arguments in ((keeping(x), t[:2]), (keeping(x), keeping(t, OtherKind)[:2]), (keeping(x.detach().long()), t)):
+        with pytest.raises(Exception) as want:
+            F.cross_entropy(*arguments)
+        with fastloss.patch(), pytest.raises(type(want.value)):
+            F.cross_entropy(*arguments)
+
+
+def test_types_that_do_not_know_each_other(problem):
+    """torch's TypeError, or what torch's subclass makes of it."""
+    x, t = problem
+
+    class Stranger(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError) as want:
+        F.cross_entropy(keeping(x), t.as_subclass(Stranger))
+    with fastloss.patch(), pytest.raises(TypeError) as got:
+        F.cross_entropy(keeping(x), t.as_subclass(Stranger))
+    assert "no implementation found" in str(want.value) and "no implementation found" in str(got.value)
+
+
+def test_types_with_their_own_say_keep_it(device):
+    """Nested, masked and quantised tensors and those that see operators: torch's result or torch's error."""
+    x = torch.randn(4, 5, device=device)
+    jagged = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+    calls = [(jagged, jagged), (torch.nested.nested_tensor([x[:2], x[2:]]), x)]
+    calls += [(torch.masked.masked_tensor(x, x > 0), x), (torch.quantize_per_tensor(x.cpu(), 0.1, 0, torch.qint8), x)]
+    for arguments in calls:
+        results = []
+        for patched in (False, True):
+            with fastloss.patch() if patched else torch.enable_grad():
+                try:
+                    results.append(type(F.mse_loss(*arguments)))
+                except Exception as error:
+                    results.append((type(error), str(error)))
+        assert results[0] == results[1]
+
+
+def test_subclasses_under_a_mode(problem):
+    x, t = problem
+    with fastloss.patch(), torch.device(x.device):
+        assert ours(F.cross_entropy, keeping(x), t)
 
 
 def test_overriding_types_see_torchs_own_function(problem):

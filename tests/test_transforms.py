@@ -1,6 +1,7 @@
 """torch.func, torch.compile, the operators' registrations, autocast."""
 
 import functools
+import inspect
 import itertools
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import fastloss.rows
 import pytest
 import torch
 import torch.nn.functional as F
+from fastloss import _recorded
 from fastloss._library import MEAN, NONE, SUM, ops
 from fastloss.formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from fastloss.losses import _pointwise
@@ -592,9 +594,6 @@ def operator_calls(device):
             for flags in (0, SAVE, ZERO_TIMES_INF | ALL_IGNORED_ZERO, *((GRAD,) if reduction != NONE else ())):
                 yield ops.cross_entropy_forward, (*first, flags, *options)
             yield ops.cross_entropy_forward_stats, (*first, SAVE | STATS, *options)
-            recorded = (x, target, weight, sample_weight, None, reduction, 0, *rest[:-1], 2.0, 0.0)
-            yield ops.cross_entropy_recorded, (*recorded, 0)
-            yield ops.cross_entropy_stats_recorded, (*recorded, STATS)
             _, saved, _ = ops.cross_entropy_forward(*first, SAVE, *options)
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
             yield ops.cross_entropy_backward, (g, saved, *first, 0, *options)
@@ -620,7 +619,6 @@ def operator_calls(device):
                 options = (loss, params, reduction, 0, -100, 0)
                 for forward in (ops.row_loss_value, ops.row_loss_forward):
                     yield forward, (x, t, w, *options)
-                yield ops.row_loss_recorded, (x, t, w, loss, reduction, 0, -100, 0, *params, *[0.0] * (4 - len(params)))
                 total = ops.row_loss_forward(x, t, w, *options)[1]
                 yield ops.row_loss_backward, (g, x, t, w, total, *options)
         u, mask = torch.linspace(-1, 1, x.numel(), device=device).view_as(x), x > 0.1
@@ -640,8 +638,6 @@ def operator_calls(device):
                 yield ops.pointwise_forward, (*first, flags, *options)
             if fused:
                 yield ops.pointwise_plain_grad, (*first, [0.5])
-            operands = (x, u, third, None, *extra)
-            yield ops.pointwise_recorded, (*operands, loss, reduction, 0, row_dims, 0.0, 0.5, 0.0, 0.0, 0.0)
             factor = ops.pointwise_forward(*first, 0, *options)[1]
             g = u if reduction == NONE else torch.full(x.shape[:row_dims], 2.0, device=device)
             for flags in (1, 3, *((7,) if third is not None else ())):
@@ -649,7 +645,6 @@ def operator_calls(device):
         for target, reduction in ((t, MEAN), (t, NONE), (p, SUM)):
             options = (1, False, True, True, False, 1e-5, 1e-5, -100, reduction, 0)
             yield ops.dice_loss_value, (x, target, w, *options)
-            yield ops.dice_loss_recorded, (x, target, w, *options)
             yield ops.dice_loss_forward, (x, target, w, *options)
             saved = ops.dice_loss_forward(x, target, w, *options)[1]
             g = torch.full(x.shape[:2] if reduction == NONE else (), 2.0, device=device)
@@ -665,6 +660,15 @@ def operator_calls(device):
             )
         yield ops.scale_grad, (x, torch.tensor(2.0, device=device))
         yield ops.scale_grad_, (x, torch.tensor(2.0, device=device))
+
+    for spec in SPECS.values():
+        sample = list(spec.samples(device, torch.float32))[2]
+        called = inspect.signature(spec.function).bind(*sample.args, **sample.kwargs)
+        called.apply_defaults()
+        yield getattr(ops, f"{spec.name}_recorded"), tuple(_recorded.arguments_of(spec.name, called.arguments))
+        if "return_stats" in called.arguments:
+            arguments = _recorded.arguments_of(spec.name, {**called.arguments, "return_stats": True})
+            yield getattr(ops, f"{spec.name}_stats_recorded"), tuple(arguments)
 
 
 def test_opcheck(device):

@@ -26,7 +26,7 @@ from .losses.nll_loss import NLLLoss, nll_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
-from .patching import patch, unpatch
+from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "MSELoss",
     "MultiMarginLoss",
     "NLLLoss",
+    "PatchReport",
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
@@ -67,6 +68,7 @@ __all__ = [
     "multi_margin_loss",
     "nll_loss",
     "patch",
+    "patch_report",
     "relative_l1_loss",
     "restore_head",
     "rmse_loss",

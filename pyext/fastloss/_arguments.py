@@ -7,6 +7,7 @@ import numbers
 import operator
 import sys
 import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,13 +22,22 @@ _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, Functional
 
 
 def warn(message: str) -> None:
-    """Of a loss's arguments, as the loss's caller sees it: the first frame outside this package."""
+    """Of a loss's arguments, as the loss's caller sees it: the first frame outside this package, and outside of what
+    tensor subclasses put between."""
     if torch.compiler.is_compiling():  # it cannot trace warnings
         return
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastloss":
+    while frame.f_back is not None and _is_between(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def _is_between(frame: FrameType) -> bool:
+    module = frame.f_globals.get("__name__", "")
+    if module.partition(".")[0] == "fastloss" or frame.f_code.co_name == "__torch_function__":
+        return True
+    handed_over = frame.f_back is not None and frame.f_back.f_code.co_name == "__torch_function__"
+    return module == "torch.overrides" or (module == "torch.nn.functional" and handed_over)
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
@@ -102,6 +112,12 @@ def require_tensor(name: str, value: Any, function: str) -> None:
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+_NESTED = (
+    "fastloss takes dense tensors; give the values of jagged ones, input.values() and target.values(), which hold the "
+    "elements of all samples without padding (a mean is then over these), or torch.nested.to_padded_tensor with a mask"
+)
+
+
 def unsupported(*tensors: Tensor | None) -> str | None:
     """Why fastloss cannot take these tensors, or None. The first one is the loss's input."""
     first: Tensor | None = None
@@ -115,6 +131,8 @@ def unsupported(*tensors: Tensor | None) -> str | None:
                 return f"device {t.device}: fastloss has kernels for cpu and cuda"
             if kind == "cuda" and not cuda_built() and not isinstance(t, FakeTensor):
                 return "CUDA tensors: this build of fastloss has no CUDA kernels (see python -m fastloss info)"
+        if t.is_nested:
+            return f"nested tensors: {_NESTED}"
         if t.layout is not torch.strided:
             return f"layout {t.layout}: fastloss takes dense tensors; call .to_dense()"
         if type(t) not in _ORDINARY and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:

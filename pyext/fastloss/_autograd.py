@@ -8,8 +8,7 @@ A loss hands over :class:`Rules`: what its operators are called with, and its fo
   backward scales it, or returns it untouched where grad_output is 1;
 - *in place*: the same, in the memory of the input;
 - *recompute*: forward keeps O(1) numbers per row; backward reads the operands again and writes the gradient;
-- *forward mode*, *transformed* (torch.func) and *recorded* (torch.export, torch.jit.trace): recompute, in the form that
-  each of them asks for.
+- *forward mode* and *transformed* (torch.func): recompute, in the form that each of them asks for.
 
 Which of these a call takes is said by :func:`choose`, a pure function, which :func:`fastloss.explain` asks as well.
 Second and higher derivatives, and those of forward mode, are torch's of the formula: the kernel's value with the
@@ -18,6 +17,7 @@ formula's derivative (:func:`attach`).
 
 import contextlib
 import enum
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import Function, forward_ad
 
-from ._library import DTYPES, define_recorded, direct, ops
+from ._library import DTYPES, direct, ops
 
 Tensors = Sequence[Any]  # tensors, or None where one is absent
 Needs = Sequence[bool]  # which of them want a gradient
@@ -155,7 +155,6 @@ class Path(enum.Enum):
     RECOMPUTE = "in backward, from the operands, which are read again"
     FORWARD_MODE = "by forward mode, from the formula; in backward, from the operands, which are read again"
     TRANSFORMED = "by torch.func, which decides; in backward, from the operands, which are read again"
-    RECORDED = "in the recorded program's backward, from the operands, which are read again"
 
 
 def choose(
@@ -163,7 +162,6 @@ def choose(
     wanted: bool,
     transformed: bool,
     forward_mode: bool,
-    recorded: bool,
     fusable: bool,
     deferred: bool,
     in_forward: bool,
@@ -173,7 +171,7 @@ def choose(
 
     Args:
         wanted: grad mode is on and an operand requires grad.
-        transformed, forward_mode, recorded: a transform of torch.func, a dual level, a recorder is active.
+        transformed, forward_mode: a transform of torch.func, a dual level is active.
         fusable: forward can compute every gradient that is wanted.
         deferred: nothing may be held between forward and backward but saved tensors (saved tensor hooks), or what is
             held is somebody else's choice (torch.compile).
@@ -184,8 +182,6 @@ def choose(
         return Path.TRANSFORMED
     if forward_mode:
         return Path.FORWARD_MODE
-    if recorded:
-        return Path.RECORDED
     if not wanted:
         return Path.VALUE
     if not fusable or deferred:
@@ -233,15 +229,10 @@ def refuse_rehearsal(function: str) -> None:
 class Engine:
     """Differentiates a loss by its :class:`Rules`; called with operands and options, it returns loss and statistics."""
 
-    def __init__(self, rules: Rules, stats: int = 0) -> None:
-        """``stats``: how many statistics the operators of a call with statistics return."""
+    def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self._absent = (None,) * (rules.tensors - 2)
         self._functions(rules)
-        names = {0: f"{rules.name}_recorded", stats: f"{rules.name}{'_stats' * bool(stats)}_recorded"}
-        for count, name in names.items():
-            define_recorded(name, rules.tensors, rules.options, 2 + count, self.Transformed)
-        self._recorded, self._recorded_stats = getattr(ops, names[0]), getattr(ops, names[stats])
 
     def __call__(
         self,
@@ -250,20 +241,17 @@ class Engine:
         *,
         in_forward: bool | None = None,
         in_place: bool = False,
-        stats: bool = False,
     ) -> tuple[Tensor, ...]:
         """Loss and statistics. ``in_forward``: None leaves it to the dtype."""
         path = self._path(tensors, o, in_forward, in_place)
         if _steps is not None:
-            return self._rehearse(path, tensors, o, stats)
+            return self._rehearse(path, tensors, o)
         if path is Path.VALUE:
             return self.rules.value(tensors, o)
         if path is Path.FUSED:
             return self._fused(o, *tensors)
         if path is Path.TRANSFORMED:
             loss, _, *rest = self._transformed(*tensors, *o)
-        elif path is Path.RECORDED:
-            loss, _, *rest = (self._recorded_stats if stats else self._recorded)(*tensors, *o)
         elif path is Path.IN_PLACE:
             loss, *rest = self.InPlace.apply(o, *tensors)
         elif path is Path.FORWARD_MODE:
@@ -293,6 +281,11 @@ class Engine:
         return self((input, target, *self._absent), o)[0]
 
     def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
+        if recording() and _steps is None:
+            raise RuntimeError(
+                f"fastloss, {self.rules.name}: torch.jit.trace and torch.export would record this call's sizes and no "
+                "gradient. The loss's function needs @recordable and record(), see CONTRIBUTING.md"
+            )
         wanted = half = False
         if torch.is_grad_enabled():
             for t in tensors[: self.rules.wants]:
@@ -303,7 +296,6 @@ class Engine:
             wanted=wanted,
             transformed=transforms_active(),
             forward_mode=forward_ad._current_level >= 0,
-            recorded=recording(),
             fusable=fusable,
             deferred=fusable and (torch.compiler.is_compiling() or saved_tensor_hooks_active()),
             # An unscaled float16 gradient could underflow before the loss scale arrives.
@@ -311,7 +303,7 @@ class Engine:
             in_place=in_place,
         )
 
-    def _rehearse(self, path: Path, tensors: tuple[Any, ...], o: Any, stats: bool) -> tuple[Tensor, ...]:
+    def _rehearse(self, path: Path, tensors: tuple[Any, ...], o: Any) -> tuple[Tensor, ...]:
         assert _steps is not None
         needs = tuple(t is not None and t.requires_grad and path is not Path.VALUE for t in tensors[: self.rules.wants])
         _steps.append(Step(self.rules, path, tensors, o, needs))
@@ -565,9 +557,27 @@ def _allow_in_graph() -> bool:
 _allow_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_running_recorded = threading.local()
+
+
+@contextlib.contextmanager
+def running_recorded() -> Iterator[None]:
+    """Within it a recorder has the call already, as an operator, which now computes."""
+    before = getattr(_running_recorded, "now", False)
+    _running_recorded.now = True
+    try:
+        yield
+    finally:
+        _running_recorded.now = before
+
+
 def recording() -> bool:
-    """Whether torch.export or torch.jit.trace records the operators that are called: see define_recorded."""
-    return _tracing_state() is not None or torch.compiler.is_exporting()
+    """Whether torch.jit.trace or torch.export is to find this call as one operator: see :mod:`fastloss._recorded`."""
+    if _tracing_state() is not None:
+        return not getattr(_running_recorded, "now", False)
+    if not torch.compiler.is_exporting() or functorch_active():  # the transforms put their own operators there
+        return False
+    return torch.compiler.is_dynamo_compiling() or not getattr(_running_recorded, "now", False)
 
 
 def transforms_active() -> bool:

@@ -81,23 +81,6 @@ def loop_vmap(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-_recorded = torch.library.Library("fastloss", "FRAGMENT")
-
-
-def define_recorded(name: str, tensors: int, options: Any, outputs: int, function: Any) -> None:
-    """Defines ``fastloss::<name>`` with the rules of ``function``, an autograd.Function that takes so many tensors,
-    then ``options`` one by one. Programs that torch.export and torch.jit.trace record keep operators and forget the
-    Function around them, and would lose the gradient. Elsewhere the Function itself is faster."""
-    arguments = [f"Tensor? t{i}" for i in range(tensors)]
-    arguments += [f"{kind.__name__} {option}" for option, kind in options.__annotations__.items()]
-    _recorded.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})")
-    _recorded.impl(name, lambda *args: function.forward(*args), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastloss::{name}", lambda *args: function.forward(*args), lib=_recorded)
-    torch.library.register_autograd(
-        f"fastloss::{name}", function.backward, setup_context=function.setup_context, lib=_recorded
-    )
-
-
 __all__ = [
     "DTYPES",
     "DTYPE_CODES",
@@ -106,7 +89,6 @@ __all__ = [
     "REDUCTIONS",
     "SUM",
     "cuda_built",
-    "define_recorded",
     "direct",
     "loop_vmap",
     "ops",

@@ -1,15 +1,18 @@
 """Puts fastloss behind torch.nn.functional, and so behind torch.nn and every library that calls it."""
 
+import atexit
 import functools
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import TorchFunctionMode, _get_overloaded_args, handle_torch_function
 
 from . import functional
 from ._arguments import unsupported
@@ -18,6 +21,29 @@ from ._library import DTYPE_CODES
 _originals: dict[str, Callable[..., Any]] = {}
 _lock = threading.RLock()
 _DISABLED = torch._C._disabled_torch_function_impl
+_heeds_subclasses: Callable[[], bool] = torch._C._is_torch_function_enabled
+_mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
+
+# Losses of torch.nn.functional that fastloss has not; linear and embedding layers with a loss in them are none.
+_LACKING = tuple(
+    name
+    for name in (
+        "binary_cross_entropy",
+        "cosine_embedding_loss",
+        "ctc_loss",
+        "gaussian_nll_loss",
+        "hinge_embedding_loss",
+        "kl_div",
+        "margin_ranking_loss",
+        "multilabel_margin_loss",
+        "multilabel_soft_margin_loss",
+        "poisson_nll_loss",
+        "soft_margin_loss",
+        "triplet_margin_loss",
+        "triplet_margin_with_distance_loss",
+    )
+    if name not in functional.__all__
+)
 
 
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -26,8 +52,6 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     tensors = [a for a in (first, *args, *kwargs.values()) if isinstance(a, Tensor)]
     if not tensors:
         return "no tensor among the arguments"
-    if has_torch_function(tensors):
-        return "a tensor subclass or mode with its own __torch_function__"
     for t in tensors:
         if (t is tensors[0] or t.is_floating_point() or t.is_complex()) and t.dtype not in DTYPE_CODES:
             return f"dtype {t.dtype}: fastloss takes float32, float64, float16 and bfloat16"
@@ -36,20 +60,137 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return unsupported(*tensors)
 
 
+# --------------------------------------------------------------------------------------------- types with their own say
+
+
 def _overrides(value: Any) -> bool:
     """Whether it is of a type with its own __torch_function__, whatever mode is on."""
     return type(value) is not Tensor and getattr(type(value), "__torch_function__", _DISABLED) is not _DISABLED
 
 
-def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+class _Serving(TorchFunctionMode):
+    """While a subclass handles a call of torch's function: what it leaves to torch in the end, fastloss takes."""
+
+    def __init__(self, original: Callable[..., Any], call: Callable[..., Any]) -> None:
+        super().__init__()
+        self._original, self._call = original, call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (self._call if func is self._original else func)(*args, **(kwargs or {}))
+
+
+def _handled(
+    original: Callable[..., Any], call: Callable[..., Any], overloaded: Iterable[Any], args: Any, kwargs: Any
+) -> Any:
+    """The call as the types of its arguments handle it. They are shown torch's own function, which they may know by
+    identity, and get its result, type and metadata; those that end in torch's default end in ``call``."""
+    overloaded = _get_overloaded_args(overloaded)
+    types = tuple(map(type, overloaded))
+    for argument in overloaded:
+        with _Serving(original, call):
+            result = argument.__torch_function__(original, types, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    return handle_torch_function(original, overloaded, *args, **kwargs)  # raises what torch raises
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+class _Tally:
+    """A count that threads may raise at once, at the price of one call."""
+
+    def __init__(self) -> None:
+        self._ticks, self._reads = itertools.count(), 0
+        self.add: Callable[[], int] = self._ticks.__next__
+
+    def value(self) -> int:
+        with _lock:
+            self._reads += 1
+            return next(self._ticks) - self._reads + 1
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What :func:`patch_report` returns; ``print`` it.
+
+    Attributes:
+        served: how many calls fastloss took, by torch's function.
+        declined: how many went to torch, by the function, then by the reason.
+        lacking: how many calls of losses that fastloss has not; counted under ``patch(report=True)``.
+    """
+
+    served: dict[str, int] = field(default_factory=dict)
+    declined: dict[str, dict[str, int]] = field(default_factory=dict)
+    lacking: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {count} served" for name, count in self.served.items()]
+        lines += [
+            f"{name}: {count} left to torch ({reason})"
+            for name, reasons in self.declined.items()
+            for reason, count in reasons.items()
+        ]
+        lines += [f"{name}: {count} torch's, fastloss has no such loss" for name, count in self.lacking.items()]
+        return "fastloss.patch(): " + ("; ".join(lines) if len(lines) == 1 else "\n  ".join(["", *lines]).lstrip(" "))
+
+
+_served: dict[str, _Tally] = {}
+_declined: dict[str, dict[str, _Tally]] = {}
+_lacking: dict[str, _Tally] = {}
+
+
+def patch_report() -> PatchReport:
+    """What :func:`patch` has done since it came into force: calls that fastloss served, by function; calls that it left
+    to torch, with the reasons; under ``patch(report=True)`` also calls of losses that fastloss has not.
+
+    After :func:`unpatch` it is what the last patch did. Calls within programs of torch.compile are not counted.
+
+    Example::
+
+        >>> with fastloss.patch():
+        ...     train(model)
+        >>> print(fastloss.patch_report())
+        fastloss.patch(): cross_entropy: 400 served
+    """
+    with _lock:
+        declined = {name: {r: t.value() for r, t in list(reasons.items())} for name, reasons in _declined.items()}
+        return PatchReport(
+            {name: count for name, tally in _served.items() if (count := tally.value())},
+            {name: reasons for name, reasons in declined.items() if reasons},
+            {name: count for name, tally in _lacking.items() if (count := tally.value())},
+        )
+
+
+def _decline(name: str, reason: str) -> None:
+    if not torch.compiler.is_compiling():
+        _declined[name].setdefault(reason, _Tally()).add()
+
+
+# ------------------------------------------------------------------------------------------------------------- patching
+
+
+def _behind(name: str, original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    served = _served[name]
+
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if takes(args, kwargs) is None:
+        if _mode_active():  # it is shown this function, and calls it
+            return original(*args, **kwargs)
+        reason = takes(args, kwargs)
+        if _heeds_subclasses():
+            overloaded = [a for a in (*args, *kwargs.values()) if _overrides(a)]
+            if overloaded and (reason is not None or torch.compiler.is_compiling()):
+                # torch's own function would hand over what it finds under its name, which is this one.
+                _decline(name, reason or "a tensor subclass under torch.compile")
+                return handle_torch_function(original, overloaded, *args, **kwargs)
+            if overloaded:
+                return _handled(original, call, overloaded, args, kwargs)
+        if reason is None:
+            if not torch.compiler.is_compiling():
+                served.add()
             return ours(*args, **kwargs)
-        if overloaded := [a for a in (*args, *kwargs.values()) if _overrides(a)]:
-            # torch's own function would hand over what it finds under its name, which is this one; who overrides it
-            # may know it by identity.
-            return handle_torch_function(original, overloaded, *args, **kwargs)
+        _decline(name, reason)
         return original(*args, **kwargs)
 
     # What torch.jit.script compiles instead. torch.compile, which heeds the mark of torch.jit.script_if_tracing, does
@@ -58,47 +199,104 @@ def _behind(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[
     return call
 
 
-class _Patched:
-    """What :func:`patch` returns: as a context manager it undoes the patch at the end, if it made it."""
+def _counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's function, its calls counted."""
+    tally = _lacking[name] = _Tally()
 
-    def __init__(self, made: bool) -> None:
-        self._made = made
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            tally.add()
+        return original(*args, **kwargs)
+
+    call.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
+    return call
+
+
+_holders: set["_Patched"] = set()  # the patch is in force while there is one
+
+
+class _Patched:
+    """What :func:`patch` returns: as a context manager it ends its hold on the patch when the block is left."""
+
+    def __init__(self, report: bool) -> None:
+        self.report, self._entered = report, 0
 
     def __enter__(self) -> "_Patched":
+        with _lock:
+            self._entered += 1
+            _hold(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._made:
-            unpatch()
+        with _lock:
+            self._entered -= 1
+            if not self._entered:
+                _release(self)
 
 
-def patch() -> _Patched:
-    """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``.
-
-    What fastloss does not take (complex, sparse, integer, float8; other devices; DTensor and other subclasses) goes to
-    torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run without Python. Names that were
-    imported from torch.nn.functional before (``from ... import cross_entropy``) keep pointing at torch's own, and
-    cannot be pickled meanwhile. Calling it twice changes nothing; :func:`unpatch` undoes it, as does leaving a
-    ``with``::
-
-        with fastloss.patch():
-            loss = model(batch).loss
-    """
-    with _lock:
-        if _originals:
-            return _Patched(made=False)
+def _hold(holder: _Patched) -> None:
+    if not _originals:
+        for tallies in (_served, _declined, _lacking):
+            tallies.clear()
         for name in functional.__all__:
             if hasattr(F, name):
-                _originals[name] = getattr(F, name)
-                setattr(F, name, _behind(_originals[name], getattr(functional, name)))
-    return _Patched(made=True)
+                _served[name], _declined[name] = _Tally(), {}
+                _replace(name, _behind(name, getattr(F, name), getattr(functional, name)))
+    if holder.report and not _lacking:
+        for name in _LACKING:
+            if hasattr(F, name):
+                _replace(name, _counting(name, getattr(F, name)))
+    _holders.add(holder)
 
 
-def unpatch() -> None:
-    """Undo :func:`patch`. Without a patch it does nothing."""
-    with _lock:
+def _replace(name: str, function: Callable[..., Any]) -> None:
+    _originals[name] = getattr(F, name)
+    setattr(F, name, function)
+
+
+def _release(holder: _Patched) -> None:
+    if holder not in _holders:
+        return
+    _holders.remove(holder)
+    if holder.report:
+        print(patch_report())
+    if not _holders:
         while _originals:
             name, original = _originals.popitem()
             setattr(F, name, original)
+
+
+def patch(report: bool = False) -> _Patched:
+    """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``.
+
+    What fastloss does not take (complex, sparse, integer, float8; other devices; DTensor and other subclasses that see
+    operators) goes to torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run without Python.
+    Subclasses with a ``__torch_function__`` (fastai's TensorBase) handle the call as they do torch's: what they leave
+    to torch, fastloss takes. :func:`patch_report` says what happened. Names that were imported from torch.nn.functional
+    before (``from ... import cross_entropy``) keep pointing at torch's own, and cannot be pickled meanwhile.
+
+    A patch is in force until :func:`unpatch`, or until the ``with`` is left; of several that overlap, in threads or
+    not, until the last is left::
+
+        with fastloss.patch():
+            loss = model(batch).loss
+
+    Args:
+        report: print :func:`patch_report` at the end (of the block, at :func:`unpatch` or of the program), and count
+            calls of losses that fastloss has not too.
+    """
+    holder = _Patched(report)
+    with _lock:
+        _hold(holder)
+    return holder
+
+
+@atexit.register
+def unpatch() -> None:
+    """Undo :func:`patch`, whoever made it. Without a patch it does nothing."""
+    with _lock:
+        for holder in list(_holders):
+            _release(holder)

@@ -111,7 +111,7 @@ def run(
     weight: Tensor | None,
     reduction: str,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | Sequence[int] = -100,
     params: Sequence[float] = (),
     flags: int = 0,
     same_dtype: bool = False,
@@ -130,7 +130,7 @@ def run(
     _arguments.require_tensor("target", target, function)
     if weight is not None:
         _arguments.require_tensor("weight", weight, function)
-    ignore_index = _arguments.as_int(function, "ignore_index", ignore_index)
+    ignored = _rowwise.ignore_indices(function, ignore_index)
     _arguments.require_supported_tensors(function, input, target, weight)
     _arguments.require_same_device(function, ("input", input), ("target", target), ("weight", weight))
     if input.dim() == 0:
@@ -142,7 +142,7 @@ def run(
     _rowwise.check_index_shapes(input, target, function)
     _rowwise.check_index_dtype(target, function)
     _rowwise.check_logits_dtype(input, function)
-    target = _rowwise.index_target(target)
+    target = _rowwise.ignored_as_one(_rowwise.index_target(target), ignored)
     loss_dtype = _arguments.autocast_dtype(input.dtype, input.device)
     if weight is not None:
         _rowwise.check_weight(weight, input.shape[1], function, any_shape=input.dim() > 2)
@@ -158,7 +158,7 @@ def run(
                 "requires_grad True; pass weight.detach()"
             )
         weight = weight.to(accum_dtype(input.dtype)).flatten().contiguous()
-    options = Options(NAMES.index(function), red, DTYPE_CODES[loss_dtype], ignore_index, flags, *params)
+    options = Options(NAMES.index(function), red, DTYPE_CODES[loss_dtype], ignored[0], flags, *params)
     (loss,) = _engine((input, target, weight), options)
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()

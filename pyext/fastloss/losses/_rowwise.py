@@ -1,8 +1,11 @@
 """What the losses over a class axis share: checks of logits and class indices, with torch's exceptions and a remedy."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .. import _arguments
 from .._library import DTYPE_CODES
 
 INDEX_DTYPES = frozenset(
@@ -25,6 +28,26 @@ def index_target(target: Tensor) -> Tensor:
             raise IndexError(f"Target {value} is out of bounds. target{row or ''} = {value} is no class index")
         target = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
     return target if target.is_contiguous() else target.contiguous()
+
+
+def ignore_indices(function: str, ignore_index: Any) -> tuple[int, ...]:
+    """The class indices that mark targets to leave out, of which there is one as a rule."""
+    if not isinstance(ignore_index, (list, tuple, set, frozenset, range)):
+        return (_arguments.as_int(function, "ignore_index", ignore_index),)
+    if not ignore_index:
+        raise ValueError(f"{function}(): ignore_index is empty; give a class index that no target has, as -100")
+    return tuple(_arguments.as_int(function, "ignore_index", i) for i in ignore_index)
+
+
+def ignored_as_one(target: Tensor, ignored: tuple[int, ...]) -> Tensor:
+    """Targets of which all that are to be left out hold the first of these class indices."""
+    if len(ignored) == 1:
+        return target
+    target = target.to(torch.int64)  # torch compares no uint16
+    marked = target == ignored[1]
+    for i in ignored[2:]:
+        marked |= target == i
+    return torch.where(marked, ignored[0], target)
 
 
 def check_single_target(target: Tensor, function: str) -> None:
@@ -65,11 +88,23 @@ def check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
                 f"input {x} the target needs shape {[x[0], *x[2:]]}"
             )
         if t[1:] != x[2:]:
-            raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}")
+            raise RuntimeError(
+                f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}"
+                f"{_classes_last(x, t, function)}"
+            )
     elif not t or t[1:] != x[2:]:
-        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}")
+        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}{_classes_last(x, t, function)}")
     elif x[1] == 0 and target.numel():
         raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): input has no classes, but there are targets")
+
+
+def _classes_last(x: list[int], t: list[int], function: str) -> str:
+    """What to do where the shapes are those of classes in the last dimension: (N, T, V) and (N, T)."""
+    if t != x[:-1]:
+        return ""
+    if function in ("cross_entropy", "focal_loss"):
+        return f". {function}(): where the classes are the last dimension of the input, give class_dim=-1"
+    return f". {function}(): where the classes are the last dimension of the input, give input.movedim(-1, 1)"
 
 
 def check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", any_shape: bool = False) -> None:

@@ -7,12 +7,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments
 from .._autograd import accum_dtype
 from .._library import DTYPE_CODES
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 from ._pointwise import Operands
 
 _NAME = "binary_cross_entropy_with_logits"
 
 
+@recordable
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -65,6 +67,8 @@ def binary_cross_entropy_with_logits(
         return handle_torch_function(
             binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target, **options
         )
+    if recording():
+        return record("binary_cross_entropy_with_logits", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     usual = weight is pos_weight is sample_weight is mask is None and ignore_index is None and label_smoothing == 0.0
@@ -152,6 +156,8 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     # Of modules that were torch's before they became one of this class.
     label_smoothing: float = 0.0
     ignore_index: float | None = None
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(
         self,

@@ -5,9 +5,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 
 
+@recordable
 def cosine_distance_loss(
     input: Tensor,
     target: Tensor,
@@ -48,6 +50,8 @@ def cosine_distance_loss(
     if has_torch_function_variadic(input, target):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(cosine_distance_loss, (input, target), input, target, **options)
+    if recording():
+        return record("cosine_distance_loss", locals())
     name = "cosine_distance_loss"
     eps = _arguments.as_float(name, "eps", eps)
     if not eps > 0:
@@ -62,6 +66,8 @@ def cosine_distance_loss(
 
 class CosineDistanceLoss(torch.nn.Module):
     """:func:`cosine_distance_loss` as a module. Weight and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean", *, dim: int = -1, eps: float = 1e-8) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, direct, loop_vmap, ops
+from .._recorded import not_scriptable, record, recordable, recording
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
 
@@ -247,7 +248,7 @@ for _name in ("plain_value", "plain_grad", "value", "forward", "forward_stats", 
     torch.library.register_vmap(f"fastloss::cross_entropy_{_name}", loop_vmap(getattr(ops, f"cross_entropy_{_name}")))
 
 rules = _CrossEntropy()
-engine = Engine(rules, stats=4)
+engine = Engine(rules)
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -257,7 +258,7 @@ class Given(NamedTuple):
     """What a user may pass beside input and target, under the names of :func:`cross_entropy`."""
 
     weight: Tensor | None = None
-    ignore_index: int = -100
+    ignore_index: int | Sequence[int] = -100
     reduction: str = "mean"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -271,6 +272,7 @@ class Given(NamedTuple):
     return_stats: bool = False
     inplace_grad: bool = False
     grad_in_forward: bool | None = None
+    loss_dtype: torch.dtype | None = None
 
 
 # Of a call that leaves everything but the reduction at its default.
@@ -393,6 +395,18 @@ def checked_normalizer(function: str, normalizer: Any, reduction: int, device: t
     return normalizer.detach().reshape(()).to(torch.float64)
 
 
+def _checked_loss_dtype(function: str, asked: torch.dtype | None, usual: torch.dtype) -> torch.dtype:
+    """What the user asks for, where that is float32 instead of 16 bits, or nothing new."""
+    if asked is None or asked is usual:
+        return usual
+    if asked is not torch.float32 or usual not in _arguments.HALVES:
+        raise ValueError(
+            f"{function}(): loss_dtype is {asked}, but of a loss in {usual} it may be torch.float32 for 16 bits, or "
+            "None; convert the result with .to()"
+        )
+    return asked
+
+
 def _check_in_place(function: str, input: Tensor, given: Tensor) -> None:
     if any(t is not None and t.is_leaf and t.requires_grad for t in (given, given._base)):
         raise RuntimeError(
@@ -459,7 +473,7 @@ def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int 
     soft = input.shape == target.shape
     if soft and target.layout is not torch.strided and target.is_floating_point():
         target = target.to_dense()
-    ignore_index = _arguments.as_int(function, "ignore_index", g.ignore_index)
+    ignored = _rowwise.ignore_indices(function, g.ignore_index)
     # Ranges are looked at after kinds and devices, as torch does.
     _arguments.require_supported_tensors(function, None if unmade else input, target, weight, sample_weight)
     others = ("target", target), ("weight", weight), ("sample_weight", sample_weight)
@@ -471,9 +485,9 @@ def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int 
                 f"Expected floating point type for target with class probabilities, got {target.dtype}: target has the "
                 f"shape of the input, {list(input.shape)}; class indices need {[*input.shape[:1], *input.shape[2:]]}"
             )
-        if ignore_index >= 0:
+        if max(ignored) >= 0:
             raise RuntimeError(
-                f"ignore_index is not supported for floating point target, got ignore_index={ignore_index}; give the "
+                f"ignore_index is not supported for floating point target, got ignore_index={g.ignore_index}; give the "
                 "rows to leave out a sample_weight of 0"
             )
     if input.dim() == 0:
@@ -497,12 +511,13 @@ def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int 
     else:
         _rowwise.check_index_shapes(input, target, function)
         _rowwise.check_index_dtype(target, function)
-        target = _rowwise.index_target(target)
+        target = _rowwise.ignored_as_one(_rowwise.index_target(target), ignored)
     if weight is not None:
         weight = _checked_weight(function, weight, input, soft, g.label_smoothing)
         if soft:
             loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
         weight = weight.to(accum_dtype(input.dtype)).flatten().contiguous()
+    loss_dtype = _checked_loss_dtype(function, g.loss_dtype, _arguments.autocast_dtype(loss_dtype, input.device))
     if sample_weight is not None:
         sample_weight = _checked_sample_weight(function, sample_weight, input)
     normalizer = None if g.normalizer is None else checked_normalizer(function, g.normalizer, red, input.device)
@@ -514,8 +529,8 @@ def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int 
     flags = ALL_IGNORED_ZERO * all_ignored_zero + ZERO_TIMES_INF * (g.zero_times_inf == "zero")
     options = Options(
         red,
-        DTYPE_CODES[_arguments.autocast_dtype(loss_dtype, input.device)],
-        ignore_index,
+        DTYPE_CODES[loss_dtype],
+        ignored[0],
         g.label_smoothing,
         g.z_loss,
         g.softcap or 0.0,
@@ -539,7 +554,7 @@ def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0
         if o.reduction != NONE:
             empty = empty.sum() * (float("nan") if o.reduction == MEAN else 1.0)
         return empty.reshape(()) if single else empty
-    loss, *stats = engine(tensors, o, in_forward=g.grad_in_forward, in_place=g.inplace_grad, stats=g.return_stats)
+    loss, *stats = engine(tensors, o, in_forward=g.grad_in_forward, in_place=g.inplace_grad)
     if errors.immediate_errors() and logits.is_cuda:
         errors.check_errors()
     if single:
@@ -555,12 +570,13 @@ def _class_dim(function: str, class_dim: Any) -> int | None:
 # ------------------------------------------------------------------------------------------------- function, module
 
 
+@recordable
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | Sequence[int] = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -576,6 +592,7 @@ def cross_entropy(
     return_stats: bool = False,
     inplace_grad: bool = False,
     grad_in_forward: bool | None = None,
+    loss_dtype: torch.dtype | None = None,
 ) -> Any:
     r"""Cross entropy between logits and targets; a drop-in for :func:`torch.nn.functional.cross_entropy`.
 
@@ -590,7 +607,7 @@ def cross_entropy(
             input's shape and any floating dtype; sparse ones are made dense.
         weight: weight of each class, shape (C), any floating dtype. Differentiable with probability targets.
         size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
-        ignore_index: class index that marks targets to leave out (index targets only).
+        ignore_index: class index that marks targets to leave out, or several in a list (index targets only).
         reduction: ``'none'`` | ``'mean'`` | ``'sum'``. ``'mean'`` divides by the sum of ``weight[target]`` over the
             targets that count (index targets), or by the number of rows (probabilities).
         label_smoothing: e in [0, 1] (Szegedy et al., 2016).
@@ -603,7 +620,9 @@ def cross_entropy(
             (``sample_weight`` alone for probabilities).
         normalizer: what ``'mean'`` divides by instead, a number or a tensor of one element, no gradient; a tensor stays
             on its device, nothing synchronises. With the count of targets of all micro-batches of a step (what
-            transformers calls num_items_in_batch), gradients accumulated over these are those of the whole batch.
+            transformers calls num_items_in_batch), gradients accumulated over these are those of the whole batch. With
+            the count of targets, ``(target != ignore_index).sum()``, a weighted mean is divided by it instead of by the
+            sum of the weights.
         class_dim: dimension of the classes, if not 1 (0 for a 1-D input).
         all_ignored: mean over no counted target: ``'nan'`` as torch, or ``'zero'``.
         zero_times_inf: what weight or probability 0 times a logit of -inf gives: ``'nan'`` as torch, or ``'zero'``.
@@ -616,10 +635,13 @@ def cross_entropy(
             backward (two reads and one write, nothing kept of the logits' size in between). None, the default, chooses
             forward for scalar reductions except for float16, where an unscaled gradient could underflow before the loss
             scale arrives.
+        loss_dtype: ``torch.float32`` for the loss of 16-bit logits, as under autocast: a bfloat16 loss of 40 moves in
+            steps of 0.25. The gradient keeps the logits' dtype. None: as torch.
 
     Returns:
         The loss: shape () or, for ``'none'``, that of an index target; the input's dtype (promoted with probabilities
-        and their weight; float32 for 16-bit logits under autocast). With ``return_stats`` a pair (loss, stats).
+        and their weight; float32 for 16-bit logits under autocast, or by ``loss_dtype``). With ``return_stats`` a pair
+        (loss, stats).
 
     Raises:
         IndexError: a target outside [0, C) that is not ignore_index. On CUDA by a later call, see
@@ -638,10 +660,14 @@ def cross_entropy(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(cross_entropy, (input, target, weight, sample_weight), input, target, **options)
+    if recording():
+        return record("cross_entropy", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     usual = weight is sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
-    usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
+    usual = (
+        usual and loss_dtype is None and type(label_smoothing) is type(z_loss) is type(logit_scale) is float
+    )  # no tensors
     usual = usual and label_smoothing == z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
     usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
     if usual:
@@ -664,6 +690,7 @@ def cross_entropy(
         return_stats,
         inplace_grad,
         grad_in_forward,
+        loss_dtype,
     )
     return run("cross_entropy", input, target, g)
 
@@ -678,11 +705,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     # Of modules that were torch's before they became one of this class.
     options: Mapping[str, Any] = MappingProxyType({})
 
+    __prepare_scriptable__ = not_scriptable
+
     def __init__(
         self,
         weight: Tensor | None = None,
         size_average: bool | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | Sequence[int] = -100,
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
@@ -696,8 +725,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return_stats: bool = False,
         inplace_grad: bool = False,
         grad_in_forward: bool | None = None,
+        loss_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)  # type: ignore[arg-type]
         self.options: dict[str, Any] = {
             "z_loss": z_loss,
             "softcap": softcap,
@@ -708,6 +738,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             "return_stats": return_stats,
             "inplace_grad": inplace_grad,
             "grad_in_forward": grad_in_forward,
+            "loss_dtype": loss_dtype,
         }
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _rowwise
 
 _ACTIVATIONS = {None: 0, "softmax": 1, "sigmoid": 2}  # codes of the C++ enum Activation
@@ -91,6 +92,7 @@ for _name in ("value", "forward", "backward", "target_backward"):
 _engine = Engine(_DiceLoss())
 
 
+@recordable
 def dice_loss(
     input: Tensor,
     target: Tensor,
@@ -173,6 +175,8 @@ def dice_loss(
     if has_torch_function_variadic(input, target, weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(dice_loss, (input, target, weight), input, target, **options)
+    if recording():
+        return record("dice_loss", locals())
     name = "dice_loss"
     red = _arguments.reduction_code(reduction)
     if activation not in _ACTIVATIONS:
@@ -265,6 +269,8 @@ class DiceLoss(torch.nn.Module):
     """:func:`dice_loss` as a module. The weight is a buffer."""
 
     weight: Tensor | None
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Softmax focal loss: cross entropy, each row's nll mapped to ``(1 - p)**gamma nll`` (``csrc/rowwise/row_maps.h``)."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -7,15 +8,17 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._recorded import not_scriptable, record, recordable, recording
 from .cross_entropy import ROW_MAPS, Given, run
 
 
+@recordable
 def focal_loss(
     input: Tensor,
     target: Tensor,
     gamma: float = 2.0,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | Sequence[int] = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
@@ -30,6 +33,7 @@ def focal_loss(
     return_stats: bool = False,
     inplace_grad: bool = False,
     grad_in_forward: bool | None = None,
+    loss_dtype: torch.dtype | None = None,
 ) -> Any:
     r"""Softmax focal loss (Lin et al., 2017): cross entropy that counts what is already right for less.
 
@@ -42,12 +46,12 @@ def focal_loss(
         target: class indices or probabilities, as :func:`cross_entropy`.
         gamma: the focusing parameter, not negative; 0 is cross entropy.
         weight: weight of each class, shape (C) (the paper's alpha, one for each class), any floating dtype.
-        ignore_index: class index that marks targets to leave out (index targets only).
+        ignore_index: class index that marks targets to leave out, or several in a list (index targets only).
         reduction: ``'none'`` | ``'mean'`` | ``'sum'``. ``'mean'`` divides by the sum of ``weight[target]``, as
             :func:`cross_entropy`; for the mean over all targets, as other packages have it, give ``normalizer``.
         label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, class_dim, all_ignored,
-            zero_times_inf, return_stats, inplace_grad, grad_in_forward: as :func:`cross_entropy`; the z-loss is added
-            unmapped.
+            zero_times_inf, return_stats, inplace_grad, grad_in_forward, loss_dtype: as :func:`cross_entropy`; the
+            z-loss is added unmapped.
 
     Returns:
         The loss: shape () or, for ``'none'``, that of an index target; with ``return_stats`` a pair (loss, stats).
@@ -63,6 +67,8 @@ def focal_loss(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(focal_loss, (input, target, weight, sample_weight), input, target, **options)
+    if recording():
+        return record("focal_loss", locals())
     gamma = _arguments.as_non_negative("focal_loss", "gamma", gamma)
     given = Given(
         weight,
@@ -80,6 +86,7 @@ def focal_loss(
         return_stats,
         inplace_grad,
         grad_in_forward,
+        loss_dtype,
     )
     return run("focal_loss", input, target, given, ROW_MAPS["focal"], float(gamma))
 
@@ -94,11 +101,13 @@ class FocalLoss(torch.nn.Module):
 
     weight: Tensor | None
 
+    __prepare_scriptable__ = not_scriptable
+
     def __init__(
         self,
         gamma: float = 2.0,
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | Sequence[int] = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         **options: Any,

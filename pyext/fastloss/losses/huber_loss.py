@@ -5,9 +5,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
+@recordable
 def huber_loss(
     input: Tensor,
     target: Tensor,
@@ -56,6 +58,8 @@ def huber_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("huber_loss", locals())
     delta = _arguments.as_float("huber_loss", "delta", delta)
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta. delta is {delta}")
@@ -79,6 +83,8 @@ class HuberLoss(torch.nn.HuberLoss):
 
     Weights and mask are arguments of the call.
     """
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(
         self,

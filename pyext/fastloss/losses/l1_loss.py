@@ -6,9 +6,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
 from .._library import MEAN, NONE, REDUCTIONS
-from ._pointwise import pointwise_loss
+from .._recorded import not_scriptable, record, recordable, recording
+from . import _pointwise
+from ._pointwise import Operands, pointwise_loss
 
 
+@recordable
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -59,6 +62,8 @@ def l1_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("l1_loss", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     if isinstance(input, Tensor) and isinstance(target, Tensor):
@@ -67,7 +72,18 @@ def l1_loss(
             return _composed_l1_loss(input, target, reduction, weight, sample_weight, mask)
         if torch.bool in (input.dtype, target.dtype):
             raise RuntimeError("l1_loss(): subtraction with a bool tensor is not supported; convert it to a number")
+        if reduction == "none" and torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+            x = _pointwise.check("l1_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
+            return _pointwise.run_checked(_of_residual(x), "l1_loss")
     return pointwise_loss("l1_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
+
+
+def _of_residual(x: Operands) -> Operands:
+    """The residual against 0: backward keeps the residual, as torch's does, and not the operands, which may then be
+    changed, or be tensors of inference mode."""
+    dtype = _arguments.autocast_dtype(torch.promote_types(x.input.dtype, x.target.dtype), x.input.device)
+    residual = x.input.to(dtype) - x.target.to(dtype)
+    return x._replace(input=residual, target=residual.new_zeros(()).expand(residual.shape))
 
 
 def _composed_l1_loss(
@@ -99,6 +115,8 @@ class L1Loss(torch.nn.L1Loss):
 
     Weights and mask are arguments of the call.
     """
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(
         self,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
+@recordable
 def log_cosh_loss(
     input: Tensor,
     target: Tensor,
@@ -46,11 +48,15 @@ def log_cosh_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("log_cosh_loss", locals())
     return pointwise_loss("log_cosh_loss", input, target, reduction, weight, sample_weight, mask)
 
 
 class LogCoshLoss(torch.nn.Module):
     """:func:`log_cosh_loss` as a module. Weights and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()

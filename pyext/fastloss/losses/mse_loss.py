@@ -5,9 +5,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
+@recordable
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -55,6 +57,8 @@ def mse_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("mse_loss", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     return pointwise_loss("mse_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
@@ -65,6 +69,8 @@ class MSELoss(torch.nn.MSELoss):
 
     Weights and mask are arguments of the call.
     """
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(
         self,

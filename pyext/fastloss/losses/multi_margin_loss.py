@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _row_loss
 
 
+@recordable
 def multi_margin_loss(
     input: Tensor,
     target: Tensor,
@@ -45,6 +47,8 @@ def multi_margin_loss(
     if has_torch_function_variadic(input, target, weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(multi_margin_loss, (input, target, weight), input, target, **options)
+    if recording():
+        return record("multi_margin_loss", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     name = "multi_margin_loss"
@@ -87,6 +91,8 @@ def multi_margin_loss(
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):
     """:func:`multi_margin_loss` as a module; a drop-in for :class:`torch.nn.MultiMarginLoss`."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of scores (N, C, ...) against class indices; as :func:`multi_margin_loss`."""

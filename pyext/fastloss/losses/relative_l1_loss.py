@@ -6,9 +6,11 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
 from .._library import DTYPE_CODES
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
+@recordable
 def relative_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -60,6 +62,8 @@ def relative_l1_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("relative_l1_loss", locals())
     if eps is None:
         eps = 1.0
         if isinstance(input, Tensor) and isinstance(target, Tensor):
@@ -74,6 +78,8 @@ def relative_l1_loss(
 
 class RelativeL1Loss(torch.nn.Module):
     """:func:`relative_l1_loss` as a module. Weights and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean", *, eps: float | None = None, symmetric: bool = False) -> None:
         super().__init__()

@@ -10,10 +10,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments
 from .._autograd import accum_dtype
 from .._library import MEAN, NONE
+from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 from ._pointwise import Operands
 
 
+@recordable
 def rmse_loss(
     input: Tensor,
     target: Tensor,
@@ -75,6 +77,8 @@ def rmse_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("rmse_loss", locals())
     eps = _arguments.as_non_negative("rmse_loss", "eps", eps)
     if dim is None and weight is sample_weight is mask is None and reduction != "none":
         result = _pointwise.usual("rmse_loss", input, target, reduction, (eps,))
@@ -127,6 +131,8 @@ def _per_group(x: Operands, dim: int | Sequence[int], eps: float) -> Tensor:
 
 class RMSELoss(torch.nn.Module):
     """:func:`rmse_loss` as a module. Weights and mask are arguments of the call."""
+
+    __prepare_scriptable__ = not_scriptable
 
     def __init__(self, reduction: str = "mean", *, dim: int | Sequence[int] | None = None, eps: float = 0.0) -> None:
         super().__init__()

@@ -5,9 +5,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
 
+@recordable
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -59,6 +61,8 @@ def smooth_l1_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
+    if recording():
+        return record("smooth_l1_loss", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     beta = _arguments.as_float("smooth_l1_loss", "beta", beta)
@@ -75,6 +79,8 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
 
     Weights and mask are arguments of the call.
     """
+
+    __prepare_scriptable__ = not_scriptable
 
     def forward(
         self,
