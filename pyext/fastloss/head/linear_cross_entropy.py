@@ -203,7 +203,7 @@ def _composed(*args: Any) -> tuple[Tensor, ...]:
             part = t._replace(input=t.input[rows], target=t.target[rows], sample_weight=s)
             logits = chunked.as_logits(_chunk_logits(part, o)[2], part)
             tensors = (logits, part.target, t.weight, s, t.normalizer)
-            found.append(engine(tensors, options, stats=bool(o.flags & STATS)))
+            found.append(engine(tensors, options))
     losses, *stats = zip(*found, strict=True)
     loss = torch.cat(losses) if o.reduction == NONE else torch.stack(losses).sum(0)
     if stats:
@@ -260,29 +260,27 @@ def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor,
     """Loss and statistics, by the path that the engine would take for logits."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t[:WANTS])
     half = any(x is not None and x.requires_grad and x.dtype is torch.float16 for x in t[:WANTS])
-    compiling = torch.compiler.is_compiling()
-    recorded = compiling or recording() or _is_abstract(t)
-    path = choose(
-        wanted=wanted,
-        transformed=transforms_active(),
-        forward_mode=forward_ad._current_level >= 0,
-        recorded=recorded,
-        fusable=o.reduction != NONE,
-        deferred=not recorded and saved_tensor_hooks_active(),
-        in_forward=not (half or DTYPES[o.logits_dtype] is torch.float16) if in_forward is None else in_forward,
-        in_place=False,
-    )
-    if path is Path.TRANSFORMED:
+    if transforms_active():
         return _opaque_composed(*t, *o)  # type: ignore[no-any-return]
-    if path is Path.FORWARD_MODE:
+    if forward_ad._current_level >= 0:
         return _composed(*t, *o)
-    if path is Path.RECORDED:
+    compiling = torch.compiler.is_compiling()
+    if compiling or recording() or _is_abstract(t):
         # A recorded program may be run with other wishes than it was recorded with.
         fused = wanted and compiling and not recording() and o.reduction != NONE
         fused = fused and (not half if in_forward is None else in_forward)
         needs = [fused and x is not None and x.requires_grad for x in t[:WANTS]]
         loss, *rest = chunked.forward_operator(*t, *o, chunked.as_bits(needs))
         return (loss, *rest[:4]) if o.flags & STATS else (loss,)
+    path = choose(
+        wanted=wanted,
+        transformed=False,
+        forward_mode=False,
+        fusable=o.reduction != NONE,
+        deferred=saved_tensor_hooks_active(),
+        in_forward=not (half or DTYPES[o.logits_dtype] is torch.float16) if in_forward is None else in_forward,
+        in_place=False,
+    )
     if path is Path.VALUE:
         result = chunked.loss_and_gradients(t, o, [False] * WANTS)
         assert result.loss is not None
