@@ -163,9 +163,10 @@ _INPUT_ALONE = (True, *[False] * OPERANDS)
 
 def _is_plain(tensors: Tensors, o: Options, needs: Needs) -> bool:
     """Input and target are given and nothing else; the input's gradient is wanted; its factor is known beforehand, or
-    the operands can be read again from the cache."""
-    absent = tuple(tensors[2:]) == _ABSENT and tuple(needs) == _INPUT_ALONE
-    return absent and (not _FINISHES[o.loss] or tensors[0].numel() <= _CACHED)
+    the operands can be read again from the cache (16 bits would be rounded once more where grad_output is not 1)."""
+    if tuple(tensors[2:]) != _ABSENT or tuple(needs) != _INPUT_ALONE:
+        return False
+    return not _FINISHES[o.loss] or (tensors[0].numel() <= _CACHED and tensors[0].element_size() > 2)
 
 
 def _factor_is_known(tensors: Tensors, o: Options) -> bool:
