@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from defective_losses import DEFECTS
-from fastloss.diagnosis import Task, check, make_task
+from fastloss.diagnosis import NOTES, Task, check, make_task
 from fastloss.diagnosis.report import failed
 from fastloss.diagnosis.shrink import shrink
 from fastloss.diagnosis.subject import Subject
@@ -40,7 +40,7 @@ def examine(module, table, key):
     """The report on one loss of a table of losses, by name: this runs in a process of its own."""
     loss, kind, *rest = getattr(importlib.import_module(module), table)[key]
     options = rest[1] if len(rest) == 2 else {}
-    return check(loss, kind, compile=False, **options)
+    return check(loss, kind, compile=False, require=NOTES, **options)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def test_sound_losses_are_not_accused(reports, capsys):
         properties += len(report.findings)
         bad = report.named("failure") + report.named("warning")
         accused += [f"{report.loss} on {report.task}: {p}: {report[p].evidence}" for p in bad if p not in expected]
-        assert set(report.named("failure")) <= ({"finite"} if "finite" in expected else set()), report
+        assert set(report.named("failure")) <= {"finite", "empty batch"} & {*expected}, report
     with capsys.disabled():
         print(f"\n[check] {len(TUNED_ON)} sound losses tuned on, {properties} findings, {len(accused)} false alarms")
     assert not accused, "\n".join(accused)
@@ -471,7 +471,7 @@ def test_shrinking_holds_on_to_the_words():
 
 
 def found_of(name, loss, kind="regression"):
-    return check(loss, kind, compile=False)[name]
+    return check(loss, kind, compile=False, require=NOTES)[name]
 
 
 def test_empty_and_vmap_and_memory_and_dtype_show_the_smallest_input():

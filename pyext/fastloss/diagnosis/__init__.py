@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -15,22 +16,26 @@ import torch
 from . import calculus, contract, plain_call
 from .calculus import _line
 from .report import Curve, Finding, Report, failed, skipped
-from .subject import NoGradientError, Subject, shapes
+from .subject import NoGradientError, NotOfferedError, Subject, shapes
 from .tasks import KINDS, Task, make_task
 
-__all__ = ["KINDS", "Curve", "Finding", "Report", "Task", "check", "make_task"]
+NOTES = ("vmap", "empty batch")  # warn for most losses in use, torch's among them
+
+__all__ = ["KINDS", "NOTES", "Curve", "Finding", "Report", "Task", "check", "make_task"]
 
 
 def check(
     loss_fn: Callable[..., Any],
     kind: str | Task | None = None,
     *,
-    classes: int = 5,
+    classes: int | None = None,
     samples: int = 6,
     shape: tuple[int, ...] | None = None,
     ignore_index: int | None = None,
     reference: Callable[..., Any] | None = None,
     shift_invariant: bool | None = None,
+    couples_samples: bool = False,
+    require: Collection[str] = (),
     compile: bool | str = True,
     seed: int = 0,
     progress: bool | None = None,
@@ -45,10 +50,15 @@ def check(
     Args:
         loss_fn: ``(prediction, target) -> tensor``, a function or a module.
         kind: what it is fed with, one of :data:`KINDS` or a :class:`Task` of your own; by default guessed.
-        classes: number of classes C; samples: N; shape: what follows (N,) or (N, C), default (3,) for regression.
+        classes: number of classes C, by default 5 or what the loss takes; samples: N; shape: what follows (N,) or
+            (N, C), default (3,) for regression.
         ignore_index: target to be ignored, if the loss has one but no option of that name.
-        reference: another implementation whose rounding errors are printed beside.
+        reference: another implementation, which the loss is held against: values, gradients, dtypes, reductions; its
+            rounding errors are printed beside.
         shift_invariant: True if softmax is meant, so that a shift of all logits must change nothing.
+        couples_samples: True if the samples of a batch are meant to be compared with each other (contrastive losses,
+            Dice over the batch): batch size, order and leaks are left out.
+        require: of :data:`NOTES`, properties that are to warn: without, what most losses in use show is a note.
         compile: also try torch.compile: True traces forward and backward into a graph (a second or two), 'inductor'
             generates code for it, too (several seconds, needs a C++ compiler).
         seed: of the random inputs.
@@ -58,28 +68,33 @@ def check(
         A :class:`Report`. If the loss cannot be called with such inputs, it has one failure, named ``call``.
 
     Raises:
-        ValueError: no such kind, or numbers out of range.
+        ValueError: no such kind, nothing like that to require, or numbers out of range.
         TypeError: ``loss_fn`` cannot be called.
     """
     began = time.perf_counter()
-    if samples < 2 or classes < 2:
+    if samples < 2 or (classes is not None and classes < 2):
         raise ValueError(f"samples and classes must be at least 2, got {samples} and {classes}")
     if compile not in (True, False, "inductor"):
         raise ValueError(f"compile must be True, False or 'inductor', got {compile!r}")
+    if set(require) - {*NOTES}:
+        raise ValueError(f"require names of {', '.join(NOTES)}, got {', '.join(sorted(set(require) - {*NOTES}))}")
     loss_fn = plain_call.callable_loss(loss_fn)
     title = plain_call.name_of(loss_fn)
     if kind is None:
         task, note = plain_call.guess(loss_fn, classes, shape)
+    elif isinstance(kind, Task) or classes is not None:
+        task, note = kind if isinstance(kind, Task) else make_task(kind, classes or 5, shape), ""
     else:
-        task, note = kind if isinstance(kind, Task) else make_task(kind, classes, shape), ""
+        task, note = plain_call.settle(loss_fn, kind, shape)
     subject = Subject(
         loss_fn,
         task,
         samples=samples,
         seed=seed,
         ignore_index=ignore_index,
-        reference=reference,
+        reference=None if reference is None else plain_call.callable_loss(reference),
         shift_invariant=shift_invariant,
+        couples_samples=couples_samples,
     )
     prediction, target = subject.sample()
     inputs = f"{KINDS.get(task.name, 'inputs of your own')}; {shapes(prediction, target)}"
@@ -97,6 +112,10 @@ def check(
     finally:
         torch.set_num_threads(threads)
         _Progress.clear()
+    for f in report.findings:
+        if f.name in NOTES and f.name not in require and f.status == "warning":
+            f.status = "note"
+    _join(report.findings)
     report.curves = subject.curves
     report.seconds = time.perf_counter() - began
     return report
@@ -117,6 +136,7 @@ def _run(
             return
         del properties[fault.name]
     subject.measure()
+    subject.drop_unused()
     if not math.isfinite(subject.value(*subject.sample())):
         report.notes.append("The value is not finite for an ordinary input: nothing else can be told.")
         properties = {k: v for k, v in properties.items() if k in ("finite", "optimum", "inputs untouched")}
@@ -129,6 +149,33 @@ def _run(
         report.notes.append("Values are rounded inside (see precision): other findings may be consequences of that.")
     if "repeatable" in report.named("failure"):
         report.notes.append("Not repeatable: the other findings may be mere consequences of that.")
+
+
+# What has the same cause as another finding, if both are bad and the words occur in both.
+JOINED = (
+    ("finite", "half precision", "equal to the target"),
+    ("finite", "half precision", "exactly"),
+    ("result dtype and device", "useful gradient", ""),
+    ("no leak between samples", "batch size", ""),
+    ("no leak between samples", "sample order", ""),
+)
+
+
+def _join(findings: list[Finding]) -> None:
+    """One cause, one finding: the others point at it."""
+    bad = {f.name: f for f in findings if f.bad}
+    for first, second, words in JOINED:
+        if first in bad and second in bad and all(words in bad[name].evidence for name in (first, second)):
+            without = "no gradient" in bad[second].evidence and "not a tensor" in bad[first].evidence
+            coupled = first.startswith("no leak") and "compared with each other" in bad[second].why
+            if words or without or coupled:
+                bad[second].same_as = first
+    raised: dict[str, str] = {}
+    for f in bad.values():
+        what = re.search(r"\w*(Error|Exception): .*", f.evidence)
+        if what and not f.same_as:
+            f.same_as = raised.get(what[0], "")
+            raised.setdefault(what[0], f.name)
 
 
 class _Progress:
@@ -162,7 +209,11 @@ def _examine(subject: Subject, examine: Callable[[Subject], Finding]) -> Finding
         return examine(subject)
     except NoGradientError as e:
         return _raises(subject, e) if subject.differentiable else skipped("The result has no gradient.")
+    except NotOfferedError as e:
+        return skipped(f"Not offered: the constructor refuses {_line(e)}")
     except Exception as e:
+        if not plain_call.raised_by_loss(e):
+            return skipped(f"Not examined: the tool cannot do it with such tensors ({type(e).__name__}: {_line(e)}).")
         return _raises(subject, e)
 
 

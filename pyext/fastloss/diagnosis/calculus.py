@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .report import Curve, Finding, failed, passed, skipped, warned
+from .report import Curve, Finding, failed, noted, passed, skipped, warned
 from .subject import NoGradientError, Subject
 
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-8)
@@ -60,7 +62,8 @@ def _gradient_error(
         directions = torch.randn(tries, entries, generator=s.generator(12)).double()
     along = (directions @ grad.double().reshape(-1)).tolist()
     best: tuple[float, float, float] | None = None
-    rounding = 64 * 2.3e-16 * abs(value)
+    # What is inside may be of ordinary size where the value itself vanishes, as in 1 - overlap.
+    rounding = 64 * 2.3e-16 * max(abs(value), s.level)
     if s.rounds_to is not None:  # of what is inside, too
         rounding = 4 * torch.finfo(torch.float32).eps * max(abs(value), float(prediction.abs().max()))
     for step in STEPS:
@@ -76,6 +79,8 @@ def _gradient_error(
             if not (math.isfinite(before) and math.isfinite(after)):
                 continue
             low, high = min(before, after), max(before, after)
+            if tries < entries and high - low > 1e-2 * scale:
+                continue  # where kinks meet, a subgradient need not lie between the slopes along a slanted line
             error = max(low - g, g - high, 0.0) - rounding / h
             if error > worst[0] * scale:
                 worst = (error / scale, g, (before + after) / 2)
@@ -246,8 +251,21 @@ def _hard_points(s: Subject) -> list[tuple[str, Tensor, Tensor, bool]]:
             ]
     if s.task.name == "binary_probabilities" and s.task.perfect is not None:  # in float32
         points.append(("predictions of exactly 0 and 1, and right", 10 * s.task.perfect(target), target, False))
+    if s.task.decided is not None and s.task.perfect is not None:
+        # Where a class does not occur, a ratio of what is found of it to what there is of it is 0/0.
+        absent = torch.zeros_like(target) if s.task.name != "sign" else -torch.ones_like(target)
+        best = s.task.perfect(absent)
+        far = 10 * best if s.task.link else best / best.abs().max() * s.task.huge
+        what = "one class only" if s.task.classes else "no positive target"
+        points += [(what, prediction, absent, False), (f"{what}, sure and right", far, absent, False)]
     if s.task.name in ("regression", "counts"):
         points.append(("a target of 0", prediction, torch.zeros_like(target), False))
+    if s.task.name == "regression":
+        zero = torch.zeros_like(target)
+        points += [
+            ("prediction and target of 0", zero, zero, False),
+            ("all targets equal", prediction, zero + 1, False),
+        ]
     if s.task.name == "counts":
         points.append(("a target of 0 and hardly any rate", prediction - 200, torch.zeros_like(target), True))
     if target.is_floating_point() and s.task.name in ("probabilities", "kl"):
@@ -280,6 +298,102 @@ STABLE = {
 }
 
 
+STEEP = ("predictions all equal", "predictions equal to the target", "a target of 0", "prediction and target of 0")
+
+
+# The operation that was seen to make it, in forward or (Backward) in the slope: what to do.
+CAUSES = {
+    r"^(sqrt|.*norm).*Backward": "the slope of sqrt() and norm() at 0 is infinite: add a small number inside.",
+    r"^pow.*Backward": "the slope of a power below 1 at 0 is infinite: clamp what is raised, or add a small number.",
+    r"^log.*Backward": "the slope of log() at 0 is infinite: clamp inside log(), or use logits.",
+    r"^a(cos|sin).*Backward": "the slope of acos() and asin() at 1 is infinite: clamp inside.",
+    r"^(xlogy|entr)": "xlogy's slope at 0 is infinite: clamp what the logarithm is taken of.",
+    r"^log": "log(0) is infinite and 0 * log(0) is nan: use xlogy() or logits, or clamp inside log().",
+    r"^(div|reciprocal)": "a division by 0: clamp the divisor from below, or add a small number above and below.",
+    r"^rsqrt": "one through the root of 0: add a small number inside.",
+    r"^(exp|cosh|sinh|expm1)": "an exponential overflows: use the stable form (log_softmax, logsumexp, softplus, "
+    "logaddexp, log1p).",
+    r"^(pow|square|mul)": "a product or power overflows: scale down before, or clamp.",
+}
+
+
+class _Origin(TorchDispatchMode):
+    """The first operation whose result is not finite though all that it is given is."""
+
+    name = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.name and isinstance(out, Tensor) and out.is_floating_point() and not bool(out.isfinite().all()):
+            given = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+            if given and all(bool(x.isfinite().all()) for x in given):
+                self.name = str(func).split(".")[1].strip("_")
+        return out
+
+
+def _origin(s: Subject, prediction: Tensor, target: Tensor) -> str:
+    """The operation, as in 'log' or 'sqrtBackward', that makes what is not finite; '' if it cannot be told."""
+    leaf = prediction.detach().clone().requires_grad_()
+    with _Origin() as forward:
+        out = s.result(leaf, target).sum()
+    if forward.name or out.grad_fn is None:
+        return forward.name
+    found: list[str] = []
+
+    def watch(node: Any) -> Callable[[Any, Any], None]:
+        def hook(given: Any, received: Any) -> None:
+            def sound(grads: Any) -> bool:
+                return all(g is None or bool(g.isfinite().all()) for g in grads)
+
+            if not sound(given) and sound(received):
+                found.append(node.name().rstrip("0123456789"))
+
+        return hook
+
+    seen, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            node.register_hook(watch(node))
+            todo += [n for n, _ in node.next_functions if n is not None]
+    torch.autograd.grad(out, leaf, allow_unused=True)
+    return found[0][0].lower() + found[0][1:] if found else ""
+
+
+def _remedy(s: Subject, what: str, prediction: Tensor, target: Tensor) -> str:
+    """What to do about a value or slope that is not finite: of the operation that was seen, or else of the place."""
+    try:
+        origin = _origin(s, prediction, target)
+    except Exception:  # said elsewhere
+        origin = ""
+    cause = next((v for k, v in CAUSES.items() if re.search(k, origin)), None) if "masked" not in what else None
+    text = cause or next(v for k, v in STABLE.items() if k in what)
+    ours = sound_form(s, what, origin)
+    return f"{text} fastloss.{ours} is sound there." if ours else text
+
+
+def sound_form(s: Subject, what: str, origin: str) -> str:
+    """The loss of fastloss that is sound where this one is not, if it is told by what was seen."""
+    name = re.sub(r"\W|_", "", getattr(s.fn, "__name__", type(s.fn).__name__)).lower()
+    if ("only" in what or "no positive" in what) and origin.startswith("div"):
+        return "dice_loss"
+    if s.task.name in ("classification", "segmentation") and origin.startswith(("log", "exp", "div")):
+        return "focal_loss" if "focal" in name else "cross_entropy"
+    if s.task.name in ("binary", "masks") and origin.startswith(("log", "exp")):
+        return "binary_cross_entropy_with_logits"
+    if s.task.name == "regression":
+        if origin.startswith("cosh"):
+            return "log_cosh_loss"
+        if "cos" in name:
+            return "cosine_distance_loss"
+        if "equal to the target" in what and re.match("(sqrt|pow|.*norm).*Backward", origin):
+            return "rmse_loss"
+        if "of 0" in what and origin.startswith("div"):
+            return "relative_l1_loss(..., eps=...)"
+    return ""
+
+
 def finite(s: Subject) -> Finding:
     tried: list[str] = []
     excused: Finding | None = None
@@ -288,7 +402,20 @@ def finite(s: Subject) -> Finding:
 
         def test(p: Tensor, t: Tensor, what: str = what, may: bool = may, grows: Any = exponential) -> Finding:
             value, grad = s.value_and_gradient(p, t)
-            if (math.isfinite(value) and bool(grad.isfinite().all())) or (what == "huge predictions" and not p.any()):
+            if math.isfinite(value) and bool(grad.isfinite().all()):
+                steepest = float(grad.abs().max()) if grad.numel() else 0.0
+                if what not in STEEP or not steepest > 1e4 * s.steepness * max(
+                    1.0, len(s.sample()[0]) / max(len(p), 1)
+                ):
+                    return passed("")
+                return noted(
+                    f"With {what} the gradient is {steepest:.4g}, where {s.steepness:.4g} is the largest at ordinary "
+                    "inputs.",
+                    "One such sample outweighs all others and throws the parameters far away: divide by a number that "
+                    "is not small against the data (1e-3, not 1e-8), or add such a number inside sqrt().",
+                    gradient=steepest,
+                )
+            if what == "huge predictions" and not p.any():
                 return passed("")
             count, excuse = int((~grad.isfinite()).sum()), bool(grows and grows())
             gradient_is = f"not finite in {count} of {grad.numel()} entries" if count else "finite"
@@ -298,7 +425,7 @@ def finite(s: Subject) -> Finding:
             return (failed if zero_times_inf or not (may or excuse) else warned)(
                 f"With {what} the value is {value:.4g}, the gradient {gradient_is} (float32)."
                 + (" The loss itself grows exponentially." if excuse else ""),
-                "One such sample turns every parameter into nan: " + next(v for k, v in STABLE.items() if k in what),
+                "One such sample turns every parameter into nan: " + _remedy(s, what, p, t),
                 value=value,
                 nonfinite_gradients=count,
             )
@@ -307,8 +434,10 @@ def finite(s: Subject) -> Finding:
         found = s.judged(test, prediction.float(), target)
         if found.status == "failure":
             return found
-        if found.bad:
-            excused = excused or found
+        if found.bad and not (excused and excused.bad):
+            excused = found
+        elif found.status == "note":
+            excused = excused or s.shown(found, prediction, target)
     return excused or passed(f"Value and gradient are finite with {', '.join(tried)}.")
 
 
@@ -325,6 +454,12 @@ def _raises_in(s: Subject, dtype: torch.dtype, prediction: Tensor, target: Tenso
             "convert weights to it.",
         )
     return passed("")
+
+
+# An operation that does not come in this dtype: a gap, not a mistake.
+UNSUPPORTED = re.compile(
+    r"not implemented for|not supported|[Uu]nsupported|only supports?\b|does not support|must be one of"
+)
 
 
 def half_precision(s: Subject) -> Finding:
@@ -367,7 +502,7 @@ def half_precision(s: Subject) -> Finding:
             except NoGradientError:
                 raise
             except Exception as e:
-                if s.float32_only or "not implemented for" in str(e):  # said elsewhere; on other devices it may be
+                if s.float32_only or UNSUPPORTED.search(str(e)):  # said elsewhere; on other devices it may be
                     refused.append(f"{_dtype(dtype)}: {_line(e)}")
                     break
                 return s.judged(functools.partial(_raises_in, s, dtype), p, t)
@@ -444,7 +579,9 @@ def precision(s: Subject) -> Finding:
         shown = s.judged(at_worst, p, t)
         if shown.bad:
             break
-    return replace(status(f"{evidence} {shown.evidence}".strip(), why, **numbers), example=shown.example)
+    return replace(
+        status(f"{evidence} {shown.evidence}".strip(), why, **numbers), example=shown.example, dtype=shown.dtype
+    )
 
 
 PRECISION = {torch.float32: (200.0, 1e4), torch.float16: (32.0, 300.0), torch.bfloat16: (16.0, 100.0)}  # warn, fail
@@ -565,6 +702,9 @@ def useful_gradient(s: Subject) -> Finding:
                 if missing.bad:
                     return missing
     if s.task.decided is not None and s.task.perfect is not None:
+        linear = s.judged(functools.partial(_is_a_probability, s), *s.sample())
+        if linear.bad:
+            return linear
 
         def wrong(prediction: Tensor, target: Tensor) -> Finding:
             if s.gradient(prediction, target).any():
@@ -580,6 +720,36 @@ def useful_gradient(s: Subject) -> Finding:
         if flat.bad:
             return flat
     return found
+
+
+def _is_a_probability(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
+    """Whether the loss is minus the probability of what is right, where its logarithm is usual."""
+    if s.task.classes and not target.is_floating_point():
+        given = prediction.softmax(1).movedim(1, -1)
+        labels = target.reshape(given.shape[:-1]) if target.numel() * given.shape[-1] == given.numel() else None
+        if labels is None or bool(((labels < 0) | (labels >= given.shape[-1])).any()):
+            return passed("")
+        right = given.gather(-1, labels[..., None])
+    elif s.task.name in ("binary", "binary_probabilities", "masks"):
+        right = torch.where(target > 0.5, prediction.sigmoid(), (-prediction).sigmoid())
+    else:
+        return passed("")
+    shares = right.reshape(len(right), -1).mean(1)
+    if len(shares) < 2 or float(shares.max() - shares.min()) < 1e-3:
+        return passed("")
+    values = torch.tensor([s.value(prediction[i : i + 1], target[i : i + 1]) for i in range(len(shares))]).double()
+    scale = float(values.norm() / shares.norm())
+    if scale == 0 or not float((values + scale * shares).abs().max()) <= 1e-6 * scale:
+        return passed("")
+    assert s.task.perfect is not None
+    wrong, undecided = (s.gradient(x * s.task.perfect(target), target).abs().max() for x in (-1.0, 0.0))
+    return failed(
+        f"The value is minus the probability of what is right; where the prediction is sure and wrong, the gradient is "
+        f"{float(wrong):.2g}, where it is undecided {float(undecided):.2g}.",
+        "The worst mistakes are not corrected. A logarithm is missing: nll_loss takes log-probabilities (log_softmax, "
+        "not softmax), cross_entropy takes logits.",
+        gradient=float(wrong),
+    )
 
 
 def _bisect(f: Callable[[float], float], low: float, high: float, enough: float) -> tuple[float, float]:
@@ -760,6 +930,11 @@ def _levels(s: Subject, prediction: Tensor, target: Tensor) -> tuple[Tensor, flo
     assert s.task.perfect is not None
     best = s.task.perfect(target)
     start, least = s.value(prediction, target), s.value(best, target)
+    if s.task.decided is not None:
+        # Label smoothing makes a prediction that is right and not too sure the best.
+        less_sure = min((s.value(x * best, target), x) for x in (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4))
+        if less_sure[1] and less_sure[0] < least:
+            least, best = less_sure[0], less_sure[1] * best
     return best, start, least, 1e-6 * max(abs(least), abs(start - least)) + 1e-12
 
 
@@ -802,8 +977,10 @@ def _decided_after_descent(s: Subject, steps: int, prediction: Tensor, target: T
         )
         found.example = {"after descent": end_point.tolist()}
         return found
-    undecided, floor = s.value(torch.zeros_like(prediction), target), min(end, least, s.value(50 * best, target))
-    if floor > 0.5 * undecided > 0:
+    surest = s.value(50 * best, target)
+    undecided, floor = s.value(torch.zeros_like(prediction), target), min(end, least, surest)
+    smoothed = surest > least + 0.05 * abs(undecided - least)  # being surer costs: it is meant to end there
+    if floor > 0.5 * undecided > 0 and not smoothed:
         costs = (
             f"A prediction that is sure and right still costs {floor:.4g}, {100 * floor / undecided:.0f} % of an "
             f"undecided one ({undecided:.4g})"

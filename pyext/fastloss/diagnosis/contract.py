@@ -9,7 +9,7 @@ import itertools
 import math
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,7 +56,16 @@ def _is_root(none: Tensor, total: float) -> bool:
 
 def reductions(s: Subject) -> Finding:
     if "reduction" not in s.options:
-        return skipped("The loss has no option 'reduction'.")
+        unused = "reduction" in s.unused
+        return skipped(
+            "The module's attribute 'reduction' has no effect once it is constructed."
+            if unused
+            else "The loss has no option 'reduction'."
+        )
+    for reduction in ("none", "sum", "mean"):
+        e = s.refuses(reduction)
+        if e is not None and s.refusal(e):
+            return skipped(f"Not offered: reduction={reduction!r} ({_line(e)}).")
     prediction, target = s.sample()
     if s.ignore_index is not None and not target.is_floating_point():
         target = target.clone()
@@ -105,9 +114,12 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     divisors = {float(none.numel())}
     weight = s.options.get("weight")
     if isinstance(weight, Tensor) and s.task.classes and not target.is_floating_point():
-        divisors.add(float(weight.double()[target.clamp(min=0)][counted].sum()))
+        labels = target[counted]
+        if weight.dim() == 1 and not bool(((labels < 0) | (labels >= len(weight))).any()):
+            divisors.add(float(weight.double()[labels].sum()))
     elif isinstance(weight, Tensor):
-        divisors.add(float(weight.double().broadcast_to(none.shape).sum()))
+        with contextlib.suppress(RuntimeError):  # of another form than the elements
+            divisors.add(float(weight.double().broadcast_to(none.shape).sum()))
     if not counted.all():
         divisors = (divisors - {float(none.numel())}) | {float(counted.sum())}
     if not any(_close(total, mean * d) for d in divisors):
@@ -120,7 +132,13 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     return passed(f"'none' adds up to 'sum'; 'mean' is that divided by {total / mean if mean else 1:g}.", **numbers)
 
 
+COUPLED = "The samples of a batch are compared with each other, as you say (couples_samples)."
+MEANT = " If samples are meant to be compared with each other, say couples_samples=True."
+
+
 def batch_size(s: Subject) -> Finding:
+    if s.couples_samples:
+        return skipped(COUPLED)
     prediction, target = s.sample()
     found = s.judged(functools.partial(_twice, s), prediction, target)
     if found.bad:
@@ -133,7 +151,7 @@ def batch_size(s: Subject) -> Finding:
         try:
             value = s.value(p, t)
         except Exception as e:
-            return failed(f"A batch of one raises {type(e).__name__}: {_line(e)}", why)
+            return failed(f"A batch of one raises {type(e).__name__}: {_line(e)}", why + MEANT)
         return passed("") if math.isfinite(value) else failed(f"A batch of one costs {value}.", why)
 
     alone = s.judged(single, prediction[:1], target[:1])
@@ -191,10 +209,15 @@ def _twice(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
             )
         cost = "the same" if _close(ratio, 1.0) else "twice as much"
         return passed(f"Behaves as {how} over samples: the batch twice over costs {cost}.", ratio=ratio)
-    return (warned if _close(ratio, math.sqrt(2)) else failed)(
+    coupled = s.coupled
+    return (warned if coupled or _close(ratio, math.sqrt(2)) else failed)(
         f"{once:.6g} for this batch, but {ratio:.6g} times as much for the same twice over, neither 1 (a mean) nor 2 "
         "(a sum).",
-        "The loss, and so the learning rate that suits, depends on the batch size: divide by the number of samples.",
+        "The loss depends on the batch size, and on which samples are together: the value of another batch size cannot "
+        "be compared, and the learning rate that suits may change." + MEANT
+        if coupled
+        else "The loss, and so the learning rate that suits, depends on the batch size: divide by the number of "
+        "samples." + MEANT,
         ratio=ratio,
     )
 
@@ -202,6 +225,8 @@ def _twice(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 @at_random()
 def sample_order(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     n = len(prediction)
+    if s.couples_samples:
+        return skipped(COUPLED)
     if n < 2:
         return skipped("One sample.")
     for order in (torch.randperm(n, generator=s.generator(3)), torch.arange(n).flip(0), torch.arange(n).roll(1)):
@@ -213,7 +238,8 @@ def sample_order(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         if not difference <= 1e-6 * max(float(before.abs().max()), 1e-6):
             return failed(
                 f"The same samples in the order {order.tolist()} change the value by {difference:.4g}.",
-                "Samples of a batch have no order: look for indices by position, cumulative sums, or rolled targets.",
+                "Samples of a batch have no order: look for indices by position, cumulative sums, or rolled targets."
+                + MEANT,
                 difference=difference,
                 order=order.tolist(),
             )
@@ -222,13 +248,17 @@ def sample_order(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 
 LEAK = (
     "A sample's loss then depends on its neighbours in the batch; look for a statistic over dim 0, a softmax over the "
-    "wrong dim, or broadcasting (N) with (N, 1). Fine if it is meant (contrastive and batch-wise Dice losses)."
+    "wrong dim, or broadcasting (N) with (N, 1). Fine if it is meant (contrastive and batch-wise Dice losses): say "
+    "couples_samples=True."
 )
 
 
 def leaks(s: Subject) -> Finding:
+    if s.couples_samples:
+        return skipped(COUPLED)
     prediction, target = s.sample()
     found = s.judged(functools.partial(_leaks_at, s), prediction, target)
+    s.coupled = found.status == "warning"
     if found.bad:
         return found
     # A number of samples that no other dimension has.
@@ -261,6 +291,13 @@ def _all_meet_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     return warned(f"Every sample meets every other: {pairs.found}.", LEAK) if pairs.found else passed("")
 
 
+def _is_norm(s: Subject, prediction: Tensor, target: Tensor) -> bool:
+    """The batch costs the root of a mean or sum of what its samples cost: a norm, whose slope they share."""
+    whole = abs(s.value(prediction, target))
+    singles = [abs(s.value(prediction[i : i + 1], target[i : i + 1])) for i in range(len(prediction))]
+    return any(_close(whole**k, sum(x**k for x in singles) / n) for k in (2, 3, 4) for n in (1, len(singles)))
+
+
 def _leaks_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     leaf = prediction.clone().requires_grad_()
     each = s.result(leaf, target, **s.reduced("none"))
@@ -277,6 +314,7 @@ def _leaks_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     moved[0] += torch.randn(moved[0].shape, generator=s.generator(4)).double()
     far[0] += 10 * torch.randn(moved[0].shape, generator=s.generator(5)).double()
     different = [i for i in range(len(target)) if not torch.equal(target[i], target[0])]
+    factors: list[float] = []
     other[0] = target[different[0] if different else 0]
     for what, p, t in (("prediction", moved, target), ("prediction", far, target), ("target", prediction, other)):
         after = s.gradient(p, t)[1:].reshape(-1)
@@ -290,6 +328,17 @@ def _leaks_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
                 LEAK,
                 angle=apart,
             )
+        # A mean may be weighted, so only another prediction must leave the gradient its length.
+        if what == "prediction" and norms > 0:
+            factors.append(float(after.norm() / before.norm()))
+    factor = max(factors, key=lambda f: abs(math.log(f)), default=1.0)
+    if abs(factor - 1) > 1e-4 and not _is_norm(s, prediction, target):
+        return warned(
+            f"Another prediction for sample 0 makes the gradient of the other samples {factor:.3g} times as long.",
+            "The loss is a function of the batch's mean, or is divided by one: apply it to each sample's loss "
+            "(reduction='none'), then take the mean. Fine if it is meant: say couples_samples=True.",
+            factor=factor,
+        )
     return passed("A sample's prediction and target do not touch the other samples' loss and gradient.")
 
 
@@ -337,6 +386,8 @@ def _weight_at(
         plain, unit, weighted = call(None), call(torch.ones_like(w)), call(w)
     except Exception:
         return skipped("")
+    if isinstance(s.fn, torch.nn.Module) and not s.rebuilds and _close(unit, weighted, 1e-9):
+        return skipped("")  # the attribute has no effect once it is constructed
     if not _close(plain, unit):
         return fault(f"{option} of all ones changes the value from {plain:.8g} to {unit:.8g}.", value=unit)
     # Where all samples have the same weight, a mean that divides by the weights does not show it.
@@ -352,16 +403,23 @@ def _weight_at(
             return fault(f"{option} does not act linearly: {one:.8g}, {two:.8g}, {three:.8g} for 1, 2, 3.")
     elif linear:
         whole, *two_parts = (call(x, **summed) for x in (2 * w + 3 * v, w, v))
-        with torch.no_grad():
-            none = s.result(prediction, target, **{**bare, "reduction": "none"}).double()
-        root = _is_root(none, call(None, **summed))
+        root = normalised = False
+        if s.reduced("none"):
+            with torch.no_grad():
+                none = s.result(prediction, target, **{**bare, "reduction": "none"}).double()
+            root = _is_root(none, call(None, **summed))
+            # Of regions, as in Dice, the weights may be shares.
+            regions = none.numel() not in (target.numel(), prediction.numel())
+            normalised = regions and _close(call(3 * w, **summed), two_parts[0])
         parts = (
             math.hypot(math.sqrt(2) * two_parts[0], math.sqrt(3) * two_parts[1])
             if root
             else 2 * two_parts[0] + 3 * two_parts[1]
         )
-        if not _close(whole, parts):
+        if not _close(whole, parts) and not normalised:
             return fault(f"{option} does not act linearly: {whole:.8g} instead of {parts:.8g}.", value=whole)
+    if what == "class" and labels_of(prediction, target) is None:
+        return skipped("")
     ratio = call(3 * w) / weighted
     if what != "positive" and not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
         return fault(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
@@ -371,15 +429,22 @@ def _weight_at(
         off = target > 0.5
     else:
         zeroed[0] = 0
-        off = (target == 0) if what == "class" else torch.arange(len(target)) == 0
+        off = torch.arange(len(target)) == 0
+        if what == "class":
+            labels = labels_of(prediction, target)
+            assert labels is not None
+            off = labels == 0
     grads = (s.gradient(prediction, target, **{**bare, option: x}) for x in (zeroed, torch.ones_like(w)))
     sizes = [
         (g.movedim(1, -1)[off] if what == "class" else g[0].reshape(-1)[:1] if what == "element" else g[off]).abs()
         for g in grads
     ]
     left, unit_size = (float(g.max()) if g.numel() else 0.0 for g in sizes)
+    if what == "class" and _one_against_the_rest(s, option, bare, w, prediction, target):
+        return passed("")
     # With label smoothing the other classes' weights leave a small part.
-    if left > 1e-12 and not (what == "class" and left < 0.5 * unit_size):
+    small = what == "class" and left < 0.5 * unit_size
+    if left > 1e-12 and not small and not _acts_on_its_own(s, option, what, bare, w, prediction, target):
         taken = f"the weight of another {what} is taken, or none"
         if what == "class":
             w[...] = 1
@@ -394,6 +459,56 @@ def _weight_at(
             # Without 'sum', smoothing over weighted classes cannot be told from a mistake.
             return fault(problem, failed if linear else warned)
     return passed("")
+
+
+def labels_of(prediction: Tensor, target: Tensor) -> Tensor | None:
+    """Class indices in the prediction's shape without its classes, also where the target has a dimension of 1 there."""
+    shape = prediction.shape[:1] + prediction.shape[2:]
+    same = target.shape == shape or target.shape == (*prediction.shape[:1], 1, *prediction.shape[2:])
+    return target.reshape(shape) if same else None
+
+
+def _one_against_the_rest(
+    s: Subject, option: str, bare: dict[str, Any], w: Tensor, prediction: Tensor, target: Tensor
+) -> bool:
+    """A class's weight acts on the column of that class alone."""
+    zeroed = w.clone()
+    zeroed[0] = 0
+    grads = [s.gradient(prediction, target, **{**bare, option: x})[:, 0] for x in (zeroed, torch.ones_like(w))]
+    return not grads[0].any() and bool(grads[1].any())
+
+
+def _acts_on_its_own(
+    s: Subject, option: str, what: str, bare: dict[str, Any], w: Tensor, prediction: Tensor, target: Tensor
+) -> bool:
+    """Where a weight of 0 leaves a gradient: whether it is still the weight of what it should be.
+
+    Label smoothing and regions let the weights of the other classes act on a sample, too. Then it is its own class's
+    that matters most.
+    """
+
+    def grad(weight: Tensor, at: Tensor = prediction) -> Tensor:
+        return s.gradient(at, target, **{**bare, option: weight})
+
+    if what == "positive":
+        at = torch.zeros_like(prediction)
+        change = (grad(torch.ones_like(w), at) - grad(torch.zeros_like(w), at)).abs()
+        positive = target > 0.5
+        rest = float(change[~positive].max()) if bool((~positive).any()) else 0.0
+        return bool(positive.any()) and float(change[positive].min()) > rest
+    if what != "class":
+        return False
+    labels = labels_of(prediction, target)
+    assert labels is not None
+
+    def without(c: int) -> Tensor:
+        zeroed = w.clone()
+        zeroed[c] = 0
+        return grad(zeroed).movedim(1, -1)
+
+    own, off = without(0), labels == 0
+    left, *others = (float(g[off].abs().sum()) for g in (own, *(without(c) for c in range(1, len(w)))))
+    return left < 0.999 * min(others)
 
 
 def _weighted_mean(
@@ -444,6 +559,8 @@ def ignored_targets(s: Subject) -> Finding:
     prediction, target = s.sample()
     if target.is_floating_point():
         return skipped("Targets are probabilities.")
+    if labels_of(prediction, target) is None:
+        return skipped("Targets have another shape than one class index for each row of logits.")
     ignored, classes = s.ignore_index, prediction.shape[1]
     if 0 <= ignored < classes:
         target = torch.where(target == ignored, (ignored + 1) % classes, target)
@@ -452,7 +569,8 @@ def ignored_targets(s: Subject) -> Finding:
     why = "Padding then trains the model, or changes the weight of what is not padding."
 
     def carried(p: Tensor, t: Tensor) -> Finding:
-        out, kept = t == ignored, (t != ignored).reshape(len(t), -1).any(1)
+        out, kept = labels_of(p, t == ignored), (t != ignored).reshape(len(t), -1).any(1)
+        assert out is not None
         if not kept.any():
             return passed("")  # a case of its own
         left = s.gradient(p, t).movedim(1, -1)[out]
@@ -483,7 +601,8 @@ def ignored_targets(s: Subject) -> Finding:
         except NoGradientError:
             return failed(
                 "A batch in which everything is ignored returns a number without a gradient: backward() raises.",
-                "One such batch stops training: return prediction.sum() * 0, or divide by max(count, 1).",
+                "One such batch stops training: return prediction.sum() * 0, or divide by max(count, 1). "
+                "fastloss.cross_entropy(..., all_ignored='zero') does.",
             )
         if math.isfinite(value) and bool(grad.isfinite().all()):
             return passed("No value, count or gradient from ignored targets; an all-ignored batch is finite.")
@@ -491,7 +610,7 @@ def ignored_targets(s: Subject) -> Finding:
             f"A batch in which everything is ignored has value {value:.4g}, gradient "
             f"{'finite' if grad.isfinite().all() else 'not finite'}.",
             "0/0, as in torch: one such batch makes every parameter nan if the gradient is nan; skip it or divide by "
-            "max(count, 1).",
+            "max(count, 1), as fastloss.cross_entropy(..., all_ignored='zero') does.",
             value=value,
         )
 
@@ -521,11 +640,12 @@ def inputs_untouched(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
             if grad and isinstance(out, Tensor) and out.requires_grad:
                 torch.autograd.grad(out.sum(), leaf, allow_unused=True)
         for what, now, then, old in (("prediction", p, given, versions[0]), ("target", t, target, versions[1])):
-            if not torch.equal(now.detach(), then) or now._version != old:
+            # Where nan stays nan nothing is overwritten: it may mark what is missing.
+            if not torch.allclose(now.detach(), then, 0, 0, equal_nan=True) or now._version != old:
                 return failed(
                     f"The {what} is overwritten by the call{'' if grad else ' (without gradient)'}.",
                     why,
-                    largest_change=float((now.detach() - then).abs().max()),
+                    largest_change=float((now.detach() - then).abs().nan_to_num().max()),
                 )
     for what, then in state.items():
         if not torch.equal(module.state_dict()[what].nan_to_num(), then.nan_to_num()):
@@ -536,6 +656,8 @@ def inputs_untouched(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
 @at_random()
 def repeatable(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     p = prediction.float()
+    if _unwritten(s, p, target):
+        return failed("The value is made of memory that was never written.", UNWRITTEN)
     first, grad = s.result(p, target).detach(), s.gradient(p, target)
     for _ in range(s.some(4, 2)):
         again, other = s.result(p, target).detach(), s.gradient(p, target)
@@ -634,6 +756,32 @@ def empty(s: Subject) -> Finding:
     return s.judged(functools.partial(_empty_at, s), prediction[:0], target[:0])
 
 
+@contextlib.contextmanager
+def _filled() -> Iterator[None]:
+    """Memory that is made and not written holds nan."""
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic
+    fill = options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    options.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        options.fill_uninitialized_memory = fill
+
+
+def _unwritten(s: Subject, prediction: Tensor, target: Tensor) -> bool:
+    """The value is made of memory that nobody has written: it becomes nan where such memory is filled with that."""
+    if math.isnan(s.value(prediction, target)):
+        return False
+    with _filled():
+        return math.isnan(s.value(prediction, target))
+
+
+UNWRITTEN = "Such a number is anything, and another one tomorrow: write every element, or use zeros() for empty()."
+
+
 def _empty_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
     why = "The last batch of a filtered data set may be empty; torch's losses return 0 or nan."
     given = f"No sample ({shapes(prediction, target)})"
@@ -645,6 +793,8 @@ def _empty_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
         raise
     except Exception as e:
         return warned(f"{given} raises {type(e).__name__}: {_line(e)}", why)
+    if _unwritten(s, prediction, target):
+        return failed(f"{given}: the value {value:.4g} is read from memory that was never written.", UNWRITTEN)
     if value != 0 and not math.isnan(value):
         return warned(f"{given}: the value is {value:.4g}.", why, value=value)
     return passed(f"No samples: value {value:g}, gradient of shape {list(grad.shape)}.", value=value)
@@ -843,12 +993,82 @@ def compiles(backend: str) -> Property:
     return with_backend
 
 
+def as_reference(s: Subject) -> Finding:
+    """The same value, gradient, dtype and reductions as another implementation."""
+    if s.reference is None:
+        return skipped("No reference= to compare with.")
+    compared: list[str] = []
+    first_refusal = ""
+    cases: list[tuple[str, Tensor, Tensor, dict[str, Any]]] = [(f"at {w} points", p, t, {}) for w, p, t in s.points()]
+    prediction, target = s.sample()
+    if "reduction" in s.options:
+        cases += [(f"with reduction={r!r}", prediction, target, {"reduction": r}) for r in ("none", "sum", "mean")]
+    if s.ignore_index is not None and not target.is_floating_point():
+        some = target.clone()
+        some.view(-1)[::2] = s.ignore_index
+        cases.append(("with ignored targets", prediction, some, {}))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        t = target.to(dtype) if target.is_floating_point() else target
+        cases.append((f"in {_dtype(dtype)}", prediction.to(dtype), t, {}))
+    for where, prediction, target, options in cases:
+        try:
+            s.result(prediction, target, fn=s.reference, **options)
+        except Exception as e:
+            first_refusal = first_refusal or f" Not compared {where}: the reference raises {_line(e)}"
+            continue
+        found = s.judged(functools.partial(_as_reference_at, s, where, options), prediction, target)
+        if found.bad:
+            return found
+        compared.append(where)
+    if not compared:
+        return failed(f"Nothing could be compared.{first_refusal}", "The reference has to take the same inputs.")
+    return passed(f"Value, gradient, shape and dtype are the reference's {', '.join(compared)}.{first_refusal}")
+
+
+def _as_reference_at(s: Subject, where: str, options: dict[str, Any], prediction: Tensor, target: Tensor) -> Finding:
+    why = "A loss that is to replace another must cost and pull the same: look at the example in both."
+    leaf = prediction.clone().requires_grad_()
+    try:
+        own, want = (s.result(leaf, target, fn=fn, **options) for fn in (s.fn, s.reference))
+    except NoGradientError:
+        raise
+    if own.shape != want.shape or own.dtype != want.dtype:
+        form = [f"{_dtype(x.dtype)} {list(x.shape)}" for x in (own, want)]
+        return failed(f"{where.capitalize()} the result is {form[0]}, the reference's {form[1]}.", why)
+    # Half of the digits that the dtype has; in half precision what two roundings in a row may cost.
+    eps = max(torch.finfo(x.dtype).eps for x in (own, prediction))
+    if s.rounds_to is not None:
+        eps = max(eps, torch.finfo(s.rounds_to).eps)
+    tolerance = max(8 * eps, math.sqrt(eps) * 1e-2) if eps > 1e-5 else math.sqrt(eps) * (0.1 if eps > 1e-10 else 1)
+    pairs: list[tuple[str, Tensor, Tensor]] = [("value", own.detach().double(), want.detach().double())]
+    if own.requires_grad or want.requires_grad:
+        pairs.append(("gradient", slope(own.sum(), leaf).double(), slope(want.sum(), leaf).double()))
+    for what, a, b in pairs:
+        ordinary = s.level if what == "value" else s.steepness  # next to nothing may be rounding
+        level = float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 0.0
+        level = max(level, 1e-6 * ordinary if math.isfinite(ordinary) else 0.0, 1e-30)
+        if (
+            bool((a.isfinite() != b.isfinite()).any())
+            or not _off(*(x.nan_to_num(0, 0, 0) for x in (a, b))) <= tolerance * level
+        ):
+            entry = int((a - b).abs().nan_to_num(math.inf).argmax())
+            here, there = float(a.reshape(-1)[entry]), float(b.reshape(-1)[entry])
+            return failed(
+                f"{where.capitalize()} the {what} is {here:.8g}, the reference's {there:.8g}.",
+                why,
+                own=here,
+                reference=there,
+            )
+    return passed("")
+
+
 PROPERTIES: dict[str, Property] = {
+    "same as reference": as_reference,
     "repeatable": repeatable,
     "reductions": reductions,
+    "no leak between samples": leaks,
     "batch size": batch_size,
     "sample order": sample_order,
-    "no leak between samples": leaks,
     "weights": weights,
     "ignored targets": ignored_targets,
     "inputs untouched": inputs_untouched,

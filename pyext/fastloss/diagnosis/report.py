@@ -7,13 +7,13 @@ import json
 import math
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-STATUSES = ("failure", "warning", "pass", "skipped")
-_COLORS = {"failure": "#c0392b", "warning": "#b9770e", "pass": "#1e8449", "skipped": "#707b7c"}
+STATUSES = ("failure", "warning", "note", "pass", "skipped")
+_COLORS = {"failure": "#c0392b", "warning": "#b9770e", "note": "#566573", "pass": "#1e8449", "skipped": "#707b7c"}
 
 
 @dataclass
@@ -22,11 +22,14 @@ class Finding:
 
     Attributes:
         name: of the property.
-        status: ``'pass'`` | ``'warning'`` | ``'failure'`` | ``'skipped'`` (does not apply, or not offered).
+        status: ``'pass'`` | ``'note'`` (seen in most losses in use, and no fault unless asked for) | ``'warning'`` |
+            ``'failure'`` | ``'skipped'`` (does not apply, or not offered).
         evidence: what was seen, in words and numbers.
         numbers: the same for programs.
         example: the smallest input found that shows it, ``{"prediction": …, "target": …}``.
         why: why it matters and what to do; empty unless a warning or failure.
+        dtype: of the prediction in the example.
+        same_as: the property that has the same cause, if another stands for it.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Finding:
     numbers: dict[str, Any] = field(default_factory=dict)
     example: dict[str, Any] | None = None
     why: str = ""
+    dtype: str = ""
+    same_as: str = ""
 
     @property
     def bad(self) -> bool:
@@ -53,6 +58,10 @@ def skipped(evidence: str) -> Finding:
 
 def failed(evidence: str, why: str, **numbers: Any) -> Finding:
     return Finding("", "failure", evidence, numbers, None, why)
+
+
+def noted(evidence: str, why: str, **numbers: Any) -> Finding:
+    return Finding("", "note", evidence, numbers, None, why)
 
 
 def warned(evidence: str, why: str, **numbers: Any) -> Finding:
@@ -120,14 +129,18 @@ class Report:
         columns = min(120, max(72, shutil.get_terminal_size((120, 24)).columns)) - 2
         head = f"{self.loss} on {self.task}: {self.inputs} (seed {self.seed}, {self.seconds:.1f} s)"
         lines = [part for text in (head, *self.notes) for part in textwrap.wrap(text, columns)] + [""]
-        marks = {"failure": "FAIL", "warning": "warn", "pass": "ok", "skipped": "-"}
+        marks = {"failure": "FAIL", "warning": "warn", "note": "note", "pass": "ok", "skipped": "-"}
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             head = f"{marks[f.status]:<4}  {f.name:<{width}}  "
-            text = [f.evidence, f.why] if f.status in ("failure", "warning") else [f.evidence]
-            if f.example is not None and f.status in ("failure", "warning"):
-                text.append("Shown by: " + ", ".join(f"{k} = {_short(v)}" for k, v in f.example.items()))
+            text = [f.evidence, f.why]
+            if f.same_as:
+                text = [f"{f.evidence} The same cause as {f.same_as}."]
+            elif f.example is not None and f.bad:
+                text.append("Shown by: " + ", ".join(f"{k} = {_short(v, f.dtype)}" for k, v in f.example.items()))
             for part in filter(None, text):
-                lines += textwrap.wrap(part, columns, initial_indent=head, subsequent_indent=" " * len(head))
+                lines += textwrap.wrap(
+                    part, columns, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+                )
                 head = " " * len(head)
         return "\n".join([*lines, "", self._summary()])
 
@@ -141,9 +154,10 @@ class Report:
         rows = []
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             text = html.escape(f.evidence)
-            if f.bad:
+            if f.why:
                 text += f'<div class="why">{html.escape(f.why)}</div>' if f.why else ""
-                given = "\n".join(f"{k} = {json.dumps(_plain(v))}" for k, v in (f.example or {}).items())
+                text += f'<div class="why">The same cause as {html.escape(f.same_as)}.</div>' if f.same_as else ""
+                given = "\n".join(f"{k} = {_code(v, f.dtype)}" for k, v in (f.example or {}).items())
                 text += f"<pre>{html.escape(given)}</pre>" if given else ""
             rows.append(
                 f'<tr class="{f.status}"><td class="status">{f.status}</td><th>{html.escape(f.name)}</th>'
@@ -176,9 +190,38 @@ _STYLE = (
 )
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(_plain(value))
-    return text if len(text) <= 160 else text[:157] + "..."
+def _code(value: Any, dtype: str) -> str:
+    """As it stands in a program that imports torch."""
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else _number(value)
+    real = any(isinstance(x, float) for x in _flat(value))
+    return f"torch.tensor({_nested(value)}{f', dtype={dtype}' if real and dtype not in ('', 'torch.float32') else ''})"
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for v in value:
+            yield from _flat(v)
+    else:
+        yield value
+
+
+def _nested(value: Any) -> str:
+    return f"[{', '.join(map(_nested, value))}]" if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(float(f"{value:.6g}")) if math.isfinite(value) else f"{'-' * (value < 0)}torch.{abs(value)}"
+    return repr(value)
+
+
+def _short(value: Any, dtype: str) -> str:
+    """Cut between two numbers where it is long."""
+    text = _code(value, dtype)
+    if len(text) <= 160:
+        return text
+    return text[: text.rindex(", ", 0, 150)] + ", ... (all of it in .example and on the page)"
 
 
 def _plain(value: Any) -> Any:

@@ -35,6 +35,10 @@ class NoGradientError(Exception):
         return "the result has no gradient here, though it has one elsewhere: backward() raises"
 
 
+class NotOfferedError(Exception):
+    """The loss does not take an option that was tried on it: nothing is wrong with that."""
+
+
 class Subject:
     """A loss, the task that it is fed with, and measurements of it.
 
@@ -52,8 +56,10 @@ class Subject:
         ignore_index: int | None,
         reference: Callable[..., Any] | None,
         shift_invariant: bool | None,
+        couples_samples: bool = False,
     ) -> None:
         self.fn, self.task, self.samples, self.seed = fn, task, samples, seed
+        self.couples_samples = couples_samples or task.couples_samples
         self.reference, self.shift_invariant = reference, shift_invariant
         # A weight that is a number balances terms of a loss, not samples.
         self.options = {
@@ -65,12 +71,17 @@ class Subject:
         self.ignore_index = ignore_index if ignore_index is not None else offered
         self.curves: list[Curve] = []
         self.float32_only = False  # raises for float64: examined all the same
+        self.coupled = False  # samples are seen to depend on each other
+        self.unused: list[str] = []  # options of a module that have no effect
+        self.needs_graph = False  # differentiates inside: cannot be called under no_grad
+        self.step = 1  # numbers of samples that it takes are multiples of this
         self.differentiable = False  # whether an ordinary result has a gradient
         self.cost = 0.0  # seconds that a call with its gradient takes
         self.tick: Callable[[], None] = lambda: None  # called with every call of the loss
         self.last: tuple[Tensor, Tensor] | None = None  # the inputs of the last call
         self._shrinking = 2.0  # seconds left for it
         self._copies: dict[tuple[int, torch.device, torch.dtype], torch.nn.Module] = {}
+        self._taken: dict[str, Exception | None] = {}
 
     # ---- effort
     def measure(self) -> None:
@@ -86,6 +97,13 @@ class Subject:
             if min(seconds) > 0.02 and len(seconds) > 1:
                 break
         self.cost = min(seconds)
+        try:
+            for more in (1, 2):
+                self.value(*self.sample(self.samples + more))
+        except Exception:  # it may want pairs, or as many of each class
+            with contextlib.suppress(Exception):
+                self.value(*self.sample(2 * self.samples))
+                self.step = self.samples
 
     @property
     def effort(self) -> float:
@@ -116,7 +134,8 @@ class Subject:
 
     def sample(self, samples: int | None = None, salt: int = 0) -> tuple[Tensor, Tensor]:
         """A random (prediction, target), float64 prediction."""
-        return self.task.make(samples or self.samples, self.generator(salt))
+        samples = samples or self.samples
+        return self.task.make(max(samples // self.step, 1) * self.step, self.generator(salt))
 
     def points(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Random, extreme, tied, zero and near-optimal predictions."""
@@ -146,6 +165,13 @@ class Subject:
     def call(self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """The same of what is linked already."""
         fn = fn or self.fn
+        if self.needs_graph and not (prediction.requires_grad and torch.is_grad_enabled()):
+            with torch.enable_grad():
+                out = self.call(prediction.detach().requires_grad_(), target, fn, **options)
+            outs = [
+                x.detach() if isinstance(x, Tensor) else x for x in (out if isinstance(out, (tuple, list)) else [out])
+            ]
+            return outs if isinstance(out, (tuple, list)) else outs[0]
         if self.float32_only and prediction.dtype == torch.float64:
             target = target.float() if target.is_floating_point() else target
             options = {k: v.float() if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -153,8 +179,70 @@ class Subject:
             out = out[0] if isinstance(out, (tuple, list)) and out else out
             return out.double() if isinstance(out, Tensor) and out.is_floating_point() else out
         if isinstance(fn, torch.nn.Module):
-            return configured(self._like(fn, prediction), options)(prediction, target)
+            module = self._like(fn, prediction)
+            if options:
+                own = fn is self.fn
+                fn, options = (self._configured(module, options) if own else configured(module, options)), {}
+            else:
+                fn = module
+        if self.task.call is not None:
+            return self.task.call(functools.partial(fn, **options) if options else fn, prediction, target)
         return fn(prediction, target, **options)
+
+    def _configured(self, module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
+        if self.rebuilds and options.keys() <= _constructor(module).keys():
+            tensors = [x for x in options.values() if isinstance(x, Tensor)]
+            try:
+                anew = rebuilt(module, options)
+            except Exception as e:
+                raise NotOfferedError(f"{', '.join(options)}: {e}") from e
+            assert anew is not None
+            return anew.to(tensors[0].device, tensors[0].dtype) if tensors else anew
+        return configured(module, options)
+
+    @functools.cached_property
+    def rebuilds(self) -> bool:
+        """A module constructed anew, from its attributes, is the same: options can be given to the constructor."""
+        if not isinstance(self.fn, torch.nn.Module) or any(True for _ in self.fn.parameters()):
+            return False
+        prediction, target = self.sample()
+        try:
+            module = self._like(self.fn, prediction)
+            anew = rebuilt(module, {})
+            return anew is not None and torch.equal(
+                *(self.result(prediction, target, fn=m).detach() for m in (module, anew.to(prediction.dtype)))
+            )
+        except Exception:
+            return False
+
+    def refusal(self, e: Exception) -> bool:
+        """Whether an exception for an option that was tried means that it is not offered."""
+        if isinstance(e, NotOfferedError) or (isinstance(self.fn, torch.nn.Module) and not self.rebuilds):
+            return True  # set behind the constructor's back
+        return isinstance(e, (ValueError, NotImplementedError, KeyError, AssertionError))
+
+    def drop_unused(self) -> None:
+        """Forget a module's attribute 'reduction' if nothing depends on it: many inherit it."""
+        if "reduction" not in self.options or not isinstance(self.fn, torch.nn.Module):
+            return
+        try:
+            with torch.no_grad():
+                found = [self.result(*self.sample(), reduction=r).nan_to_num() for r in ("none", "sum", "mean")]
+        except Exception:  # said elsewhere
+            return
+        if all(torch.equal(found[0], other) for other in found[1:]):
+            del self.options["reduction"]
+            self.unused.append("reduction")
+
+    def refuses(self, reduction: str) -> Exception | None:
+        """What the loss raises for this reduction, which it need not offer."""
+        if reduction not in self._taken:
+            self._taken[reduction] = None
+            try:
+                self.value(*self.sample(), reduction=reduction)
+            except Exception as e:
+                self._taken[reduction] = e
+        return self._taken[reduction]
 
     def _like(self, module: torch.nn.Module, prediction: Tensor) -> torch.nn.Module:
         """The module itself, or a copy whose class weights and the like go with the prediction, as after .to()."""
@@ -167,14 +255,16 @@ class Subject:
             self._copies[key] = copy.deepcopy(module).to(device, dtype)
         return self._copies[key]
 
-    def result(self, prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
+    def result(
+        self, prediction: Tensor, target: Tensor, fn: Callable[..., Any] | None = None, **options: Any
+    ) -> Tensor:
         """The same as a tensor, on copies."""
         self.tick()
         self.last = prediction, target
         if target.is_floating_point() and target.dtype == torch.float64:
             target = target.to(prediction.dtype)
         options = {k: v.to(prediction.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
-        out = self.raw(prediction.clone(), target.clone(), **options)
+        out = self.raw(prediction.clone(), target.clone(), fn, **options)
         if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
             out = out[0]
         return out if isinstance(out, Tensor) else torch.as_tensor(out, dtype=torch.float64)
@@ -198,7 +288,7 @@ class Subject:
 
     def reduced(self, reduction: str) -> dict[str, Any]:
         """Options that ask for this reduction, if the loss has any."""
-        return {"reduction": reduction} if "reduction" in self.options else {}
+        return {"reduction": reduction} if "reduction" in self.options and not self.refuses(reduction) else {}
 
     def weight_forms(self) -> Iterator[tuple[str, str, Callable[[Tensor, Tensor], tuple[int, ...]]]]:
         """(option, what it weights, (prediction, target) -> the weight's shape), each form that may fit."""
@@ -230,6 +320,21 @@ class Subject:
                 if len({*kept}) > 1 and all(abs(v - float(torch.tensor(v).to(dtype))) <= 1e-12 * abs(v) for v in kept):
                     return dtype
         return None
+
+    @functools.cached_property
+    def level(self) -> float:
+        """The size of an ordinary value."""
+        try:
+            value = abs(self.value(*self.sample()))
+        except Exception:  # said elsewhere
+            return 0.0
+        return value if math.isfinite(value) else 0.0
+
+    @functools.cached_property
+    def steepness(self) -> float:
+        """The largest entry of the gradient at ordinary inputs."""
+        tops = [float(self.gradient(*self.sample(salt=salt)).abs().max()) for salt in range(3)]
+        return max([x for x in tops if math.isfinite(x)], default=math.inf) or math.inf
 
     @functools.cached_property
     def shifts(self) -> bool:
@@ -270,7 +375,8 @@ class Subject:
     def shown(self, finding: Finding, prediction: Tensor, target: Tensor) -> Finding:
         """With this input, as the loss is given it."""
         inputs = {"prediction": self.linked(prediction).tolist(), "target": target.tolist()}
-        return replace(finding, example={**inputs, **(finding.example or {})})
+        dtype = str(prediction.dtype)
+        return replace(finding, example={**inputs, **(finding.example or {})}, dtype=finding.dtype or dtype)
 
 
 def _reason(finding: Finding) -> tuple[str, str, str]:
@@ -291,6 +397,27 @@ def slope(out: Any, leaf: Tensor, grad_output: Tensor | None = None, **options: 
     if grad is None:
         raise NoGradientError
     return grad
+
+
+def _constructor(module: torch.nn.Module) -> dict[str, inspect.Parameter]:
+    """The named parameters of the module's constructor."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        parameters = inspect.signature(type(module)).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: p for name, p in parameters.items() if p.kind in named}
+
+
+def rebuilt(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module | None:
+    """Constructed anew with other options, the rest read from its attributes; None where they do not tell."""
+    arguments = {}
+    for name, p in _constructor(module).items():
+        if name in options or hasattr(module, name):
+            arguments[name] = options[name] if name in options else getattr(module, name)
+        elif p.default is p.empty:
+            return None
+    return type(module)(**arguments).train(module.training)
 
 
 def configured(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
