@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import KINDS, check
+from . import KINDS, NOTES, check
 
 
 def load(path: str) -> Any:
@@ -61,6 +61,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--shape", type=int, nargs="*", help="what follows (samples,) or (samples, classes)")
     parser.add_argument("--ignore-index", type=int)
+    parser.add_argument("--couples-samples", action="store_true", help="samples are meant to be compared in a batch")
+    parser.add_argument("--reference", help="another implementation to be held against, named as the loss is")
+    parser.add_argument("--require", choices=NOTES, nargs="*", default=[], help="what is to warn, not to be a note")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--inductor", action="store_true", help="torch.compile generates code, too (several seconds)")
@@ -77,6 +80,9 @@ def main(argv: Sequence[str]) -> int:
             samples=args.samples,
             shape=None if args.shape is None else tuple(args.shape),
             ignore_index=args.ignore_index,
+            couples_samples=args.couples_samples,
+            reference=load(args.reference) if args.reference else None,
+            require=args.require,
             seed=args.seed,
             compile="inductor" if args.inductor else not args.no_compile,
         )

@@ -386,8 +386,7 @@ def _weight_at(
         plain, unit, weighted = call(None), call(torch.ones_like(w)), call(w)
     except Exception:
         return skipped("")
-    given_to_constructor = s.options.get(option) is not None and _close(plain, unit) and _close(unit, weighted, 1e-9)
-    if isinstance(s.fn, torch.nn.Module) and not s.rebuilds and (given_to_constructor or _close(unit, weighted, 1e-9)):
+    if isinstance(s.fn, torch.nn.Module) and not s.rebuilds and _close(unit, weighted, 1e-9):
         return skipped("")  # the attribute has no effect once it is constructed
     if not _close(plain, unit):
         return fault(f"{option} of all ones changes the value from {plain:.8g} to {unit:.8g}.", value=unit)
@@ -404,15 +403,20 @@ def _weight_at(
             return fault(f"{option} does not act linearly: {one:.8g}, {two:.8g}, {three:.8g} for 1, 2, 3.")
     elif linear:
         whole, *two_parts = (call(x, **summed) for x in (2 * w + 3 * v, w, v))
-        with torch.no_grad():
-            none = s.result(prediction, target, **{**bare, "reduction": "none"}).double()
-        root = _is_root(none, call(None, **summed))
+        root = normalised = False
+        if s.reduced("none"):
+            with torch.no_grad():
+                none = s.result(prediction, target, **{**bare, "reduction": "none"}).double()
+            root = _is_root(none, call(None, **summed))
+            # Of regions, as in Dice, the weights may be shares.
+            regions = none.numel() not in (target.numel(), prediction.numel())
+            normalised = regions and _close(call(3 * w, **summed), two_parts[0])
         parts = (
             math.hypot(math.sqrt(2) * two_parts[0], math.sqrt(3) * two_parts[1])
             if root
             else 2 * two_parts[0] + 3 * two_parts[1]
         )
-        if not _close(whole, parts):
+        if not _close(whole, parts) and not normalised:
             return fault(f"{option} does not act linearly: {whole:.8g} instead of {parts:.8g}.", value=whole)
     if what == "class" and labels_of(prediction, target) is None:
         return skipped("")
