@@ -41,7 +41,8 @@ struct TokenLogProbsArgs {
 };
 
 // What the gradient of a row is made of. With d_c = z_c - ref and e_c = exp(d_c):
-//   dL/dz_c = e_c (constant + by_distance d_c), 0 where e_c is 0, for c != index; at_index for c = index
+//   dL/dz_c = e_c (constant + by_distance d_c) for c != index, at_index for c = index
+// Where e_c is 0, d_c may be infinite, and it is constant - constant: 0, or nan in a row that has no softmax.
 template <class T>
 struct TokenRow {
   T ref, constant, by_distance, at_index;

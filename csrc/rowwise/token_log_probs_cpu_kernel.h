@@ -51,7 +51,7 @@ inline bool token_row_of(const TokenLogProbsArgs& a, const RowConstants<accum_t<
 template <bool kTransform, class T>
 inline vec<T> token_gradient(const RowConstants<T>& k, vec<T> x, vec<T> ref, vec<T> constant, vec<T> by_distance) {
   const vec<T> z = transform<kTransform, T>(k, x), d = z - ref, e = exp_of(d);
-  vec<T> g = e == T(0) ? vec<T>{} : e * (constant + by_distance * d);
+  vec<T> g = e == T(0) ? constant - constant : e * (constant + by_distance * d);
   if constexpr (kTransform) g *= token_slope(k, z);
   return g;
 }

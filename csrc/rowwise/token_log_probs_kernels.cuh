@@ -64,7 +64,7 @@ __device__ __forceinline__ bool token_row_of(const TokenLogProbsParams& p, const
 template <class A>
 __device__ __forceinline__ A token_gradient(const TokenRow<A>& r, const TokenTransform<A>& transform, A x, int64_t c) {
   const A z = transform(x), d = z - r.ref, e = token_exp(d);
-  const A g = e == A(0) ? A(0) : e * (r.constant + r.by_distance * d) * transform.slope(z);
+  const A g = e == A(0) ? r.constant - r.constant : e * (r.constant + r.by_distance * d) * transform.slope(z);
   return c == r.index ? r.at_index : g;
 }
 

@@ -24,9 +24,9 @@ from .linear_token_log_probs import (
 _INSTEAD = "torch.nn.functional.kl_div on the two log_softmax"
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     logits = logits_of(hidden, weight, None).to(dtype)
-    return torch.log_softmax(logits / temperature if temperature != 1 else logits, 1)
+    return logits.div_(temperature) if temperature != 1 else logits
 
 
 class _LinearKLDivergence(Function):
@@ -44,8 +44,8 @@ class _LinearKLDivergence(Function):
     ) -> Tensor:
         rows_of_kl, wide = [], accum_dtype(student_hidden.dtype)
         for rows in ranges(student_hidden.shape[0], at_a_time):
-            log_s = _log_softmax(student_hidden[rows], student_weight, temperature, wide)
-            log_t = _log_softmax(teacher_hidden[rows], teacher_weight, temperature, wide)
+            log_s = _logits(student_hidden[rows], student_weight, temperature, wide).log_softmax(1)
+            log_t = _logits(teacher_hidden[rows], teacher_weight, temperature, wide).log_softmax(1)
             p = log_t.exp()
             log_t -= log_s
             log_t *= p
@@ -65,8 +65,8 @@ class _LinearKLDivergence(Function):
         grad_weight = torch.zeros_like(student_weight, dtype=wide) if by_weight else None
         for rows in ranges(student_hidden.shape[0], ctx.at_a_time):
             x = student_hidden[rows]
-            grad = _log_softmax(x, student_weight, ctx.temperature, wide).exp_()
-            grad -= _log_softmax(teacher_hidden[rows], teacher_weight, ctx.temperature, wide).exp_()
+            grad = _logits(x, student_weight, ctx.temperature, wide).softmax(1)
+            grad -= _logits(teacher_hidden[rows], teacher_weight, ctx.temperature, wide).softmax(1)
             grad *= (grad_output[rows] / ctx.temperature).unsqueeze(1)
             add_gradients(grad.to(x.dtype), x, student_weight, rows, grad_hidden, grad_weight)
         grad_weight = None if grad_weight is None else grad_weight.to(student_weight.dtype)
