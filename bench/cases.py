@@ -105,6 +105,8 @@ class Case:
     soft: bool = False
     channels_last: bool = False
     hidden: int = 0  # linear_cross_entropy only: features of the rows
+    ignored: float = 0.0  # share of the targets that are ignored
+    budget: int | None = None  # linear_cross_entropy only: bytes of a chunk of logits, for us and the bare products
     threads: int | None = None  # None: all of the run's
     systems: tuple[str, ...] | None = None  # None: the device's own choice
     also: tuple[str, ...] = ()  # systems beside those
@@ -161,6 +163,8 @@ class Problem:
         else:
             labels = (case.shape[0], *case.shape[2:])
             self.target = torch.randint(classes, labels, generator=generator, device=device)
+            if case.ignored:
+                self.target[torch.rand(labels, generator=generator, device=device) < case.ignored] = -100
         self.options: dict[str, Any] = {}  # of the loss, by the names that torch and fastloss share
         if case.weight:
             self.options["weight"] = normal(classes).abs() + 0.5
@@ -191,7 +195,7 @@ class Problem:
         elif case.elementwise:
             count = float(self.x.numel())
         elif case.soft or "weight" not in self.options:
-            count = float(case.numel // case.shape[1])
+            count = float((self.target != -100).sum()) if case.ignored else float(case.numel // case.shape[1])
         else:
             count = float(self.options["weight"].double()[self.target].sum())
         rows = case.shape[0] if whole else max(1, (1 << 24) // (case.numel // case.shape[0]))
@@ -215,7 +219,15 @@ def _ce(rows: int, classes: int, dtype: str, goals: Goals, detail: bool = False,
     return Case(f"CE {rows}x{classes} {dtype}", (rows, classes), dtype, goals, also=also, detail=detail, quick=quick)
 
 
+def _head(shape: tuple[int, int], hidden: int, dtype: str, goals: Goals, **more: Any) -> Case:
+    name = f"Head {shape[0]}x{hidden}x{shape[1]} {dtype}"
+    if more.get("ignored"):
+        name += f", {more['ignored']:.0%} ignored"
+    return Case(name, shape, dtype, {BOTH: goals}, "linear_cross_entropy", hidden=hidden, **more)
+
+
 _TWO = ("fastloss", "eager")
+_HEAD = ("fastloss", "eager", "torch-chunked", "gemms")
 _SEG: Goals = {FORWARD: {}, BOTH: {"eager": 5, "compile": 4}}
 _FROM_HERE_UP: Goals = {FORWARD: {"eager": 1}, BOTH: {"eager": 1}}
 _SMALLEST: Goals = {FORWARD: {"within_us": 6}, BOTH: {"eager": 0.87}}  # 1 / 1.15
@@ -253,6 +265,9 @@ CPU = [
     Case("Focal 2048x32000 float32", (2048, 32000), "float32", _both(9, 5), FOCAL, own={"gamma": 2.0}),
     Case("Focal 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(8, 5), FOCAL, own={"gamma": 2.0}),
     Case("Dice 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(4.5, 3), DICE, own={"activation": "softmax"}),
+    _head((2048, 32000), 512, "float32", {"gemms": 0.92, "torch-chunked": 4, "eager": 1}, systems=_HEAD),
+    _head((2048, 32000), 512, "bfloat16", {"torch-chunked": 2, "eager": 1}, systems=_HEAD),
+    _head((2048, 32000), 512, "float32", {"eager": 1}, systems=_HEAD, ignored=0.5),
     Case("BCE 64 Ki float32", (1 << 16,), "float32", _FROM_HERE_UP, BCE, systems=_TWO, detail=True),
     Case("BCE 2048x32 float32, pos_weight", (2048, 32), "float32", _FROM_HERE_UP, BCE, pos_weight=True, systems=_TWO, detail=True),  # noqa: E501
     Case("Focal 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, FOCAL, own={"gamma": 2.0}, systems=_TWO, detail=True),  # noqa: E501
@@ -279,7 +294,8 @@ CUDA = [
     Case("Dice 8x21x512x512 float32", (8, 21, 512, 512), "float32", loss=DICE, own={"activation": "softmax"}),
     Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),
     Case("CE 4096x1000 bfloat16", (4096, 1000), "bfloat16", _SMALL),
-    Case("CE 8192x128256 bfloat16 from 2048 features", (8192, 128256), "bfloat16", {BOTH: {}}, "linear_cross_entropy", hidden=2048, also=("cce",)),  # noqa: E501
+    *(_head(shape, hidden, "bfloat16", {"gemms": 0.9}, systems=(*_HEAD, "liger-linear", "quack-linear", "cce"), budget=1 << 30)  # noqa: E501
+      for shape, hidden in (((8192, 128256), 2048), ((8192, 128256), 4096), ((16384, 248320), 2048))),
 ]
 # fmt: on
 CASES = {"cpu": CPU, "cuda": CUDA}

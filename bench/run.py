@@ -156,7 +156,7 @@ class Bench:
 
         step = stepper(system, function, mode, master)
         value = step(xs[0]).detach()
-        row["error"] = float(f"{error(case, mode, xs[0], value, truth):.3g}")
+        row["error"] = float(f"{error(case, mode, xs[0], value, truth):.3g}") if system.computes else 0.0
         row["status"] = "ok" if row["error"] <= 1 else "WRONG"
         if row["status"] != "ok":
             return None
