@@ -39,8 +39,8 @@ SMALL = {name: size for size, names in SIZES.items() for name in names.split()} 
 
 CAUSAL = """apertus arcee aria_text bart bert bert-generation biogpt bitnet bloom cohere cohere2 ctrl deepseek_v2
     diffllama ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss
-    granite granitemoe helium hunyuan_v1_dense llama mbart minimax ministral mistral mixtral modernbert-decoder mpt nemotron
-    olmo olmo2 olmoe opt pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3 stablelm
+    granite granitemoe helium hunyuan_v1_dense llama mbart minimax ministral mistral mixtral modernbert-decoder mpt
+    nemotron olmo olmo2 olmoe opt pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3 stablelm
     starcoder2 xglm"""
 MASKED = "bert camembert deberta-v2 distilbert electra modernbert mpnet roberta xlm-roberta"
 

@@ -68,8 +68,8 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
         bias = None if bias is None else bias.to(dtype)
     if hidden.device != weight.device:
         raise RuntimeError(
-            f"fastloss.lazy_head: the head's input is on {hidden.device}, its weight on {weight.device}. A replica made by "
-            "torch.nn.DataParallel? Its head is not lazy; use DistributedDataParallel or fastloss.restore_head(model)"
+            f"fastloss.lazy_head: the head's input is on {hidden.device}, its weight on {weight.device}. Replicas of "
+            "torch.nn.DataParallel have no lazy head: use DistributedDataParallel, or fastloss.restore_head(model)"
         )
     if hidden.dtype is not weight.dtype:
         return type(head).forward(head, input)  # which says so

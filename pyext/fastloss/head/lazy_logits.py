@@ -615,6 +615,10 @@ def _loss(
         return NotImplemented  # the loss itself knows what to say of wrong shapes
     if sample_weight is not None and list(sample_weight.shape) != rows:
         return NotImplemented
+    if not soft:
+        ours["ignore_index"] = ignore_index
+    elif ignore_index >= 0:
+        return NotImplemented
     scale = form.scale
     if form.cap is not None:
         if softcap is not None or not _number(logit_scale) or logit_scale <= 0:
@@ -650,7 +654,6 @@ def _loss(
             linear_bias=x._bias,
             weight=weight,
             reduction=reduction,
-            ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             **ours,
         )
