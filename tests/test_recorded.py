@@ -95,8 +95,8 @@ def value_and_gradients(function, sample):
     [
         pytest.param(*case.values, recorder, id=f"{recorder}, {case.id}")
         for recorder, cases in (
-            ("trace", few_of(CASES, 9)),
-            ("export", few_of(CASES, 3)),
+            ("trace", few_of(CASES, 6)),
+            ("export", few_of(CASES, 2)),
             ("export, strict", few_of(CASES, 1)),
         )
         for case in cases
