@@ -219,7 +219,7 @@ def _ce(rows: int, classes: int, dtype: str, goals: Goals, detail: bool = False,
     return Case(f"CE {rows}x{classes} {dtype}", (rows, classes), dtype, goals, also=also, detail=detail, quick=quick)
 
 
-def _head(shape: tuple[int, int], hidden: int, dtype: str, goals: Goals, **more: Any) -> Case:
+def _head(shape: tuple[int, int], hidden: int, dtype: str, goals: Mapping[str, float], **more: Any) -> Case:
     name = f"Head {shape[0]}x{hidden}x{shape[1]} {dtype}"
     if more.get("ignored"):
         name += f", {more['ignored']:.0%} ignored"
