@@ -101,7 +101,7 @@ inline T transform_scalar(const RowConstants<T>& k, T x) {
 // dz/dx from z.
 template <class V, class T>
 inline V transform_slope(const RowConstants<T>& k, V z) {
-  V u = z * k.inv_softcap;  // 0 without a cap
+  const V u = k.softcap > T(0) ? z * k.inv_softcap : V{};  // without a cap z may be infinite
   return k.logit_scale * (T(1) - u * u);
 }
 

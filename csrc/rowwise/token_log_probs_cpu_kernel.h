@@ -20,12 +20,6 @@ inline RowConstants<T> token_constants(const TokenLogProbsArgs& a) {
   return k;
 }
 
-// dz/dx from z; without a cap that of a logit of -inf is logit_scale too.
-template <class T>
-inline vec<T> token_slope(const RowConstants<T>& k, vec<T> z) {
-  return k.softcap > T(0) ? transform_slope(k, z) : splat(k.logit_scale);
-}
-
 // What the gradient of a row is made of; false where it is 0 whatever the logits are.
 template <bool kTransform, class S>
 inline bool token_row_of(const TokenLogProbsArgs& a, const RowConstants<accum_t<S>>& k, int64_t row, const S* x,
@@ -43,7 +37,7 @@ inline bool token_row_of(const TokenLogProbsArgs& a, const RowConstants<accum_t<
   const T log_sum = log_scalar(others[row] + e_t);
   const T entropy = a.entropy ? static_cast<const T*>(a.entropy)[row] : T(0);
   *r = token_row(index, ref[row], others[row], d_t, e_t, log_sum, entropy, u, v);
-  if constexpr (kTransform) r->at_index *= token_slope(k, splat(z_t))[0];
+  if constexpr (kTransform) r->at_index *= transform_slope(k, splat(z_t))[0];
   return true;
 }
 
@@ -52,7 +46,7 @@ template <bool kTransform, class T>
 inline vec<T> token_gradient(const RowConstants<T>& k, vec<T> x, vec<T> ref, vec<T> constant, vec<T> by_distance) {
   const vec<T> z = transform<kTransform, T>(k, x), d = z - ref, e = exp_of(d);
   vec<T> g = e == T(0) ? constant - constant : e * (constant + by_distance * d);
-  if constexpr (kTransform) g *= token_slope(k, z);
+  if constexpr (kTransform) g *= transform_slope(k, z);
   return g;
 }
 
