@@ -650,8 +650,8 @@ def test_kind_is_guessed():
         (lambda p, t: (1 - p / t).mean(), "regression"),
     ]:
         assert check(loss, compile=False).task == kind
-    with pytest.raises(ValueError, match="unknown kind 'images'"):
-        check(F.l1_loss, "images")
+    with pytest.raises(ValueError, match="unknown kind 'pictures'"):
+        check(F.l1_loss, "pictures")
 
 
 def test_reference_is_printed_beside():

@@ -106,6 +106,14 @@ class NeverRebuilt(FromABuffer):
         super().__init__(weight)
 
 
+class OtherName(FromABuffer):
+    """Holds a buffer called as an option is, which its constructor does not take."""
+
+    def __init__(self, weight=None):
+        super().__init__(weight)
+        self.register_buffer("class_weight", weight)
+
+
 class Inherited(torch.nn.modules.loss._Loss):
     def forward(self, p, t):
         return (p - t).square().mean(1)
@@ -159,6 +167,7 @@ SOUND = {
     "weight of a region": (Regions(), "segmentation", {}),
     "weight used from a buffer": (FromABuffer(WEIGHT), "classification", {}),
     "weight of a module that cannot be rebuilt": (NeverRebuilt(1, WEIGHT), "classification", {}),
+    "buffer that is no option": (OtherName(), "classification", {}),
     "reduction inherited": (Inherited(), "regression", {}),
     "soft Jaccard": (soft_jaccard, "segmentation", {}),
     "no halves": (no_halves, "regression", {}),

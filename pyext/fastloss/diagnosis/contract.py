@@ -386,7 +386,7 @@ def _weight_at(
         plain, unit, weighted = call(None), call(torch.ones_like(w)), call(w)
     except Exception:
         return skipped("")
-    if isinstance(s.fn, torch.nn.Module) and not s.rebuilds and _close(unit, weighted, 1e-9):
+    if isinstance(s.fn, torch.nn.Module) and not s.constructs(option) and _close(unit, weighted, 1e-9):
         return skipped("")  # the attribute has no effect once it is constructed
     if not _close(plain, unit):
         return fault(f"{option} of all ones changes the value from {plain:.8g} to {unit:.8g}.", value=unit)

@@ -190,15 +190,20 @@ class Subject:
         return fn(prediction, target, **options)
 
     def _configured(self, module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
-        if self.rebuilds and options.keys() <= _constructor(module).keys():
-            tensors = [x for x in options.values() if isinstance(x, Tensor)]
+        given = {name: x for name, x in options.items() if self.constructs(name)}
+        if given:
+            tensors = [x for x in given.values() if isinstance(x, Tensor)]
             try:
-                anew = rebuilt(module, options)
+                anew = rebuilt(module, given)
             except Exception as e:
-                raise NotOfferedError(f"{', '.join(options)}: {e}") from e
+                raise NotOfferedError(f"{', '.join(given)}: {e}") from e
             assert anew is not None
-            return anew.to(tensors[0].device, tensors[0].dtype) if tensors else anew
-        return configured(module, options)
+            module = anew.to(tensors[0].device, tensors[0].dtype) if tensors else anew
+        return configured(module, {name: x for name, x in options.items() if name not in given})
+
+    def constructs(self, option: str) -> bool:
+        """Whether this option can be given to the module's constructor."""
+        return self.rebuilds and option in _constructor(self.fn)
 
     @functools.cached_property
     def rebuilds(self) -> bool:
@@ -399,7 +404,7 @@ def slope(out: Any, leaf: Tensor, grad_output: Tensor | None = None, **options: 
     return grad
 
 
-def _constructor(module: torch.nn.Module) -> dict[str, inspect.Parameter]:
+def _constructor(module: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The named parameters of the module's constructor."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     try:
