@@ -29,6 +29,10 @@ COLOURS = {
     "apex": "#b08968",
     "flash-attn": "#d62976",
     "cce": "#7f7f7f",
+    "torch-chunked": "#bc6c25",
+    "liger-linear": "#f4978e",
+    "quack-linear": "#cdb4db",
+    "gemms": "#adb5bd",
 }
 
 Data = Mapping[str, Any]  # a results file
