@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
+from .._autograd import accum_dtype
 from .._library import MEAN, NONE, REDUCTIONS
 from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
@@ -82,6 +83,8 @@ def _of_residual(x: Operands) -> Operands:
     """The residual against 0: backward keeps the residual, as torch's does, and not the operands, which may then be
     changed, or be tensors of inference mode."""
     dtype = _arguments.autocast_dtype(torch.promote_types(x.input.dtype, x.target.dtype), x.input.device)
+    if x.weight is not None:  # 16 bits are rounded once, after the weight
+        dtype = accum_dtype(dtype)
     residual = x.input.to(dtype) - x.target.to(dtype)
     return x._replace(input=residual, target=residual.new_zeros(()).expand(residual.shape))
 
