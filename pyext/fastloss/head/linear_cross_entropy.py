@@ -33,6 +33,7 @@ from .._autograd import (
     transforms_active,
 )
 from .._library import DTYPE_CODES, DTYPES, NONE, ops
+from .._recorded import not_scriptable
 from ..losses import _rowwise
 from ..losses.cross_entropy import STATS, CrossEntropyStats, Given, Unmade, canonical, engine, rules
 from ..losses.cross_entropy import run as run_on_logits
@@ -413,7 +414,7 @@ def run(
     target: Tensor,
     g: Given,
     c: Chunking,
-    ignore_index: int | None = None,
+    ignore_index: int | Sequence[int] | None = None,
     row_map: int = 0,
     map_a: float = 0.0,
 ) -> Any:
@@ -487,7 +488,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int | None = None,
+    ignore_index: int | Sequence[int] | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
     z_loss: float = 0.0,
@@ -499,6 +500,7 @@ def linear_cross_entropy(
     zero_times_inf: Literal["nan", "zero"] = "nan",
     return_stats: bool = False,
     grad_in_forward: bool | None = None,
+    loss_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     accumulate_in: torch.dtype | None = None,
     max_rows: int | Literal["count"] | None = None,
@@ -519,8 +521,9 @@ def linear_cross_entropy(
         linear_bias: shape of ``linear_weight`` without its last dimension.
         weight: weight of each class, shape (C), any floating dtype. Differentiable with probability targets.
         reduction, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, all_ignored,
-            zero_times_inf, return_stats: as :func:`fastloss.cross_entropy`.
-        ignore_index: class index that marks targets to leave out; None: -100, and nothing else goes with probabilities.
+            zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
+        ignore_index: class index (or several) that marks targets to leave out; None: -100, and nothing else goes with
+            probabilities.
         options: :class:`torch.nn.LinearCrossEntropyOptions`; its size of a chunk is kept to, the rest does not apply.
         grad_in_forward: make the gradients in forward (three products) or make the logits again in backward (four, and
             no gradient held in between). None, the default, chooses forward for scalar reductions except for float16.
@@ -564,6 +567,7 @@ def linear_cross_entropy(
         zero_times_inf=zero_times_inf,
         return_stats=return_stats,
         grad_in_forward=grad_in_forward,
+        loss_dtype=loss_dtype,
     )
     c = Chunking(options, memory_budget, accumulate_in, max_rows)
     return run("linear_cross_entropy", input, linear_weight, linear_bias, target, g, c, ignore_index)
@@ -589,6 +593,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         >>> fastloss.LinearCrossEntropyLoss(512, 32000, bias=True)(hidden, labels).backward()
     """
 
+    __prepare_scriptable__ = not_scriptable
+
     # Of modules that were torch's before they became one of this class.
     further: Mapping[str, Any] = MappingProxyType({})
 
@@ -603,7 +609,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int | None = None,
+        ignore_index: int | Sequence[int] | None = None,
         label_smoothing: float = 0.0,
         options: Any = None,
         **further: Any,
@@ -664,6 +670,7 @@ _FURTHER = {
     "zero_times_inf",
     "return_stats",
     "grad_in_forward",
+    "loss_dtype",
     "memory_budget",
     "accumulate_in",
     "max_rows",
