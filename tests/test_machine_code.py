@@ -118,7 +118,7 @@ def expected(name: str) -> tuple[int, int, bool]:
         return 32, 32, False
     if family == "pointwise_general_kernel":
         return 16, 16, False
-    if family == "scale_grad_kernel":
+    if family == "scale_grad_kernel" or (family == "token_log_probs_gradient_kernel" and arguments[2] == "true"):
         return 16, 16, False
     return 0, 0, False
 

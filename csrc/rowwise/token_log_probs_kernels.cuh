@@ -69,7 +69,8 @@ __device__ __forceinline__ A token_gradient(const TokenRow<A>& r, const TokenTra
 }
 
 template <class T, int kThreads, bool kVectors>
-__global__ void __launch_bounds__(kTokenThreads, 4) token_log_probs_gradient_kernel(const TokenLogProbsParams p) {
+__global__ void __launch_bounds__(kTokenThreads, sizeof(T) == 8 ? 2 : 4)
+    token_log_probs_gradient_kernel(const TokenLogProbsParams p) {
   using A = accum_t<T>;
   constexpr int kLanes = kLanes16<T>;
   const TokenLogProbsArgs& a = p.a;
