@@ -126,10 +126,14 @@ abi-audit: build/extension-full
 cuda-report: build/extension-full
 	$(PY) tools/cuda_report.py build/core-cuda
 
-# Torch's own test material against fastloss, which accepts two things that torch refuses.
+# Torch's own test material against fastloss, which accepts two things that torch refuses. Of the head the quick form: the
+# whole one takes longer than all of the others.
 JUDGE := ../shared/judges/opinfo_judge.py
+JUDGED := cross_entropy,nll_loss,l1_loss,mse_loss,smooth_l1_loss,huber_loss,binary_cross_entropy_with_logits,multi_margin_loss
 judge: build/extension-full $(VENV)/test.stamp
-	@if [ -f $(JUDGE) ]; then $(PY) $(JUDGE) fastloss --allow "errors:int32 target" --allow "errors:weight dtype"; else echo "judge: not run, there is no $(JUDGE)"; fi
+	@if [ -f $(JUDGE) ]; then for what in "--ops $(JUDGED)" "--ops linear_cross_entropy --quick"; do \
+	  $(PY) $(JUDGE) fastloss --allow "errors:int32 target" --allow "errors:weight dtype" $$what; \
+	done; else echo "judge: not run, there is no $(JUDGE)"; fi
 
 # ---- the rest
 bench: build/extension-here

@@ -75,6 +75,7 @@ def test_every_kind_has_a_default_line(kind):
         "distance": F.hinge_embedding_loss,
         "counts": F.poisson_nll_loss,
         "regression": F.l1_loss,
+        "gaussian": F.gaussian_nll_loss,
     }
     figure = plot.curves({"it": losses.get(kind, F.cross_entropy)}, kind, points=9)
     assert len(finite(drawn(figure.axes[0], "it"))) >= 9 and len(finite(drawn(figure.axes[1], "it"))) >= 9

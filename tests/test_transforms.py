@@ -690,7 +690,7 @@ def test_opcheck(device):
 
 
 def test_every_operator_is_checked():
-    """No operator without a test above."""
+    """No operator without a test above, but for those of heads, which test_linear_cross_entropy.py checks."""
     registered = {
         schema.name
         for schema in torch._C._jit_get_all_schemas()
@@ -698,7 +698,9 @@ def test_every_operator_is_checked():
         and any("Tensor" in str(value.type) for value in (*schema.returns, *schema.arguments))
     }
     tested = {operator._qualified_op_name for operator, _ in operator_calls("cpu")}
-    assert {name for name in registered if not name.endswith("_regime")} == tested  # those only answer questions
+    others = {name for name in registered if name.endswith("_regime")}  # those only answer questions
+    others |= {name for name in registered if name.startswith("fastloss::linear_cross_entropy_")}
+    assert registered - others == tested - others
 
 
 # --------------------------------------------------------------------------------------------------- autocast
