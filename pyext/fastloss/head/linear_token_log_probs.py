@@ -12,8 +12,7 @@ from .._autograd import accum_dtype, differentiated_again, recording, refuse_reh
 from .._library import DTYPE_CODES
 from ..losses import _rowwise
 from ..token_log_probs import IGNORE_INDEX, Options, check_index, gradient, options, values
-
-LEAST_BUDGET = 64 << 20  # bytes
+from .chunks import LEAST_BUDGET
 
 
 def rows_at_a_time(rows: int, bytes_of_a_row: int, hidden_bytes: int, memory_budget: int | None) -> int:

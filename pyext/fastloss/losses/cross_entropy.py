@@ -100,7 +100,7 @@ class _CrossEntropy(Rules):
 
     def fused(self, tensors: Tensors, o: Options, needs: Needs) -> tuple[Tensor, Grads, None, Sequence[Tensor]]:
         if _is_plain(tensors, o) and not o.flags:
-            loss, grad = _plain_grad(*tensors[:2], o.reduction, o.loss_dtype)
+            loss, grad = self.plain(tensors[0], tensors[1], o)
             return loss, (grad, None, None), None, ()
         op = ops.cross_entropy_forward_stats if o.flags & STATS else ops.cross_entropy_forward
         loss, _, grad, *stats = _call(op, tensors=tensors, o=o, flags=GRAD)
@@ -665,9 +665,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     usual = weight is sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
-    usual = (
-        usual and loss_dtype is None and type(label_smoothing) is type(z_loss) is type(logit_scale) is float
-    )  # no tensors
+    usual = usual and loss_dtype is None
+    usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
     usual = usual and label_smoothing == z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
     usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
     if usual:
