@@ -1,4 +1,4 @@
-// What the formulas shared with the CPU (pointwise/losses.h, rowwise/row_maps.h) are written in, on the GPU, where a
+// What the formulas shared with the CPU (pointwise/losses, rowwise/row_maps.h) are written in, on the GPU, where a
 // lane is a number; common/simd.h has the same for vectors. Include it before them.
 #pragma once
 #define FASTLOSS_ISA gpu

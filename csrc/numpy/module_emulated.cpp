@@ -23,7 +23,7 @@ template <class V>
 using lane_t = V;
 }  // namespace host
 }  // namespace fastloss
-#include "../pointwise/losses.h"
+#include "../pointwise/registry.h"
 
 namespace fastloss {
 
@@ -85,7 +85,7 @@ Status run_dice_loss_backward(const DiceLossArgs& a) {
 Status run_token_log_probs_backward(const TokenLogProbsArgs& a) {
   return token_log_probs_backward_cuda(a, context_of_device());
 }
-const PointwiseLoss* pointwise_losses() { return host::list_of(host::Losses{}); }
+const PointwiseLoss* pointwise_losses() { return host::registry(); }
 Status run_pointwise_forward(const PointwiseArgs& a) { return run_pointwise(a, PointwisePass::forward); }
 Status run_pointwise_backward(const PointwiseArgs& a) { return run_pointwise(a, PointwisePass::backward); }
 Status run_scale_grad(const void* grad, void* out, DType type, int64_t count, const void* scale, DType scale_type) {

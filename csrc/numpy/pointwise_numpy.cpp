@@ -36,15 +36,14 @@ struct Problem {
 PointwiseArgs pointwise_args(const Problem& p) {
   PointwiseArgs a;
   const PointwiseLoss* all = pointwise_losses();
-  while (all[a.loss].name && p.loss != all[a.loss].name) ++a.loss;
-  const PointwiseLoss& loss = all[a.loss];
+  while (all->name && p.loss != all->name) ++all;
+  const PointwiseLoss& loss = *all;
   if (!loss.name) throw py::value_error("loss: there is no " + p.loss);
   if (p.operands.size() < 2 || int(p.operands.size()) > loss.operands || int(p.params.size()) > loss.params)
     throw py::value_error("operands, params: not as many as the loss has");
   const py::array& input = p.operands[0];
   if (input.ndim() > kPointwiseDims || p.row_dims > input.ndim()) throw py::value_error("input: wrong number of axes");
-  a.sums = loss.sums;
-  a.finishes = loss.finishes;
+  a.set_loss(loss);
   std::copy(p.params.begin(), p.params.end(), a.params);
   a.dim = int(input.ndim());
   a.row_dims = p.row_dims;

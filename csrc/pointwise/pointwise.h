@@ -2,7 +2,7 @@
 //
 // Elements are numbered by an index space sizes[0] x ... x sizes[dim - 1], row-major; every operand has its own strides
 // there (0 where it is broadcast), so no operand is ever copied into another layout. A loss has two to four operands
-// x_k and one to four terms f_j of losses.h. With multipliers w_i (weight) and a mask, over the elements whose mask is
+// x_k and one to four terms f_j (loss.h). With multipliers w_i (weight) and a mask, over the elements whose mask is
 // true:
 //
 //   none   L_i = w_i f(x_i)                                        (0 where the mask is false)
@@ -28,13 +28,20 @@ namespace fastloss {
 constexpr int kPointwiseDims = 24;  // after coalescing
 constexpr int kPointwiseOperands = 4, kPointwiseSums = 4, kPointwiseParams = 4;
 
+// The losses lie in groups, losses/<group>.h; each group is compiled by itself.
+enum class LossGroup : int32_t { classification, regression, vectors, count };
+constexpr int kLossGroups = int(LossGroup::count);
+
 // What a loss is, to those who call it by number.
 struct PointwiseLoss {
   const char* name;
+  LossGroup group;
+  int number;     // in its group
   int operands;   // at most; the third and the fourth are 1 where they are absent
   int sums;       // terms
   int params;     // numbers that it takes
   bool finishes;  // has a formula after the sums; then there is no reduction none
+  bool streams;   // has streaming CUDA kernels
 };
 // In the order of the numbers; ends with a name of null.
 const PointwiseLoss* pointwise_losses();
@@ -47,9 +54,10 @@ struct PointwiseOperand {
 
 struct PointwiseArgs {
   // ---- problem
-  int loss = 0;  // number in losses.h
-  int sums = 1;  // of the loss
-  bool finishes = false;
+  LossGroup group = LossGroup::regression;  // of the loss, like what follows: see PointwiseLoss
+  int loss = 0;                             // its number in the group
+  int sums = 1;
+  bool finishes = false, streams = false;
   double params[kPointwiseParams] = {};
   int dim = 0;       // axes of the index space
   int row_dims = 0;  // leading ones that are rows; the kernels do not ask
@@ -77,6 +85,13 @@ struct PointwiseArgs {
   PointwiseOperand grad_output_elements;  // reduction none
 
   constexpr int64_t count() const { return rows * cols; }
+  void set_loss(const PointwiseLoss& what) {
+    group = what.group;
+    loss = what.number;
+    sums = what.sums;
+    finishes = what.finishes;
+    streams = what.streams;
+  }
   // Is D known without having read anything?
   constexpr bool counts_all() const { return !mask.data && (!weight.data || weight_denominator == 0); }
   constexpr bool wants_grads() const { return grads[0].data || grads[1].data || grads[2].data || grads[3].data; }

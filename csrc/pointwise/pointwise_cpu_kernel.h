@@ -1,4 +1,5 @@
-// The pointwise losses on the CPU: see pointwise.h. Included once per instruction set.
+// The pointwise losses on the CPU: see pointwise.h. Included once for each group of
+// losses and instruction set.
 //
 // A row is cut into blocks of kBlock elements, whatever the number of threads; a block is walked in chunks that stay in
 // the L1 cache. Of each chunk the operands are brought into arrays of the accumulation type (contiguous ones of that
@@ -7,7 +8,7 @@
 // and double alone. Sums are taken in double, one per block, and added pairwise.
 #pragma once
 #include "../common/cpu_support.h"
-#include "losses.h"
+#include "loss.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
@@ -563,20 +564,24 @@ inline void backward(const PointwiseArgs& a, ParallelFor parallel_for) {
 }
 
 // f(Loss{}, T{}) for the loss and the accumulation type of a call.
-template <class F>
+template <LossGroup kGroup, class F>
 inline Status with_kernel(const PointwiseArgs& a, const F& f) {
-  with_loss(Losses{}, a.loss, [&](auto loss) {
+  with_loss(typename LossesOf<kGroup>::type{}, a.loss, [&](auto loss) {
     if (a.accum == DType::f64) return f(loss, double{});
     f(loss, float{});
   });
   return {};
 }
 
+template <LossGroup kGroup>
 inline Status pointwise_forward(const PointwiseArgs& a, ParallelFor parallel_for) {
-  return with_kernel(a, [&](auto loss, auto zero) { forward<decltype(loss), decltype(zero)>(a, parallel_for); });
+  return with_kernel<kGroup>(a,
+                             [&](auto loss, auto zero) { forward<decltype(loss), decltype(zero)>(a, parallel_for); });
 }
+template <LossGroup kGroup>
 inline Status pointwise_backward(const PointwiseArgs& a, ParallelFor parallel_for) {
-  return with_kernel(a, [&](auto loss, auto zero) { backward<decltype(loss), decltype(zero)>(a, parallel_for); });
+  return with_kernel<kGroup>(a,
+                             [&](auto loss, auto zero) { backward<decltype(loss), decltype(zero)>(a, parallel_for); });
 }
 
 }  // namespace FASTLOSS_ISA

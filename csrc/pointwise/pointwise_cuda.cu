@@ -1,7 +1,20 @@
+#include <utility>
+
 #include "pointwise_cuda.h"
 #include "pointwise_launch.cuh"
 
 namespace fastloss {
+
+namespace {
+template <int... kGroups>
+Status launch_group(const PointwiseArgs& a, const LaunchShape& shape, const PointwiseParams& p, void* stream,
+                    std::integer_sequence<int, kGroups...>) {
+  using Launch = Status(const LaunchShape&, const PointwiseParams&, void*);
+  static constexpr Launch* in_float[] = {launch_pointwise<LossGroup(kGroups), float>...};
+  static constexpr Launch* in_double[] = {launch_pointwise<LossGroup(kGroups), double>...};
+  return (a.accum == DType::f64 ? in_double : in_float)[int(a.group)](shape, p, stream);
+}
+}  // namespace
 
 Status pointwise_cuda(const PointwiseArgs& a, const PointwiseConfig& config, const CudaContext& context) {
   if (a.rows == 0 || (a.count() == 0 && !config.sums_rows)) return {};
@@ -30,14 +43,7 @@ Status pointwise_cuda(const PointwiseArgs& a, const PointwiseConfig& config, con
   shape.grid = config.grid;
   shape.block = kPointwiseThreads;
   shape.shared = kPointwiseShared;
-  if (config.regime != PointwiseRegime::streaming)
-    return a.accum == DType::f64 ? launch_pointwise_general<double>(shape, p, context.stream)
-                                 : launch_pointwise_general<float>(shape, p, context.stream);
-  switch (a.operands[0].type) {
-    case DType::f16: return launch_pointwise_streaming<half_t>(shape, p, context.stream);
-    case DType::bf16: return launch_pointwise_streaming<bfloat16_t>(shape, p, context.stream);
-    default: return launch_pointwise_streaming<float>(shape, p, context.stream);
-  }
+  return launch_group(a, shape, p, context.stream, std::make_integer_sequence<int, kLossGroups>{});
 }
 
 }  // namespace fastloss

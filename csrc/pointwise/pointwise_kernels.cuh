@@ -9,7 +9,7 @@
 #pragma once
 #include "../common/convert.cuh"
 #include "../common/lanes_gpu.cuh"
-#include "losses.h"
+#include "loss.h"
 #include "pointwise_policy.h"
 
 namespace fastloss {

@@ -1,7 +1,8 @@
 // Which kernel takes a pointwise call on the GPU, and how it is launched: a pure function of the call. Host C++, no
 // CUDA. The device is not asked: blocks and partial sums depend on the call alone, so the bits do too.
 //
-//   streaming   one row of two operands; these and their gradients contiguous, of one 16- or 32-bit dtype, on 16-byte
+//   streaming   of the losses that have it, one row of two operands; these and their gradients contiguous, of one 16-
+//   or 32-bit dtype, on 16-byte
 //               boundaries; no mask, no weight, no further operand
 //   vectors     everything else of long rows, if an operand has neighbours next to each other: eight floats or four
 //               doubles at a time
@@ -52,8 +53,8 @@ inline PointwiseConfig pointwise_config(const PointwiseArgs& a, PointwisePass pa
   auto has_neighbours = [&](const PointwiseOperand& o) {
     return o.data && (is_flat(a, o) || o.strides[a.dim - 1] == 1);
   };
-  bool streams = a.rows == 1 && a.accum == DType::f32 && a.reduction != Reduction::none && !a.weight.data &&
-                 !a.mask.data && !a.operands[2].data && !a.operands[3].data;
+  bool streams = a.streams && a.rows == 1 && a.accum == DType::f32 && a.reduction != Reduction::none &&
+                 !a.weight.data && !a.mask.data && !a.operands[2].data && !a.operands[3].data;
   bool neighbours = false;
   for (int k = 0; k < kPointwiseOperands; ++k) {
     streams = streams && fits(a.operands[k]) && fits(a.grads[k]);

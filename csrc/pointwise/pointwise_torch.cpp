@@ -56,9 +56,7 @@ class Call {
     if (loss_dtype < 0 || loss_dtype > int64_t(DType::bf16)) throw std::invalid_argument("loss_dtype: unknown");
     if (int64_t(params.size()) != what.params)
       throw std::invalid_argument("params: " + std::string(what.name) + " takes " + std::to_string(what.params));
-    args.loss = int(loss);
-    args.sums = what.sums;
-    args.finishes = what.finishes;
+    args.set_loss(what);
     for (size_t i = 0; i < params.size(); ++i) args.params[i] = params[i];
     args.dim = int(dim);
     args.row_dims = int(row_dims);

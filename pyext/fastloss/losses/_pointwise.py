@@ -1,7 +1,7 @@
 """What the pointwise losses share: operators, reductions, weights, masks, broadcasting.
 
 A loss is f(prediction, target, ...) summed over elements, or what is made of such sums; its mathematics is in
-``csrc/pointwise/losses.h``, its composed form in ``fastloss/formulas.py``, the contract of the kernels in
+``csrc/pointwise/losses``, its composed form in ``fastloss/formulas.py``, the contract of the kernels in
 ``csrc/pointwise/pointwise.h``. A loss's own file gives the names, the docstring and the parameters, and calls
 :func:`pointwise_loss`.
 
@@ -31,7 +31,7 @@ class _Kind(NamedTuple):
     parameters: int
 
 
-# The losses of losses.h, in the order of their numbers.
+# The losses of csrc/pointwise/losses, in the order of their numbers.
 KINDS = [
     _Kind(name, *map(int, counts)) for name, *counts in (kind.split(":") for kind in ops.pointwise_losses().split())
 ]
@@ -498,9 +498,9 @@ def pointwise_loss(
     Args:
         function: the face's name, for messages.
         input, target, reduction, weight, sample_weight, mask: what the face was called with.
-        loss: the loss's name in losses.h, where that differs from the face's.
+        loss: the loss's name in csrc/pointwise/losses, where that differs from the face's.
         params: the loss's parameters.
-        further: operands beside input and target, by the names of the face's arguments, in the order of losses.h.
+        further: operands beside input and target, by the names of the face's arguments, in the order of the kernels.
         torch_weight, mean_counts, keeps_input_dtype: see :func:`check`.
     """
     name = loss or function

@@ -1,4 +1,4 @@
-"""Binary cross entropy of logits. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Binary cross entropy of logits. The mathematics is in ``csrc/pointwise/losses/classification.h``."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Cosine distance, from three sums in one pass. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Cosine distance, from three sums in one pass. The mathematics is in ``csrc/pointwise/losses/vectors.h``."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Huber's loss: squared near zero, linear beyond. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Huber's loss: squared near zero, linear beyond. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
 import torch
 from torch import Tensor

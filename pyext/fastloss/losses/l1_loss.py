@@ -1,4 +1,4 @@
-"""Mean absolute error. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Mean absolute error. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
 import torch
 from torch import Tensor

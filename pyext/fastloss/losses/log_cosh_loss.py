@@ -1,4 +1,4 @@
-"""Logarithm of the hyperbolic cosine of the residual. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Logarithm of the hyperbolic cosine of the residual. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
 import torch
 from torch import Tensor

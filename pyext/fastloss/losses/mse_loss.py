@@ -1,4 +1,4 @@
-"""Mean squared error. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Mean squared error. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Absolute error relative to the target. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Absolute error relative to the target. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Root mean squared error, with a gradient at zero. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Root mean squared error, with a gradient at zero. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
 import operator
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Squared near zero, absolute beyond. The mathematics is in ``csrc/pointwise/losses.h``."""
+"""Squared near zero, absolute beyond. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
 import torch
 from torch import Tensor
