@@ -111,7 +111,7 @@ class Case:
     systems: tuple[str, ...] | None = None  # None: the device's own choice
     also: tuple[str, ...] = ()  # systems beside those
     quick: bool = False  # part of a --quick run
-    detail: bool = False  # in the full table, not in the README's
+    detail: bool = False  # in the full table, not in that of docs/benchmarks.md
 
     @property
     def numel(self) -> int:

@@ -1,4 +1,4 @@
-"""Tables and plots from results files, and the README's tables: ``python bench/report.py --help``.
+"""Tables and plots from results files, and those of the documentation: ``python bench/report.py --help``.
 
 Needs neither torch nor a GPU: a results file stands by itself. matplotlib is needed for the plots alone.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -17,6 +18,14 @@ from typing import Any
 
 OURS, RECOMPUTE = "fastloss", "fastloss-recompute"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+HEADLINES = {  # the cases of the README's table, in plain words
+    "CE 2048x32000 float32": "cross entropy, 2048 tokens, 32000 classes",
+    "CE 2x21x512x512 float32": "cross entropy, segmentation (2, 21, 512, 512)",
+    "Tokens 2048x32000 float32, entropy": "log-probabilities and entropies, 2048 tokens, 32000 classes",
+    "BCE 16 Mi float32": "binary cross entropy of 16 Mi logits",
+    "Dice 2x21x512x512 float32": "Dice loss (2, 21, 512, 512)",
+    "CE 64x10 float32, one thread": "cross entropy of (64, 10): the call itself",
+}
 COLOURS = {
     "fastloss": "#1b4965",
     "fastloss-inplace": "#62b6cb",
@@ -411,13 +420,14 @@ def newest(folder: Path) -> dict[str, tuple[Path, Data]]:
     return found
 
 
-def readme_block(device: str, found: Mapping[str, tuple[Path, Data]], root: Path) -> str:
+def page_block(device: str, found: Mapping[str, tuple[Path, Data]], folder: Path) -> str:
+    """What a page in ``folder`` says of a device's newest results."""
     if device not in found:
         return f"No {DEVICES[device]} result has been recorded yet."
     path, data = found[device]
-    base = path.resolve().relative_to(root.resolve())
+    base = Path(os.path.relpath(path.resolve(), folder.resolve()))
     pictures = [
-        p for p in (base.with_name(f"{base.stem}-throughput.png"), base.with_suffix(".png")) if (root / p).exists()
+        p for p in (base.with_name(f"{base.stem}-throughput.png"), base.with_suffix(".png")) if (folder / p).exists()
     ]
     parts = [
         environment_text(data),
@@ -433,9 +443,29 @@ def readme_block(device: str, found: Mapping[str, tuple[Path, Data]], root: Path
     return "\n\n".join([*parts, *(f"![fastloss beside its rivals]({p})" for p in pictures)])
 
 
-def replace_block(text: str, device: str, block: str) -> str:
-    """Puts ``block`` between the markers of ``device``: <!-- bench:cpu --> ... <!-- /bench:cpu -->."""
-    begin, end = f"<!-- bench:{device} -->", f"<!-- /bench:{device} -->"
+def headlines(found: Mapping[str, tuple[Path, Data]]) -> str:
+    """The few rows of the README, of forward and backward on the CPU."""
+    if "cpu" not in found:
+        return f"No {DEVICES['cpu']} result has been recorded yet."
+    data = found["cpu"][1]
+    rows = [["work", "fastloss", "eager PyTorch", "torch.compile"], ["---"] * 4]
+    for line in lines(data):
+        if line.case in HEADLINES and line.mode == "forward+backward":
+            others = [line.against.get(rival) for rival in ("eager", "compile")]
+            ours = line.seconds(line.ours)
+            ratios = [
+                f"{duration(seconds)}, {ratio_text(a.figure)}"
+                if a is not None and a.figure is not None and (seconds := line.seconds(rival)) is not None
+                else ""
+                for rival, a in zip(("eager", "compile"), others, strict=True)
+            ]
+            rows.append([HEADLINES[line.case], "" if ours is None else duration(ours), *ratios])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """Puts ``block`` between the markers of that name: <!-- bench:cpu --> ... <!-- /bench:cpu -->."""
+    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected one {begin} followed by one {end}")
     return f"{text[: text.index(begin) + len(begin)]}\n{block}\n{text[text.index(end) :]}"
@@ -446,17 +476,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="draw tables and plots of these results files again")
     parser.add_argument("--results", type=Path, default=here / "results", help="folder of results files")
-    parser.add_argument("--readme", type=Path, help="put the newest results' tables between this file's markers")
+    parser.add_argument(
+        "--pages", action="store_true", help="put the newest results between the markers of the pages that show them"
+    )
+    parser.add_argument("--root", type=Path, default=here.parent, help="of these pages")
     args = parser.parse_args(argv)
-    if not args.files and not args.readme:
-        parser.error("nothing to do: name results files, or --readme README.md")
+    if not args.files and not args.pages:
+        parser.error("nothing to do: name results files, or --pages")
     for path in args.files:
         render(json.loads(path.read_text()), path)
-    if args.readme:
-        text, found = args.readme.read_text(), newest(args.results)
+    if args.pages:
+        found, page, readme = newest(args.results), args.root / "docs" / "benchmarks.md", args.root / "README.md"
+        text = page.read_text()
         for device in DEVICES:
-            text = replace_block(text, device, readme_block(device, found, args.readme.resolve().parent))
-        args.readme.write_text(text)
+            text = replace_block(text, device, page_block(device, found, page.parent))
+        page.write_text(text)
+        readme.write_text(replace_block(readme.read_text(), "headlines", headlines(found)))
     return 0
 
 

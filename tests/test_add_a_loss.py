@@ -78,7 +78,7 @@ def run(tmp_path_factory):
         pytest.skip("needs the sources, cmake and a C++ compiler")
     root = tmp_path_factory.mktemp("copy")
     leave = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py", "*.egg-info", "results")
-    for name in ("csrc", "pyext", "tests", "tools", "bench"):
+    for name in ("csrc", "pyext", "tests", "tools", "bench", "docs"):
         shutil.copytree(ROOT / name, root / name, ignore=leave)
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
@@ -112,18 +112,18 @@ def test_a_new_loss_passes_the_tests_of_every_loss(name, run):
 
 
 def test_new_losses_are_known_everywhere(run):
-    """To the tests that look whether every loss has a spec, to the README, to the benchmarks."""
+    """To the tests that look whether every loss has a spec, to the table of losses, to the benchmarks."""
     complete = ("tests/test_pointwise.py", "tests/test_row_losses.py", "tests/test_transforms.py")
     options = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-k", "has_a_spec or specs_are")
     run(sys.executable, "-m", "pytest", *complete, *options)
     run(sys.executable, "tools/loss_table.py")
-    written = run(sys.executable, "-c", "print(open('README.md').read())")
+    written = run(sys.executable, "-c", "print(open('docs/losses.md').read())")
     for name in NAMES:
         assert f"| `{name}` |" in written
     run(sys.executable, "-c", "import sys; sys.path.insert(0, 'bench'); import cases")
 
 
-def test_the_readme_has_every_loss():
+def test_the_page_of_losses_has_every_one():
     """Its table is what tools/loss_table.py writes."""
     if not (ROOT / "tools/loss_table.py").exists():
         pytest.skip("needs the sources")

@@ -1,4 +1,4 @@
-"""The benchmark's tables, goals and README blocks, from results made up here: no clock is read."""
+"""The benchmark's tables, goals and blocks of pages, from results made up here: no clock is read."""
 
 import dataclasses
 import json
@@ -117,7 +117,7 @@ def test_no_shortfall_when_all_is_well():
     assert "Left" in report.summary({**good, "left_out": ["Left"]})
 
 
-def test_readme_table_sums_up_the_details():
+def test_the_short_table_sums_up_the_details():
     cases = {"CE 2048x32000": facts(), "CE 7x9": facts(detail=True)}
     results = [result("fastloss", 1), result("eager", 9), result("compile", 3)]
     results += [result("fastloss", 1, case="CE 7x9"), result("eager", 1.25, case="CE 7x9")]
@@ -157,20 +157,32 @@ def test_newest_complete_file_wins(tmp_path):
     put("cuda-a.json", device="cuda", complete=False, left_out=["CE 64x10"])
     found = report.newest(tmp_path)
     assert {device: path.name for device, (path, _) in found.items()} == {"cpu": "cpu-a.json", "cuda": "cuda-a.json"}
-    assert "Not in it: CE 64x10." in report.readme_block("cuda", found, tmp_path)
+    assert "Not in it: CE 64x10." in report.page_block("cuda", found, tmp_path)
 
 
-def test_readme_is_generated_from_the_results(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench:cpu --><!-- /bench:cpu -->\n<!-- bench:cuda --><!-- /bench:cuda -->\n")
+def test_pages_are_generated_from_the_results(tmp_path):
+    page, readme = tmp_path / "docs/benchmarks.md", tmp_path / "README.md"
+    page.parent.mkdir()
+    page.write_text("<!-- bench:cpu --><!-- /bench:cpu -->\n<!-- bench:cuda --><!-- /bench:cuda -->\n")
+    readme.write_text("Before.\n<!-- bench:headlines --><!-- /bench:headlines -->\nAfter.\n")
     measured = data([result("fastloss", 0.01), result("eager", 0.1), result("compile", 0.03)])
     path = report.write(measured, tmp_path / "results")
     assert path.name == "cpu-20260102T0304-abc1234.json"
     assert json.loads(path.read_text()) == measured and path.with_suffix(".md").exists()
-    assert report.main(["--readme", str(readme), "--results", str(tmp_path / "results")]) == 0
-    text = readme.read_text()
-    assert "10.0x (goal 8x)" in text and f"results/{path.stem}.md" in text
+    assert report.main(["--pages", "--root", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    text = page.read_text()
+    assert "10.0x (goal 8x)" in text and f"../results/{path.stem}.md" in text
     assert "No GPU result has been recorded yet." in text
+
+
+def test_headlines_are_rows_of_the_newest_results(tmp_path):
+    case, words = next(iter(report.HEADLINES.items()))
+    assert set(report.HEADLINES) <= {c.name for c in cases.CPU}, "a case that is not measured"
+    seconds = {"fastloss": 0.010, "eager": 0.1, "compile": 0.03}
+    results = [result(system, t, case=case, mode="forward+backward") for system, t in seconds.items()]
+    found = {"cpu": (tmp_path / "cpu.json", data(results, cases={case: facts()}))}
+    assert report.headlines(found).splitlines()[2:] == [f"| {words} | 10 ms | 100 ms, 10.0x | 30 ms, 3.00x |"]
+    assert report.headlines({}) == "No CPU result has been recorded yet."
 
 
 def test_plots(tmp_path):

@@ -1,4 +1,4 @@
-"""Writes the table of losses in the README from the registry (fastloss.testing) and the docstrings."""
+"""Writes the table of losses in docs/losses.md from the registry (fastloss.testing) and the docstrings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from fastloss.testing import SPECS, LossSpec
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "losses.md"
 BEGIN, END = "<!-- written by tools/loss_table.py -->\n", "<!-- end of what is written -->\n"
 
 
@@ -35,14 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the table is what it should be")
     check = parser.parse_args().check
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     new = before + BEGIN + "\n" + table() + "\n" + END + after
     if check and new != text:
-        print("The table of losses in README.md is out of date: run python tools/loss_table.py", file=sys.stderr)
+        print("The table of losses in docs/losses.md is out of date: run python tools/loss_table.py", file=sys.stderr)
     elif not check:
-        README.write_text(new)
+        PAGE.write_text(new)
     return int(check and new != text)
 
 

@@ -1,7 +1,7 @@
 """The pointwise losses: what each is, in plain torch, and the samples that all of them share.
 
 :data:`LOSSES` is the registry: a loss is a line there. Tests and benchmarks read it through
-:data:`fastloss.testing.SPECS`, the table of losses in the README is written from it.
+:data:`fastloss.testing.SPECS`, the table in docs/losses.md is written from it.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The losses that map each row's nll: what each is, and the samples that all of them share.
 
 :data:`LOSSES` is the registry: a loss is a line there. Tests read it through :data:`fastloss.testing.SPECS`, the table
-of losses in the README is written from it.
+in docs/losses.md is written from it.
 """
 
 import importlib
