@@ -40,7 +40,7 @@ def losses(value=1.0, gradient=1.0):
 
 
 def run(tmp_path, capsys, ours=None, steps=40):
-    code = demo.main(["--steps", str(steps), "--out", str(tmp_path / "curves.png")], ours)
+    code = demo.main(["--steps", str(steps), "--gain-steps", "0", "--out", str(tmp_path / "curves.png")], ours)
     return code, capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 """``python -m fastloss demo``: real training runs, once with torch's losses and once with fastloss.
 
-Two tasks on data that ships with scikit-learn, each trained twice from the same seed over the same batches:
+First equality: two tasks on data that ships with scikit-learn, each trained twice from the same seed over the same
+batches:
 
 - *digits*: 8x8 images of handwritten digits; nine tenths of the training images of three digits are dropped, and an
   MLP is trained with class-weighted cross entropy (weights inversely proportional to the class frequencies);
@@ -13,6 +14,8 @@ the largest difference between the two curves, relative to the curve's largest v
 ``AMPLIFICATION * eps`` of the dtype. The factor observed between correct losses is below 10; 1000 leaves room for
 another processor's rounding. Measured the other way, a gradient scaled by 1.001 fails in float32, and one scaled by
 1 + 1e-6 fails in float64 a million times over.
+
+Then the gain, where logits are large: :mod:`fastloss.demo_gain`.
 """
 
 from __future__ import annotations
@@ -278,6 +281,18 @@ def plot_landscape(task: Task, run: Run, path: str) -> None:
     plt.close(measured.draw(save=path))
 
 
+def _gain(args: argparse.Namespace, ours: Any, device: torch.device) -> bool:
+    """The part in which logits are large; see :mod:`fastloss.demo_gain`."""
+    from . import demo_gain
+
+    print("\nWhere the logits are large:\n")
+    out = Path(args.out)
+    same = demo_gain.run(ours, device, args.seed, args.gain_steps, str(out.with_stem(f"{out.stem}-language")))
+    if not same:
+        print("The language model's curves differ by more than rounding.", file=sys.stderr)
+    return same
+
+
 def _tasks(ours: Any, seed: int, device: torch.device) -> Iterator[Task]:
     yield digits(ours, seed, device)
     yield from diabetes(ours, seed, device)
@@ -292,6 +307,12 @@ def main(argv: Sequence[str] | None = None, ours: Any = None) -> int:
     parser.add_argument("--out", default="fastloss-demo.png", help="where the curves go (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps per run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--gain-steps",
+        type=int,
+        default=30,
+        help="training steps of the language model (default: %(default)s; 0: none)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     args = parser.parse_args(argv)
     if args.steps < 1:
@@ -346,7 +367,7 @@ def _run(args: argparse.Namespace, ours: Any, device: torch.device) -> int:
             check.append([name, str(dtype).removeprefix("torch."), f"{apart:.1e}", f"{limit(dtype):.1e}", verdict])
     print(f"\n{table(summary)}\n")
     print("Time in the loss: value and gradient of one batch in float32, median, the two taking turns. Batches this")
-    print("small measure the cost of the call; `make bench` measures sizes at which the arithmetic counts.\n")
+    print("small measure the cost of the call; large ones come below.\n")
     print(f"{table(check)}\n")
     print("Largest difference between the two training curves, relative to the largest loss; the limit is what")
     print(f"rounding, amplified {AMPLIFICATION}-fold by training, may come to.")
@@ -354,6 +375,8 @@ def _run(args: argparse.Namespace, ours: Any, device: torch.device) -> int:
     print(f"Training curves: {args.out}")
     if not agree:
         print("The curves differ by more than rounding: this is a fault in fastloss.", file=sys.stderr)
+        return 1
+    if args.gain_steps and not _gain(args, ours, device):
         return 1
     out = Path(args.out)
     losses, landscape = (out.with_stem(f"{out.stem}-{what}") for what in ("losses", "landscape"))
