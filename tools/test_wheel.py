@@ -54,6 +54,11 @@ for ours, theirs, t in (
         assert patched is not theirs
         torch.testing.assert_close(patched(x, t), ours(x, t))
 
+import fastloss.functional, fastloss.nn
+for face, module in ((fastloss.functional, torch.nn.functional), (fastloss.nn, torch.nn)):
+    for name in set(dir(module)) - {*face.__all__, "functional"}:
+        assert name.startswith("_") or getattr(face, name) is getattr(module, name), name
+
 try:
     fastloss.cross_entropy(torch.randn(2, 3), torch.tensor([0, 3]))
     raise SystemExit("a bad target was accepted")

@@ -1,4 +1,17 @@
-"""The function names of :mod:`torch.nn.functional`: ``import fastloss.functional as F``. Some are fastloss's own."""
+"""All names of :mod:`torch.nn.functional`: ``import fastloss.functional as F`` is all that a script changes.
+
+``__all__`` lists fastloss's own: losses of torch, which :func:`fastloss.patch` takes from here, and losses beyond
+torch's. Every other name is torch's own object.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # mypy heeds the first definition of a name, every other reader the last
+    from . import *  # noqa: F403
+
+# `import fastloss` comes here before it can patch anything, so these are torch's, whatever is in force later.
+import torch.nn.functional
+from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
 
 from .head.linear_cross_entropy import linear_cross_entropy
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
@@ -33,3 +46,11 @@ __all__ = [
     "rmse_loss",
     "smooth_l1_loss",
 ]
+
+if not TYPE_CHECKING:  # type checkers are to know a wrong name
+
+    def __getattr__(name: str) -> Any:
+        """What the star leaves out: names with an underscore, and what torch adds to its module later."""
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(torch.nn.functional, name)

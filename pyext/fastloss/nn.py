@@ -1,5 +1,20 @@
-"""The class names of :mod:`torch.nn`: ``import fastloss.nn as nn``. Some are fastloss's own."""
+"""All names of :mod:`torch.nn`: ``import fastloss.nn as nn`` is all that a script changes.
 
+``__all__`` lists fastloss's own, and ``nn.functional`` is :mod:`fastloss.functional`. Every other name is torch's own
+object.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # mypy heeds the first definition of a name, every other reader the last
+    from . import *  # noqa: F403
+    from . import functional as functional
+
+import torch.nn
+from torch.nn import *  # type: ignore[assignment,no-redef]  # noqa: F403
+
+from . import functional as functional
 from .head.linear_cross_entropy import LinearCrossEntropyLoss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
@@ -33,3 +48,13 @@ __all__ = [
     "RelativeL1Loss",
     "SmoothL1Loss",
 ]
+
+sys.modules[f"{__name__}.functional"] = functional  # for `import fastloss.nn.functional as F`
+
+if not TYPE_CHECKING:  # type checkers are to know a wrong name
+
+    def __getattr__(name: str) -> Any:
+        """What the star leaves out: names with an underscore, and what torch adds to its module later."""
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(torch.nn, name)
