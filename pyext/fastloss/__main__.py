@@ -1,7 +1,16 @@
-"""``python -m fastloss info``, ``demo``, ``check package.module:loss`` and ``plot curves package.module:loss``."""
+"""The command ``fastloss``, or ``python -m fastloss``:
+
+    fastloss info                            what this build contains, and what this machine can use of it
+    fastloss demo                            training runs on real data, beside torch
+    fastloss check package.module:loss       is a loss sound?
+    fastloss plot curves package.module:loss --save curves.png
+
+``fastloss check --help`` and so on say the rest.
+"""
 
 import importlib
 import sys
+from collections.abc import Sequence
 
 
 def code_for(major: int, minor: int, archs: list[str]) -> str:
@@ -60,8 +69,9 @@ def info() -> int:
     return 0
 
 
-def main(argv: list[str]) -> int:
-    command, *rest = argv or ["help"]
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, by default that of the command line; the exit status."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
     if command == "info":
         return info()
     if command == "demo":
@@ -81,4 +91,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

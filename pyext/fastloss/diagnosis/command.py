@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastloss check",
         description="Examine a loss (prediction, target) -> tensor.",
-        epilog=f"kinds:\n{kinds}",
+        epilog=f"kinds:\n{kinds}\n\nexample: python -m fastloss check torch.nn.functional:huber_loss --kind regression",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("loss", help="package.module:name or file.py:name, a function, an nn.Module or its class")

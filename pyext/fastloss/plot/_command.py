@@ -15,7 +15,11 @@ from ._curves import curves
 
 def main(argv: Sequence[str]) -> int:
     """Parse, draw, write; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastloss plot", description="Draw losses.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastloss plot",
+        description="Draw losses.",
+        epilog="example: python -m fastloss plot curves fastloss:huber_loss fastloss:l1_loss --save robust.png",
+    )
     parser.add_argument("what", choices=["curves"], help="value and gradient along one logit or residual")
     parser.add_argument(
         "loss", nargs="+", help="package.module:name or file.py:name, a function, an nn.Module or its class"
