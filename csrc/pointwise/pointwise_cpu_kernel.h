@@ -505,19 +505,21 @@ inline void fill_nan(const PointwiseArgs& a, int64_t row) {
 
 // Losses and factors of the rows, from the partial sums of the blocks: those of each term, then the denominators.
 template <class Loss, class T>
-inline void finish(const PointwiseArgs& a, const double* partial) {
+inline void finish(const PointwiseArgs& a, const double* partial, ParallelFor parallel_for) {
   const int64_t blocks = blocks_of(a), items = a.rows * blocks;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    double sums[Loss::sums];
-    for (int j = 0; j < Loss::sums; ++j) sums[j] = pairwise_sum(partial + j * items + row * blocks, blocks, 1);
-    const double denominator =
-        a.counts_all() ? 0 : pairwise_sum(partial + Loss::sums * items + row * blocks, blocks, 1);
-    const auto r = row_result<Loss>(a, sums, denominator);
-    if (a.loss_out) store_scalar(a.loss_out, a.loss_type, row, r.value);
-    if (a.factor)
-      for (int j = 0; j < Loss::sums; ++j) a.factor[row * Loss::sums + j] = r.factor[j];
-    if (a.wants_grads() && may_divide_by_zero(a) && denominator == 0) fill_nan<T, Loss::operands>(a, row);
-  }
+  parallel(parallel_for, a.rows, 1024, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      double sums[Loss::sums];
+      for (int j = 0; j < Loss::sums; ++j) sums[j] = pairwise_sum(partial + j * items + row * blocks, blocks, 1);
+      const double denominator =
+          a.counts_all() ? 0 : pairwise_sum(partial + Loss::sums * items + row * blocks, blocks, 1);
+      const auto r = row_result<Loss>(a, sums, denominator);
+      if (a.loss_out) store_scalar(a.loss_out, a.loss_type, row, r.value);
+      if (a.factor)
+        for (int j = 0; j < Loss::sums; ++j) a.factor[row * Loss::sums + j] = r.factor[j];
+      if (a.wants_grads() && may_divide_by_zero(a) && denominator == 0) fill_nan<T, Loss::operands>(a, row);
+    }
+  });
 }
 
 template <class Loss, class T>
@@ -544,7 +546,7 @@ inline void forward(const PointwiseArgs& a, ParallelFor parallel_for) {
     walk<Loss, T, kWantSums | kWantFirstGrad>(a, parallel_for, denominators, prepare, done);
   else
     walk<Loss, T, kWantSums | kWantGrads>(a, parallel_for, denominators, prepare, done);
-  finish<Loss, T>(a, partial.get());
+  finish<Loss, T>(a, partial.get(), parallel_for);
 }
 
 template <class Loss, class T>

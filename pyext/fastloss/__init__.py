@@ -14,6 +14,7 @@ from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
+from .losses.cosine_embedding_loss import CosineEmbeddingLoss, cosine_embedding_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
@@ -22,16 +23,19 @@ from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
 from .losses.mse_loss import MSELoss, mse_loss
 from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
+from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss, multilabel_soft_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
+from .losses.triplet_margin_loss import TripletMarginLoss, triplet_margin_loss
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
 __all__ = [
     "BCEWithLogitsLoss",
     "CosineDistanceLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DiceLoss",
@@ -42,17 +46,20 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
+    "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
     "PatchReport",
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
+    "TripletMarginLoss",
     "__version__",
     "binary_cross_entropy_with_logits",
     "check",
     "check_errors",
     "cosine_distance_loss",
+    "cosine_embedding_loss",
     "cross_entropy",
     "dice_loss",
     "explain",
@@ -66,6 +73,7 @@ __all__ = [
     "log_cosh_loss",
     "mse_loss",
     "multi_margin_loss",
+    "multilabel_soft_margin_loss",
     "nll_loss",
     "patch",
     "patch_report",
@@ -75,5 +83,6 @@ __all__ = [
     "set_error_mode",
     "smooth_l1_loss",
     "token_log_probs",
+    "triplet_margin_loss",
     "unpatch",
 ]

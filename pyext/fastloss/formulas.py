@@ -95,6 +95,40 @@ def _cosine_finish(product: Tensor, x_square: Tensor, t_square: Tensor, eps: flo
     return 1 - product / (_root(x_square) * _root(t_square)).clamp(min=eps)
 
 
+def _cosine_embedding_terms(
+    x: Tensor, y: Tensor, t: Tensor, margin: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x * y, x * x, y * y, torch.where(t == 1, 1.0, torch.where(t == -1, -1.0, 0.0)).to(x.dtype)
+
+
+def _cosine_embedding_finish(
+    product: Tensor, x_square: Tensor, y_square: Tensor, side: Tensor, margin: float = 0.0
+) -> Tensor:
+    cosine = product / ((x_square + 1e-12).sqrt() * (y_square + 1e-12).sqrt())
+    hinge = (cosine - margin).clamp_min(0.0)
+    return torch.where(side > 0, 1 - cosine, torch.where(side < 0, hinge, 0.0))
+
+
+def _power(x: Tensor, p: float) -> Tensor:
+    """x^p for x >= 0, with derivative 0 at 0."""
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x) ** p)
+
+
+def _triplet_terms(
+    a: Tensor, p: Tensor, n: Tensor, norm: float = 2.0, margin: float = 1.0, eps: float = 1e-6, swap: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    ap, an, pn = (d**2 if norm == 2 else _power(d.abs(), norm) for d in (a - p + eps, a - n + eps, p - n + eps))
+    return ap, an, pn
+
+
+def _triplet_finish(
+    ap: Tensor, an: Tensor, pn: Tensor, norm: float = 2.0, margin: float = 1.0, eps: float = 1e-6, swap: float = 0.0
+) -> Tensor:
+    near, far, other = (_power(s, 1 / norm) for s in (ap, an, pn))
+    return (margin + near - (torch.minimum(far, other) if swap else far)).clamp_min(0.0)
+
+
 FORMULAS: dict[str, Formula] = {
     "l1_loss": Formula(l1_loss),
     "mse_loss": Formula(mse_loss),
@@ -105,6 +139,8 @@ FORMULAS: dict[str, Formula] = {
     "relative_l1_loss": Formula(relative_l1_loss, ("eps", "symmetric")),
     "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits, ("label_smoothing",)),
     "cosine_distance_loss": Formula(_cosine_terms, ("eps",), _cosine_finish),
+    "cosine_embedding_loss": Formula(_cosine_embedding_terms, ("margin",), _cosine_embedding_finish),
+    "triplet_margin_loss": Formula(_triplet_terms, ("norm", "margin", "eps", "swap"), _triplet_finish),
 }
 
 

@@ -3,6 +3,7 @@
 from .head.linear_cross_entropy import linear_cross_entropy
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import cosine_distance_loss
+from .losses.cosine_embedding_loss import cosine_embedding_loss
 from .losses.cross_entropy import cross_entropy
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
@@ -11,14 +12,17 @@ from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
 from .losses.mse_loss import mse_loss
 from .losses.multi_margin_loss import multi_margin_loss
+from .losses.multilabel_soft_margin_loss import multilabel_soft_margin_loss
 from .losses.nll_loss import nll_loss
 from .losses.relative_l1_loss import relative_l1_loss
 from .losses.rmse_loss import rmse_loss
 from .losses.smooth_l1_loss import smooth_l1_loss
+from .losses.triplet_margin_loss import triplet_margin_loss
 
 __all__ = [
     "binary_cross_entropy_with_logits",
     "cosine_distance_loss",
+    "cosine_embedding_loss",
     "cross_entropy",
     "dice_loss",
     "focal_loss",
@@ -28,8 +32,10 @@ __all__ = [
     "log_cosh_loss",
     "mse_loss",
     "multi_margin_loss",
+    "multilabel_soft_margin_loss",
     "nll_loss",
     "relative_l1_loss",
     "rmse_loss",
     "smooth_l1_loss",
+    "triplet_margin_loss",
 ]

@@ -3,6 +3,7 @@
 from .head.linear_cross_entropy import LinearCrossEntropyLoss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
+from .losses.cosine_embedding_loss import CosineEmbeddingLoss
 from .losses.cross_entropy import CrossEntropyLoss
 from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
@@ -11,14 +12,17 @@ from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
 from .losses.mse_loss import MSELoss
 from .losses.multi_margin_loss import MultiMarginLoss
+from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss
 from .losses.nll_loss import NLLLoss
 from .losses.relative_l1_loss import RelativeL1Loss
 from .losses.rmse_loss import RMSELoss
 from .losses.smooth_l1_loss import SmoothL1Loss
+from .losses.triplet_margin_loss import TripletMarginLoss
 
 __all__ = [
     "BCEWithLogitsLoss",
     "CosineDistanceLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "DiceLoss",
     "FocalLoss",
@@ -27,9 +31,11 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
+    "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
+    "TripletMarginLoss",
 ]
