@@ -52,6 +52,19 @@ constexpr V sign_of(V d) {
   const V one = V{} + lane_t<V>(1);
   return d > lane_t<V>(0) ? one : d < lane_t<V>(0) ? -one : V{};
 }
+template <class V>
+constexpr V sqrt_of(V x) {
+  if constexpr (sizeof(V) == sizeof(lane_t<V>)) {
+    return sqrt(x);
+  } else {  // the compiler makes one instruction of it
+    for (size_t i = 0; i < sizeof(V) / sizeof(lane_t<V>); ++i)
+      if constexpr (sizeof(lane_t<V>) == 8)
+        x[i] = __builtin_sqrt(x[i]);
+      else
+        x[i] = __builtin_sqrtf(x[i]);
+    return x;
+  }
+}
 // a^p for a >= 0: 0 at 0, whatever p is. Its relative error is that of a float's rounding |p log a| times.
 template <class V>
 constexpr V power_of(V a, lane_t<V> p) {
