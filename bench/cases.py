@@ -34,6 +34,11 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _WITH_GOALS = ("l1_loss", "mse_loss", "rmse_loss")
 BCE, FOCAL, DICE = "binary_cross_entropy_with_logits", "focal_loss", "dice_loss"
 TOKENS = "token_log_probs"
+SIGMOID_FOCAL, ASYMMETRIC = "sigmoid_focal_loss", "asymmetric_loss"
+TRIPLET, COSINE, MULTILABEL = "triplet_margin_loss", "cosine_embedding_loss", "multilabel_soft_margin_loss"
+CHARBONNIER, QUANTILE, RMSLE = "charbonnier_loss", "quantile_loss", "rmsle_loss"
+_LABELS = (BCE, SIGMOID_FOCAL, ASYMMETRIC, MULTILABEL)  # targets of 0 and 1
+_VECTORS = (TRIPLET, COSINE)  # a loss for each row
 # Of an input and a target, summed.
 _PLAIN = (name for name, loss in LOSSES.items() if not loss.further and not loss.per_sample)
 POINTWISE = (*_WITH_GOALS, *(name for name in _PLAIN if name not in _WITH_GOALS))
@@ -72,6 +77,36 @@ def _dice(x: torch.Tensor, target: torch.Tensor, smooth: float = 1e-5) -> torch.
     return (1 - (2 * common + smooth) / (either + smooth)).mean()
 
 
+def _sigmoid_focal(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """As torchvision.ops writes it."""
+    p = torch.sigmoid(x)
+    ce = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+    p_t = p * target + (1 - p) * (1 - target)
+    return _reduced((0.25 * target + 0.75 * (1 - target)) * (ce * (1 - p_t) ** 2), reduction)
+
+
+def _asymmetric(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """As timm writes it."""
+    positive = torch.sigmoid(x)
+    negative = (1 - positive + 0.05).clamp(max=1)
+    log_p = target * positive.clamp(min=1e-8).log() + (1 - target) * negative.clamp(min=1e-8).log()
+    p_t = positive * target + negative * (1 - target)
+    return -_reduced(log_p * (1 - p_t) ** (target + 4 * (1 - target)), reduction)
+
+
+def _charbonnier(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    return _reduced(((x - target) ** 2 + 1e-6).sqrt(), reduction)
+
+
+def _quantile(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    d = target - x
+    return _reduced(torch.maximum(0.5 * d, -0.5 * d), reduction)
+
+
+def _root_mean_square_log(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    return _root_mean_square(x.log1p(), target.log1p(), reduction)
+
+
 def token_objective(log_prob: torch.Tensor, entropy: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Likely tokens and, a little, uncertain rows: both results have an incoming gradient."""
     return _reduced(-log_prob - 0.01 * entropy, reduction)
@@ -88,6 +123,11 @@ _COMPOSED: dict[str, Loss] = {
     FOCAL: _focal,
     DICE: _dice,
     TOKENS: _token_log_probs,
+    SIGMOID_FOCAL: _sigmoid_focal,
+    ASYMMETRIC: _asymmetric,
+    CHARBONNIER: _charbonnier,
+    QUANTILE: _quantile,
+    RMSLE: _root_mean_square_log,
 }
 
 
@@ -124,7 +164,7 @@ class Case:
 
     def fewest_bytes(self, mode: str) -> tuple[int, int]:
         """(read, written) by an implementation that moves nothing twice."""
-        reads = 2 if self.soft or self.elementwise else 1
+        reads = 3 if self.loss == TRIPLET else 2 if self.soft or self.elementwise else 1
         if self.loss == DICE and mode != FORWARD:
             reads = 2  # its gradient takes sums over all pixels
         return reads * self.bytes, 0 if mode == FORWARD else self.bytes
@@ -132,11 +172,11 @@ class Case:
     @property
     def elementwise(self) -> bool:
         """The target has the input's shape and no dimension is one of classes."""
-        return self.loss == BCE or self.loss in POINTWISE
+        return self.loss in (*_LABELS, *_VECTORS, *POINTWISE, CHARBONNIER, QUANTILE, RMSLE)
 
     @property
     def exps(self) -> int:
-        return 0 if self.loss in POINTWISE else self.numel  # one for each logit
+        return 0 if self.loss in (*POINTWISE, *_VECTORS, CHARBONNIER, QUANTILE) else self.numel  # one for each logit
 
 
 class Problem:
@@ -154,7 +194,7 @@ class Problem:
         self.classifier = normal(classes, case.hidden) / case.hidden**0.5 if case.hidden else None
         if case.channels_last:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
-        if case.loss == BCE:
+        if case.loss in _LABELS:
             self.target = (normal(*case.shape) > 0).to(dtype)
         elif case.elementwise:
             self.target = normal(*case.shape)
@@ -165,7 +205,13 @@ class Problem:
             self.target = torch.randint(classes, labels, generator=generator, device=device)
             if case.ignored:
                 self.target[torch.rand(labels, generator=generator, device=device) < case.ignored] = -100
+        if case.loss == RMSLE:
+            self.x, self.target = self.x.abs(), self.target.abs()
         self.options: dict[str, Any] = {}  # of the loss, by the names that torch and fastloss share
+        if case.loss == TRIPLET:
+            self.options["negative"] = normal(*case.shape)
+        if case.loss == COSINE:
+            self.options["target"] = (normal(case.shape[0]) > 0).to(dtype) * 2 - 1
         if case.weight:
             self.options["weight"] = normal(classes).abs() + 0.5
         if case.pos_weight:
@@ -193,7 +239,7 @@ class Problem:
         if whole:
             count = 1.0
         elif case.elementwise:
-            count = float(self.x.numel())
+            count = float(case.shape[0] if case.loss in (*_VECTORS, MULTILABEL) else self.x.numel())
         elif case.soft or "weight" not in self.options:
             count = float((self.target != -100).sum()) if case.ignored else float(case.numel // case.shape[1])
         else:
@@ -208,7 +254,7 @@ class Problem:
             total += value.item()
             grads.append(grad if self.x.dtype == torch.float64 else grad.float())
         grad = torch.cat(grads)
-        if case.loss == "rmse_loss":
+        if case.loss in ("rmse_loss", RMSLE):
             total = total**0.5
             grad /= 2 * total
         return total, grad
@@ -268,6 +314,14 @@ CPU = [
     _head((2048, 32000), 512, "float32", {"gemms": 0.92, "torch-chunked": 4, "eager": 1}, systems=_HEAD),
     _head((2048, 32000), 512, "bfloat16", {"torch-chunked": 2, "eager": 1}, systems=_HEAD),
     _head((2048, 32000), 512, "float32", {"eager": 1}, systems=_HEAD, ignored=0.5),
+    Case("Sigmoid focal 16 Mi float32", (1 << 24,), "float32", _both(25, 5), SIGMOID_FOCAL, own={"reduction": "mean"}),
+    Case("Asymmetric 16 Mi float32", (1 << 24,), "float32", loss=ASYMMETRIC, detail=True),
+    Case("Multi-label 524288x32 float32", (524288, 32), "float32", loss=MULTILABEL, detail=True),
+    *(Case(f"{loss} 16 Mi float32", (1 << 24,), "float32", loss=loss, detail=True) for loss in (CHARBONNIER, QUANTILE, RMSLE)),  # noqa: E501
+    Case("Triplet 65536x128 float32", (65536, 128), "float32", _both(4, 1.5), TRIPLET),
+    Case("Cosine embedding 65536x128 float32", (65536, 128), "float32", _both(4, 1.5), COSINE),
+    *(Case(f"{loss} 512x128 float32", (512, 128), "float32", _FROM_HERE_UP, loss, own={"reduction": "mean"}, systems=_TWO, detail=True)  # noqa: E501
+      for loss in (SIGMOID_FOCAL, ASYMMETRIC, MULTILABEL, CHARBONNIER, QUANTILE, RMSLE, TRIPLET, COSINE)),
     Case("BCE 64 Ki float32", (1 << 16,), "float32", _FROM_HERE_UP, BCE, systems=_TWO, detail=True),
     Case("BCE 2048x32 float32, pos_weight", (2048, 32), "float32", _FROM_HERE_UP, BCE, pos_weight=True, systems=_TWO, detail=True),  # noqa: E501
     Case("Focal 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, FOCAL, own={"gamma": 2.0}, systems=_TWO, detail=True),  # noqa: E501
@@ -288,6 +342,9 @@ CUDA = [
     *(Case(f"{name} 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, loss) for name, loss in zip(("L1", "MSE", "RMSE"), _WITH_GOALS, strict=True)),  # noqa: E501
     *(Case(f"{loss} 256 Mi float32", (1 << 28,), "float32", loss=loss, detail=True) for loss in POINTWISE[3:]),
     Case("BCE 256 Mi float32", (1 << 28,), "float32", _CUDA_POINTWISE, BCE),
+    Case("Sigmoid focal 256 Mi float32", (1 << 28,), "float32", loss=SIGMOID_FOCAL, own={"reduction": "mean"}),
+    Case("Triplet 1048576x128 float32", (1 << 20, 128), "float32", loss=TRIPLET),
+    Case("Cosine embedding 1048576x128 float32", (1 << 20, 128), "float32", loss=COSINE),
     Case("BCE 8388608x32 float32, pos_weight", (1 << 23, 32), "float32", _CUDA_POINTWISE, BCE, pos_weight=True),
     Case("Tokens 8192x128256 bfloat16, entropy", (8192, 128256), "bfloat16", loss=TOKENS, own={"return_entropy": True}),
     Case("Focal 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=FOCAL, own={"gamma": 2.0}),

@@ -42,8 +42,7 @@ def gradients(loss, *wanted, g=None):
 
 def test_every_loss_of_the_kernels_has_a_spec():
     """A loss without one would miss every test that runs over them."""
-    specs = {name for name, spec in SPECS.items() if spec.operator == "pointwise_"}
-    assert specs == {loss.partition(":")[0] for loss in ops.pointwise_losses().split()}
+    assert {loss.partition(":")[0] for loss in ops.pointwise_losses().split()} <= SPECS.keys()
 
 
 HIGHER = {  # of a function of one tensor; `v` is a direction in it

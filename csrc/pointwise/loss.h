@@ -5,7 +5,7 @@
 // The losses are in losses/, a file for each group. A new loss is a struct there and its name in the group's list;
 // CONTRIBUTING.md goes through the steps.
 //
-// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log1p_of, tanh_of and inverse_of: an
+// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, tanh_of and inverse_of: an
 // instruction set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
 #pragma once
 #include "pointwise.h"
@@ -51,6 +51,37 @@ template <class V>
 constexpr V sign_of(V d) {
   const V one = V{} + lane_t<V>(1);
   return d > lane_t<V>(0) ? one : d < lane_t<V>(0) ? -one : V{};
+}
+template <class V>
+constexpr V sqrt_of(V x) {
+  if constexpr (sizeof(V) == sizeof(lane_t<V>)) {
+    return sqrt(x);
+  } else {  // the compiler makes one instruction of it
+    for (size_t i = 0; i < sizeof(V) / sizeof(lane_t<V>); ++i)
+      if constexpr (sizeof(lane_t<V>) == 8)
+        x[i] = __builtin_sqrt(x[i]);
+      else
+        x[i] = __builtin_sqrtf(x[i]);
+    return x;
+  }
+}
+// a^p for a >= 0: 0 at 0, whatever p is. Its relative error is that of a float's rounding |p log a| times.
+template <class V>
+constexpr V power_of(V a, lane_t<V> p) {
+  using T = lane_t<V>;
+  const T most = T(sizeof(T) == 8 ? 709 : 88);  // of exp_of
+  const V z = p * log_of(a);
+  return a == T(0) ? V{} : z > most ? V{} + T(__builtin_inf()) : exp_of(z);
+}
+// |d|^p, p > 0. Its slope at 0 is 0, as torch's.
+template <class V>
+constexpr Slope<V> power_of_abs(V d, lane_t<V> p) {
+  using T = lane_t<V>;
+  if (p == T(2)) return {d * d, d + d};
+  const V a = abs_of(d);
+  if (p == T(1)) return {a, sign_of(d)};
+  const V root = power_of(a, p - T(1));
+  return {root * a, p * root * sign_of(d)};
 }
 
 // What a loss may say of itself. `residual`: a function of x - t, which returns a Slope. `finishes`: it has a function

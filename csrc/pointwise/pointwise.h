@@ -29,7 +29,7 @@ constexpr int kPointwiseDims = 24;  // after coalescing
 constexpr int kPointwiseOperands = 4, kPointwiseSums = 4, kPointwiseParams = 4;
 
 // The losses lie in groups, losses/<group>.h; each group is compiled by itself.
-enum class LossGroup : int32_t { classification, regression, vectors, count };
+enum class LossGroup : int32_t { classification, multilabel, regression, vectors, count };
 constexpr int kLossGroups = int(LossGroup::count);
 
 // What a loss is, to those who call it by number.

@@ -218,7 +218,7 @@ class Chunks {
   Writer<T> values, grads[kOperands];
 
   explicit Chunks(const PointwiseArgs& a)
-      : a_(a), room_(min_of(kChunk, round_up(a.cols + 1, kLanes<T>))), memory_(kBuffers * room_), mask_(a, a.mask) {
+      : a_(a), room_(min_of(kChunk, round_up(a.count() + 1, kLanes<T>))), memory_(kBuffers * room_), mask_(a, a.mask) {
     for (int k = 0; k < kOperands; ++k) {
       operands_[k] = Reader<T>(a, a.operands[k], buffer(2), room_);
       grads[k] = Writer<T>(a, a.grads[k], buffer(1));
@@ -465,24 +465,57 @@ inline void for_each_chunk(const PointwiseArgs& a, ParallelFor parallel_for, con
   });
 }
 
+// Rows that fit go through a chunk together, where nothing but their sums is wanted of each: what comes before and
+// after the evaluation then takes its time once.
+inline int64_t rows_of_chunk(const PointwiseArgs& a) {
+  const bool fits = a.rows > 1 && 0 < a.cols && a.cols <= kChunk / 2;
+  return fits && a.counts_all() ? min_of(kChunk / a.cols, a.rows) : 1;
+}
+
 // Evaluates the chunks of a call, with results as prepare(results, row) sets scale and done(results, item) takes sums.
 template <class Loss, class T, int kWant, class Prepare, class Done>
 inline void walk(const PointwiseArgs& a, ParallelFor parallel_for, double* denominators, const Prepare& prepare,
                  const Done& done) {
+  constexpr int kOperands = Loss::operands;
   const bool past = is_streamed(a);
-  for_each_chunk<Loss, T>(a, parallel_for,
-                          [&](Chunks<T, Loss::operands>& chunks, int64_t row, int64_t begin, int64_t n, int64_t item) {
-                            double ignored = 0;
-                            const auto c = chunks.fetch(begin, n, denominators ? &denominators[item] : &ignored);
-                            Results<Loss, T> r;
-                            prepare(r, row);
-                            r.values = chunks.values.at(begin);
-                            for (int k = 0; k < Loss::operands; ++k) r.grads[k] = chunks.grads[k].at(begin);
-                            r.past = past && chunks.is_direct();
-                            evaluate<Loss, T, kWant>(c, a, r);
-                            done(r, item);
-                            chunks.put_back(begin, n, past);
-                          });
+  // `rows` rows, or one chunk of a row, which starts at element `begin`; `item` is of the first.
+  const auto visit = [&](Chunks<T, kOperands>& chunks, int64_t row, int64_t rows, int64_t begin, int64_t n,
+                         int64_t item) {
+    double ignored = 0;
+    const auto all = chunks.fetch(begin, rows * n, denominators ? &denominators[item] : &ignored);
+    Results<Loss, T> to;
+    to.values = chunks.values.at(begin);
+    for (int k = 0; k < kOperands; ++k) to.grads[k] = chunks.grads[k].at(begin);
+    to.past = past && chunks.is_direct();
+    for (int64_t i = 0; i < rows; ++i) {
+      Chunk<T, kOperands> c = all;
+      Results<Loss, T> r = to;
+      c.n = n;
+      for (int k = 0; k < kOperands; ++k) {
+        c.x[k] += i * n;
+        if (r.grads[k]) r.grads[k] += i * n;
+      }
+      if (c.m) c.m += i * n;
+      if (r.values) r.values += i * n;
+      prepare(r, row + i);
+      evaluate<Loss, T, kWant>(c, a, r);
+      done(r, item + i);
+    }
+    chunks.put_back(begin, rows * n, past);
+  };
+  const int64_t together = rows_of_chunk(a);
+  if (together == 1)
+    return for_each_chunk<Loss, T>(a, parallel_for,
+                                   [&](auto& chunks, int64_t row, int64_t begin, int64_t n, int64_t item) {
+                                     visit(chunks, row, 1, begin, n, item);
+                                   });
+  parallel(parallel_for, (a.rows + together - 1) / together, grain_for(together * a.cols),
+           [&](int64_t first, int64_t last) {
+             Chunks<T, kOperands> chunks(a);
+             for (int64_t row = first * together; row < min_of(last * together, a.rows); row += together)
+               visit(chunks, row, min_of(together, a.rows - row), row * a.cols, a.cols, row);
+             if (past) stream_fence();
+           });
 }
 
 inline bool wants_first_grad_only(const PointwiseArgs& a) {
@@ -505,19 +538,21 @@ inline void fill_nan(const PointwiseArgs& a, int64_t row) {
 
 // Losses and factors of the rows, from the partial sums of the blocks: those of each term, then the denominators.
 template <class Loss, class T>
-inline void finish(const PointwiseArgs& a, const double* partial) {
+inline void finish(const PointwiseArgs& a, const double* partial, ParallelFor parallel_for) {
   const int64_t blocks = blocks_of(a), items = a.rows * blocks;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    double sums[Loss::sums];
-    for (int j = 0; j < Loss::sums; ++j) sums[j] = pairwise_sum(partial + j * items + row * blocks, blocks, 1);
-    const double denominator =
-        a.counts_all() ? 0 : pairwise_sum(partial + Loss::sums * items + row * blocks, blocks, 1);
-    const auto r = row_result<Loss>(a, sums, denominator);
-    if (a.loss_out) store_scalar(a.loss_out, a.loss_type, row, r.value);
-    if (a.factor)
-      for (int j = 0; j < Loss::sums; ++j) a.factor[row * Loss::sums + j] = r.factor[j];
-    if (a.wants_grads() && may_divide_by_zero(a) && denominator == 0) fill_nan<T, Loss::operands>(a, row);
-  }
+  parallel(parallel_for, a.rows, 1024, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      double sums[Loss::sums];
+      for (int j = 0; j < Loss::sums; ++j) sums[j] = pairwise_sum(partial + j * items + row * blocks, blocks, 1);
+      const double denominator =
+          a.counts_all() ? 0 : pairwise_sum(partial + Loss::sums * items + row * blocks, blocks, 1);
+      const auto r = row_result<Loss>(a, sums, denominator);
+      if (a.loss_out) store_scalar(a.loss_out, a.loss_type, row, r.value);
+      if (a.factor)
+        for (int j = 0; j < Loss::sums; ++j) a.factor[row * Loss::sums + j] = r.factor[j];
+      if (a.wants_grads() && may_divide_by_zero(a) && denominator == 0) fill_nan<T, Loss::operands>(a, row);
+    }
+  });
 }
 
 template <class Loss, class T>
@@ -544,7 +579,7 @@ inline void forward(const PointwiseArgs& a, ParallelFor parallel_for) {
     walk<Loss, T, kWantSums | kWantFirstGrad>(a, parallel_for, denominators, prepare, done);
   else
     walk<Loss, T, kWantSums | kWantGrads>(a, parallel_for, denominators, prepare, done);
-  finish<Loss, T>(a, partial.get());
+  finish<Loss, T>(a, partial.get(), parallel_for);
 }
 
 template <class Loss, class T>

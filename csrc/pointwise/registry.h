@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "losses/classification.h"
+#include "losses/multilabel.h"
 #include "losses/regression.h"
 #include "losses/vectors.h"
 

@@ -65,10 +65,30 @@ struct MultiMarginLoss : PlainRowLoss {
   }
 };
 
+// max(0, m+ - x_t)^2 + w sum over c != t of max(0, x_c - m-)^2; m+ = p[0], m- = p[1], w = p[2]
+struct CapsuleMarginLoss : PlainRowLoss {
+  static constexpr const char* name = "capsule_margin_loss";
+  static constexpr int sums = 1, params = 3;
+  template <class T>
+  static constexpr RowTerms<T, 1> terms(T x, T, const RowParams<T>& p) {
+    const T z = x - p[1];
+    return {{z < T(0) ? T(0) : z * z}};
+  }
+  template <class T>
+  static constexpr T slope(T x, T, const RowParams<T>& p) {
+    const T z = x - p[1];
+    return z < T(0) ? T(0) : z + z;
+  }
+  static constexpr FinishedRow finish(const double* s, double x_t, double, const RowParams<double>& p) {
+    const double z = p[0] - x_t, below = z < 0 ? 0 : z;
+    return {below * below + p[2] * s[0], -2 * below, p[2]};
+  }
+};
+
 template <class... L>
 struct RowLossList {};
 using RowLosses = RowLossList<  // the registry; a loss's number is its place here
-    NllLoss, MultiMarginLoss>;
+    NllLoss, MultiMarginLoss, CapsuleMarginLoss>;
 
 // What a loss is to those who call it by number.
 struct RowLoss {

@@ -12,26 +12,41 @@ from .head.lazy_logits import LazyHeadWarning
 from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
+from .losses.asymmetric_loss import AsymmetricLoss, asymmetric_loss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
+from .losses.capsule_margin_loss import CapsuleMarginLoss, capsule_margin_loss
+from .losses.charbonnier_loss import CharbonnierLoss, charbonnier_loss
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
+from .losses.cosine_embedding_loss import CosineEmbeddingLoss, cosine_embedding_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
+from .losses.mape_loss import MAPELoss, mape_loss
 from .losses.mse_loss import MSELoss, mse_loss
 from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
+from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss, multilabel_soft_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
+from .losses.quantile_loss import QuantileLoss, quantile_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
+from .losses.rmsle_loss import RMSLELoss, rmsle_loss
+from .losses.sigmoid_focal_loss import SigmoidFocalLoss, sigmoid_focal_loss
+from .losses.smape_loss import SMAPELoss, smape_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
+from .losses.triplet_margin_loss import TripletMarginLoss, triplet_margin_loss
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
 __all__ = [
+    "AsymmetricLoss",
     "BCEWithLogitsLoss",
+    "CapsuleMarginLoss",
+    "CharbonnierLoss",
     "CosineDistanceLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DiceLoss",
@@ -41,18 +56,29 @@ __all__ = [
     "LazyHeadWarning",
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
+    "MAPELoss",
     "MSELoss",
+    "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
     "PatchReport",
+    "QuantileLoss",
     "RMSELoss",
+    "RMSLELoss",
     "RelativeL1Loss",
+    "SMAPELoss",
+    "SigmoidFocalLoss",
     "SmoothL1Loss",
+    "TripletMarginLoss",
     "__version__",
+    "asymmetric_loss",
     "binary_cross_entropy_with_logits",
+    "capsule_margin_loss",
+    "charbonnier_loss",
     "check",
     "check_errors",
     "cosine_distance_loss",
+    "cosine_embedding_loss",
     "cross_entropy",
     "dice_loss",
     "explain",
@@ -64,16 +90,23 @@ __all__ = [
     "linear_kl_divergence",
     "linear_token_log_probs",
     "log_cosh_loss",
+    "mape_loss",
     "mse_loss",
     "multi_margin_loss",
+    "multilabel_soft_margin_loss",
     "nll_loss",
     "patch",
     "patch_report",
+    "quantile_loss",
     "relative_l1_loss",
     "restore_head",
     "rmse_loss",
+    "rmsle_loss",
     "set_error_mode",
+    "sigmoid_focal_loss",
+    "smape_loss",
     "smooth_l1_loss",
     "token_log_probs",
+    "triplet_margin_loss",
     "unpatch",
 ]

@@ -87,12 +87,91 @@ def _root(square: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
+def _power(x: Tensor, p: float) -> Tensor:
+    """x^p for x >= 0, with derivative 0 at 0."""
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x) ** p)
+
+
 def _cosine_terms(x: Tensor, t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     return x * t, x * x, t * t
 
 
 def _cosine_finish(product: Tensor, x_square: Tensor, t_square: Tensor, eps: float = 0.0) -> Tensor:
     return 1 - product / (_root(x_square) * _root(t_square)).clamp(min=eps)
+
+
+def _cosine_embedding_terms(
+    x: Tensor, y: Tensor, t: Tensor, margin: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x * y, x * x, y * y, torch.where(t == 1, 1.0, torch.where(t == -1, -1.0, 0.0)).to(x.dtype)
+
+
+def _cosine_embedding_finish(
+    product: Tensor, x_square: Tensor, y_square: Tensor, side: Tensor, margin: float = 0.0
+) -> Tensor:
+    cosine = product / ((x_square + 1e-12).sqrt() * (y_square + 1e-12).sqrt())
+    hinge = (cosine - margin).clamp_min(0.0)
+    return torch.where(side > 0, 1 - cosine, torch.where(side < 0, hinge, 0.0))
+
+
+def _triplet_terms(
+    a: Tensor, p: Tensor, n: Tensor, norm: float = 2.0, margin: float = 1.0, eps: float = 1e-6, swap: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    ap, an, pn = (d**2 if norm == 2 else _power(d.abs(), norm) for d in (a - p + eps, a - n + eps, p - n + eps))
+    return ap, an, pn
+
+
+def _triplet_finish(
+    ap: Tensor, an: Tensor, pn: Tensor, norm: float = 2.0, margin: float = 1.0, eps: float = 1e-6, swap: float = 0.0
+) -> Tensor:
+    near, far, other = (_power(s, 1 / norm) for s in (ap, an, pn))
+    return (margin + near - (torch.minimum(far, other) if swap else far)).clamp_min(0.0)
+
+
+def charbonnier_loss(x: Tensor, t: Tensor, eps: float = 1e-3) -> Tensor:
+    """sqrt((x - t)^2 + eps^2)"""
+    return ((x - t) ** 2 + eps**2).sqrt()
+
+
+def quantile_loss(x: Tensor, t: Tensor, q: Tensor) -> Tensor:
+    """q (t - x) above, (1 - q) (x - t) below."""
+    d = t - x
+    return torch.where(d > 0, q * d, torch.where(d < 0, (q - 1) * d, d * 0.0))
+
+
+def rmsle_loss(x: Tensor, t: Tensor) -> Tensor:
+    """(log1p x - log1p t)^2; nan from -1 on down."""
+    x, t = (torch.where(v > -1, v, torch.nan).log1p() for v in (x, t))
+    return (x - t) ** 2
+
+
+def _focus(w: Tensor, gamma: float) -> Any:
+    """w^gamma"""
+    return _power(w, gamma) if gamma else 1.0
+
+
+def sigmoid_focal_loss(x: Tensor, t: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """alpha_t (1 - p_t)^gamma times binary cross entropy."""
+    cross_entropy = t * F.softplus(-x) + (1 - t) * F.softplus(x)
+    share = alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else 1.0
+    return share * _focus(t * torch.sigmoid(-x) + (1 - t) * torch.sigmoid(x), gamma) * cross_entropy
+
+
+def asymmetric_loss(x: Tensor, t: Tensor, gamma_pos: float = 1.0, gamma_neg: float = 4.0, clip: float = 0.05) -> Tensor:
+    """-t (1 - p)^gamma_pos log p - (1 - t) m^gamma_neg log(1 - m), m = max(p - clip, 0)."""
+    m, cost = torch.sigmoid(x), F.softplus(x)
+    if clip:
+        m = torch.where(m > clip, m - clip, 0.0)
+        cost = -torch.log1p(-m)
+    return t * _focus(torch.sigmoid(-x), gamma_pos) * F.softplus(-x) + (1 - t) * _focus(m, gamma_neg) * cost
+
+
+def capsule_margin_loss(
+    x: Tensor, t: Tensor, m_plus: float = 0.9, m_minus: float = 0.1, down_weight: float = 0.5
+) -> Tensor:
+    """t max(0, m_plus - x)^2 + down_weight (1 - t) max(0, x - m_minus)^2"""
+    return t * (m_plus - x).clamp(min=0) ** 2 + down_weight * (1 - t) * (x - m_minus).clamp(min=0) ** 2
 
 
 FORMULAS: dict[str, Formula] = {
@@ -105,6 +184,14 @@ FORMULAS: dict[str, Formula] = {
     "relative_l1_loss": Formula(relative_l1_loss, ("eps", "symmetric")),
     "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits, ("label_smoothing",)),
     "cosine_distance_loss": Formula(_cosine_terms, ("eps",), _cosine_finish),
+    "charbonnier_loss": Formula(charbonnier_loss, ("eps",)),
+    "quantile_loss": Formula(quantile_loss),
+    "rmsle_loss": Formula(rmsle_loss, (), _root),
+    "sigmoid_focal_loss": Formula(sigmoid_focal_loss, ("alpha", "gamma")),
+    "asymmetric_loss": Formula(asymmetric_loss, ("gamma_pos", "gamma_neg", "clip")),
+    "capsule_margin_loss": Formula(capsule_margin_loss, ("m_plus", "m_minus", "down_weight")),
+    "cosine_embedding_loss": Formula(_cosine_embedding_terms, ("margin",), _cosine_embedding_finish),
+    "triplet_margin_loss": Formula(_triplet_terms, ("norm", "margin", "eps", "swap"), _triplet_finish),
 }
 
 
@@ -376,9 +463,18 @@ def multi_margin_loss(x: Tensor, index: Tensor, p: float = 1.0, margin: float = 
     return (others * (z if p == 1 else z * z)).sum(1, keepdim=True) / x.shape[1]
 
 
+def capsule_margin_rows(
+    x: Tensor, index: Tensor, m_plus: float = 0.9, m_minus: float = 0.1, down_weight: float = 0.5
+) -> Tensor:
+    """The sum over the classes, of which one is there."""
+    t = torch.zeros_like(x).scatter(1, index, 1.0)
+    return capsule_margin_loss(x, t, m_plus, m_minus, down_weight).sum(1, keepdim=True)
+
+
 ROW_LOSSES: dict[str, RowFormula] = {
     "nll_loss": RowFormula(nll_loss),
     "multi_margin_loss": RowFormula(multi_margin_loss, ("p", "margin")),
+    "capsule_margin_loss": RowFormula(capsule_margin_rows, ("m_plus", "m_minus", "down_weight")),
 }
 
 

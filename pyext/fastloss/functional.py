@@ -14,24 +14,39 @@ import torch.nn.functional
 from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
 
 from .head.linear_cross_entropy import linear_cross_entropy
+from .losses.asymmetric_loss import asymmetric_loss
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
+from .losses.capsule_margin_loss import capsule_margin_loss
+from .losses.charbonnier_loss import charbonnier_loss
 from .losses.cosine_distance_loss import cosine_distance_loss
+from .losses.cosine_embedding_loss import cosine_embedding_loss
 from .losses.cross_entropy import cross_entropy
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
 from .losses.huber_loss import huber_loss
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
+from .losses.mape_loss import mape_loss
 from .losses.mse_loss import mse_loss
 from .losses.multi_margin_loss import multi_margin_loss
+from .losses.multilabel_soft_margin_loss import multilabel_soft_margin_loss
 from .losses.nll_loss import nll_loss
+from .losses.quantile_loss import quantile_loss
 from .losses.relative_l1_loss import relative_l1_loss
 from .losses.rmse_loss import rmse_loss
+from .losses.rmsle_loss import rmsle_loss
+from .losses.sigmoid_focal_loss import sigmoid_focal_loss
+from .losses.smape_loss import smape_loss
 from .losses.smooth_l1_loss import smooth_l1_loss
+from .losses.triplet_margin_loss import triplet_margin_loss
 
 __all__ = [
+    "asymmetric_loss",
     "binary_cross_entropy_with_logits",
+    "capsule_margin_loss",
+    "charbonnier_loss",
     "cosine_distance_loss",
+    "cosine_embedding_loss",
     "cross_entropy",
     "dice_loss",
     "focal_loss",
@@ -39,12 +54,19 @@ __all__ = [
     "l1_loss",
     "linear_cross_entropy",
     "log_cosh_loss",
+    "mape_loss",
     "mse_loss",
     "multi_margin_loss",
+    "multilabel_soft_margin_loss",
     "nll_loss",
+    "quantile_loss",
     "relative_l1_loss",
     "rmse_loss",
+    "rmsle_loss",
+    "sigmoid_focal_loss",
+    "smape_loss",
     "smooth_l1_loss",
+    "triplet_margin_loss",
 ]
 
 if not TYPE_CHECKING:  # type checkers are to know a wrong name

@@ -16,24 +16,39 @@ from torch.nn import *  # type: ignore[assignment,no-redef]  # noqa: F403
 
 from . import functional as functional
 from .head.linear_cross_entropy import LinearCrossEntropyLoss
+from .losses.asymmetric_loss import AsymmetricLoss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
+from .losses.capsule_margin_loss import CapsuleMarginLoss
+from .losses.charbonnier_loss import CharbonnierLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
+from .losses.cosine_embedding_loss import CosineEmbeddingLoss
 from .losses.cross_entropy import CrossEntropyLoss
 from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
 from .losses.huber_loss import HuberLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
+from .losses.mape_loss import MAPELoss
 from .losses.mse_loss import MSELoss
 from .losses.multi_margin_loss import MultiMarginLoss
+from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss
 from .losses.nll_loss import NLLLoss
+from .losses.quantile_loss import QuantileLoss
 from .losses.relative_l1_loss import RelativeL1Loss
 from .losses.rmse_loss import RMSELoss
+from .losses.rmsle_loss import RMSLELoss
+from .losses.sigmoid_focal_loss import SigmoidFocalLoss
+from .losses.smape_loss import SMAPELoss
 from .losses.smooth_l1_loss import SmoothL1Loss
+from .losses.triplet_margin_loss import TripletMarginLoss
 
 __all__ = [
+    "AsymmetricLoss",
     "BCEWithLogitsLoss",
+    "CapsuleMarginLoss",
+    "CharbonnierLoss",
     "CosineDistanceLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "DiceLoss",
     "FocalLoss",
@@ -41,12 +56,19 @@ __all__ = [
     "L1Loss",
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
+    "MAPELoss",
     "MSELoss",
+    "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
+    "QuantileLoss",
     "RMSELoss",
+    "RMSLELoss",
     "RelativeL1Loss",
+    "SMAPELoss",
+    "SigmoidFocalLoss",
     "SmoothL1Loss",
+    "TripletMarginLoss",
 ]
 
 sys.modules[f"{__name__}.functional"] = functional  # for `import fastloss.nn.functional as F`

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from . import functional
 from ._arguments import unsupported
 from ._library import DTYPE_CODES
 
-_originals: dict[str, Callable[..., Any]] = {}
+_originals: dict[tuple[Any, str], Callable[..., Any]] = {}  # by module and name
 _lock = threading.RLock()
 _DISABLED = torch._C._disabled_torch_function_impl
 _heeds_subclasses: Callable[[], bool] = torch._C._is_torch_function_enabled
@@ -29,17 +30,14 @@ _LACKING = tuple(
     name
     for name in (
         "binary_cross_entropy",
-        "cosine_embedding_loss",
         "ctc_loss",
         "gaussian_nll_loss",
         "hinge_embedding_loss",
         "kl_div",
         "margin_ranking_loss",
         "multilabel_margin_loss",
-        "multilabel_soft_margin_loss",
         "poisson_nll_loss",
         "soft_margin_loss",
-        "triplet_margin_loss",
         "triplet_margin_with_distance_loss",
     )
     if name not in functional.__all__
@@ -244,17 +242,28 @@ def _hold(holder: _Patched) -> None:
         for name in functional.__all__:
             if hasattr(F, name):
                 _served[name], _declined[name] = _Tally(), {}
-                _replace(name, _behind(name, getattr(F, name), getattr(functional, name)))
+                _replace([F], name, _behind(name, getattr(F, name), getattr(functional, name)))
+        if theirs := _modules_of_torchvision():
+            name = "sigmoid_focal_loss"
+            _served[name], _declined[name] = _Tally(), {}
+            _replace(theirs, name, _behind(name, getattr(theirs[0], name), getattr(functional, name)))
     if holder.report and not _lacking:
         for name in _LACKING:
             if hasattr(F, name):
-                _replace(name, _counting(name, getattr(F, name)))
+                _replace([F], name, _counting(name, getattr(F, name)))
     _holders.add(holder)
 
 
-def _replace(name: str, function: Callable[..., Any]) -> None:
-    _originals[name] = getattr(F, name)
-    setattr(F, name, function)
+def _modules_of_torchvision() -> list[Any]:
+    """Those that are imported already and have sigmoid_focal_loss, which torch has not."""
+    modules = (sys.modules.get(name) for name in ("torchvision.ops", "torchvision.ops.focal_loss"))
+    return [module for module in modules if hasattr(module, "sigmoid_focal_loss")]
+
+
+def _replace(modules: Iterable[Any], name: str, function: Callable[..., Any]) -> None:
+    for module in modules:
+        _originals[module, name] = getattr(module, name)
+        setattr(module, name, function)
 
 
 def _release(holder: _Patched) -> None:
@@ -265,12 +274,13 @@ def _release(holder: _Patched) -> None:
         print(patch_report())
     if not _holders:
         while _originals:
-            name, original = _originals.popitem()
-            setattr(F, name, original)
+            (module, name), original = _originals.popitem()
+            setattr(module, name, original)
 
 
 def patch(report: bool = False) -> _Patched:
-    """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``.
+    """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``; and
+    ``torchvision.ops.sigmoid_focal_loss``, where torchvision is imported already.
 
     What fastloss does not take (complex, sparse, integer, float8; other devices; DTensor and other subclasses that see
     operators) goes to torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run without Python.

@@ -23,6 +23,24 @@ def relative_l1(x, t, eps, symmetric):
     return np.abs(x - t) / np.maximum((np.abs(x) + np.abs(t)) / 2 if symmetric else np.abs(t), eps)
 
 
+def sigmoid(x):
+    return np.exp(-softplus(-x))
+
+
+def focal(x, t, alpha, gamma):
+    w = t * sigmoid(-x) + (1 - t) * sigmoid(x)
+    return (alpha * t + (1 - alpha) * (1 - t)) * w**gamma * binary_cross_entropy(x, t)
+
+
+def asymmetric(x, t, a, b, clip):
+    m = np.maximum(sigmoid(x) - clip, 0)
+    return t * sigmoid(-x) ** a * softplus(-x) - (1 - t) * m**b * np.log1p(-m)
+
+
+def capsule(x, t, upper, lower, down):
+    return t * np.maximum(upper - x, 0) ** 2 + down * (1 - t) * np.maximum(x - lower, 0) ** 2
+
+
 # By loss and parameters: the terms to be summed, of the operands; None: kinks, where a numerical derivative is wrong.
 TERMS = {
     ("l1_loss",): lambda x, t: np.abs(x - t),
@@ -36,10 +54,22 @@ TERMS = {
     ("log_cosh_loss",): lambda x, t: np.log(np.cosh(x - t)),
     ("relative_l1_loss", PARAM, 0): lambda x, t: relative_l1(x, t, PARAM, False),
     ("relative_l1_loss", PARAM, 1): lambda x, t: relative_l1(x, t, PARAM, True),
+    ("charbonnier_loss", PARAM): lambda x, t: np.sqrt((x - t) ** 2 + PARAM**2),
+    ("quantile_loss",): lambda x, t, q=1.0: np.maximum(q * (t - x), (1 - q) * (x - t)),
+    ("sigmoid_focal_loss", 0.75, 2.0): lambda x, t: focal(x, t, 0.75, 2.0),
+    ("asymmetric_loss", 1.0, 4.0, 0.05): lambda x, t: asymmetric(x, t, 1.0, 4.0, 0.05),
+    ("capsule_margin_loss", 0.9, 0.1, 0.5): lambda x, t: capsule(x, t, 0.9, 0.1, 0.5),
     ("binary_cross_entropy_with_logits", 0.0): lambda x, t, w=1.0: binary_cross_entropy(x, t, w),
     ("binary_cross_entropy_with_logits", 0.2): lambda x, t, w=1.0: binary_cross_entropy(x, t, w, 0.2),
 }
-FINISHED = {("rmse_loss", EPSILON), ("cosine_distance_loss", EPSILON)}
+TRIPLET = ("triplet_margin_loss", 2.0, 1.0, 1e-3, 0.0)
+FINISHED = {
+    ("rmse_loss", EPSILON),
+    ("rmsle_loss",),
+    ("cosine_distance_loss", EPSILON),
+    ("cosine_embedding_loss", PARAM),
+    TRIPLET,
+}
 SHORT = "FASTLOSS_SHORT" in os.environ  # under the sanitizers, which have room for a few thousand CUDA threads at once
 
 
@@ -178,6 +208,63 @@ def test_binary_cross_entropy_far_out(kernels, dtype):
         torchs = (1 - t) * a + np.log1p(np.exp(-np.abs(a))) + np.maximum(-a, 0)
     value = kernels.pointwise_forward([infinite, stored(t, dtype)], **loss)["loss"]
     np.testing.assert_array_equal(value, torchs.astype(value.dtype))
+
+
+def triplet(operands, q, margin, eps, swap):
+    """Values and gradients of rows."""
+    a, p, n = operands
+
+    def distance(d):
+        total = (np.abs(d) ** q).sum(-1, keepdims=True)
+        return total ** (1 / q), np.sign(d) * np.abs(d) ** (q - 1) * total ** (1 / q - 1)
+
+    (near, by_near), (far, by_far), (other, by_other) = (distance(d + eps) for d in (a - p, a - n, p - n))
+    takes = (other < far) if swap else np.zeros(far.shape, bool)
+    hinge = margin + near - np.where(takes, other, far)
+    on, far_on, other_on = hinge > 0, (hinge > 0) & ~takes, (hinge > 0) & takes
+    grads = [on * by_near - far_on * by_far, -on * by_near - other_on * by_other, far_on * by_far + other_on * by_other]
+    return np.maximum(hinge, 0)[:, 0], grads
+
+
+def cosine_embedding(operands, margin):
+    """Values and gradients of rows."""
+    x, y, t = operands
+    xx, yy = ((v * v).sum(-1, keepdims=True) + 1e-12 for v in (x, y))
+    cosine, t = (x * y).sum(-1, keepdims=True) / np.sqrt(xx * yy), t[:, :1]
+    slope = np.where(t == 1, -1.0, np.where((t == -1) & (cosine > margin), 1.0, 0.0))
+    value = np.where(t == 1, 1 - cosine, np.where(t == -1, np.maximum(cosine - margin, 0), 0))
+    norms = np.sqrt(xx * yy)
+    return value[:, 0], [
+        slope * (y / norms - cosine * x / xx),
+        slope * (x / norms - cosine * y / yy),
+        np.zeros(x.shape),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ((7, 50), (45, 33), (3, 5000)), ids=str)
+def test_vectors(kernels, shape, dtype):
+    """Losses of three operands and several sums, of rows of all lengths; the third may have a number for each row."""
+    rng = np.random.default_rng(6)
+    vectors = [stored(rng.standard_normal(shape) * scale, dtype) for scale in (1, 1, 0.5)]
+    sides = stored(np.broadcast_to(np.resize([1.0, -1.0, 0.0, -1.0], shape[0])[:, None], shape).copy(), dtype)
+    sides = np.broadcast_to(sides[:, :1], shape)
+    up = np.arange(1, shape[0] + 1).astype("float32")
+    cases = [
+        ("triplet_margin_loss", q, 1.0, 1e-3, swap) for q, swap in ((2.0, 1.0), (1.0, 0.0), (3.0, 0.0), (1.5, 1.0))
+    ]
+    for which in [TRIPLET, *cases, ("cosine_embedding_loss", -0.2)]:
+        is_triplet = which[0] == TRIPLET[0]
+        inputs = vectors if is_triplet else [*vectors[:2], sides]
+        values, slopes = (triplet if is_triplet else cosine_embedding)([exact(v) for v in inputs], *which[1:])
+        options = {**named(which), "reduction": "sum", "row_dims": 1}
+        out = kernels.pointwise_forward(inputs, **options)
+        np.testing.assert_allclose(out["loss"], values, rtol=1e-5, atol=1e-5 * np.abs(values).max())
+        grads = kernels.pointwise_backward(up, out["factor"].reshape(-1), inputs, grads=[True] * 3, **options)
+        for grad, slope in zip(grads, slopes, strict=True):
+            want = up[:, None] * slope
+            tolerance = {"rtol": 1e-4 + HALF_ULP.get(dtype, 0), "atol": 1e-5 * np.abs(want).max() + 1e-7}
+            np.testing.assert_allclose(exact(grad), want, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

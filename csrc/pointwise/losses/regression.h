@@ -90,10 +90,52 @@ struct RelativeL1 : PlainLoss {
   }
 };
 
+// sqrt(d^2 + eps^2), eps = p[0]
+struct Charbonnier : ResidualLoss {
+  static constexpr const char* name = "charbonnier_loss";
+  static constexpr int params = 1;
+  template <class V>
+  static constexpr Slope<V> of(V d, const ParamsOf<V>& p) {
+    const V root = sqrt_of(d * d + p[0] * p[0]);
+    return {root, d / root};
+  }
+};
+
+// Pinball loss of the quantile q: q (t - x) where t > x, (1 - q)(x - t) elsewhere; operands x, t, q
+struct Quantile : PlainLoss {
+  static constexpr const char* name = "quantile_loss";
+  static constexpr int operands = 3;
+  template <class V>
+  static constexpr Jet<V, 3> of(const V (&operand)[3], const ParamsOf<V>&) {
+    const lane_t<V> zero = lane_t<V>(0), one = lane_t<V>(1);
+    const V d = operand[1] - operand[0], q = operand[2];
+    const V slope = d > zero ? q : d < zero ? q - one : V{};
+    return {d > zero ? q * d : (q - one) * d, -slope, slope, d};
+  }
+};
+
+// sqrt of the sum or mean of (log1p x - log1p t)^2; without a gradient where it is 0; nan where x or t is -1 or less
+struct Rmsle : PlainLoss {
+  static constexpr const char* name = "rmsle_loss";
+  static constexpr bool finishes = true;
+  template <class V>
+  static constexpr Jet<V, 2> of(const V (&operand)[2], const ParamsOf<V>&) {
+    const lane_t<V> one = lane_t<V>(1);
+    const V x = operand[0], t = operand[1], none = V{} + lane_t<V>(__builtin_nan(""));
+    const V d = (x > -one ? log1p_of(x) : none) - (t > -one ? log1p_of(t) : none);
+    return {d * d, (d + d) / (one + x), -(d + d) / (one + t)};
+  }
+  template <class T>
+  static constexpr Finished<1> finish(const T (&s)[1], T share, const Params<T>&) {
+    const T root = sqrt(s[0]);
+    return {root, {root == 0 || share == 0 ? 0 : share * T(0.5) / root}};
+  }
+};
+
 template <>
 struct LossesOf<LossGroup::regression> {
   using type = LossList<  //
-      L1, Mse, Rmse, SmoothL1, Huber, LogCosh, RelativeL1>;
+      L1, Mse, Rmse, SmoothL1, Huber, LogCosh, RelativeL1, Charbonnier, Quantile, Rmsle>;
 };
 
 }  // namespace FASTLOSS_ISA

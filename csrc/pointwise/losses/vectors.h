@@ -24,10 +24,68 @@ struct CosineDistance : PlainLoss {
   }
 };
 
+// 1 - C where the target t is 1, max(0, C - margin) where it is -1, 0 for any other, as torch.cosine_embedding_loss.
+// C = S_xy / sqrt((S_xx + e) (S_yy + e)), e = 1e-12, of the sums of x y, x^2 and y^2; operands x, y, t, of which a row
+// has one t; the fourth sum is above 0, below 0 or 0 as t is 1, -1 or another. margin = p[0]
+struct CosineEmbedding : PlainLoss {
+  static constexpr const char* name = "cosine_embedding_loss";
+  static constexpr int operands = 3, sums = 4, params = 1;
+  static constexpr bool finishes = true;
+  template <class V>
+  static constexpr Jet<V, 3, 4> of(const V (&operand)[3], const ParamsOf<V>&) {
+    const lane_t<V> one = lane_t<V>(1);
+    const V x = operand[0], y = operand[1], t = operand[2], zero{};
+    const V side = t == one ? zero + one : t == -one ? zero - one : zero;
+    return {{x * y, x * x, y * y, side}, {{y, x, zero}, {x + x, zero, zero}, {zero, y + y, zero}, {zero, zero, zero}}};
+  }
+  template <class T>
+  static constexpr Finished<4> finish(const T (&s)[4], T share, const Params<T>& p) {
+    const T x_square = s[1] + T(1e-12), y_square = s[2] + T(1e-12), norms = sqrt(x_square) * sqrt(y_square);
+    const T cosine = s[0] / norms, beyond = cosine - p[0];
+    if (s[3] == 0 || (s[3] < 0 && beyond < 0)) return {};
+    const T value = s[3] > 0 ? 1 - cosine : beyond, slope = s[3] > 0 ? -share : share;
+    const T by_square = -slope * T(0.5) * cosine;
+    return {value, {slope / norms, by_square / x_square, by_square / y_square, 0}};
+  }
+};
+
+// max(0, margin + D_ap - D_an) of the distances of an anchor a from a positive p and a negative n, as
+// torch.triplet_margin_loss; with swap D_an is min(D_an, D_pn). D_xy = (sum |x - y + eps|^q)^(1/q). Operands a, p, n;
+// q = p[0], above 0 and finite, margin = p[1], eps = p[2], swap = p[3], 0 or 1
+struct TripletMargin : PlainLoss {
+  static constexpr const char* name = "triplet_margin_loss";
+  static constexpr int operands = 3, sums = 3, params = 4;
+  static constexpr bool finishes = true;
+  template <class V>
+  static constexpr Jet<V, 3, 3> of(const V (&operand)[3], const ParamsOf<V>& p) {
+    const V zero{};
+    const Slope<V> near = power_of_abs(operand[0] - operand[1] + p[2], p[0]);
+    const Slope<V> far = power_of_abs(operand[0] - operand[2] + p[2], p[0]);
+    Slope<V> other = {zero, zero};
+    if (p[3] != lane_t<V>(0)) other = power_of_abs(operand[1] - operand[2] + p[2], p[0]);
+    return {{near.value, far.value, other.value},
+            {{near.slope, -near.slope, zero}, {far.slope, zero, -far.slope}, {zero, other.slope, -other.slope}}};
+  }
+  template <class T>
+  static constexpr Finished<3> finish(const T (&s)[3], T share, const Params<T>& p) {
+    T distance[3] = {}, slope[3] = {};  // by the sum
+    for (int j = 0; j < 3; ++j) {
+      distance[j] = p[0] == 2 ? sqrt(s[j]) : p[0] == 1 ? s[j] : pow(s[j], 1 / p[0]);
+      slope[j] = distance[j] == 0 ? 0 : distance[j] / (p[0] * s[j]);
+    }
+    // How much of D_an is the one, how much the other: half each where they are the same, as in torch's minimum.
+    T an = 1, pn = 0;
+    if (p[3] != 0 && !(distance[1] < distance[2])) pn = distance[1] == distance[2] ? T(0.5) : T(1), an = 1 - pn;
+    const T hinge = p[1] + distance[0] - distance[pn > 0 ? 2 : 1];
+    if (hinge < 0) return {};
+    return {hinge, {share * slope[0], -an * share * slope[1], -pn * share * slope[2]}};
+  }
+};
+
 template <>
 struct LossesOf<LossGroup::vectors> {
   using type = LossList<  //
-      CosineDistance>;
+      CosineDistance, CosineEmbedding, TripletMargin>;
 };
 
 }  // namespace FASTLOSS_ISA

@@ -5,7 +5,16 @@ and the fewest bytes that an implementation must move. :func:`check_gradients`, 
 :func:`assert_sound` are for users' tests too. Nothing here needs pytest.
 """
 
-from . import binary_cross_entropy_with_logits, cross_entropy, dice_loss, pointwise, row_losses, row_maps
+from . import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    dice_loss,
+    elementwise,
+    pointwise,
+    row_losses,
+    row_maps,
+    vectors,
+)
 from ._checks import assert_close, check_gradients
 from ._sound import assert_sound
 from ._spec import LossSpec, Sample
@@ -17,6 +26,8 @@ SPECS: dict[str, LossSpec] = {
     dice_loss.SPEC.name: dice_loss.SPEC,
     **pointwise.SPECS,
     binary_cross_entropy_with_logits.SPEC.name: binary_cross_entropy_with_logits.SPEC,
+    **vectors.SPECS,
+    **elementwise.SPECS,
 }
 
 __all__ = ["SPECS", "LossSpec", "Sample", "assert_close", "assert_sound", "check_gradients"]

@@ -1,0 +1,49 @@
+"""What torch's losses of vectors share: each is a formula after sums over the last dimension."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _arguments
+from .._library import DTYPE_CODES
+from . import _pointwise
+
+
+def checked(
+    function: str, vectors: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None
+) -> list[Tensor] | None:
+    """The vectors, in one shape; None where torch's own composition is to take the call, or to refuse it."""
+    every = {**vectors, **(others or {})}
+    for name, t in every.items():
+        _arguments.require_tensor(name, t, function)
+    given = list(vectors.values())
+    _arguments.require_supported_tensors(function, *every.values())
+    if any(t.device != given[0].device for t in every.values()):
+        return None
+    shapes = {t.shape for t in given}
+    if any(t.dtype not in DTYPE_CODES for t in given) or not 1 <= given[0].dim() <= _pointwise.MAX_DIMS:
+        return None
+    if len(shapes) == 1:
+        return given
+    if len({t.dim() for t in given}) > 1 or len({t.shape[-1] for t in given}) > 1:
+        return None
+    try:
+        return list(torch.broadcast_tensors(*given))
+    except RuntimeError:
+        return None
+
+
+def run(
+    loss: str, vectors: Sequence[Tensor], reduction: int, params: Sequence[float], rows: Tensor | None = None
+) -> Tensor:
+    """The loss of vectors that are checked; ``rows`` is an operand of a number for each, which may be more."""
+    dtype = vectors[0].dtype
+    for t in vectors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    dtype = _arguments.autocast_dtype(dtype, vectors[0].device)
+    if rows is not None:
+        shape = (*torch.broadcast_shapes(rows.shape, vectors[0].shape[:-1]), vectors[0].shape[-1])
+        vectors = [t.expand(shape) for t in (*vectors, rows.unsqueeze(-1))]
+    x = _pointwise.Operands(vectors[0], vectors[1], None, None, reduction, 0.0, dtype, tuple(vectors[2:]))
+    return _pointwise.loss_of_groups(loss, x, [vectors[0].dim() - 1], params)
