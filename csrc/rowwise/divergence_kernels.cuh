@@ -10,9 +10,9 @@
 //
 // A row is walked for the largest logits and the sums of exponentials, for its value (and the gradient by q's logits of
 // kl), and for other gradients, back from its end. The first walk reads from memory. The others find the row in the L2:
-// long rows have blocks of 1024 threads, of which a multiprocessor holds one, so that few rows are under way.
+// long rows have blocks of 768 threads, of which a multiprocessor holds one, so that few rows are under way.
 //
-// Dtypes are told apart at run time, once per 16 bytes; A is what is computed with.
+// Dtypes are told apart at run time, once per access; A is what is computed with.
 #pragma once
 #include <math.h>
 
@@ -25,9 +25,9 @@ namespace fastloss {
 constexpr int kDivergenceThreads = 256;
 constexpr int kDivergenceMaxBlocks = 4096;
 template <class A>
-constexpr int kDivergenceMostThreads = sizeof(A) == 8 ? 256 : 1024;  // of a block, so that registers suffice
+constexpr int kDivergenceMostThreads = sizeof(A) == 8 ? 256 : 768;  // of a block, so that registers suffice
 template <class A>
-constexpr int kPairRun = sizeof(A) == 8 ? 2 : 8;  // elements of each operand that a thread reads together
+constexpr int kPairRun = sizeof(A) == 8 ? 1 : 4;  // classes that a thread takes together
 constexpr int kPairSums = 4;
 constexpr int kDivergenceShared = kPairSums * kWarp * int(sizeof(double));
 
@@ -41,10 +41,11 @@ struct DivergenceParams {
 // v[i] combined over the threads of a row; all of them get the same result.
 template <int kGroup, int kCount, class V, class Op>
 __device__ __forceinline__ void all_reduce(V (&v)[kCount], void* shared, const Op& op) {
-  if constexpr (kGroup == 1) return;
+  if constexpr (kGroup != 1) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    for (int o = kWarp / 2; o > 0; o >>= 1) v[i] = op(v[i], __shfl_xor_sync(kFullMask, v[i], o));
+    for (int i = 0; i < kCount; ++i)
+      for (int o = kWarp / 2; o > 0; o >>= 1) v[i] = op(v[i], __shfl_xor_sync(kFullMask, v[i], o));
+  }
   if constexpr (kGroup == 0) {
     V* scratch = static_cast<V*>(shared);
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -60,84 +61,103 @@ __device__ __forceinline__ void all_reduce(V (&v)[kCount], void* shared, const O
   }
 }
 
-template <class T, int N, class A>
-__device__ __forceinline__ void store_run_of(T* p, int64_t stride, const A (&v)[N]) {
-  constexpr int kL = kLanes16<T>;
-  if constexpr (N % kL == 0) {
-    if (stride == 1 && aligned16(p)) {
+// N classes from x[0] on: by one access of 16 or 8 bytes where N is more than 1, which the caller has aligned.
+template <int N, class T, class A>
+__device__ __forceinline__ void load_classes(const T* x, A (&out)[N]) {
+  constexpr int kBytes = N * int(sizeof(T));
+  if constexpr (kBytes == 16 || (kBytes == 8 && N > 1)) {
+    accum_t<T> v[N];
+    if constexpr (kBytes == 16)
+      unpack<T>(load16(x), v);
+    else
+      unpack<T>(load8_stream(x), v);
 #pragma unroll
-      for (int j = 0; j < N / kL; ++j) {
-        accum_t<T> part[kL];
+    for (int i = 0; i < N; ++i) out[i] = A(v[i]);
+  } else {
 #pragma unroll
-        for (int i = 0; i < kL; ++i) part[i] = accum_t<T>(v[j * kL + i]);
-        store16_stream(p + j * kL, pack<T>(part));
-      }
-      return;
-    }
+    for (int i = 0; i < N; ++i) out[i] = A(to_accum(x[i]));
   }
+}
+template <int N, class T, class A>
+__device__ __forceinline__ void store_classes(T* x, const A (&in)[N]) {
+  constexpr int kBytes = N * int(sizeof(T));
+  if constexpr (kBytes == 16 || (kBytes == 8 && N > 1)) {
+    accum_t<T> v[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) p[i * stride] = from_accum<T>(accum_t<T>(v[i]));
+    for (int i = 0; i < N; ++i) v[i] = accum_t<T>(in[i]);
+    if constexpr (kBytes == 16)
+      store16_stream(x, pack<T>(v));
+    else
+      store8_stream(x, pack<T>(v));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = from_accum<T>(accum_t<T>(in[i]));
+  }
 }
 template <int N, class A>
-__device__ __forceinline__ void store_run(void* p, DType t, int64_t at, int64_t stride, const A (&v)[N]) {
-  switch (t) {
-    case DType::f32: return store_run_of(static_cast<float*>(p) + at, stride, v);
-    case DType::f64: return store_run_of(static_cast<double*>(p) + at, stride, v);
-    case DType::f16: return store_run_of(static_cast<half_t*>(p) + at, stride, v);
-    case DType::bf16: return store_run_of(static_cast<bfloat16_t*>(p) + at, stride, v);
+__device__ __forceinline__ void load_logits(const DivergenceOperand& o, int64_t at, int64_t c, A (&out)[N]) {
+  at += c * o.strides.cls;
+  switch (o.type) {
+    case DType::f32: return load_classes<N>(static_cast<const float*>(o.logits) + at, out);
+    case DType::f16: return load_classes<N>(static_cast<const half_t*>(o.logits) + at, out);
+    case DType::bf16: return load_classes<N>(static_cast<const bfloat16_t*>(o.logits) + at, out);
+    case DType::f64:
+      if constexpr (sizeof(A) == 8) load_classes<N>(static_cast<const double*>(o.logits) + at, out);
+  }
+}
+template <int N, class A>
+__device__ __forceinline__ void store_grad(const DivergenceOperand& o, int64_t at, int64_t c, const A (&in)[N]) {
+  at += c * o.grad_strides.cls;
+  switch (o.type) {
+    case DType::f32: return store_classes<N>(static_cast<float*>(o.grad) + at, in);
+    case DType::f16: return store_classes<N>(static_cast<half_t*>(o.grad) + at, in);
+    case DType::bf16: return store_classes<N>(static_cast<bfloat16_t*>(o.grad) + at, in);
+    case DType::f64:
+      if constexpr (sizeof(A) == 8) store_classes<N>(static_cast<double*>(o.grad) + at, in);
   }
 }
 
 // Where a row lies.
 struct PairPlace {
   int64_t p, q, grad_p, grad_q;  // its first class, in elements
-  int64_t first;                 // the class from which on 16-byte accesses are aligned; -1: there is none
+  int64_t first;                 // the class from which on runs of kRun are aligned everywhere; -1: there is none
 
-  __device__ __forceinline__ PairPlace(const DivergenceArgs& a, int64_t row) {
+  template <int kRun>
+  __device__ __forceinline__ static PairPlace of(const DivergenceArgs& a, int64_t row,
+                                                 std::integral_constant<int, kRun>) {
     const int64_t o = row / a.inner, i = row % a.inner;
-    p = o * a.p.strides.outer + i * a.p.strides.inner;
-    q = o * a.q.strides.outer + i * a.q.strides.inner;
-    grad_p = o * a.p.grad_strides.outer + i * a.p.grad_strides.inner;
-    grad_q = o * a.q.grad_strides.outer + i * a.q.grad_strides.inner;
-    first = to_vector(a.p.logits, a.p.type, p, a.p.strides.cls);
-    const bool alike = (to_vector(a.q.logits, a.q.type, q, a.q.strides.cls) == first) &&
-                       (!a.p.grad || to_vector(a.p.grad, a.p.type, grad_p, a.p.grad_strides.cls) == first) &&
-                       (!a.q.grad || to_vector(a.q.grad, a.q.type, grad_q, a.q.grad_strides.cls) == first);
-    if (!alike) first = -1;
+    const auto begin = [&](const Strides& s) { return o * s.outer + i * s.inner; };
+    PairPlace at{begin(a.p.strides), begin(a.q.strides), begin(a.p.grad_strides), begin(a.q.grad_strides), -1};
+    const int64_t first = to_run(a.p.logits, a.p.type, at.p, a.p.strides.cls, kRun);
+    if (to_run(a.q.logits, a.q.type, at.q, a.q.strides.cls, kRun) == first &&
+        (!a.p.grad || to_run(a.p.grad, a.p.type, at.grad_p, a.p.grad_strides.cls, kRun) == first) &&
+        (!a.q.grad || to_run(a.q.grad, a.q.type, at.grad_q, a.q.grad_strides.cls, kRun) == first))
+      at.first = first;
+    return at;
   }
-  // Elements to the next 16 bytes.
-  __device__ __forceinline__ static int64_t to_vector(const void* x, DType t, int64_t at, int64_t stride) {
-    const int64_t size = size_of(t), past = (reinterpret_cast<intptr_t>(x) + at * size) % 16;
-    return stride == 1 ? (16 - past) % 16 / size : -1;
+  // Classes to the next whole run.
+  __device__ __forceinline__ static int64_t to_run(const void* x, DType t, int64_t at, int64_t stride, int run) {
+    const int64_t size = size_of(t), bytes = run * size;
+    const int64_t past = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) % 16) + at * size) & (bytes - 1);
+    return stride == 1 ? ((bytes - past) & (bytes - 1)) / size : -1;
   }
 };
 
-// body(class, N) for the N classes that a thread takes together, until all threads of the row have taken all of them.
+// body(class, N) for the N classes that a thread takes together, until the threads of the row have taken all of them;
+// `back`: from the end on.
 template <class A, int kGroup, class Body>
 __device__ __forceinline__ void for_classes(const DivergenceArgs& a, const PairPlace& at, bool back, const Body& body) {
-  const std::integral_constant<int, 1> one;
+  constexpr int kRun = kPairRun<A>;
   const int threads = kGroup == 0 ? int(blockDim.x) : kGroup, thread = threadIdx.x % threads;
-  if constexpr (kGroup != 1) {
-    if (at.first >= 0) {
-      constexpr int kRun = kPairRun<A>;
-      const int64_t first = at.first < a.classes ? at.first : a.classes, runs = (a.classes - first) / kRun;
-      for (int64_t c = thread; c < first; c += threads) body(c, one);
+  int64_t first = a.classes, runs = 0;  // by themselves; those from `first` on in runs, then the rest
+  if constexpr (kGroup != 1 && kRun > 1)
+    if (at.first >= 0 && at.first < a.classes) {
+      first = at.first, runs = (a.classes - first) / kRun;
       for (int64_t i = thread; i < runs; i += threads)
         body(first + (back ? runs - 1 - i : i) * kRun, std::integral_constant<int, kRun>{});
-      for (int64_t c = first + runs * kRun + thread; c < a.classes; c += threads) body(c, one);
-      return;
     }
-  }
-  for (int64_t c = thread; c < a.classes; c += threads) body(c, one);
-}
-
-template <int N, class A>
-__device__ __forceinline__ void load_logits(const DivergenceOperand& o, int64_t at, int64_t c, A (&x)[N]) {
-  load_run(o.logits, o.type, at + c * o.strides.cls, o.strides.cls, x);
-}
-template <int N, class A>
-__device__ __forceinline__ void store_grad(const DivergenceOperand& o, int64_t at, int64_t c, const A (&x)[N]) {
-  store_run(o.grad, o.type, at + c * o.grad_strides.cls, o.grad_strides.cls, x);
+  for (int64_t i = thread; i < a.classes - runs * kRun; i += threads)
+    body(i < first ? i : i + runs * kRun, std::integral_constant<int, 1>{});
 }
 
 // Brings a thread's largest logit, and the sum of exp((x - max) / T), up to date.
@@ -180,7 +200,8 @@ __device__ __forceinline__ gpu::PairRow<A> pair_row_of(const DivergenceArgs& a, 
 }
 
 template <class A, int kGroup>
-__global__ void __launch_bounds__(kDivergenceMostThreads<A>) divergence_kernel(const DivergenceParams params) {
+__global__ void __launch_bounds__(kGroup == 0 ? kDivergenceMostThreads<A> : kDivergenceThreads)
+    divergence_kernel(const DivergenceParams params) {
   using Sum = std::conditional_t<kGroup == 1, double, A>;
   const DivergenceArgs& a = params.a;
   const gpu::PairCall<A> k = gpu::pair_call<A>(a);
@@ -192,7 +213,7 @@ __global__ void __launch_bounds__(kDivergenceMostThreads<A>) divergence_kernel(c
   A* saved = static_cast<A*>(a.saved);
   double sum = 0;
   for (int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / threads; row < rows; row += step) {
-    const PairPlace at(a, row);
+    const PairPlace at = PairPlace::of(a, row, std::integral_constant<int, kPairRun<A>>{});
     const A weight = a.weight ? static_cast<const A*>(a.weight)[row] : A(1);
     const bool counts = weight != A(0);
     const double g =

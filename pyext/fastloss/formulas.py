@@ -441,8 +441,8 @@ def divergence_dtype(p: Tensor, q: Tensor) -> torch.dtype:
 
 
 def divergence(tensors: Tensors, o: Any, js: bool) -> Tensor:
-    """KL(p || q) of softmaxes, or beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, reduced as ``o``
-    says: see csrc/rowwise/divergence.h."""
+    """KL(p || q) of softmaxes, or beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, reduced as
+    ``o`` says: see csrc/rowwise/divergence.h."""
     x_p, x_q, weight, total = tensors
     accum = divergence_dtype(x_p, x_q)
     logits = [x_p.to(accum), x_q.to(accum)]

@@ -143,12 +143,10 @@ def run(
         input, target, reduction, temperature, temperature_squared, class_dim, mask, sample_weight: what the face was
             called with.
     """
-    if reduction == "batchmean":
-        red = MEAN
-    else:
-        red = _reduction_code(function, reduction)
-    _arguments.require_tensor("input", input, function)
-    _arguments.require_tensor("target", target, function)
+    red = MEAN if reduction == "batchmean" else _reduction_code(function, reduction)
+    for name, t in (("input", input), ("target", target), ("mask", mask), ("sample_weight", sample_weight)):
+        if t is not None or name in ("input", "target"):
+            _arguments.require_tensor(name, t, function)
     temperature = float(_arguments.as_float(function, "temperature", temperature))
     if not 0 < temperature < float("inf"):
         raise ValueError(f"{function}(): temperature must be positive and finite, got {temperature}")
@@ -202,10 +200,7 @@ def _row_weight(
 ) -> Tensor | None:
     """What each row weighs, contiguous; 0 where it does not count."""
     for name, t in (("mask", mask), ("sample_weight", sample_weight)):
-        if t is None:
-            continue
-        _arguments.require_tensor(name, t, function)
-        if list(t.shape) != rows:
+        if t is not None and list(t.shape) != rows:
             raise ValueError(
                 f"{function}(): {name} needs an element for each row, shape {rows}, but got {list(t.shape)}"
             )

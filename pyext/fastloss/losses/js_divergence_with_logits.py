@@ -1,4 +1,4 @@
-"""Jensen-Shannon divergence of two softmaxes, from their logits. The mathematics is in ``csrc/rowwise/divergence.h``."""
+"""Jensen-Shannon divergence of two softmaxes, from their logits; see ``csrc/rowwise/divergence.h``."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def js_divergence_with_logits(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Jensen-Shannon divergence of two softmaxes (Lin, 1991), weighted as for distillation (Agarwal et al., GKD, 2024).
+    r"""Jensen-Shannon divergence of two softmaxes (Lin, 1991), weighted as in distillation (Agarwal et al., GKD, 2024).
 
     With s = softmax(input / temperature), t = softmax(target / temperature) and the mixture
     m = beta t + (1 - beta) s, a row's divergence is ``beta KL(t || m) + (1 - beta) KL(s || m)``, which is finite

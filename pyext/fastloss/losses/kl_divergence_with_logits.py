@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence of two softmaxes, from their logits. The mathematics is in ``csrc/rowwise/divergence.h``."""
+"""Kullback-Leibler divergence of two softmaxes, from their logits; see ``csrc/rowwise/divergence.h``."""
 
 import torch
 from torch import Tensor
