@@ -151,7 +151,7 @@ __device__ __forceinline__ void for_classes(const DivergenceArgs& a, const PairP
   const int threads = kGroup == 0 ? int(blockDim.x) : kGroup, thread = threadIdx.x % threads;
   int64_t first = a.classes, runs = 0;  // by themselves; those from `first` on in runs, then the rest
   if constexpr (kGroup != 1 && kRun > 1)
-    if (at.first >= 0 && at.first < a.classes) {
+    if (at.first >= 0) {  // less than kRun
       first = at.first, runs = (a.classes - first) / kRun;
       for (int64_t i = thread; i < runs; i += threads)
         body(first + (back ? runs - 1 - i : i) * kRun, std::integral_constant<int, kRun>{});
@@ -181,8 +181,8 @@ __device__ __forceinline__ gpu::PairRow<A> pair_row_of(const DivergenceArgs& a, 
   using Sum = std::conditional_t<kGroup == 1, double, A>;  // one thread adds up all classes
   A max[2] = {A(-INFINITY), A(-INFINITY)};
   Sum sum[2] = {0, 0};
-  for_classes<A, kGroup>(a, at, /*back=*/false, [&](int64_t c, auto count) {
-    A x_p[count.value], x_q[count.value];
+  for_classes<A, kGroup>(a, at, /*back=*/false, [&](int64_t c, auto n) {
+    A x_p[n.value], x_q[n.value];
     load_logits(a.p, at.p, c, x_p);
     load_logits(a.q, at.q, c, x_q);
     add_exponentials(x_p, inv_temperature, &max[0], &sum[0]);
@@ -231,12 +231,12 @@ __global__ void __launch_bounds__(kGroup == 0 ? kDivergenceMostThreads<A> : kDiv
         r = pair_row_of<A, kGroup>(a, at, k.inv_temperature);
         const bool soon = by_q && !k.js;
         Sum sums[kPairSums] = {};
-        for_classes<A, kGroup>(a, at, /*back=*/true, [&](int64_t c, auto count) {
-          A x_p[count.value], x_q[count.value];
+        for_classes<A, kGroup>(a, at, /*back=*/true, [&](int64_t c, auto n) {
+          A x_p[n.value], x_q[n.value];
           load_logits(a.p, at.p, c, x_p);
           load_logits(a.q, at.q, c, x_q);
 #pragma unroll
-          for (int i = 0; i < count.value; ++i) {
+          for (int i = 0; i < n.value; ++i) {
             const gpu::PairTerms<A> t = gpu::pair_terms(x_p[i], x_q[i], r, k);
             sums[0] += t.value, sums[1] += t.by_p, sums[2] += t.by_q, sums[3] += t.excess;
             x_q[i] = factor * t.by_q;
@@ -258,13 +258,13 @@ __global__ void __launch_bounds__(kGroup == 0 ? kDivergenceMostThreads<A> : kDiv
       }
     }
     if (!by_p && !by_q) continue;
-    for_classes<A, kGroup>(a, at, /*back=*/false, [&](int64_t c, auto count) {
-      A x_p[count.value] = {}, x_q[count.value] = {};
+    for_classes<A, kGroup>(a, at, /*back=*/false, [&](int64_t c, auto n) {
+      A x_p[n.value] = {}, x_q[n.value] = {};
       if (counts) {
         load_logits(a.p, at.p, c, x_p);
         load_logits(a.q, at.q, c, x_q);
 #pragma unroll
-        for (int i = 0; i < count.value; ++i) {
+        for (int i = 0; i < n.value; ++i) {
           const gpu::PairTerms<A> t = gpu::pair_terms(x_p[i], x_q[i], r, k);
           x_p[i] = factor * (t.by_p - t.p * mean_p);
           x_q[i] = factor * (t.by_q - t.q * mean_q);
