@@ -39,6 +39,8 @@ TRIPLET, COSINE, MULTILABEL = "triplet_margin_loss", "cosine_embedding_loss", "m
 CHARBONNIER, QUANTILE, RMSLE = "charbonnier_loss", "quantile_loss", "rmsle_loss"
 _LABELS = (BCE, SIGMOID_FOCAL, ASYMMETRIC, MULTILABEL)  # targets of 0 and 1
 _VECTORS = (TRIPLET, COSINE)  # a loss for each row
+KL, JS = "kl_divergence_with_logits", "js_divergence_with_logits"
+DIVERGENCES = (KL, JS)  # the target is the teacher's logits
 # Of an input and a target, summed.
 _PLAIN = (name for name, loss in LOSSES.items() if not loss.further and not loss.per_sample)
 POINTWISE = (*_WITH_GOALS, *(name for name in _PLAIN if name not in _WITH_GOALS))
@@ -118,6 +120,18 @@ def _token_log_probs(x: torch.Tensor, target: torch.Tensor, reduction: str = "me
     return token_objective(log_prob, -(log_p.exp() * log_p).sum(-1), reduction)
 
 
+def _kl(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    s, t = F.log_softmax(x, 1), F.log_softmax(target, 1)
+    return F.kl_div(s, t, log_target=True, reduction="batchmean" if reduction == "mean" else reduction)
+
+
+def _js(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    s, t = F.log_softmax(x, 1), F.log_softmax(target, 1)
+    m = torch.logaddexp(s, t) - 0.6931471805599453
+    how = "batchmean" if reduction == "mean" else reduction
+    return (F.kl_div(m, t, log_target=True, reduction=how) + F.kl_div(m, s, log_target=True, reduction=how)) / 2
+
+
 _COMPOSED: dict[str, Loss] = {
     "rmse_loss": _root_mean_square,
     FOCAL: _focal,
@@ -128,6 +142,8 @@ _COMPOSED: dict[str, Loss] = {
     CHARBONNIER: _charbonnier,
     QUANTILE: _quantile,
     RMSLE: _root_mean_square_log,
+    KL: _kl,
+    JS: _js,
 }
 
 
@@ -164,7 +180,7 @@ class Case:
 
     def fewest_bytes(self, mode: str) -> tuple[int, int]:
         """(read, written) by an implementation that moves nothing twice."""
-        reads = 3 if self.loss == TRIPLET else 2 if self.soft or self.elementwise else 1
+        reads = 3 if self.loss == TRIPLET else 2 if self.soft or self.elementwise or self.loss in DIVERGENCES else 1
         if self.loss == DICE and mode != FORWARD:
             reads = 2  # its gradient takes sums over all pixels
         return reads * self.bytes, 0 if mode == FORWARD else self.bytes
@@ -176,7 +192,9 @@ class Case:
 
     @property
     def exps(self) -> int:
-        return 0 if self.loss in (*POINTWISE, *_VECTORS, CHARBONNIER, QUANTILE) else self.numel  # one for each logit
+        if self.loss in (*POINTWISE, *_VECTORS, CHARBONNIER, QUANTILE):
+            return 0
+        return self.numel * (2 if self.loss in DIVERGENCES else 1)  # one for each logit
 
 
 class Problem:
@@ -196,7 +214,7 @@ class Problem:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
         if case.loss in _LABELS:
             self.target = (normal(*case.shape) > 0).to(dtype)
-        elif case.elementwise:
+        elif case.elementwise or case.loss in DIVERGENCES:
             self.target = normal(*case.shape)
         elif case.soft:
             self.target = normal(*case.shape).softmax(1)
@@ -308,6 +326,9 @@ CPU = [
     Case("BCE 16 Mi float32", (1 << 24,), "float32", _both(8, 3.5), BCE, quick=True),
     Case("BCE 524288x32 float32, pos_weight", (524288, 32), "float32", _both(8, 3.5), BCE, pos_weight=True),
     Case("Tokens 2048x32000 float32, entropy", (2048, 32000), "float32", _both(8, 4), TOKENS, own={"return_entropy": True}),  # noqa: E501
+    Case("KL 2048x32000 float32", (2048, 32000), "float32", _both(6, 3), KL),
+    Case("JS 2048x32000 float32", (2048, 32000), "float32", loss=JS, detail=True),
+    Case("KL 2x21x512x512 float32", (2, 21, 512, 512), "float32", loss=KL, detail=True),
     Case("Focal 2048x32000 float32", (2048, 32000), "float32", _both(9, 5), FOCAL, own={"gamma": 2.0}),
     Case("Focal 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(8, 5), FOCAL, own={"gamma": 2.0}),
     Case("Dice 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(4.5, 3), DICE, own={"activation": "softmax"}),
@@ -324,6 +345,7 @@ CPU = [
       for loss in (SIGMOID_FOCAL, ASYMMETRIC, MULTILABEL, CHARBONNIER, QUANTILE, RMSLE, TRIPLET, COSINE)),
     Case("BCE 64 Ki float32", (1 << 16,), "float32", _FROM_HERE_UP, BCE, systems=_TWO, detail=True),
     Case("BCE 2048x32 float32, pos_weight", (2048, 32), "float32", _FROM_HERE_UP, BCE, pos_weight=True, systems=_TWO, detail=True),  # noqa: E501
+    Case("KL 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, KL, systems=_TWO, detail=True),
     Case("Focal 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, FOCAL, own={"gamma": 2.0}, systems=_TWO, detail=True),  # noqa: E501
     Case("Dice 1x4x128x128 float32", (1, 4, 128, 128), "float32", _FROM_HERE_UP, DICE, own={"activation": "softmax"}, systems=_TWO, detail=True),  # noqa: E501
 ]
@@ -347,6 +369,7 @@ CUDA = [
     Case("Cosine embedding 1048576x128 float32", (1 << 20, 128), "float32", loss=COSINE),
     Case("BCE 8388608x32 float32, pos_weight", (1 << 23, 32), "float32", _CUDA_POINTWISE, BCE, pos_weight=True),
     Case("Tokens 8192x128256 bfloat16, entropy", (8192, 128256), "bfloat16", loss=TOKENS, own={"return_entropy": True}),
+    Case("KL 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=KL),
     Case("Focal 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=FOCAL, own={"gamma": 2.0}),
     Case("Dice 8x21x512x512 float32", (8, 21, 512, 512), "float32", loss=DICE, own={"activation": "softmax"}),
     Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),

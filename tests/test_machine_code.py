@@ -120,6 +120,8 @@ def expected(name: str) -> tuple[int, int, bool]:
         return 16, 16, False
     if family == "scale_grad_kernel" or (family == "token_log_probs_gradient_kernel" and arguments[2] == "true"):
         return 16, 16, False
+    if family == "divergence_kernel" and arguments[0] == "float" and arguments[1] != "1":
+        return 16, 16, False
     return 0, 0, False
 
 

@@ -5,8 +5,8 @@
 Every barrier and fence is removed in turn, and every bound of a loop or guard over rows, classes, vectors and the like
 is shifted by one either way. All faults are compiled in at once (FASTLOSS_MUTANT chooses one at run time), as plain C++
 and under the sanitizers; a fault is caught when the short form of the emulated tests (tests/core/test_cuda_on_cpu.py,
-test_cuda_extremes.py, test_pointwise_core.py, test_dice_core.py, test_token_log_probs_core.py) fails, in the plain
-build or under the sanitizer that is made for it.
+test_cuda_extremes.py, test_pointwise_core.py, test_dice_core.py, test_token_log_probs_core.py, test_divergence_core.py)
+fails, in the plain build or under the sanitizer that is made for it.
 Exits 1 when one survives that EQUIVALENT does not explain.
 """
 
@@ -157,7 +157,14 @@ def environment(module: Path, mutant: int) -> dict[str, str]:
     return env
 
 
-TESTS = ("test_cuda_on_cpu", "test_cuda_extremes", "test_pointwise_core", "test_dice_core", "test_token_log_probs_core")
+TESTS = (
+    "test_cuda_on_cpu",
+    "test_cuda_extremes",
+    "test_pointwise_core",
+    "test_dice_core",
+    "test_token_log_probs_core",
+    "test_divergence_core",
+)
 
 
 def passes(module: Path, mutant: int = 0, quiet: bool = True, limit: float = 600) -> bool:

@@ -138,6 +138,7 @@ void run_core(const F& f) {
 void bind_cross_entropy(py::module_& m);
 void bind_row_loss(py::module_& m);
 void bind_dice_loss(py::module_& m);
+void bind_divergence(py::module_& m);
 void bind_token_log_probs(py::module_& m);
 void bind_pointwise(py::module_& m);
 void bind_scale_grad(py::module_& m);

@@ -5,6 +5,7 @@
 #include "../pointwise/pointwise.h"
 #include "../rowwise/cross_entropy.h"
 #include "../rowwise/dice_loss.h"
+#include "../rowwise/divergence.h"
 #include "../rowwise/row_loss.h"
 #include "../rowwise/token_log_probs.h"
 
@@ -16,6 +17,8 @@ Status run_row_loss_forward(const RowLossArgs& a);
 Status run_row_loss_backward(const RowLossArgs& a);
 Status run_dice_loss_forward(const DiceLossArgs& a);
 Status run_dice_loss_backward(const DiceLossArgs& a);
+Status run_divergence_forward(const DivergenceArgs& a);
+Status run_divergence_backward(const DivergenceArgs& a);
 Status run_token_log_probs_backward(const TokenLogProbsArgs& a);
 Status run_pointwise_forward(const PointwiseArgs& a);
 Status run_pointwise_backward(const PointwiseArgs& a);

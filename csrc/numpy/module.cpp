@@ -38,6 +38,8 @@ Status run_row_loss_forward(const RowLossArgs& a) { return row_loss_forward_cpu(
 Status run_row_loss_backward(const RowLossArgs& a) { return row_loss_backward_cpu(a, thread_ranges); }
 Status run_dice_loss_forward(const DiceLossArgs& a) { return dice_loss_forward_cpu(a, thread_ranges); }
 Status run_dice_loss_backward(const DiceLossArgs& a) { return dice_loss_backward_cpu(a, thread_ranges); }
+Status run_divergence_forward(const DivergenceArgs& a) { return divergence_forward_cpu(a, thread_ranges); }
+Status run_divergence_backward(const DivergenceArgs& a) { return divergence_backward_cpu(a, thread_ranges); }
 Status run_token_log_probs_backward(const TokenLogProbsArgs& a) {
   return token_log_probs_backward_cpu(a, thread_ranges);
 }
@@ -71,6 +73,7 @@ PYBIND11_MODULE(fastloss_core_numpy, m) {
   bind_cross_entropy(m);
   bind_row_loss(m);
   bind_dice_loss(m);
+  bind_divergence(m);
   bind_token_log_probs(m);
   bind_pointwise(m);
   bind_scale_grad(m);

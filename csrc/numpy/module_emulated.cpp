@@ -10,6 +10,7 @@
 #include "../pointwise/pointwise_cuda.h"
 #include "../rowwise/cross_entropy_cuda.h"
 #include "../rowwise/dice_loss_cuda.h"
+#include "../rowwise/divergence_cuda.h"
 #include "../rowwise/row_loss_cuda.h"
 #include "../rowwise/token_log_probs_cuda.h"
 #include "arrays.h"
@@ -82,6 +83,10 @@ Status run_dice_loss_forward(const DiceLossArgs& a) {
 Status run_dice_loss_backward(const DiceLossArgs& a) {
   return with_workspace(a, dice_loss_workspace_bytes_cuda, dice_loss_backward_cuda);
 }
+Status run_divergence_forward(const DivergenceArgs& a) {
+  return with_workspace(a, divergence_workspace_bytes_cuda, divergence_forward_cuda);
+}
+Status run_divergence_backward(const DivergenceArgs& a) { return divergence_backward_cuda(a, context_of_device()); }
 Status run_token_log_probs_backward(const TokenLogProbsArgs& a) {
   return token_log_probs_backward_cuda(a, context_of_device());
 }
@@ -154,6 +159,7 @@ PYBIND11_MODULE(fastloss_emulated_numpy, m) {
   bind_cross_entropy(m);
   bind_row_loss(m);
   bind_dice_loss(m);
+  bind_divergence(m);
   bind_token_log_probs(m);
   bind_pointwise(m);
   bind_scale_grad(m);

@@ -86,7 +86,7 @@ std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tenso
   const Tensor& first = **tensors.begin();
   const auto sizes = first.sizes();
   const int64_t dim = int64_t(sizes.size());
-  constexpr size_t kMost = 3;
+  constexpr size_t kMost = 4;
   const int64_t* strides[kMost];
   size_t count = 0;
   for (const Tensor* t : tensors) strides[count++] = t->strides().data();

@@ -79,7 +79,7 @@ void require_vector(const Tensor& t, const char* name, int64_t count, ScalarType
 // collapse() raises.
 struct Collapsed {
   int64_t outer = 1, classes = 0, inner = 1;
-  Strides strides[3];  // of the tensors in the order given
+  Strides strides[4];  // of the tensors in the order given
 };
 std::optional<Collapsed> try_collapse(std::initializer_list<const Tensor*> tensors);
 Collapsed collapse(std::initializer_list<const Tensor*> tensors);

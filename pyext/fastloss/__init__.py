@@ -22,6 +22,8 @@ from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_ent
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
 from .losses.huber_loss import HuberLoss, huber_loss
+from .losses.js_divergence_with_logits import JSDivergenceWithLogitsLoss, js_divergence_with_logits
+from .losses.kl_divergence_with_logits import KLDivergenceWithLogitsLoss, kl_divergence_with_logits
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
 from .losses.mape_loss import MAPELoss, mape_loss
@@ -52,6 +54,8 @@ __all__ = [
     "DiceLoss",
     "FocalLoss",
     "HuberLoss",
+    "JSDivergenceWithLogitsLoss",
+    "KLDivergenceWithLogitsLoss",
     "L1Loss",
     "LazyHeadWarning",
     "LinearCrossEntropyLoss",
@@ -84,6 +88,8 @@ __all__ = [
     "explain",
     "focal_loss",
     "huber_loss",
+    "js_divergence_with_logits",
+    "kl_divergence_with_logits",
     "l1_loss",
     "lazy_head",
     "linear_cross_entropy",

@@ -526,3 +526,46 @@ def dice_loss(tensors: Tensors, o: Any) -> Tensor:
     if not o.include_background:
         loss = loss[..., 1:]
     return loss if o.reduction == NONE else loss.mean() if o.reduction == MEAN else loss.sum()
+
+
+# ------------------------------------------------------------------------------------------------ divergences of logits
+
+
+def divergence_dtype(p: Tensor, q: Tensor) -> torch.dtype:
+    """Of sums and exponentials."""
+    return accum_dtype(torch.float64 if p.dtype is torch.float64 else q.dtype)
+
+
+def divergence(tensors: Tensors, o: Any, js: bool) -> Tensor:
+    """KL(p || q) of softmaxes, or beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, reduced as
+    ``o`` says: see csrc/rowwise/divergence.h."""
+    x_p, x_q, weight, total = tensors
+    accum = divergence_dtype(x_p, x_q)
+    logits = [x_p.to(accum), x_q.to(accum)]
+    counts = None if weight is None else (weight != 0).unsqueeze(1)
+    if counts is not None:  # what is left out may hold anything
+        logits = [torch.where(counts, x, 0.0) for x in logits]
+    log_p, log_q = ((x / o.temperature).log_softmax(1) for x in logits)
+
+    def against(log_a: Tensor, log_b: Tensor) -> Tensor:
+        a = log_a.exp()
+        nothing = a == 0
+        return (a * (torch.where(nothing, 0.0, log_a) - torch.where(nothing, 0.0, log_b))).sum(1)
+
+    if js:
+        m = o.beta * log_p.exp() + (1 - o.beta) * log_q.exp()
+        log_m = torch.where(m == 0, 1.0, m).log()
+        rows = o.beta * against(log_p, log_m) + (1 - o.beta) * against(log_q, log_m)
+    else:
+        rows = against(log_p, log_q)
+    rows = rows * o.scale
+    if weight is not None:
+        rows = torch.where(weight == 0, 0.0, weight * rows)
+    if o.reduction == NONE:
+        return rows
+    if o.reduction != MEAN:
+        return rows.sum()
+    if total is None:
+        return rows.mean()
+    nothing = total == 0  # nan, without a gradient
+    return torch.where(nothing, torch.nan, rows.sum() / torch.where(nothing, 1.0, total))

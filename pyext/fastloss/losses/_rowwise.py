@@ -121,10 +121,10 @@ def check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", 
         )
 
 
-def check_logits_dtype(logits: Tensor, function: str) -> None:
+def check_logits_dtype(logits: Tensor, function: str, name: str = "input") -> None:
     if logits.dtype not in DTYPE_CODES:
         raise NotImplementedError(
-            f'{function}(): "{function}" not implemented for input of dtype {logits.dtype}: expected float32, '
+            f'{function}(): "{function}" not implemented for {name} of dtype {logits.dtype}: expected float32, '
             "float64, float16 or bfloat16"
         )
 
