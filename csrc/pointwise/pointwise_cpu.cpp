@@ -19,8 +19,9 @@ template <LossGroup kGroup>
 Status pointwise_backward_avx2(const PointwiseArgs&, ParallelFor);
 #else
 template <LossGroup>
-constexpr Kernel *pointwise_forward_avx2 = nullptr,
-                 *pointwise_backward_avx2 = nullptr;
+constexpr Kernel* pointwise_forward_avx2 = nullptr;
+template <LossGroup>
+constexpr Kernel* pointwise_backward_avx2 = nullptr;
 #endif
 #if defined(FASTLOSS_HAVE_AVX512)
 template <LossGroup kGroup>
@@ -29,8 +30,9 @@ template <LossGroup kGroup>
 Status pointwise_backward_avx512(const PointwiseArgs&, ParallelFor);
 #else
 template <LossGroup>
-constexpr Kernel *pointwise_forward_avx512 = nullptr,
-                 *pointwise_backward_avx512 = nullptr;
+constexpr Kernel* pointwise_forward_avx512 = nullptr;
+template <LossGroup>
+constexpr Kernel* pointwise_backward_avx512 = nullptr;
 #endif
 
 namespace {
