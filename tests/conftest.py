@@ -13,7 +13,7 @@ import torch
 from fastloss._library import cuda_built
 
 # Files whose tests share what takes long to make: the first worker begins with them, so that no other takes any over.
-FIRST = ("test_add_a_loss", "test_mutants", "test_machine_code", "test_demo", "test_check")
+FIRST = ("test_add_a_loss", "test_mutants", "test_machine_code", "test_check")
 
 
 def pytest_addoption(parser):
