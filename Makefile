@@ -31,7 +31,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 BUILD_NEEDS := setuptools wheel cmake ninja numpy torch
 DEMO_NEEDS := scikit-learn matplotlib
-TEST_NEEDS := pytest hypothesis expecttest mypy ruff clang-format pybind11 \
+TEST_NEEDS := pytest pytest-xdist hypothesis expecttest mypy ruff clang-format pybind11 \
   $(if $(WITH_CUDA),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
 SOURCES := $(shell find csrc -path csrc/numpy -prune -o -name '*.[ch]*' -print -o -name '*.cu*' -print) \
@@ -41,7 +41,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 PY_FILES := setup.py pyext tests tools $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-python test-core lint abi-audit cuda-report judge asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel format clean
+.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-head asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -88,10 +88,19 @@ build/asan/.built: $(SOURCES) $(NUMPY_SOURCES) $(VENV)/test.stamp
 	touch $@
 
 # ---- tests
-test: lint test-python abi-audit $(if $(WITH_CUDA),cuda-report emulated-asan emulated-tsan) asan judge
+# Builds and Python tests use all processors by themselves, one after the other. The rest, which has one thread each, runs
+# side by side, the longest first; what a part prints appears when it is done.
+SIDE_BY_SIDE := $(if $(WITH_CUDA),emulated-tsan emulated-asan) judge-losses asan judge-head \
+  $(if $(WITH_CUDA),cuda-report) abi-audit
+test: lint test-builds test-python
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j$(JOBS) --output-sync=target $(SIDE_BY_SIDE)
 
+test-builds: build/core-numpy $(if $(WITH_CUDA),$(foreach v,plain asan tsan,build/emulated/$(v)/.built)) build/asan/.built
+
+# A worker per processor, with one thread each (tests/conftest.py); a worker takes over what another has left. With a GPU
+# one process, which is asked for the GPU's memory and errors.
 test-python: build/extension-full build/core-numpy $(if $(WITH_CUDA),build/emulated/plain/.built)
-	PYTHONPATH=$(CORE):build/emulated/plain $(PY) -m pytest
+	PYTHONPATH=$(CORE):build/emulated/plain $(PY) -m pytest $(if $(GPU_ARCHS),,-n $(JOBS) --dist worksteal)
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer, driven from Python without torch.
 asan: build/asan/.built
@@ -130,10 +139,13 @@ cuda-report: build/extension-full
 # whole one takes longer than all of the others.
 JUDGE := ../shared/judges/opinfo_judge.py
 JUDGED := cross_entropy,nll_loss,l1_loss,mse_loss,smooth_l1_loss,huber_loss,binary_cross_entropy_with_logits,multi_margin_loss
-judge: build/extension-full $(VENV)/test.stamp
-	@if [ -f $(JUDGE) ]; then for what in "--ops $(JUDGED)" "--ops linear_cross_entropy --quick"; do \
-	  $(PY) $(JUDGE) fastloss --allow "errors:int32 target" --allow "errors:weight dtype" $$what; \
-	done; else echo "judge: not run, there is no $(JUDGE)"; fi
+JUDGED_losses = $(JUDGED)
+JUDGED_head = linear_cross_entropy --quick
+judge: judge-losses judge-head
+judge-losses judge-head: judge-%: build/extension-full $(VENV)/test.stamp
+	@if [ -f $(JUDGE) ]; then \
+	  $(PY) $(JUDGE) fastloss --allow "errors:int32 target" --allow "errors:weight dtype" --ops $(JUDGED_$*); \
+	else echo "$@: not run, there is no $(JUDGE)"; fi
 
 # ---- the rest
 bench: build/extension-here

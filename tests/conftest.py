@@ -1,9 +1,19 @@
 """What the tests share: the devices that they run on, `--big`, and the errors that a GPU reports late."""
 
+import os
+
+# Workers of pytest-xdist share the processors: a thread each, here and in the processes that tests start. Before torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for library in ("OMP", "OPENBLAS"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 import fastloss
 import pytest
 import torch
 from fastloss._library import cuda_built
+
+# Files whose tests share what takes long to make: the first worker begins with them, so that no other takes any over.
+FIRST = ("test_add_a_loss", "test_mutants", "test_machine_code", "test_check")
 
 
 def pytest_addoption(parser):
@@ -40,8 +50,16 @@ def pytest_collection_modifyitems(config, items):
         if not big and item.get_closest_marker("big"):
             item.add_marker(pytest.mark.skip(reason="more than 2**31 elements need about 20 GB: run with --big"))
     config.stash[NOT_RUN] = without_gpu
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["tests on a GPU"] = without_gpu
     config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.path.stem not in FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """A worker of pytest-xdist, each of which has collected all tests, ends."""
+    node.config.stash[NOT_RUN] = getattr(node, "workeroutput", {}).get("tests on a GPU", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -13,6 +13,9 @@ CASES = [
     for spec in SPECS.values()
     for i, sample in enumerate(spec.samples("cpu", torch.float64))
 ]
+# Numerical derivatives take most of the time. Where there is a mean, which has a factor more, its sum is left out here.
+MEANS = {case.id.removesuffix(", mean") for case in CASES if case.id.endswith(", mean")}
+NUMERICAL = [case for case in CASES if not case.id.endswith(", sum") or case.id.removesuffix(", sum") not in MEANS]
 
 
 def samples_of(spec, i, device, dtype=torch.float64):
@@ -54,7 +57,7 @@ def test_value_and_gradients_against_float64(spec, i, dtype, device):
         assert_close(grad, exact_grad.double(), scale=0.1)
 
 
-@pytest.mark.parametrize(("spec", "i"), CASES)
+@pytest.mark.parametrize(("spec", "i"), NUMERICAL)
 def test_first_and_second_derivatives_against_numerical_ones(spec, i, device):
     sample = samples_of(spec, i, device)
     check_gradients(spec.function, *sample.args, forward_mode=True, **sample.kwargs)
