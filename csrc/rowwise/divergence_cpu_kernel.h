@@ -16,7 +16,6 @@ namespace fastloss {
 namespace FASTLOSS_ISA {
 
 constexpr int64_t kPairChunk = 1024, kPairTileRows = 64, kPairTileClasses = 128;
-constexpr int64_t kPairAheadBytes = 131072;  // of a row of one operand, up to which the next fits into L2 as well
 
 // What all rows of a call share beside PairCall.
 template <class T>
@@ -61,6 +60,10 @@ inline auto with_operand(DType type, const F& f) {
 template <class S, class T>
 constexpr bool kConverts = sizeof(accum_t<S>) == sizeof(T);  // load and store know the way from S to T
 
+// Where element `at` of an operand lies.
+inline const char* address_of(const DivergenceOperand& o, int64_t at) {
+  return static_cast<const char*>(o.logits) + at * size_of(o.type);
+}
 // n logits from element `at` on: where they lie, if that is a run of T, else in `room`.
 template <class T>
 inline const T* load_chunk(const DivergenceOperand& o, int64_t at, int64_t n, T* room) {
@@ -122,8 +125,6 @@ struct PairSum {
   }
 };
 
-// A row as the row path knows it.
-template <class T>
 struct PairPlace {
   int64_t row, p, q, grad_p, grad_q;  // where the row begins, in elements
 
@@ -144,21 +145,23 @@ struct PairRooms {
 
 // One walk along a row: the sums over its classes; the gradients that are asked for, with the sums that they lack.
 template <class T>
-inline PairSums walk_pair(const PairPass<T>& pass, const PairPlace<T>& at, const PairRow<T>& row, T mean_p, T mean_q,
+inline PairSums walk_pair(const PairPass<T>& pass, const PairPlace& at, const PairRow<T>& row, T mean_p, T mean_q,
                           bool sums, bool by_p, bool by_q, PairRooms<T>& room) {
   const DivergenceArgs& a = pass.a;
   const PairCall<T> k = pass.k;
   const T factor = by_p || by_q ? pass.factor(at.row) : T(0);
   const PairRow<vec<T>> r = {splat(row.max_p), splat(row.max_q), splat(row.log_sum_p), splat(row.log_sum_q),
                              splat(row.log_ratio)};
+  const int64_t size_p = size_of(a.p.type), size_q = size_of(a.q.type);
   PairSums all;
   for (int64_t c = 0; c < a.classes; c += kPairChunk) {
     const int64_t n = min_of(kPairChunk, a.classes - c);
     const T* x_p = load_chunk(a.p, at.p + c, n, room.p.get());
     const T* x_q = load_chunk(a.q, at.q + c, n, room.q.get());
+    const char *from_p = address_of(a.p, at.p + c), *from_q = address_of(a.q, at.q + c);
     vec<T> value{}, sum_p{}, sum_q{}, excess{};
     for_vectors<T>(0, n, [&](int64_t i, int64_t m) {
-      if (pass.backward) read_ahead(x_p + i), read_ahead(x_q + i);
+      if (pass.backward) read_ahead(from_p + i * size_p), read_ahead(from_q + i * size_q);
       const PairTerms<vec<T>> t = pair_terms(load_n(x_p + i, m, -kInf<T>), load_n(x_q + i, m, -kInf<T>), r, k);
       if (sums) value += t.value, sum_p += t.by_p, sum_q += t.by_q, excess += t.excess;
       if (by_p) store(room.grad_p.get() + i, factor * (t.by_p - t.p * mean_p));
@@ -175,7 +178,7 @@ inline PairSums walk_pair(const PairPass<T>& pass, const PairPlace<T>& at, const
 }
 
 template <class T>
-inline void fill_pair_row(const PairPass<T>& pass, const PairPlace<T>& at, PairRooms<T>& room) {
+inline void fill_pair_row(const PairPass<T>& pass, const PairPlace& at, PairRooms<T>& room) {
   const DivergenceArgs& a = pass.a;
   for (int64_t i = 0; i < kPairChunk; ++i) room.p[i] = T(0);
   for (int64_t c = 0; c < a.classes; c += kPairChunk) {
@@ -191,7 +194,7 @@ inline void pair_row_path(const PairPass<T>& pass, int64_t begin, int64_t end) {
   const bool by_p = a.p.grad, by_q = a.q.grad, soon = by_q && !pass.k.js && !pass.backward;
   PairRooms<T> room;
   for (int64_t b = begin; b < end; ++b) {
-    const PairPlace<T> at(a, b);
+    const PairPlace at(a, b);
     if (pass.weight_of(b) == T(0)) {
       if (!pass.backward) pass.put(b, 0);
       for (int i = 0; i < kDivergenceSaved && !pass.backward && pass.saved; ++i) pass.field(i)[b] = T(0);
@@ -208,10 +211,8 @@ inline void pair_row_path(const PairPass<T>& pass, int64_t begin, int64_t end) {
     const int64_t size_p = size_of(a.p.type), size_q = size_of(a.q.type);
     for (int64_t c = 0; c < a.classes; c += kPairChunk) {
       const int64_t n = min_of(kPairChunk, a.classes - c);
-      p.add(load_chunk(a.p, at.p + c, n, room.p.get()), n, pass.k.inv_temperature,
-            static_cast<const char*>(a.p.logits) + (at.p + c) * size_p, size_p);
-      q.add(load_chunk(a.q, at.q + c, n, room.q.get()), n, pass.k.inv_temperature,
-            static_cast<const char*>(a.q.logits) + (at.q + c) * size_q, size_q);
+      p.add(load_chunk(a.p, at.p + c, n, room.p.get()), n, pass.k.inv_temperature, address_of(a.p, at.p + c), size_p);
+      q.add(load_chunk(a.q, at.q + c, n, room.q.get()), n, pass.k.inv_temperature, address_of(a.q, at.q + c), size_q);
     }
     const PairRow<narrow<T>> wide =
         pair_row(p.max - narrow<T>{}, T(p.sum) - narrow<T>{}, q.max - narrow<T>{}, T(q.sum) - narrow<T>{});
