@@ -104,7 +104,8 @@ class _Pointwise(Rules):
         if not torch.compiler.is_compiling() and batched_by_legacy(
             grad_output
         ):  # has no rule for an operator that returns a list; the gradient is linear
-            ones = torch.ones(saved.shape if o.reduction != NONE else tensors[0].shape, device=saved.device)
+            shape = saved.shape[: o.row_dims] if o.reduction != NONE else tensors[0].shape
+            ones = torch.ones(shape, device=saved.device)
             unit = self.backward(ones.to(DTYPES[o.loss_dtype]), tensors, saved, o, [*needs[:OPERANDS], False])
             if o.reduction != NONE:
                 grad_output = grad_output.view([*grad_output.shape, *[1] * (tensors[0].dim() - o.row_dims)])

@@ -1,5 +1,7 @@
 """Asymmetric loss of independent labels. The mathematics is in ``csrc/pointwise/losses/multilabel.h``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -53,7 +55,7 @@ def asymmetric_loss(
     """
     name = "asymmetric_loss"
     if has_torch_function_variadic(input, target):
-        options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "reduction": reduction}
+        options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "reduction": reduction}
         options |= {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return handle_torch_function(asymmetric_loss, (input, target), input, target, **options)
     if recording():
@@ -88,5 +90,5 @@ class AsymmetricLoss(torch.nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of logits against targets; shapes, dtypes and errors as :func:`asymmetric_loss`."""
-        options = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return asymmetric_loss(input, target, self.gamma_neg, self.gamma_pos, self.clip, self.reduction, **options)

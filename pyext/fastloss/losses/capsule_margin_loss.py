@@ -1,6 +1,8 @@
 """Margin loss of capsule networks. The mathematics is in ``csrc/rowwise/row_losses.h`` for class indices and in
 ``csrc/pointwise/losses/multilabel.h`` for several classes at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -56,7 +58,12 @@ def capsule_margin_loss(
         >>> loss = fastloss.capsule_margin_loss(capsules.norm(dim=-1), digits)
     """
     if has_torch_function_variadic(input, target, weight):
-        options = {"m_plus": m_plus, "m_minus": m_minus, "down_weight": down_weight, "reduction": reduction}
+        options: dict[str, Any] = {
+            "m_plus": m_plus,
+            "m_minus": m_minus,
+            "down_weight": down_weight,
+            "reduction": reduction,
+        }
         options |= {"weight": weight, "ignore_index": ignore_index}
         return handle_torch_function(capsule_margin_loss, (input, target, weight), input, target, **options)
     if recording():
@@ -75,8 +82,16 @@ def capsule_margin_loss(
             f"{_NAME}(): a target of {target.dtype} says of each class whether it is there and needs the input's shape "
             f"{list(input.shape)}, got {list(target.shape)}; for class indices call target.long()"
         )
-    options = {"ignore_index": ignore_index, "params": params, "flags": _row_loss.MEAN_OVER_ROWS}
-    return _row_loss.run(_NAME, input, target, weight, reduction, **options)  # type: ignore[arg-type]
+    return _row_loss.run(
+        _NAME,
+        input,
+        target,
+        weight,
+        reduction,
+        ignore_index=ignore_index,
+        params=params,
+        flags=_row_loss.MEAN_OVER_ROWS,
+    )
 
 
 def _of_several(
@@ -126,6 +141,6 @@ class CapsuleMarginLoss(torch.nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of lengths (N, C, ...) against targets; shapes, dtypes and errors as :func:`capsule_margin_loss`."""
-        options = {"weight": self.weight, "ignore_index": self.ignore_index}
+        options: dict[str, Any] = {"weight": self.weight, "ignore_index": self.ignore_index}
         margins = (self.m_plus, self.m_minus, self.down_weight)
-        return capsule_margin_loss(input, target, *margins, self.reduction, **options)  # type: ignore[arg-type]
+        return capsule_margin_loss(input, target, *margins, self.reduction, **options)

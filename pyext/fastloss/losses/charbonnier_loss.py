@@ -1,5 +1,7 @@
 """Charbonnier loss, a smooth absolute error. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -47,7 +49,13 @@ def charbonnier_loss(
     """
     name = "charbonnier_loss"
     if has_torch_function_variadic(input, target):
-        options = {"reduction": reduction, "eps": eps, "weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {
+            "reduction": reduction,
+            "eps": eps,
+            "weight": weight,
+            "sample_weight": sample_weight,
+            "mask": mask,
+        }
         return handle_torch_function(charbonnier_loss, (input, target), input, target, **options)
     if recording():
         return record("charbonnier_loss", locals())
@@ -76,5 +84,5 @@ class CharbonnierLoss(torch.nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of predictions against targets; shapes, dtypes and errors as :func:`charbonnier_loss`."""
-        options = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return charbonnier_loss(input, target, self.reduction, eps=self.eps, **options)

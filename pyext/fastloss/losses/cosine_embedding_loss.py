@@ -1,5 +1,7 @@
 """Cosine embedding loss of pairs of vectors. The mathematics is in ``csrc/pointwise/losses/vectors.h``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -47,7 +49,7 @@ def cosine_embedding_loss(
     """
     operands = (input1, input2, target)
     if has_torch_function_variadic(*operands):
-        options = {name: value for name, value in locals().items() if name in ("margin", "reduction")}
+        options: dict[str, Any] = {name: value for name, value in locals().items() if name in ("margin", "reduction")}
         options |= {"size_average": size_average, "reduce": reduce}
         return handle_torch_function(cosine_embedding_loss, operands, *operands, **options)
     if recording():

@@ -1,5 +1,7 @@
 """Mean absolute percentage error: a name for what ``relative_l1_loss`` computes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -44,12 +46,18 @@ def mape_loss(
 
         >>> loss = fastloss.mape_loss(forecast, demand, eps=1.0)
     """
-    options = {"reduction": reduction, "eps": eps, "weight": weight, "sample_weight": sample_weight, "mask": mask}
+    options: dict[str, Any] = {
+        "reduction": reduction,
+        "eps": eps,
+        "weight": weight,
+        "sample_weight": sample_weight,
+        "mask": mask,
+    }
     if has_torch_function_variadic(input, target):
         return handle_torch_function(mape_loss, (input, target), input, target, **options)
     if recording():
         return record("mape_loss", locals())
-    return relative_l1_loss(input, target, symmetric=False, **options)  # type: ignore[arg-type]
+    return relative_l1_loss(input, target, symmetric=False, **options)
 
 
 class MAPELoss(torch.nn.Module):
@@ -71,5 +79,5 @@ class MAPELoss(torch.nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of predictions against targets; shapes, dtypes and errors as :func:`mape_loss`."""
-        options = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return mape_loss(input, target, self.reduction, eps=self.eps, **options)

@@ -3,6 +3,8 @@
 The mathematics is that of ``BinaryCrossEntropyWithLogits`` in ``csrc/pointwise/losses/classification.h``.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import multilabel_soft_margin_loss as _composed  # torch's own, whatever patch() does later
@@ -52,7 +54,12 @@ def multilabel_soft_margin_loss(
     """
     operands = (input, target, weight)
     if has_torch_function_variadic(*operands):
-        options = {"weight": weight, "size_average": size_average, "reduce": reduce, "reduction": reduction}
+        options: dict[str, Any] = {
+            "weight": weight,
+            "size_average": size_average,
+            "reduce": reduce,
+            "reduction": reduction,
+        }
         return handle_torch_function(multilabel_soft_margin_loss, operands, input, target, **options)
     if recording():
         return record("multilabel_soft_margin_loss", locals())
@@ -71,18 +78,20 @@ def multilabel_soft_margin_loss(
     _arguments.require_supported_tensors(name, *operands)
     if not _fits(input, target, weight):
         return _composed(input, target, weight, reduction=reduction)
-    dtype = torch.result_type(input, target)
-    if weight is not None:
-        dtype = torch.promote_types(dtype, weight.dtype) if weight.dim() and weight.is_floating_point() else dtype
-        weight = weight if weight.is_floating_point() else weight.to(accum_dtype(dtype))
+    dtype = input.dtype
+    for t in (target, weight):
+        if t is not None and t.is_floating_point() and t.dim():
+            dtype = torch.promote_types(dtype, t.dtype)
+    if weight is not None and not weight.is_floating_point():
+        weight = weight.to(accum_dtype(dtype))
     target = target if target.is_floating_point() else target.to(input.dtype)
     code = REDUCTIONS[reduction]
     if code == SUM:  # over the samples, of means: as a mean of so many times the loss
         samples = input.shape[:-1].numel()
         weight = torch.ones((), dtype=accum_dtype(dtype), device=input.device) if weight is None else weight
         weight = weight.to(accum_dtype(dtype)) * samples
-    target, weight = (None if t is None else t.expand(input.shape) for t in (target, weight))
-    x = _pointwise.Operands(input, target, weight, None, code, 0.0, dtype)  # type: ignore[arg-type]
+    weight = None if weight is None else weight.expand(input.shape)
+    x = _pointwise.Operands(input, target.expand(input.shape), weight, None, code, 0.0, dtype)
     if code == NONE:
         return _pointwise.loss_of_groups(_KERNEL, x, [input.dim() - 1], (0.0,), inner=MEAN)
     return _pointwise.run_checked(x._replace(reduction=MEAN), _KERNEL, (0.0,))

@@ -1,5 +1,7 @@
 """Quantile (pinball) loss. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -54,7 +56,12 @@ def quantile_loss(
     """
     name = "quantile_loss"
     if has_torch_function_variadic(input, target, quantile):
-        options = {"reduction": reduction, "weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {
+            "reduction": reduction,
+            "weight": weight,
+            "sample_weight": sample_weight,
+            "mask": mask,
+        }
         return handle_torch_function(
             quantile_loss, (input, target, quantile), input, target, quantile=quantile, **options
         )
@@ -131,5 +138,5 @@ class QuantileLoss(torch.nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of predictions against targets; shapes, dtypes and errors as :func:`quantile_loss`."""
-        options = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return quantile_loss(input, target, self.quantile, self.reduction, **options)

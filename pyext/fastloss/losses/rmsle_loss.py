@@ -1,5 +1,7 @@
 """Root mean squared logarithmic error. The mathematics is in ``csrc/pointwise/losses/regression.h``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -48,7 +50,12 @@ def rmsle_loss(
     """
     name = "rmsle_loss"
     if has_torch_function_variadic(input, target):
-        options = {"reduction": reduction, "weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {
+            "reduction": reduction,
+            "weight": weight,
+            "sample_weight": sample_weight,
+            "mask": mask,
+        }
         return handle_torch_function(rmsle_loss, (input, target), input, target, **options)
     if recording():
         return record("rmsle_loss", locals())
@@ -92,5 +99,5 @@ class RMSLELoss(torch.nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of predictions against targets; shapes, dtypes and errors as :func:`rmsle_loss`."""
-        options = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return rmsle_loss(input, target, self.reduction, **options)

@@ -1,5 +1,7 @@
 """Focal loss of independent labels. The mathematics is in ``csrc/pointwise/losses/multilabel.h``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -52,7 +54,7 @@ def sigmoid_focal_loss(
     """
     name = "sigmoid_focal_loss"
     if has_torch_function_variadic(inputs, targets):
-        options = {"alpha": alpha, "gamma": gamma, "reduction": reduction}
+        options: dict[str, Any] = {"alpha": alpha, "gamma": gamma, "reduction": reduction}
         options |= {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return handle_torch_function(sigmoid_focal_loss, (inputs, targets), inputs, targets, **options)
     if recording():
@@ -87,5 +89,5 @@ class SigmoidFocalLoss(torch.nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of logits against targets; shapes, dtypes and errors as :func:`sigmoid_focal_loss`."""
-        options = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction, **options)

@@ -1,5 +1,7 @@
 """Symmetric mean absolute percentage error: a name for what ``relative_l1_loss`` computes with ``symmetric=True``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -46,12 +48,18 @@ def smape_loss(
 
         >>> loss = fastloss.smape_loss(forecast, demand, eps=1.0)
     """
-    options = {"reduction": reduction, "eps": eps, "weight": weight, "sample_weight": sample_weight, "mask": mask}
+    options: dict[str, Any] = {
+        "reduction": reduction,
+        "eps": eps,
+        "weight": weight,
+        "sample_weight": sample_weight,
+        "mask": mask,
+    }
     if has_torch_function_variadic(input, target):
         return handle_torch_function(smape_loss, (input, target), input, target, **options)
     if recording():
         return record("smape_loss", locals())
-    return relative_l1_loss(input, target, symmetric=True, **options)  # type: ignore[arg-type]
+    return relative_l1_loss(input, target, symmetric=True, **options)
 
 
 class SMAPELoss(torch.nn.Module):
@@ -73,5 +81,5 @@ class SMAPELoss(torch.nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of predictions against targets; shapes, dtypes and errors as :func:`smape_loss`."""
-        options = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
+        options: dict[str, Any] = {"weight": weight, "sample_weight": sample_weight, "mask": mask}
         return smape_loss(input, target, self.reduction, eps=self.eps, **options)

@@ -1,6 +1,7 @@
 """Triplet margin loss of vectors. The mathematics is in ``csrc/pointwise/losses/vectors.h``."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def triplet_margin_loss(
     """
     operands = (anchor, positive, negative)
     if has_torch_function_variadic(*operands):
-        options = {"margin": margin, "p": p, "eps": eps, "swap": swap}
+        options: dict[str, Any] = {"margin": margin, "p": p, "eps": eps, "swap": swap}
         options |= {"size_average": size_average, "reduce": reduce, "reduction": reduction}
         return handle_torch_function(triplet_margin_loss, operands, *operands, **options)
     if recording():

@@ -38,9 +38,7 @@ class RowLoss:
 LOSSES: dict[str, RowLoss] = {
     "nll_loss": RowLoss(),
     "multi_margin_loss": RowLoss(({"p": 2, "margin": 0.4},), ignores=False, mean_over_rows=True, spatial=False),
-    "capsule_margin_loss": RowLoss(
-        ({"m_plus": 0.5, "m_minus": -0.5, "down_weight": 0.25, "ignore_index": 2},), mean_over_rows=True
-    ),
+    "capsule_margin_loss": RowLoss(({"m_plus": 0.5, "m_minus": -0.5, "down_weight": 0.25},), mean_over_rows=True),
 }
 
 
