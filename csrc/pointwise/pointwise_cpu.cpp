@@ -1,7 +1,7 @@
 // Chooses the instruction set; the kernels are in pointwise_cpu_kernel.h. Knows the losses by number.
 #define FASTLOSS_ISA portable
 #include "../common/cpu_isa.h"
-#include "../common/simd.h"
+#include "../common/full_range.h"
 #include "registry.h"
 
 namespace fastloss {
@@ -19,8 +19,9 @@ template <LossGroup kGroup>
 Status pointwise_backward_avx2(const PointwiseArgs&, ParallelFor);
 #else
 template <LossGroup>
-constexpr Kernel *pointwise_forward_avx2 = nullptr,
-                 *pointwise_backward_avx2 = nullptr;
+constexpr Kernel* pointwise_forward_avx2 = nullptr;
+template <LossGroup>
+constexpr Kernel* pointwise_backward_avx2 = nullptr;
 #endif
 #if defined(FASTLOSS_HAVE_AVX512)
 template <LossGroup kGroup>
@@ -29,8 +30,9 @@ template <LossGroup kGroup>
 Status pointwise_backward_avx512(const PointwiseArgs&, ParallelFor);
 #else
 template <LossGroup>
-constexpr Kernel *pointwise_forward_avx512 = nullptr,
-                 *pointwise_backward_avx512 = nullptr;
+constexpr Kernel* pointwise_forward_avx512 = nullptr;
+template <LossGroup>
+constexpr Kernel* pointwise_backward_avx512 = nullptr;
 #endif
 
 namespace {

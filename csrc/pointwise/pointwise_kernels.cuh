@@ -8,6 +8,7 @@
 // the last block to come. No atomics on floats, nothing that depends on the device.
 #pragma once
 #include "../common/convert.cuh"
+#include "../common/errors_cuda.cuh"
 #include "../common/lanes_gpu.cuh"
 #include "loss.h"
 #include "pointwise_policy.h"
@@ -17,8 +18,9 @@ namespace fastloss {
 struct PointwiseParams {
   PointwiseArgs a;
   PointwiseConfig config;
-  double* partials;    // [sums + 1][rows * parts]: sums, denominators
-  unsigned* counters;  // [rows], zeroed: parts that have written their partials; null when parts is 1
+  double* partials;         // [sums + 1][rows * parts]: sums, denominators
+  unsigned* counters;       // [rows], zeroed: parts that have written their partials; null when parts is 1
+  BadTargetRecord* record;  // where a forward reports what is outside its operand's domain
   double inverse_parts, inverse_sizes[kPointwiseDims];
   bool operand_is_flat[kPointwiseOperands], grad_is_flat[kPointwiseOperands];
   bool weight_is_flat, mask_is_flat, loss_is_flat, grad_output_is_flat;
@@ -335,6 +337,20 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 #pragma unroll
     for (int e = 0; e < kN; ++e) m[e] = m[e] == A(0) ? A(0) : m[e] * g[e];
   }
+  if constexpr (Loss::checks)
+    if (p.record) {
+#pragma unroll
+      for (int e = 0; e < kN; ++e) {
+#pragma unroll
+        for (int k = 0; k < kOperands; ++k) {
+          if (gpu::is_in(Loss::domains[k], x[k][e])) continue;
+          const double found = double(x[k][e]);
+          int64_t bits;
+          memcpy(&bits, &found, sizeof bits);
+          record_bad_target(p.record, i + e, bits, outside_domain(Loss::domains[k], k));
+        }
+      }
+    }
   Element<Loss, A> element[kN];
   typename Element<Loss, A>::sum_t part[kSums] = {};
 #pragma unroll

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "losses/classification.h"
+#include "losses/distributions.h"
 #include "losses/regression.h"
 #include "losses/vectors.h"
 
@@ -12,6 +13,14 @@ namespace FASTLOSS_ISA {
 template <class... L>
 constexpr int count_of(LossList<L...>) {
   return int(sizeof...(L));
+}
+
+template <class L>
+constexpr const Domain* domains_of() {
+  if constexpr (L::checks)
+    return L::domains;
+  else
+    return nullptr;
 }
 
 // The losses of the groups, in the order of their numbers; ends with a name of null.
@@ -28,7 +37,8 @@ struct Registry {
   template <class... L>
   static constexpr void add(PointwiseLoss*& to, LossGroup group, LossList<L...>) {
     int number = 0;
-    ((*to++ = {L::name, group, number++, L::operands, L::sums, L::params, L::finishes, L::streams}), ...);
+    ((*to++ = {L::name, group, number++, L::operands, L::sums, L::params, L::finishes, L::streams, domains_of<L>()}),
+     ...);
   }
 };
 template <int... kGroups>

@@ -12,43 +12,58 @@ from .head.lazy_logits import LazyHeadWarning
 from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
+from .losses.binary_cross_entropy import BCELoss, binary_cross_entropy
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
+from .losses.gaussian_nll_loss import GaussianNLLLoss, gaussian_nll_loss
+from .losses.hinge_embedding_loss import HingeEmbeddingLoss, hinge_embedding_loss
 from .losses.huber_loss import HuberLoss, huber_loss
+from .losses.kl_div import KLDivLoss, kl_div
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
+from .losses.margin_ranking_loss import MarginRankingLoss, margin_ranking_loss
 from .losses.mse_loss import MSELoss, mse_loss
 from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
+from .losses.poisson_nll_loss import PoissonNLLLoss, poisson_nll_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
+from .losses.soft_margin_loss import SoftMarginLoss, soft_margin_loss
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
 __all__ = [
+    "BCELoss",
     "BCEWithLogitsLoss",
     "CosineDistanceLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DiceLoss",
     "FocalLoss",
+    "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
     "HuberLoss",
+    "KLDivLoss",
     "L1Loss",
     "LazyHeadWarning",
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MSELoss",
+    "MarginRankingLoss",
     "MultiMarginLoss",
     "NLLLoss",
     "PatchReport",
+    "PoissonNLLLoss",
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
+    "SoftMarginLoss",
     "__version__",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "check",
     "check_errors",
@@ -57,23 +72,29 @@ __all__ = [
     "dice_loss",
     "explain",
     "focal_loss",
+    "gaussian_nll_loss",
+    "hinge_embedding_loss",
     "huber_loss",
+    "kl_div",
     "l1_loss",
     "lazy_head",
     "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_token_log_probs",
     "log_cosh_loss",
+    "margin_ranking_loss",
     "mse_loss",
     "multi_margin_loss",
     "nll_loss",
     "patch",
     "patch_report",
+    "poisson_nll_loss",
     "relative_l1_loss",
     "restore_head",
     "rmse_loss",
     "set_error_mode",
     "smooth_l1_loss",
+    "soft_margin_loss",
     "token_log_probs",
     "unpatch",
 ]

@@ -5,7 +5,15 @@ and the fewest bytes that an implementation must move. :func:`check_gradients`, 
 :func:`assert_sound` are for users' tests too. Nothing here needs pytest.
 """
 
-from . import binary_cross_entropy_with_logits, cross_entropy, dice_loss, pointwise, row_losses, row_maps
+from . import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    dice_loss,
+    pointwise,
+    row_losses,
+    row_maps,
+    torch_elementwise,
+)
 from ._checks import assert_close, check_gradients
 from ._sound import assert_sound
 from ._spec import LossSpec, Sample
@@ -16,6 +24,7 @@ SPECS: dict[str, LossSpec] = {
     **row_losses.SPECS,
     dice_loss.SPEC.name: dice_loss.SPEC,
     **pointwise.SPECS,
+    **torch_elementwise.SPECS,
     binary_cross_entropy_with_logits.SPEC.name: binary_cross_entropy_with_logits.SPEC,
 }
 
