@@ -55,11 +55,12 @@ constexpr V sign_of(V d) {
 
 // What a loss may say of itself. `residual`: a function of x - t, which returns a Slope. `finishes`: it has a function
 // `finish`. `wide`, with a residual: its values are taken in double, so that squares neither overflow nor vanish.
-// `streams`: it is compiled for the streaming CUDA kernels too, which its largest calls gain from. `checks`: it has the
-// `domains` of its operands; outside of them its value is nan, which is where a search for what is there begins.
+// `streams`: it is compiled for the streaming CUDA kernels too, which its largest calls gain from. `checks`: operands
+// have a `domain`; outside of it the value is nan, which is where a search for what is there begins.
 struct PlainLoss {
   static constexpr int operands = 2, sums = 1, params = 0;
   static constexpr bool residual = false, finishes = false, wide = false, streams = false, checks = false;
+  static constexpr Domain domain(int) { return Domain::any; }
 };
 struct ResidualLoss : PlainLoss {
   static constexpr bool residual = true, streams = true;

@@ -42,13 +42,14 @@ constexpr int32_t outside_domain(Domain domain, int k) { return int32_t(domain) 
 struct PointwiseLoss {
   const char* name;
   LossGroup group;
-  int number;             // in its group
-  int operands;           // at most; the third and the fourth are 1 where they are absent
-  int sums;               // terms
-  int params;             // numbers that it takes
-  bool finishes;          // has a formula after the sums; then there is no reduction none
-  bool streams;           // has streaming CUDA kernels
-  const Domain* domains;  // of its operands; null: all of them may hold anything
+  int number;     // in its group
+  int operands;   // at most; the third and the fourth are 1 where they are absent
+  int sums;       // terms
+  int params;     // numbers that it takes
+  bool finishes;  // has a formula after the sums; then there is no reduction none
+  bool streams;   // has streaming CUDA kernels
+  bool checks;    // not all operands may hold anything
+  Domain domains[kPointwiseOperands];
 };
 // In the order of the numbers; ends with a name of null.
 const PointwiseLoss* pointwise_losses();
@@ -98,7 +99,7 @@ struct PointwiseArgs {
     sums = what.sums;
     finishes = what.finishes;
     streams = what.streams;
-    checks = what.domains != nullptr;
+    checks = what.checks;
   }
   // Is D known without having read anything?
   constexpr bool counts_all() const { return !mask.data && (!weight.data || weight_denominator == 0); }

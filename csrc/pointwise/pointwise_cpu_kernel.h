@@ -533,7 +533,7 @@ inline Status find_fault(const PointwiseArgs& a) {
     for (int64_t i = 0; i < n; ++i)
       for (int k = 0; k < Loss::operands; ++k) {
         const T x = c.x[k][i];
-        if (!is_in(Loss::domains[k], x)) return {Status::bad_target, k, bit_cast<int64_t>(double(x))};
+        if (!is_in(Loss::domain(k), x)) return {Status::bad_target, k, bit_cast<int64_t>(double(x))};
       }
   }
   return {};

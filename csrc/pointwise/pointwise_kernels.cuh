@@ -337,20 +337,20 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 #pragma unroll
     for (int e = 0; e < kN; ++e) m[e] = m[e] == A(0) ? A(0) : m[e] * g[e];
   }
-  if constexpr (Loss::checks)
-    if (p.record) {
+  if constexpr (Loss::checks) {  // one report at most, whose code is there once
+    int at = -1, operand = 0;
+    double found = 0;
 #pragma unroll
-      for (int e = 0; e < kN; ++e) {
+    for (int e = 0; e < kN; ++e)
 #pragma unroll
-        for (int k = 0; k < kOperands; ++k) {
-          if (gpu::is_in(Loss::domains[k], x[k][e])) continue;
-          const double found = double(x[k][e]);
-          int64_t bits;
-          memcpy(&bits, &found, sizeof bits);
-          record_bad_target(p.record, i + e, bits, outside_domain(Loss::domains[k], k));
-        }
-      }
+      for (int k = 0; k < kOperands; ++k)
+        if (!gpu::is_in(Loss::domain(k), x[k][e])) at = e, operand = k, found = double(x[k][e]);
+    if (at >= 0 && p.record) {
+      int64_t bits;
+      memcpy(&bits, &found, sizeof bits);
+      record_bad_target(p.record, i + at, bits, outside_domain(Loss::domain(operand), operand));
     }
+  }
   Element<Loss, A> element[kN];
   typename Element<Loss, A>::sum_t part[kSums] = {};
 #pragma unroll

@@ -15,14 +15,6 @@ constexpr int count_of(LossList<L...>) {
   return int(sizeof...(L));
 }
 
-template <class L>
-constexpr const Domain* domains_of() {
-  if constexpr (L::checks)
-    return L::domains;
-  else
-    return nullptr;
-}
-
 // The losses of the groups, in the order of their numbers; ends with a name of null.
 template <int... kGroups>
 struct Registry {
@@ -37,7 +29,16 @@ struct Registry {
   template <class... L>
   static constexpr void add(PointwiseLoss*& to, LossGroup group, LossList<L...>) {
     int number = 0;
-    ((*to++ = {L::name, group, number++, L::operands, L::sums, L::params, L::finishes, L::streams, domains_of<L>()}),
+    ((*to++ = {L::name,
+               group,
+               number++,
+               L::operands,
+               L::sums,
+               L::params,
+               L::finishes,
+               L::streams,
+               L::checks,
+               {L::domain(0), L::domain(1), L::domain(2), L::domain(3)}}),
      ...);
   }
 };

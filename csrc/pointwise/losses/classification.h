@@ -28,7 +28,7 @@ struct BinaryCrossEntropyWithLogits : PlainLoss {
 struct BinaryCrossEntropy : PlainLoss {
   static constexpr const char* name = "binary_cross_entropy";
   static constexpr bool checks = true;
-  static constexpr Domain domains[] = {Domain::unit, Domain::unit};
+  static constexpr Domain domain(int) { return Domain::unit; }
   template <class V>
   static constexpr Jet<V, 2> of(const V (&operand)[2], const ParamsOf<V>&) {
     const lane_t<V> one = lane_t<V>(1), least = lane_t<V>(-100), smallest = lane_t<V>(1e-12);

@@ -11,7 +11,7 @@ struct GaussianNll : PlainLoss {
   static constexpr const char* name = "gaussian_nll_loss";
   static constexpr int operands = 3, params = 2;
   static constexpr bool checks = true;
-  static constexpr Domain domains[] = {Domain::any, Domain::any, Domain::not_negative};
+  static constexpr Domain domain(int k) { return k == 2 ? Domain::not_negative : Domain::any; }
   template <class V>
   static constexpr Jet<V, 3> of(const V (&operand)[3], const ParamsOf<V>& p) {
     const lane_t<V> half = lane_t<V>(0.5), zero = lane_t<V>(0);

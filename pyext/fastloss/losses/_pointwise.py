@@ -286,6 +286,18 @@ def _expand(function: str, name: str, t: Tensor, shape: torch.Size) -> Tensor:
         ) from None
 
 
+def _summed_once(t: Tensor, shape: torch.Size) -> Tensor:
+    """An operand before it is broadcast: a gradient of 16 bits is to be summed in float32, and rounded at the end."""
+    halves = t.dtype in _arguments.HALVES and t.shape != shape and t.requires_grad
+    return t.float() if halves and torch.is_grad_enabled() else t
+
+
+def broadcast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands in the shape of all, without a copy."""
+    shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    return tuple(_summed_once(t, shape).expand(shape) for t in operands)
+
+
 def per_sample(function: str, sample_weight: Tensor, shape: torch.Size) -> Tensor:
     if not sample_weight.is_floating_point() or sample_weight.dtype not in DTYPE_CODES:
         raise RuntimeError(f"{function}(): sample_weight must be floating point, got {sample_weight.dtype}")
@@ -408,7 +420,7 @@ def check(
     _arguments.require_same_device(function, (names[0], input), *others)
     if target.shape != input.shape:
         try:
-            torch.broadcast_shapes(input.shape, target.shape)
+            torch.broadcast_tensors(input, target)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{error}. {function}(): {names[0]} of size {list(input.shape)} and {names[1]} of size "
@@ -447,7 +459,10 @@ def check(
     if target.dtype not in DTYPE_CODES:
         target = target.to(dtype)
     if target.shape != input.shape:
-        input, target = torch.broadcast_tensors(input, target)
+        if broadcasts:
+            input, target = broadcast(input, target)
+        else:
+            input, target = torch.broadcast_tensors(input, target)
     shape = input.shape
 
     cast = weight is None or not torch_weight or keeps_input_dtype  # torch's weighted L1 and MSE are not on the list
@@ -509,7 +524,9 @@ def with_further(function: str, x: Operands, further: Mapping[str, Tensor]) -> O
                 "float16 or bfloat16"
             )
         dtype = torch.promote_types(dtype, _arguments.autocast_dtype(t.dtype, t.device))
-    expanded = tuple(_expand(function, name, t, x.input.shape) for name, t in further.items())
+    expanded = tuple(
+        _expand(function, name, _summed_once(t, x.input.shape), x.input.shape) for name, t in further.items()
+    )
     return x._replace(further=expanded, dtype=dtype)
 
 

@@ -12,6 +12,8 @@ from ._pointwise import Operands
 from ._row_loss import SCALAR_TYPES
 
 _NAME = "binary_cross_entropy"
+# As torch's messages call them.
+_KINDS = {**SCALAR_TYPES, torch.int64: "Long", torch.int32: "Int", torch.uint8: "Byte", torch.bool: "Bool"}
 
 
 @recordable
@@ -108,7 +110,7 @@ def _checked(
     dtype = _arguments.autocast_dtype(input.dtype, input.device)
     if target.dtype not in DTYPE_CODES or _arguments.autocast_dtype(target.dtype, input.device) is not dtype:
         raise RuntimeError(
-            f"Found dtype {SCALAR_TYPES.get(target.dtype, target.dtype)} but expected {SCALAR_TYPES[input.dtype]}. "
+            f"Found dtype {_KINDS.get(target.dtype, target.dtype)} but expected {_KINDS[input.dtype]}. "
             f"{_NAME}(): target needs the input's dtype; call target.to(input.dtype)"
         )
     if input.dim() > _pointwise.MAX_DIMS:

@@ -80,10 +80,11 @@ def gaussian_nll_loss(
         raise RuntimeError(f"{name}(): subtraction with a bool tensor is not supported; convert it to a number")
     x = _pointwise.check(name, input, target, reduction, weight, sample_weight, mask, broadcasts=True)
     if not isinstance(var, Tensor):
-        var = torch.full((), var, dtype=x.input.dtype, device=x.input.device)
+        of_input = input.dtype if input.is_floating_point() else x.dtype
+        var = torch.full((), var, dtype=of_input, device=input.device)
     x = _pointwise.with_further(name, x, {"var": var})
     if not input.is_cuda:  # where autocast leaves it alone
-        x = x._replace(dtype=torch.promote_types(torch.promote_types(x.input.dtype, x.target.dtype), var.dtype))
+        x = x._replace(dtype=torch.promote_types(torch.promote_types(input.dtype, target.dtype), var.dtype))
     params = (float(_arguments.as_float(name, "eps", eps)), float(bool(full)))
     return _pointwise.reported(_pointwise.run_checked(x, name, params), input)
 

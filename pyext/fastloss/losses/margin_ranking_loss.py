@@ -73,14 +73,17 @@ def margin_ranking_loss(
         )
     if torch.bool in (input1.dtype, input2.dtype, target.dtype):
         raise RuntimeError(f"{name}(): subtraction with a bool tensor is not supported; convert it to a number")
+    dtype = torch.promote_types(torch.promote_types(input1.dtype, input2.dtype), target.dtype)
     if not input1.shape == input2.shape == target.shape:
-        input1, input2, target = torch.broadcast_tensors(input1, input2, target)
+        input1, input2, target = _pointwise.broadcast(input1, input2, target)
     names = ("input1", "input2")
     weights = (weight, sample_weight, mask)
     x = _pointwise.check(name, input1, input2, ("none", "mean", "sum")[code], *weights, broadcasts=True, names=names)
     if not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.input.dtype)
     x = _pointwise.with_further(name, x, {"target": target})
+    if dtype.is_floating_point:  # what is broadcast may be of another by now
+        x = x._replace(dtype=_arguments.autocast_dtype(dtype, input1.device))
     return _pointwise.run_checked(x, name, (float(_arguments.as_float(name, "margin", margin)),))
 
 

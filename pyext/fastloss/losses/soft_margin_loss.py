@@ -56,8 +56,8 @@ def soft_margin_loss(
         shape = torch.broadcast_shapes(input.shape, target.shape)
         if shape != input.shape:
             raise RuntimeError(
-                f"soft_margin_loss(): output with shape {list(input.shape)} doesn't match the broadcast shape "
-                f"{list(shape)}; call input.expand({list(shape)})"
+                f"output with shape {list(input.shape)} doesn't match the broadcast shape {list(shape)}. "
+                f"soft_margin_loss(): the input is not broadcast; call input.expand({list(shape)})"
             )
     weights = (weight, sample_weight, mask)
     return pointwise_loss(

@@ -137,6 +137,10 @@ def reference_rmse(
     return roots.sum() if reduction == "sum" else roots.sum() / some.sum()
 
 
+def _channels_last(t: Tensor) -> Tensor:
+    return t.detach().contiguous(memory_format=torch.channels_last).requires_grad_(t.requires_grad)
+
+
 def _samples(loss: PointwiseLoss) -> Callable[[str | torch.device, torch.dtype], Iterator[Sample]]:
     def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         """Every shape and every option, at sizes that numerical differentiation can afford."""
@@ -178,7 +182,8 @@ def _samples(loss: PointwiseLoss) -> Callable[[str | torch.device, torch.dtype],
             yield call("a number", make(), target())
         yield call("transposed", make(4, 3, requires_grad=False).t().requires_grad_(), target(3, 4))
         channels_last = make(2, 3, 2, 2, requires_grad=False).contiguous(memory_format=torch.channels_last)
-        yield call("channels last", channels_last.requires_grad_(), target(2, 3, 2, 2), reduction="none")
+        sample = call("channels last", channels_last.requires_grad_(), target(2, 3, 2, 2), reduction="none")
+        yield sample.map(_channels_last) if loss.draws else sample
         if not loss.per_sample:
             yield call("weight by sample", make(3, 4), target(3, 4), **by_sample)
 
