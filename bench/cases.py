@@ -44,6 +44,17 @@ DIVERGENCES = (KL, JS)  # the target is the teacher's logits
 # Of an input and a target, summed.
 _PLAIN = (name for name, loss in LOSSES.items() if not loss.further and not loss.per_sample)
 POINTWISE = (*_WITH_GOALS, *(name for name in _PLAIN if name not in _WITH_GOALS))
+# torch's other elementwise losses, with what x and the target are made of normal numbers by; and a third operand.
+ELEMENTWISE: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "binary_cross_entropy": (torch.sigmoid, lambda t: (t > 0).to(t.dtype)),
+    "gaussian_nll_loss": (torch.clone, torch.clone),
+    "hinge_embedding_loss": (torch.abs, torch.sign),
+    "kl_div": (F.logsigmoid, torch.sigmoid),
+    "margin_ranking_loss": (torch.clone, torch.clone),
+    "poisson_nll_loss": (torch.clone, lambda t: (2 * t).abs().floor()),
+    "soft_margin_loss": (torch.clone, torch.sign),
+}
+_FURTHER = {"gaussian_nll_loss": ("var", torch.exp), "margin_ranking_loss": ("target", torch.sign)}
 Goals = Mapping[str, Mapping[str, float]]  # mode -> rival -> goal
 Loss = Callable[..., torch.Tensor]  # loss(x, target) or, but for RMSE's root and dice, loss(x, target, reduction="sum")
 
@@ -180,7 +191,9 @@ class Case:
 
     def fewest_bytes(self, mode: str) -> tuple[int, int]:
         """(read, written) by an implementation that moves nothing twice."""
-        reads = 3 if self.loss == TRIPLET else 2 if self.soft or self.elementwise or self.loss in DIVERGENCES else 1
+        reads = 2 if self.soft or self.elementwise or self.loss in DIVERGENCES else 1
+        if self.loss in (TRIPLET, *_FURTHER):
+            reads = 3
         if self.loss == DICE and mode != FORWARD:
             reads = 2  # its gradient takes sums over all pixels
         return reads * self.bytes, 0 if mode == FORWARD else self.bytes
@@ -188,11 +201,12 @@ class Case:
     @property
     def elementwise(self) -> bool:
         """The target has the input's shape and no dimension is one of classes."""
-        return self.loss in (*_LABELS, *_VECTORS, *POINTWISE, CHARBONNIER, QUANTILE, RMSLE)
+        return self.loss in (*_LABELS, *_VECTORS, *POINTWISE, *ELEMENTWISE, CHARBONNIER, QUANTILE, RMSLE)
 
     @property
     def exps(self) -> int:
-        if self.loss in (*POINTWISE, *_VECTORS, CHARBONNIER, QUANTILE):
+        linear = (*POINTWISE, *_VECTORS, CHARBONNIER, QUANTILE, "hinge_embedding_loss", "margin_ranking_loss")
+        if self.loss in linear:
             return 0
         return self.numel * (2 if self.loss in DIVERGENCES else 1)  # one for each logit
 
@@ -214,6 +228,9 @@ class Problem:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
         if case.loss in _LABELS:
             self.target = (normal(*case.shape) > 0).to(dtype)
+        elif case.loss in ELEMENTWISE:
+            of_x, of_target = ELEMENTWISE[case.loss]
+            self.x, self.target = of_x(self.x), of_target(normal(*case.shape))
         elif case.elementwise or case.loss in DIVERGENCES:
             self.target = normal(*case.shape)
         elif case.soft:
@@ -230,6 +247,9 @@ class Problem:
             self.options["negative"] = normal(*case.shape)
         if case.loss == COSINE:
             self.options["target"] = (normal(case.shape[0]) > 0).to(dtype) * 2 - 1
+        if case.loss in _FURTHER:
+            name, of_further = _FURTHER[case.loss]
+            self.options[name] = of_further(normal(*case.shape))
         if case.weight:
             self.options["weight"] = normal(classes).abs() + 0.5
         if case.pos_weight:
@@ -264,10 +284,13 @@ class Problem:
             count = float(self.options["weight"].double()[self.target].sum())
         rows = case.shape[0] if whole else max(1, (1 << 24) // (case.numel // case.shape[0]))
         total, grads = 0.0, []
-        for x, target in zip(torch.split(self.x, rows), torch.split(self.target, rows), strict=True):
+        further = [_FURTHER[case.loss][0]] if case.loss in _FURTHER else []
+        parts = [torch.split(t, rows) for t in (self.x, self.target, *(self.options[name] for name in further))]
+        for x, target, *others in zip(*parts, strict=True):
             x = x.detach().double().requires_grad_()
             target = target.double() if target.is_floating_point() else target
-            value = loss(x, target) if whole else loss(x, target, reduction="sum") / count
+            more = {name: t.double() for name, t in zip(further, others, strict=True)}
+            value = loss(x, target) if whole else loss(x, target, reduction="sum", **more) / count
             (grad,) = torch.autograd.grad(value, x)
             total += value.item()
             grads.append(grad if self.x.dtype == torch.float64 else grad.float())
@@ -350,6 +373,13 @@ CPU = [
     Case("Dice 1x4x128x128 float32", (1, 4, 128, 128), "float32", _FROM_HERE_UP, DICE, own={"activation": "softmax"}, systems=_TWO, detail=True),  # noqa: E501
 ]
 
+
+CPU += [
+    *(Case(f"{loss} 16 Mi float32", (1 << 24,), "float32", _both(*times), loss, detail=times == (1, 1))
+      for loss, times in (("gaussian_nll_loss", (12, 8)), ("poisson_nll_loss", (8, 2.5)), ("soft_margin_loss", (8, 2.5)),  # noqa: E501
+                          ("binary_cross_entropy", (1, 1)), ("kl_div", (1, 1)), ("hinge_embedding_loss", (1, 1)), ("margin_ranking_loss", (1, 1)))),  # noqa: E501
+    *(Case(f"{loss} 64 Ki float32", (1 << 16,), "float32", _FROM_HERE_UP, loss, systems=_TWO, detail=True) for loss in ELEMENTWISE),  # noqa: E501
+]
 _MEMORY: Goals = {FORWARD: {"copy": 0.9}, BOTH: {"copy": 0.9, "eager": 4, "compile": 1.5, "peak": 2.1}, SCALED: {}, BACKWARD: {"copy": 0.9}}  # noqa: E501
 _LARGE: Goals = {**_MEMORY, BOTH: {**_MEMORY[BOTH], "liger": 1.4, "quack": 1.4}}
 _SMALL: Goals = {FORWARD: {}, BOTH: {"within_us": 30, "eager": 1}}
@@ -367,6 +397,7 @@ CUDA = [
     Case("Sigmoid focal 256 Mi float32", (1 << 28,), "float32", loss=SIGMOID_FOCAL, own={"reduction": "mean"}),
     Case("Triplet 1048576x128 float32", (1 << 20, 128), "float32", loss=TRIPLET),
     Case("Cosine embedding 1048576x128 float32", (1 << 20, 128), "float32", loss=COSINE),
+    *(Case(f"{loss} 128 Mi float32", (1 << 27,), "float32", loss=loss, detail=True) for loss in ELEMENTWISE),
     Case("BCE 8388608x32 float32, pos_weight", (1 << 23, 32), "float32", _CUDA_POINTWISE, BCE, pos_weight=True),
     Case("Tokens 8192x128256 bfloat16, entropy", (8192, 128256), "bfloat16", loss=TOKENS, own={"return_entropy": True}),
     Case("KL 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=KL),

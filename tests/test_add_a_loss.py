@@ -15,7 +15,7 @@ STEP = re.compile(
     r"\n\n```\w+\n(?P<text>.*?)```\n",
     re.DOTALL,
 )
-NAMES = ("gaussian_loss", "soft_iou_loss", "poly1_loss", "brier_loss")
+NAMES = ("laplace_loss", "soft_iou_loss", "poly1_loss", "brier_loss")
 # What each is, said once more and apart from the page; arguments of one call.
 CHECK = """
 import fastloss, torch
@@ -26,17 +26,16 @@ wide = torch.randn(40, 50, dtype=torch.float64) * 3
 x, t, p = wide, torch.randn(40, 50, dtype=torch.float64), wide.softmax(1)
 s, index = torch.randn(50, dtype=torch.float64), torch.arange(40) % 50
 one_hot = torch.nn.functional.one_hot(index, 50).double()
-variance = s.exp().expand(40, 50)
 both, either = (p * one_hot).sum(1), (p + one_hot - p * one_hot).sum(1)
 p_t = p.gather(1, index[:, None])
 exact = {
-    "GaussianLoss": torch.nn.functional.gaussian_nll_loss(x, t, variance),
+    "LaplaceLoss": -torch.distributions.Laplace(t, s.exp()).log_prob(x).mean() - torch.tensor(2.0).log(),
     "SoftIoULoss": (1 - (both + 0.5) / (either + 0.5)).mean(),
     "Poly1Loss": torch.nn.functional.cross_entropy(x, index) + 0.7 * (1 - p_t).mean(),
     "BrierLoss": ((p - one_hot) ** 2).sum(1).mean(),
 }
 calls = {
-    "GaussianLoss": ({}, (x, t, s)),
+    "LaplaceLoss": ({}, (x, t, s)),
     "SoftIoULoss": ({"smooth": 0.5}, (p, one_hot)),
     "Poly1Loss": ({"epsilon": 0.7}, (x, index)),
     "BrierLoss": ({}, (p, index)),
@@ -47,7 +46,7 @@ for name, (options, args) in calls.items():
         loss = module(*(a.to(dtype) if a.is_floating_point() else a for a in args))
         assert loss.dtype == dtype and abs(loss.item() / exact[name].item() - 1) < tolerance, (name, dtype, loss, exact)
     few = [a[:3].detach().requires_grad_() if a.is_floating_point() else a[:3] for a in args if a is not s]
-    few += [s.detach().requires_grad_()] * (name == "GaussianLoss")
+    few += [s.detach().requires_grad_()] * (name == "LaplaceLoss")
     check_gradients(module, *few, forward_mode=True)
 """
 

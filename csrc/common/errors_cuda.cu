@@ -40,13 +40,14 @@ bool bad_target_peek_cuda() {
   return p && p->state == 2;
 }
 
-Status bad_target_take_cuda() {
+Status bad_target_take_cuda(int32_t* what) {
   Record& r = record();
   std::lock_guard<std::mutex> lock(r.mutex);
   volatile BadTargetRecord* p = r.host.load(std::memory_order_acquire);
   if (!p || p->state != 2) return {};
   std::atomic_thread_fence(std::memory_order_acquire);
   Status found{Status::bad_target, p->row, p->value};
+  if (what) *what = p->what;
   std::atomic_thread_fence(std::memory_order_release);
   p->state = 0;
   return found;

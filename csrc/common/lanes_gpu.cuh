@@ -23,6 +23,18 @@ __host__ __device__ inline V log1p_of(V x) {
   return log1p(x);
 }
 template <class V>
+__host__ __device__ inline V full_exp_of(V x) {
+  return exp(x);
+}
+template <class V>
+__host__ __device__ inline V full_log_of(V x) {
+  return log(x);
+}
+template <class V>
+__host__ __device__ inline V full_log1p_of(V x) {
+  return log1p(x);
+}
+template <class V>
 __host__ __device__ inline V tanh_of(V x) {
   return tanh(x);
 }

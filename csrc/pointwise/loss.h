@@ -5,8 +5,9 @@
 // The losses are in losses/, a file for each group. A new loss is a struct there and its name in the group's list;
 // CONTRIBUTING.md goes through the steps.
 //
-// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, tanh_of and inverse_of: an
-// instruction set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
+// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, tanh_of, inverse_of and, for any
+// number, full_exp_of, full_log_of and full_log1p_of: an instruction set (common/full_range.h) or the GPU
+// (common/lanes_gpu.cuh).
 #pragma once
 #include "pointwise.h"
 
@@ -86,14 +87,27 @@ constexpr Slope<V> power_of_abs(V d, lane_t<V> p) {
 
 // What a loss may say of itself. `residual`: a function of x - t, which returns a Slope. `finishes`: it has a function
 // `finish`. `wide`, with a residual: its values are taken in double, so that squares neither overflow nor vanish.
-// `streams`: it is compiled for the streaming CUDA kernels too, which its largest calls gain from.
+// `streams`: it is compiled for the streaming CUDA kernels too, which its largest calls gain from. `checks`: operands
+// have a `domain`; outside of it the value is nan, which is where a search for what is there begins.
 struct PlainLoss {
   static constexpr int operands = 2, sums = 1, params = 0;
-  static constexpr bool residual = false, finishes = false, wide = false, streams = false;
+  static constexpr bool residual = false, finishes = false, wide = false, streams = false, checks = false;
+  static constexpr Domain domain(int) { return Domain::any; }
 };
 struct ResidualLoss : PlainLoss {
   static constexpr bool residual = true, streams = true;
 };
+
+// x, or nan where the condition does not hold.
+template <class C, class V>
+constexpr V nan_unless(C holds, V x) {
+  return holds ? x : V{} + lane_t<V>(NAN);
+}
+template <class T>
+constexpr bool is_in(Domain domain, T x) {
+  if (domain == Domain::unit) return x >= T(0) && x <= T(1);
+  return domain == Domain::any || !(x < T(0));
+}
 
 template <class... L>
 struct LossList {};

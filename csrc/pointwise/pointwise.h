@@ -29,8 +29,14 @@ constexpr int kPointwiseDims = 24;  // after coalescing
 constexpr int kPointwiseOperands = 4, kPointwiseSums = 4, kPointwiseParams = 4;
 
 // The losses lie in groups, losses/<group>.h; each group is compiled by itself.
-enum class LossGroup : int32_t { classification, multilabel, regression, vectors, count };
+enum class LossGroup : int32_t { classification, distributions, multilabel, regression, vectors, count };
 constexpr int kLossGroups = int(LossGroup::count);
+
+// What an operand may hold: anything, numbers from 0 to 1 (not nan), anything but negative numbers.
+enum class Domain : int32_t { any, unit, not_negative };
+// A forward that finds something outside the domain of operand k ends in Status::bad_target with k as the row and the
+// bits of the value, a double. In CUDA's record of bad targets the row is the element's, and `what` is this:
+constexpr int32_t outside_domain(Domain domain, int k) { return int32_t(domain) * kPointwiseOperands + k; }
 
 // What a loss is, to those who call it by number.
 struct PointwiseLoss {
@@ -42,6 +48,8 @@ struct PointwiseLoss {
   int params;     // numbers that it takes
   bool finishes;  // has a formula after the sums; then there is no reduction none
   bool streams;   // has streaming CUDA kernels
+  bool checks;    // not all operands may hold anything
+  Domain domains[kPointwiseOperands];
 };
 // In the order of the numbers; ends with a name of null.
 const PointwiseLoss* pointwise_losses();
@@ -57,7 +65,7 @@ struct PointwiseArgs {
   LossGroup group = LossGroup::regression;  // of the loss, like what follows: see PointwiseLoss
   int loss = 0;                             // its number in the group
   int sums = 1;
-  bool finishes = false, streams = false;
+  bool finishes = false, streams = false, checks = false;
   double params[kPointwiseParams] = {};
   int dim = 0;       // axes of the index space
   int row_dims = 0;  // leading ones that are rows; the kernels do not ask
@@ -91,6 +99,7 @@ struct PointwiseArgs {
     sums = what.sums;
     finishes = what.finishes;
     streams = what.streams;
+    checks = what.checks;
   }
   // Is D known without having read anything?
   constexpr bool counts_all() const { return !mask.data && (!weight.data || weight_denominator == 0); }

@@ -1,7 +1,7 @@
 // Chooses the instruction set; the kernels are in pointwise_cpu_kernel.h. Knows the losses by number.
 #define FASTLOSS_ISA portable
 #include "../common/cpu_isa.h"
-#include "../common/simd.h"
+#include "../common/full_range.h"
 #include "registry.h"
 
 namespace fastloss {

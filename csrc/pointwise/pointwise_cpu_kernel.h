@@ -8,6 +8,7 @@
 // and double alone. Sums are taken in double, one per block, and added pairwise.
 #pragma once
 #include "../common/cpu_support.h"
+#include "../common/full_range.h"
 #include "loss.h"
 
 namespace fastloss {
@@ -555,8 +556,35 @@ inline void finish(const PointwiseArgs& a, const double* partial, ParallelFor pa
   });
 }
 
+// The first element outside the domains of its operands, in the order of the elements; what the mask hides may hold
+// anything.
 template <class Loss, class T>
-inline void forward(const PointwiseArgs& a, ParallelFor parallel_for) {
+inline Status find_fault(const PointwiseArgs& a) {
+  Chunks<T, Loss::operands> chunks(a);
+  double ignored = 0;
+  for (int64_t begin = 0; begin < a.count(); begin += kChunk) {
+    const int64_t n = min_of(kChunk, a.count() - begin);
+    const Chunk<T, Loss::operands> c = chunks.fetch(begin, n, &ignored);
+    for (int64_t i = 0; i < n; ++i)
+      for (int k = 0; k < Loss::operands; ++k) {
+        const T x = c.x[k][i];
+        if (!is_in(Loss::domain(k), x)) return {Status::bad_target, k, bit_cast<int64_t>(double(x))};
+      }
+  }
+  return {};
+}
+
+// Whether the operands were in their domains: a sum of the blocks says nan where they were not.
+template <class Loss, class T>
+inline Status checked(const PointwiseArgs& a, const double* partial) {
+  if constexpr (Loss::checks)
+    for (int64_t i = 0; i < a.rows * blocks_of(a); ++i)
+      if (partial[i] != partial[i]) return find_fault<Loss, T>(a);
+  return {};
+}
+
+template <class Loss, class T>
+inline Status forward(const PointwiseArgs& a, ParallelFor parallel_for) {
   constexpr int kSums = Loss::sums;
   const int64_t items = a.rows * blocks_of(a);
   Scratch<double> partial((kSums + 1) * items + 1);
@@ -570,9 +598,10 @@ inline void forward(const PointwiseArgs& a, ParallelFor parallel_for) {
   };
   double* denominators = &partial[kSums * items];
   if constexpr (!Loss::finishes)
-    if (a.loss_elements.data)
-      return walk<Loss, T, kWantValues>(a, parallel_for, denominators, prepare,
-                                        [](const Results<Loss, T>&, int64_t) {});
+    if (a.loss_elements.data) {
+      walk<Loss, T, kWantValues | (Loss::checks ? kWantSums : 0)>(a, parallel_for, denominators, prepare, done);
+      return checked<Loss, T>(a, partial.get());
+    }
   if (kSums > 1 || !a.wants_grads())
     walk<Loss, T, kWantSums>(a, parallel_for, denominators, prepare, done);
   else if (wants_first_grad_only(a))
@@ -580,10 +609,11 @@ inline void forward(const PointwiseArgs& a, ParallelFor parallel_for) {
   else
     walk<Loss, T, kWantSums | kWantGrads>(a, parallel_for, denominators, prepare, done);
   finish<Loss, T>(a, partial.get(), parallel_for);
+  return checked<Loss, T>(a, partial.get());
 }
 
 template <class Loss, class T>
-inline void backward(const PointwiseArgs& a, ParallelFor parallel_for) {
+inline Status backward(const PointwiseArgs& a, ParallelFor parallel_for) {
   const auto prepare = [&](Results<Loss, T>& r, int64_t row) {  // factor grad_output
     for (int j = 0; j < Loss::sums; ++j) {
       double s = a.factor ? a.factor[row * Loss::sums + j] : 1;
@@ -596,27 +626,27 @@ inline void backward(const PointwiseArgs& a, ParallelFor parallel_for) {
     walk<Loss, T, kWantFirstGrad>(a, parallel_for, nullptr, prepare, done);
   else
     walk<Loss, T, kWantGrads>(a, parallel_for, nullptr, prepare, done);
+  return {};
 }
 
 // f(Loss{}, T{}) for the loss and the accumulation type of a call.
 template <LossGroup kGroup, class F>
 inline Status with_kernel(const PointwiseArgs& a, const F& f) {
-  with_loss(typename LossesOf<kGroup>::type{}, a.loss, [&](auto loss) {
-    if (a.accum == DType::f64) return f(loss, double{});
-    f(loss, float{});
-  });
-  return {};
+  Status status;
+  with_loss(typename LossesOf<kGroup>::type{}, a.loss,
+            [&](auto loss) { status = a.accum == DType::f64 ? f(loss, double{}) : f(loss, float{}); });
+  return status;
 }
 
 template <LossGroup kGroup>
 inline Status pointwise_forward(const PointwiseArgs& a, ParallelFor parallel_for) {
-  return with_kernel<kGroup>(a,
-                             [&](auto loss, auto zero) { forward<decltype(loss), decltype(zero)>(a, parallel_for); });
+  return with_kernel<kGroup>(
+      a, [&](auto loss, auto zero) { return forward<decltype(loss), decltype(zero)>(a, parallel_for); });
 }
 template <LossGroup kGroup>
 inline Status pointwise_backward(const PointwiseArgs& a, ParallelFor parallel_for) {
-  return with_kernel<kGroup>(a,
-                             [&](auto loss, auto zero) { backward<decltype(loss), decltype(zero)>(a, parallel_for); });
+  return with_kernel<kGroup>(
+      a, [&](auto loss, auto zero) { return backward<decltype(loss), decltype(zero)>(a, parallel_for); });
 }
 
 }  // namespace FASTLOSS_ISA

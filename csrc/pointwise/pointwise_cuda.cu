@@ -21,6 +21,11 @@ Status pointwise_cuda(const PointwiseArgs& a, const PointwiseConfig& config, con
   PointwiseParams p{};
   p.a = a;
   p.config = config;
+  if (a.checks && config.pass == PointwisePass::forward) {
+    Status status;
+    p.record = bad_target_record_cuda(&status);
+    if (status.code != Status::ok) return status;
+  }
   p.inverse_parts = 1 / double(config.parts);
   for (int k = 0; k < a.dim; ++k) p.inverse_sizes[k] = 1 / double(a.sizes[k]);
   for (int k = 0; k < kPointwiseOperands; ++k) {

@@ -8,6 +8,7 @@
 // the last block to come. No atomics on floats, nothing that depends on the device.
 #pragma once
 #include "../common/convert.cuh"
+#include "../common/errors_cuda.cuh"
 #include "../common/lanes_gpu.cuh"
 #include "loss.h"
 #include "pointwise_policy.h"
@@ -17,8 +18,9 @@ namespace fastloss {
 struct PointwiseParams {
   PointwiseArgs a;
   PointwiseConfig config;
-  double* partials;    // [sums + 1][rows * parts]: sums, denominators
-  unsigned* counters;  // [rows], zeroed: parts that have written their partials; null when parts is 1
+  double* partials;         // [sums + 1][rows * parts]: sums, denominators
+  unsigned* counters;       // [rows], zeroed: parts that have written their partials; null when parts is 1
+  BadTargetRecord* record;  // where a forward reports what is outside its operand's domain
   double inverse_parts, inverse_sizes[kPointwiseDims];
   bool operand_is_flat[kPointwiseOperands], grad_is_flat[kPointwiseOperands];
   bool weight_is_flat, mask_is_flat, loss_is_flat, grad_output_is_flat;
@@ -334,6 +336,20 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
     load_group(p, a.grad_output_elements, p.grad_output_is_flat, i, g);
 #pragma unroll
     for (int e = 0; e < kN; ++e) m[e] = m[e] == A(0) ? A(0) : m[e] * g[e];
+  }
+  if constexpr (Loss::checks) {  // one report at most, whose code is there once
+    int at = -1, operand = 0;
+    double found = 0;
+#pragma unroll
+    for (int e = 0; e < kN; ++e)
+#pragma unroll
+      for (int k = 0; k < kOperands; ++k)
+        if (!gpu::is_in(Loss::domain(k), x[k][e])) at = e, operand = k, found = double(x[k][e]);
+    if (at >= 0 && p.record) {
+      int64_t bits;
+      memcpy(&bits, &found, sizeof bits);
+      record_bad_target(p.record, i + at, bits, outside_domain(Loss::domain(operand), operand));
+    }
   }
   Element<Loss, A> element[kN];
   typename Element<Loss, A>::sum_t part[kSums] = {};

@@ -12,6 +12,7 @@
 //   factor         [*rows] or, of a loss with several sums, [*rows, sums], float64, see pointwise.h; [0] for reduction
 //                  none
 #include "../common/cpu_isa.h"
+#include "../torch/domains.h"
 #include "../torch/support.h"
 #include "layout.h"
 #if defined(FASTLOSS_HAVE_CUDA)
@@ -57,6 +58,7 @@ class Call {
     if (int64_t(params.size()) != what.params)
       throw std::invalid_argument("params: " + std::string(what.name) + " takes " + std::to_string(what.params));
     args.set_loss(what);
+    domains_ = what.domains;
     for (size_t i = 0; i < params.size(); ++i) args.params[i] = params[i];
     args.dim = int(dim);
     args.row_dims = int(row_dims);
@@ -128,7 +130,9 @@ class Call {
 #if defined(FASTLOSS_HAVE_CUDA)
     if (is_cuda_) return run_on_gpu(PointwisePass::forward);
 #endif
-    raise_if_failed(pointwise_forward_cpu(args, torch_parallel), input(), 0, 0);
+    const Status status = pointwise_forward_cpu(args, torch_parallel);
+    if (status.code == Status::bad_target) raise_outside_domain(domains_[status.row], int(status.row), status.value);
+    raise_if_failed(status, input(), 0, 0);
   }
   void backward() {
     coalesce(args);
@@ -147,6 +151,7 @@ class Call {
 
  private:
   const Tensor* operands_[kPointwiseOperands];
+  const Domain* domains_ = nullptr;
   const bool is_cuda_;
   const int32_t device_;
 

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "losses/classification.h"
+#include "losses/distributions.h"
 #include "losses/multilabel.h"
 #include "losses/regression.h"
 #include "losses/vectors.h"
@@ -29,7 +30,17 @@ struct Registry {
   template <class... L>
   static constexpr void add(PointwiseLoss*& to, LossGroup group, LossList<L...>) {
     int number = 0;
-    ((*to++ = {L::name, group, number++, L::operands, L::sums, L::params, L::finishes, L::streams}), ...);
+    ((*to++ = {L::name,
+               group,
+               number++,
+               L::operands,
+               L::sums,
+               L::params,
+               L::finishes,
+               L::streams,
+               L::checks,
+               {L::domain(0), L::domain(1), L::domain(2), L::domain(3)}}),
+     ...);
   }
 };
 template <int... kGroups>

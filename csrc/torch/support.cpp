@@ -1,5 +1,8 @@
 #include "support.h"
 
+#include <cstring>
+
+#include "domains.h"
 #include "large_buffers.h"
 
 #if defined(FASTLOSS_HAVE_CUDA)
@@ -161,6 +164,20 @@ void raise_if_failed(const Status& status, const Tensor& target, int64_t classes
   }
 }
 
+void raise_outside_domain(Domain domain, int operand, int64_t value, const std::string& where) {
+  static constexpr const char* names[kPointwiseOperands] = {"input", "target", "var", "the fourth operand"};
+  double number;
+  std::memcpy(&number, &value, sizeof number);
+  const std::string name = names[operand], found = "; there is " + std::to_string(number) + where;
+  if (domain == Domain::not_negative)
+    throw std::invalid_argument(name + " has negative entry/entries: expected 0 or more" + found +
+                                ". Make it positive before, by torch.exp or softplus.");
+  throw std::runtime_error("all elements of " + name + " should be between 0 and 1" + found +
+                           (operand == 0 ? ". Apply torch.sigmoid before, or give the scores themselves to "
+                                           "binary_cross_entropy_with_logits."
+                                         : ". Clamp it before."));
+}
+
 #if defined(FASTLOSS_HAVE_CUDA)
 // Only libtorch_cuda has it; the same binary also serves CPU builds of torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -184,7 +201,12 @@ CudaContext& CudaCall::with_workspace(int64_t bytes) {
 
 void raise_deferred_error() {
   if (!bad_target_peek_cuda()) return;
-  const Status s = bad_target_take_cuda();
+  int32_t what = 0;
+  const Status s = bad_target_take_cuda(&what);
+  if (s.code == Status::bad_target && what != 0)
+    raise_outside_domain(Domain(what / kPointwiseOperands), what % kPointwiseOperands, s.value,
+                         ", found on the GPU by an earlier call, whose loss is nan. "
+                         "fastloss.set_error_mode('immediate') raises in the call itself");
   if (s.code == Status::bad_target)
     throw std::out_of_range("Target " + std::to_string(s.value) + " is out of bounds. It was found on the GPU by an " +
                             "earlier call, at row " + std::to_string(s.row) +

@@ -13,6 +13,7 @@ from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entr
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
 from .losses.asymmetric_loss import AsymmetricLoss, asymmetric_loss
+from .losses.binary_cross_entropy import BCELoss, binary_cross_entropy
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.capsule_margin_loss import CapsuleMarginLoss, capsule_margin_loss
 from .losses.charbonnier_loss import CharbonnierLoss, charbonnier_loss
@@ -21,16 +22,21 @@ from .losses.cosine_embedding_loss import CosineEmbeddingLoss, cosine_embedding_
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
+from .losses.gaussian_nll_loss import GaussianNLLLoss, gaussian_nll_loss
+from .losses.hinge_embedding_loss import HingeEmbeddingLoss, hinge_embedding_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.js_divergence_with_logits import JSDivergenceWithLogitsLoss, js_divergence_with_logits
+from .losses.kl_div import KLDivLoss, kl_div
 from .losses.kl_divergence_with_logits import KLDivergenceWithLogitsLoss, kl_divergence_with_logits
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
 from .losses.mape_loss import MAPELoss, mape_loss
+from .losses.margin_ranking_loss import MarginRankingLoss, margin_ranking_loss
 from .losses.mse_loss import MSELoss, mse_loss
 from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
 from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss, multilabel_soft_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
+from .losses.poisson_nll_loss import PoissonNLLLoss, poisson_nll_loss
 from .losses.quantile_loss import QuantileLoss, quantile_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
@@ -38,12 +44,14 @@ from .losses.rmsle_loss import RMSLELoss, rmsle_loss
 from .losses.sigmoid_focal_loss import SigmoidFocalLoss, sigmoid_focal_loss
 from .losses.smape_loss import SMAPELoss, smape_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
+from .losses.soft_margin_loss import SoftMarginLoss, soft_margin_loss
 from .losses.triplet_margin_loss import TripletMarginLoss, triplet_margin_loss
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
 __all__ = [
     "AsymmetricLoss",
+    "BCELoss",
     "BCEWithLogitsLoss",
     "CapsuleMarginLoss",
     "CharbonnierLoss",
@@ -53,8 +61,11 @@ __all__ = [
     "CrossEntropyStats",
     "DiceLoss",
     "FocalLoss",
+    "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
     "HuberLoss",
     "JSDivergenceWithLogitsLoss",
+    "KLDivLoss",
     "KLDivergenceWithLogitsLoss",
     "L1Loss",
     "LazyHeadWarning",
@@ -62,10 +73,12 @@ __all__ = [
     "LogCoshLoss",
     "MAPELoss",
     "MSELoss",
+    "MarginRankingLoss",
     "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
     "PatchReport",
+    "PoissonNLLLoss",
     "QuantileLoss",
     "RMSELoss",
     "RMSLELoss",
@@ -73,9 +86,11 @@ __all__ = [
     "SMAPELoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
+    "SoftMarginLoss",
     "TripletMarginLoss",
     "__version__",
     "asymmetric_loss",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "capsule_margin_loss",
     "charbonnier_loss",
@@ -87,8 +102,11 @@ __all__ = [
     "dice_loss",
     "explain",
     "focal_loss",
+    "gaussian_nll_loss",
+    "hinge_embedding_loss",
     "huber_loss",
     "js_divergence_with_logits",
+    "kl_div",
     "kl_divergence_with_logits",
     "l1_loss",
     "lazy_head",
@@ -97,12 +115,14 @@ __all__ = [
     "linear_token_log_probs",
     "log_cosh_loss",
     "mape_loss",
+    "margin_ranking_loss",
     "mse_loss",
     "multi_margin_loss",
     "multilabel_soft_margin_loss",
     "nll_loss",
     "patch",
     "patch_report",
+    "poisson_nll_loss",
     "quantile_loss",
     "relative_l1_loss",
     "restore_head",
@@ -112,6 +132,7 @@ __all__ = [
     "sigmoid_focal_loss",
     "smape_loss",
     "smooth_l1_loss",
+    "soft_margin_loss",
     "token_log_probs",
     "triplet_margin_loss",
     "unpatch",

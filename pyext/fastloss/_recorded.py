@@ -26,6 +26,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # An argument's annotation, and its type in an operator's schema.
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
+    Tensor | float: "Tensor",
     Tensor | None: "Tensor?",
     Tensor | float | None: "Tensor?",
     str: "str",

@@ -10,8 +10,9 @@ _immediate = False
 def set_error_mode(mode: str) -> None:
     """Choose when a bad CUDA target raises.
 
-    A class index out of range never reads or writes out of bounds: its row gets loss nan and gradient zero. The kernel
-    leaves row and value in host memory, and an IndexError is raised
+    A class index out of range never reads or writes out of bounds: its row gets loss nan and gradient zero. A value
+    outside the domain of its operand (a probability of 2, a negative variance) gives loss nan. The kernel leaves what
+    it found in host memory, and the error that the CPU would raise is raised
 
     - ``"deferred"`` (default): by the next fastloss call on CUDA tensors, or by :func:`check_errors`; no call waits for
       the GPU;
@@ -37,6 +38,7 @@ def check_errors() -> None:
 
     Raises:
         IndexError: naming row and value of the first target out of range. It is forgotten afterwards.
+        RuntimeError, ValueError: the same of a value outside the domain of an operand.
     """
     if cuda_built() and torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):

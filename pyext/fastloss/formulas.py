@@ -5,6 +5,7 @@ and benchmarks hold the kernels to them as well. A formula is exact where it is 
 the kernels, 0 for ``|d|`` at 0.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,50 @@ def binary_cross_entropy_with_logits(
     t = t * (1 - label_smoothing) + label_smoothing / 2 if label_smoothing else t
     log_weight = 1.0 if pos_weight is None else (pos_weight - 1) * t + 1
     return (1 - t) * x + log_weight * F.softplus(-x)
+
+
+def binary_cross_entropy(x: Tensor, t: Tensor) -> Tensor:
+    """-t max(log x, -100) - (1 - t) max(log(1 - x), -100); at 0 and 1 without a slope."""
+    none, all = x == 0, x == 1
+    log_x = torch.where(none, -100.0, torch.where(none, 1.0, x).log().clamp(min=-100.0))
+    log_rest = torch.where(all, -100.0, torch.log1p(-torch.where(all, 0.0, x)).clamp(min=-100.0))
+    return (t - 1) * log_rest - t * log_x
+
+
+def soft_margin_loss(x: Tensor, t: Tensor) -> Tensor:
+    """log(1 + e^(-t x))"""
+    return F.softplus(-t * x)
+
+
+def hinge_embedding_loss(x: Tensor, t: Tensor, margin: float = 1.0) -> Tensor:
+    """x for t = 1, max(0, margin - x) for t = -1."""
+    return torch.where(t != 1, (margin - x).clamp(min=0), 0.0) + torch.where(t != -1, x, 0.0)
+
+
+def margin_ranking_loss(x: Tensor, y: Tensor, t: Tensor, margin: float = 0.0) -> Tensor:
+    """max(0, margin - t (x - y))"""
+    return (margin - t * (x - y)).clamp(min=0)
+
+
+def gaussian_nll_loss(x: Tensor, t: Tensor, var: Tensor, eps: float = 1e-6, full: bool = False) -> Tensor:
+    """(log v + (x - t)^2 / v) / 2, v = max(var, eps), differentiated as if v were var."""
+    v = torch.where(var < eps, var - var.detach() + eps, var)
+    return 0.5 * (v.log() + (x - t) ** 2 / v) + (0.5 * math.log(2 * math.pi) if full else 0.0)
+
+
+def poisson_nll_loss(x: Tensor, t: Tensor, log_input: bool = True, full: bool = False, eps: float = 1e-8) -> Tensor:
+    """e^x - t x, or x - t log(x + eps); with Stirling's log t! where t > 1."""
+    loss = x.exp() - t * x if log_input else x - t * (x + eps).log()
+    if not full:
+        return loss
+    large = t > 1
+    s = torch.where(large, t, 1.0)
+    return loss + torch.where(large, s * s.log() - s + 0.5 * (2 * math.pi * s).log(), 0.0)
+
+
+def kl_div(x: Tensor, t: Tensor, log_target: bool = False, share: float = 1.0) -> Tensor:
+    """share t (log t - x), or share e^t (t - x)"""
+    return share * (t.exp() * (t - x) if log_target else torch.xlogy(t, t) - t * x)
 
 
 def _root(square: Tensor) -> Tensor:
@@ -183,6 +228,13 @@ FORMULAS: dict[str, Formula] = {
     "log_cosh_loss": Formula(log_cosh_loss),
     "relative_l1_loss": Formula(relative_l1_loss, ("eps", "symmetric")),
     "binary_cross_entropy_with_logits": Formula(binary_cross_entropy_with_logits, ("label_smoothing",)),
+    "binary_cross_entropy": Formula(binary_cross_entropy),
+    "soft_margin_loss": Formula(soft_margin_loss),
+    "hinge_embedding_loss": Formula(hinge_embedding_loss, ("margin",)),
+    "margin_ranking_loss": Formula(margin_ranking_loss, ("margin",)),
+    "gaussian_nll_loss": Formula(gaussian_nll_loss, ("eps", "full")),
+    "poisson_nll_loss": Formula(poisson_nll_loss, ("log_input", "full", "eps")),
+    "kl_div": Formula(kl_div, ("log_target", "share")),
     "cosine_distance_loss": Formula(_cosine_terms, ("eps",), _cosine_finish),
     "charbonnier_loss": Formula(charbonnier_loss, ("eps",)),
     "quantile_loss": Formula(quantile_loss),

@@ -15,6 +15,7 @@ from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
 
 from .head.linear_cross_entropy import linear_cross_entropy
 from .losses.asymmetric_loss import asymmetric_loss
+from .losses.binary_cross_entropy import binary_cross_entropy
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 from .losses.capsule_margin_loss import capsule_margin_loss
 from .losses.charbonnier_loss import charbonnier_loss
@@ -23,14 +24,19 @@ from .losses.cosine_embedding_loss import cosine_embedding_loss
 from .losses.cross_entropy import cross_entropy
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
+from .losses.gaussian_nll_loss import gaussian_nll_loss
+from .losses.hinge_embedding_loss import hinge_embedding_loss
 from .losses.huber_loss import huber_loss
+from .losses.kl_div import kl_div
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
 from .losses.mape_loss import mape_loss
+from .losses.margin_ranking_loss import margin_ranking_loss
 from .losses.mse_loss import mse_loss
 from .losses.multi_margin_loss import multi_margin_loss
 from .losses.multilabel_soft_margin_loss import multilabel_soft_margin_loss
 from .losses.nll_loss import nll_loss
+from .losses.poisson_nll_loss import poisson_nll_loss
 from .losses.quantile_loss import quantile_loss
 from .losses.relative_l1_loss import relative_l1_loss
 from .losses.rmse_loss import rmse_loss
@@ -38,10 +44,12 @@ from .losses.rmsle_loss import rmsle_loss
 from .losses.sigmoid_focal_loss import sigmoid_focal_loss
 from .losses.smape_loss import smape_loss
 from .losses.smooth_l1_loss import smooth_l1_loss
+from .losses.soft_margin_loss import soft_margin_loss
 from .losses.triplet_margin_loss import triplet_margin_loss
 
 __all__ = [
     "asymmetric_loss",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "capsule_margin_loss",
     "charbonnier_loss",
@@ -50,15 +58,20 @@ __all__ = [
     "cross_entropy",
     "dice_loss",
     "focal_loss",
+    "gaussian_nll_loss",
+    "hinge_embedding_loss",
     "huber_loss",
+    "kl_div",
     "l1_loss",
     "linear_cross_entropy",
     "log_cosh_loss",
     "mape_loss",
+    "margin_ranking_loss",
     "mse_loss",
     "multi_margin_loss",
     "multilabel_soft_margin_loss",
     "nll_loss",
+    "poisson_nll_loss",
     "quantile_loss",
     "relative_l1_loss",
     "rmse_loss",
@@ -66,6 +79,7 @@ __all__ = [
     "sigmoid_focal_loss",
     "smape_loss",
     "smooth_l1_loss",
+    "soft_margin_loss",
     "triplet_margin_loss",
 ]
 

@@ -17,6 +17,7 @@ from torch.nn import *  # type: ignore[assignment,no-redef]  # noqa: F403
 from . import functional as functional
 from .head.linear_cross_entropy import LinearCrossEntropyLoss
 from .losses.asymmetric_loss import AsymmetricLoss
+from .losses.binary_cross_entropy import BCELoss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.capsule_margin_loss import CapsuleMarginLoss
 from .losses.charbonnier_loss import CharbonnierLoss
@@ -25,14 +26,19 @@ from .losses.cosine_embedding_loss import CosineEmbeddingLoss
 from .losses.cross_entropy import CrossEntropyLoss
 from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
+from .losses.gaussian_nll_loss import GaussianNLLLoss
+from .losses.hinge_embedding_loss import HingeEmbeddingLoss
 from .losses.huber_loss import HuberLoss
+from .losses.kl_div import KLDivLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
 from .losses.mape_loss import MAPELoss
+from .losses.margin_ranking_loss import MarginRankingLoss
 from .losses.mse_loss import MSELoss
 from .losses.multi_margin_loss import MultiMarginLoss
 from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss
 from .losses.nll_loss import NLLLoss
+from .losses.poisson_nll_loss import PoissonNLLLoss
 from .losses.quantile_loss import QuantileLoss
 from .losses.relative_l1_loss import RelativeL1Loss
 from .losses.rmse_loss import RMSELoss
@@ -40,10 +46,12 @@ from .losses.rmsle_loss import RMSLELoss
 from .losses.sigmoid_focal_loss import SigmoidFocalLoss
 from .losses.smape_loss import SMAPELoss
 from .losses.smooth_l1_loss import SmoothL1Loss
+from .losses.soft_margin_loss import SoftMarginLoss
 from .losses.triplet_margin_loss import TripletMarginLoss
 
 __all__ = [
     "AsymmetricLoss",
+    "BCELoss",
     "BCEWithLogitsLoss",
     "CapsuleMarginLoss",
     "CharbonnierLoss",
@@ -52,15 +60,20 @@ __all__ = [
     "CrossEntropyLoss",
     "DiceLoss",
     "FocalLoss",
+    "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
     "HuberLoss",
+    "KLDivLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
     "MAPELoss",
     "MSELoss",
+    "MarginRankingLoss",
     "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
+    "PoissonNLLLoss",
     "QuantileLoss",
     "RMSELoss",
     "RMSLELoss",
@@ -68,6 +81,7 @@ __all__ = [
     "SMAPELoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
+    "SoftMarginLoss",
     "TripletMarginLoss",
 ]
 

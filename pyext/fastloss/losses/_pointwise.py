@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _arguments, formulas
+from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, batched_by_legacy
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, direct, loop_vmap, ops
 
@@ -287,6 +287,18 @@ def _expand(function: str, name: str, t: Tensor, shape: torch.Size) -> Tensor:
         ) from None
 
 
+def _summed_once(t: Tensor, shape: torch.Size) -> Tensor:
+    """An operand before it is broadcast: a gradient of 16 bits is to be summed in float32, and rounded at the end."""
+    halves = t.dtype in _arguments.HALVES and t.shape != shape and t.requires_grad
+    return t.float() if halves and torch.is_grad_enabled() else t
+
+
+def broadcast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands in the shape of all, without a copy."""
+    shape = torch.broadcast_shapes(*(t.shape for t in operands))
+    return tuple(_summed_once(t, shape).expand(shape) for t in operands)
+
+
 def per_sample(function: str, sample_weight: Tensor, shape: torch.Size) -> Tensor:
     if not sample_weight.is_floating_point() or sample_weight.dtype not in DTYPE_CODES:
         raise RuntimeError(f"{function}(): sample_weight must be floating point, got {sample_weight.dtype}")
@@ -301,6 +313,30 @@ def per_sample(function: str, sample_weight: Tensor, shape: torch.Size) -> Tenso
             "reduction='none' and multiply"
         )
     return sample_weight.view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else sample_weight
+
+
+def broadcast_weight(function: str, name: str, t: Tensor | None, input: Tensor) -> Tensor | None:
+    """A weight in the input's shape, of a dtype that the kernels read; torch's exception if it does not broadcast."""
+    if t is None:
+        return None
+    if t.is_complex() or (t.is_floating_point() and t.dtype not in DTYPE_CODES):
+        raise RuntimeError(f"{function}(): {name} of dtype {t.dtype} is not supported; call {name}.float()")
+    if not t.is_floating_point():
+        t = t.to(accum_dtype(input.dtype))
+    try:
+        return t.expand(input.shape)
+    except RuntimeError:
+        raise RuntimeError(
+            f"{function}(): {name} of shape {list(t.shape)} doesn't match the broadcast shape: it must broadcast to "
+            f"the input's shape {list(input.shape)}"
+        ) from None
+
+
+def reported(loss: Tensor, input: Tensor) -> Tensor:
+    """The loss of operands that have domains; what a GPU finds outside is raised here where errors are immediate."""
+    if errors.immediate_errors() and input.is_cuda:
+        errors.check_errors()
+    return loss
 
 
 def expanded_mask(function: str, mask: Tensor, shape: torch.Size) -> Tensor:
@@ -353,34 +389,43 @@ def check(
     torch_weight: bool = False,
     mean_counts: bool = False,
     keeps_input_dtype: bool = False,
+    broadcasts: bool = False,
+    names: tuple[str, str] = ("input", "target"),
 ) -> Operands:
     """Checks and brings to one shape what a pointwise loss was called with.
 
     ``torch_weight``: weight is of the input's size and may raise the loss's dtype, as in torch; otherwise it broadcasts
     and does not. ``mean_counts``: 'mean' divides by the count whatever the weights. ``keeps_input_dtype``: the loss has
-    the input's dtype instead of the promoted one.
+    the input's dtype instead of the promoted one. ``broadcasts``: the loss is one of those that torch composes of
+    operations, which broadcast without a warning, take integers, and look at the reduction first. ``names``: of the
+    first two operands.
     """
-    require(function, "target", target)
-    require(function, "input", input)
+    if broadcasts:
+        code = _arguments.reduction_code(reduction)
+        _arguments.require_tensor(names[0], input, function)
+        _arguments.require_tensor(names[1], target, function)
+    else:
+        require(function, names[1], target)
+        require(function, names[0], input)
     for name, t in (("weight", weight), ("sample_weight", sample_weight), ("mask", mask)):
         if t is not None:
             require(function, name, t)
-    if target.shape != input.shape:
+    if target.shape != input.shape and not broadcasts:
         _arguments.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size."
         )
     _arguments.require_supported_tensors(function, input, target, weight, sample_weight, mask)
-    others = (("target", target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))
-    _arguments.require_same_device(function, ("input", input), *others)
+    others = ((names[1], target), ("weight", weight), ("sample_weight", sample_weight), ("mask", mask))
+    _arguments.require_same_device(function, (names[0], input), *others)
     if target.shape != input.shape:
         try:
-            torch.broadcast_shapes(input.shape, target.shape)
+            torch.broadcast_tensors(input, target)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{error}. {function}(): input of size {list(input.shape)} and target of size {list(target.shape)} do "
-                "not broadcast; give both one shape"
+                f"{error}. {function}(): {names[0]} of size {list(input.shape)} and {names[1]} of size "
+                f"{list(target.shape)} do not broadcast; give both one shape"
             ) from None
     if weight is not None and torch_weight:
         if torch.bool in (input.dtype, target.dtype) and not keeps_input_dtype:
@@ -392,16 +437,19 @@ def check(
             )
         if not isinstance(reduction, str) or reduction not in REDUCTIONS:
             raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
-    code = _arguments.reduction_code(reduction)
+    if not broadcasts:
+        code = _arguments.reduction_code(reduction)
 
     dtype = torch.promote_types(input.dtype, target.dtype)
+    if broadcasts and not (keeps_input_dtype or dtype.is_floating_point or dtype.is_complex):
+        dtype = torch.get_default_dtype()
     if keeps_input_dtype:
         if (dtype in DTYPE_CODES) != (input.dtype in DTYPE_CODES):
             raise RuntimeError(
                 f"{function}(): result type {dtype} can't be cast to the input's {input.dtype}; convert one of them"
             )
         dtype = input.dtype
-    for name, t in (("input", input), ("target", target)):
+    for name, t in zip(names, (input, target), strict=True):
         if t.dtype not in DTYPE_CODES and (dtype not in DTYPE_CODES or t.is_floating_point() or t.is_complex()):
             raise NotImplementedError(
                 f'{function}(): "{function}" not implemented for {name} of dtype {t.dtype}: expected float32, float64, '
@@ -412,7 +460,10 @@ def check(
     if target.dtype not in DTYPE_CODES:
         target = target.to(dtype)
     if target.shape != input.shape:
-        input, target = torch.broadcast_tensors(input, target)
+        if broadcasts:
+            input, target = broadcast(input, target)
+        else:
+            input, target = torch.broadcast_tensors(input, target)
     shape = input.shape
 
     cast = weight is None or not torch_weight or keeps_input_dtype  # torch's weighted L1 and MSE are not on the list
@@ -474,7 +525,9 @@ def with_further(function: str, x: Operands, further: Mapping[str, Tensor]) -> O
                 "float16 or bfloat16"
             )
         dtype = torch.promote_types(dtype, _arguments.autocast_dtype(t.dtype, t.device))
-    expanded = tuple(_expand(function, name, t, x.input.shape) for name, t in further.items())
+    expanded = tuple(
+        _expand(function, name, _summed_once(t, x.input.shape), x.input.shape) for name, t in further.items()
+    )
     return x._replace(further=expanded, dtype=dtype)
 
 
@@ -493,6 +546,7 @@ def pointwise_loss(
     torch_weight: bool = False,
     mean_counts: bool = False,
     keeps_input_dtype: bool = False,
+    broadcasts: bool = False,
 ) -> Tensor:
     """The whole of a pointwise loss without a formula after its sums: what a face calls.
 
@@ -502,7 +556,7 @@ def pointwise_loss(
         loss: the loss's name in csrc/pointwise/losses, where that differs from the face's.
         params: the loss's parameters.
         further: operands beside input and target, by the names of the face's arguments, in the order of the kernels.
-        torch_weight, mean_counts, keeps_input_dtype: see :func:`check`.
+        torch_weight, mean_counts, keeps_input_dtype, broadcasts: see :func:`check`.
     """
     name = loss or function
     if further is None and weight is sample_weight is mask is None:
@@ -520,6 +574,7 @@ def pointwise_loss(
         torch_weight=torch_weight,
         mean_counts=mean_counts,
         keeps_input_dtype=keeps_input_dtype,
+        broadcasts=broadcasts,
     )
     if further is not None:
         x = with_further(function, x, further)

@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._autograd import accum_dtype
 from .._library import DTYPE_CODES
 from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
@@ -120,30 +119,15 @@ def _checked(
     if input.dim() > _pointwise.MAX_DIMS:
         raise NotImplementedError(f"{_NAME}(): at most {_pointwise.MAX_DIMS} dimensions; flatten some of them")
     dtype = _arguments.autocast_dtype(target.dtype, input.device)
-    weight, pos_weight = (_broadcast(name, others[name], input) for name in ("weight", "pos_weight"))
+    weight, pos_weight = (
+        _pointwise.broadcast_weight(_NAME, name, others[name], input) for name in ("weight", "pos_weight")
+    )
     if sample_weight is not None:
         per_sample = _pointwise.per_sample(_NAME, sample_weight, input.shape)
         weight = per_sample if weight is None else weight * per_sample
     if mask is not None:
         mask = _pointwise.expanded_mask(_NAME, mask, input.shape)
     return Operands(input, target, weight, mask, reduction, 0.0, dtype, () if pos_weight is None else (pos_weight,))
-
-
-def _broadcast(name: str, t: Tensor | None, input: Tensor) -> Tensor | None:
-    """A weight in the input's shape, of a dtype that the kernels read."""
-    if t is None:
-        return None
-    if t.is_complex() or (t.is_floating_point() and t.dtype not in DTYPE_CODES):
-        raise RuntimeError(f"{_NAME}(): {name} of dtype {t.dtype} is not supported; call {name}.float()")
-    if not t.is_floating_point():
-        t = t.to(accum_dtype(input.dtype))
-    try:
-        return t.expand(input.shape)
-    except RuntimeError:
-        raise RuntimeError(
-            f"{_NAME}(): {name} of shape {list(t.shape)} doesn't match the broadcast shape: it must broadcast to the "
-            f"input's shape {list(input.shape)}"
-        ) from None
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):

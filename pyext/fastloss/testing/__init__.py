@@ -14,6 +14,7 @@ from . import (
     pointwise,
     row_losses,
     row_maps,
+    torch_elementwise,
     vectors,
 )
 from ._checks import assert_close, check_gradients
@@ -27,6 +28,7 @@ SPECS: dict[str, LossSpec] = {
     dice_loss.SPEC.name: dice_loss.SPEC,
     **divergences.SPECS,
     **pointwise.SPECS,
+    **torch_elementwise.SPECS,
     binary_cross_entropy_with_logits.SPEC.name: binary_cross_entropy_with_logits.SPEC,
     **vectors.SPECS,
     **elementwise.SPECS,

@@ -29,6 +29,8 @@ class PointwiseLoss:
         options: values of its own options to be tried, beside the defaults.
         mean_counts: ``'mean'`` divides by the count of elements whatever their weights.
         defaults: options whose default depends on the dtype of input and target.
+        draws: how the operands are drawn, where they are no normal numbers; each is then of the loss's shape.
+        fixed: operands without a gradient, by their numbers.
     """
 
     options: tuple[dict[str, Any], ...] = ()
@@ -37,6 +39,8 @@ class PointwiseLoss:
     per_sample: bool = False
     positive: bool = False
     defaults: Callable[[torch.dtype], dict[str, Any]] = lambda dtype: {}
+    draws: tuple[Callable[..., Tensor], ...] = ()
+    fixed: tuple[int, ...] = ()
 
 
 LOSSES: dict[str, PointwiseLoss] = {
@@ -133,20 +137,30 @@ def reference_rmse(
     return roots.sum() if reduction == "sum" else roots.sum() / some.sum()
 
 
+def _channels_last(t: Tensor) -> Tensor:
+    return t.detach().contiguous(memory_format=torch.channels_last).requires_grad_(t.requires_grad)
+
+
 def _samples(loss: PointwiseLoss) -> Callable[[str | torch.device, torch.dtype], Iterator[Sample]]:
     def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         """Every shape and every option, at sizes that numerical differentiation can afford."""
         maker = Maker(device, dtype)
         weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
-        def make(*shape: int, requires_grad: bool = True) -> Tensor:
-            values = maker.positive(*shape) if loss.positive else maker.normal(*shape, requires_grad=False)
-            return values.requires_grad_(requires_grad)
+        def make(*shape: int, requires_grad: bool = True, operand: int = 0) -> Tensor:
+            if loss.draws:
+                values = loss.draws[operand](maker, *shape)
+            else:
+                values = maker.positive(*shape) if loss.positive else maker.normal(*shape, requires_grad=False)
+            return values.requires_grad_(requires_grad and operand not in loss.fixed)
+
+        def target(*shape: int, requires_grad: bool = True) -> Tensor:
+            return make(*shape, requires_grad=requires_grad, operand=1)
 
         def call(name: str, input: Tensor, target: Tensor, **options: Any) -> Sample:
             # A number for each column, broadcast; but autograd sums gradients of 16 bits in 16 bits.
-            shape = input.shape if dtype.itemsize == 2 else input.shape[-1:]
-            further = [make(*shape) for _ in loss.further]
+            shape = input.shape if dtype.itemsize == 2 or loss.draws else input.shape[-1:]
+            further = [make(*shape, operand=k) for k, _ in enumerate(loss.further, 2)]
             return Sample(name, (input, target, *further), options)
 
         mask = (torch.arange(12).reshape(3, 4) % 5 != 1).to(device)
@@ -155,22 +169,23 @@ def _samples(loss: PointwiseLoss) -> Callable[[str | torch.device, torch.dtype],
         if loss.per_sample:
             del weights["sample_weight"]
         for reduction in ("mean", "sum", "none"):
-            x, t = make(3, 4), make(3, 4, requires_grad=False)
+            x, t = make(3, 4), target(3, 4, requires_grad=False)
             yield call(f"plain, {reduction}", x, t, reduction=reduction)
-            yield call(f"both, {reduction}", x, make(3, 4), reduction=reduction)
+            yield call(f"both, {reduction}", x, target(3, 4), reduction=reduction)
             yield call(f"mask, {reduction}", x, t, mask=mask, reduction=reduction)
-            yield call(f"weights, {reduction}", x, make(3, 4), reduction=reduction, **weights)
+            yield call(f"weights, {reduction}", x, target(3, 4), reduction=reduction, **weights)
             yield call(f"weights and mask, {reduction}", x, t, mask=mask, reduction=reduction, **weights)
             for own in loss.options:
                 named = ", ".join(f"{k} {v}" for k, v in own.items())
-                yield call(f"{named}, {reduction}", x, make(3, 4), reduction=reduction, **own)
+                yield call(f"{named}, {reduction}", x, target(3, 4), reduction=reduction, **own)
         if not loss.per_sample:
-            yield call("a number", make(), make())
-        yield call("transposed", make(4, 3, requires_grad=False).t().requires_grad_(), make(3, 4))
+            yield call("a number", make(), target())
+        yield call("transposed", make(4, 3, requires_grad=False).t().requires_grad_(), target(3, 4))
         channels_last = make(2, 3, 2, 2, requires_grad=False).contiguous(memory_format=torch.channels_last)
-        yield call("channels last", channels_last.requires_grad_(), make(2, 3, 2, 2), reduction="none")
+        sample = call("channels last", channels_last.requires_grad_(), target(2, 3, 2, 2), reduction="none")
+        yield sample.map(_channels_last) if loss.draws else sample
         if not loss.per_sample:
-            yield call("weight by sample", make(3, 4), make(3, 4), **by_sample)
+            yield call("weight by sample", make(3, 4), target(3, 4), **by_sample)
 
     return samples
 
