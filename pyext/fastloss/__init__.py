@@ -12,30 +12,38 @@ from .head.lazy_logits import LazyHeadWarning
 from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
+from .losses.arcface_loss import ArcFaceLoss, arcface_loss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
+from .losses.cosface_loss import CosFaceLoss, cosface_loss
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
+from .losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss, generalized_cross_entropy
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
 from .losses.mse_loss import MSELoss, mse_loss
 from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
+from .losses.poly1_loss import Poly1Loss, poly1_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
+from .losses.token_scaled_cross_entropy import TokenScaledCrossEntropyLoss, token_scaled_cross_entropy
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
 __all__ = [
+    "ArcFaceLoss",
     "BCEWithLogitsLoss",
+    "CosFaceLoss",
     "CosineDistanceLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DiceLoss",
     "FocalLoss",
+    "GeneralizedCrossEntropyLoss",
     "HuberLoss",
     "L1Loss",
     "LazyHeadWarning",
@@ -45,18 +53,23 @@ __all__ = [
     "MultiMarginLoss",
     "NLLLoss",
     "PatchReport",
+    "Poly1Loss",
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
+    "TokenScaledCrossEntropyLoss",
     "__version__",
+    "arcface_loss",
     "binary_cross_entropy_with_logits",
     "check",
     "check_errors",
+    "cosface_loss",
     "cosine_distance_loss",
     "cross_entropy",
     "dice_loss",
     "explain",
     "focal_loss",
+    "generalized_cross_entropy",
     "huber_loss",
     "l1_loss",
     "lazy_head",
@@ -69,11 +82,13 @@ __all__ = [
     "nll_loss",
     "patch",
     "patch_report",
+    "poly1_loss",
     "relative_l1_loss",
     "restore_head",
     "rmse_loss",
     "set_error_mode",
     "smooth_l1_loss",
     "token_log_probs",
+    "token_scaled_cross_entropy",
     "unpatch",
 ]

@@ -1,27 +1,35 @@
 """The function names of :mod:`torch.nn.functional`: ``import fastloss.functional as F``. Some are fastloss's own."""
 
 from .head.linear_cross_entropy import linear_cross_entropy
+from .losses.arcface_loss import arcface_loss
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
+from .losses.cosface_loss import cosface_loss
 from .losses.cosine_distance_loss import cosine_distance_loss
 from .losses.cross_entropy import cross_entropy
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
+from .losses.generalized_cross_entropy import generalized_cross_entropy
 from .losses.huber_loss import huber_loss
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
 from .losses.mse_loss import mse_loss
 from .losses.multi_margin_loss import multi_margin_loss
 from .losses.nll_loss import nll_loss
+from .losses.poly1_loss import poly1_loss
 from .losses.relative_l1_loss import relative_l1_loss
 from .losses.rmse_loss import rmse_loss
 from .losses.smooth_l1_loss import smooth_l1_loss
+from .losses.token_scaled_cross_entropy import token_scaled_cross_entropy
 
 __all__ = [
+    "arcface_loss",
     "binary_cross_entropy_with_logits",
+    "cosface_loss",
     "cosine_distance_loss",
     "cross_entropy",
     "dice_loss",
     "focal_loss",
+    "generalized_cross_entropy",
     "huber_loss",
     "l1_loss",
     "linear_cross_entropy",
@@ -29,7 +37,9 @@ __all__ = [
     "mse_loss",
     "multi_margin_loss",
     "nll_loss",
+    "poly1_loss",
     "relative_l1_loss",
     "rmse_loss",
     "smooth_l1_loss",
+    "token_scaled_cross_entropy",
 ]

@@ -5,7 +5,7 @@ and the fewest bytes that an implementation must move. :func:`check_gradients`, 
 :func:`assert_sound` are for users' tests too. Nothing here needs pytest.
 """
 
-from . import binary_cross_entropy_with_logits, cross_entropy, dice_loss, pointwise, row_losses, row_maps
+from . import binary_cross_entropy_with_logits, cross_entropy, dice_loss, margins, pointwise, row_losses, row_maps
 from ._checks import assert_close, check_gradients
 from ._sound import assert_sound
 from ._spec import LossSpec, Sample
@@ -13,6 +13,7 @@ from ._spec import LossSpec, Sample
 SPECS: dict[str, LossSpec] = {
     cross_entropy.SPEC.name: cross_entropy.SPEC,
     **row_maps.SPECS,
+    **margins.SPECS,
     **row_losses.SPECS,
     dice_loss.SPEC.name: dice_loss.SPEC,
     **pointwise.SPECS,

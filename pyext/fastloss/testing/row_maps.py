@@ -23,19 +23,24 @@ class RowMapLoss:
 
     Attributes:
         row_map: the map's name.
-        parameter: the name of its parameter in the face.
+        parameter: the name of its parameter in the face, if it has one.
         default: the parameter's default.
         values: further ones to be tried.
+        stops_gradient: as of a :class:`LossSpec`.
     """
 
     row_map: str
-    parameter: str
-    default: float
-    values: tuple[float, ...]
+    parameter: str = ""
+    default: float = 0.0
+    values: tuple[float, ...] = ()
+    stops_gradient: bool = False
 
 
 LOSSES: dict[str, RowMapLoss] = {
     "focal_loss": RowMapLoss("focal", "gamma", 2.0, (0.0, 0.5, 3.0)),
+    "poly1_loss": RowMapLoss("poly1", "epsilon", 1.0, (-1.0, 2.5)),
+    "generalized_cross_entropy": RowMapLoss("generalized_cross_entropy", "q", 0.7, (0.1, 1.0)),
+    "token_scaled_cross_entropy": RowMapLoss("token_scaled", stops_gradient=True),
 }
 
 
@@ -51,7 +56,7 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         """The loss in float64, from its definition; float64 whatever the arguments' dtypes."""
-        parameter = options.pop(loss.parameter, loss.default)
+        parameters = [options.pop(loss.parameter, loss.default)] if loss.parameter else []
         # Once: a gradient that comes by several conversions from 16 bits would be rounded in each of them.
         input, weight = input.double(), None if weight is None else weight.double()
         target = target.double() if target.is_floating_point() else target
@@ -73,7 +78,7 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
         s = counted if sample_weight is None else counted * sample_weight.double()
         of_logits = {k: v for k, v in options.items() if k in ("class_dim", "logit_scale", "softcap")}
         lse = cross_entropy.reference_lse(input, **of_logits)
-        rows = torch.where(s != 0, s * mass * ROW_MAPS[loss.row_map](nll / mass, parameter), 0.0)
+        rows = torch.where(s != 0, s * mass * ROW_MAPS[loss.row_map](nll / mass, *parameters), 0.0)
         z_rows = torch.where(s != 0, s * z_loss * lse**2, 0.0)
         if reduction == "none":
             return rows + z_rows
@@ -122,7 +127,7 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
 def _spec(name: str, loss: RowMapLoss) -> LossSpec:
     function = getattr(importlib.import_module(f"fastloss.losses.{name}"), name)
     forms = (_reference(loss), _samples(loss), cross_entropy.fewest_bytes)
-    return LossSpec(name, function, None, *forms, operator="cross_entropy_")
+    return LossSpec(name, function, None, *forms, operator="cross_entropy_", stops_gradient=loss.stops_gradient)
 
 
 SPECS: Mapping[str, LossSpec] = {name: _spec(name, loss) for name, loss in LOSSES.items()}
