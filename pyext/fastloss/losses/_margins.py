@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import _arguments
-from .cross_entropy import given, run as run_cross_entropy
+from .cross_entropy import given
+from .cross_entropy import run as run_cross_entropy
 
 
 def run(function: str, margins: tuple[float, float], arguments: Mapping[str, Any]) -> Any:
@@ -15,8 +16,8 @@ def run(function: str, margins: tuple[float, float], arguments: Mapping[str, Any
     target = arguments["target"]
     if isinstance(target, Tensor) and target.is_floating_point():
         raise ValueError(
-            f"{function}(): target must be class indices of an integer dtype, got {target.dtype}: the margin is that of "
-            "one class"
+            f"{function}(): target must be class indices, of an integer dtype, got {target.dtype}: probabilities have "
+            "no class of their own to move"
         )
     scale = _arguments.as_float(function, "scale", arguments["scale"])
     if not 0 < scale < float("inf"):

@@ -38,8 +38,8 @@ def generalized_cross_entropy(
 ) -> Any:
     r"""Generalized cross entropy (Zhang & Sabuncu, 2018): bounded, so that wrong labels weigh less.
 
-    The loss of a row is ``w_t (1 - p_t**q) / q``, p_t the softmax of its target: between cross entropy (q towards 0) and
-    the mean absolute error of the probability (q = 1). In general, with l the row's :func:`cross_entropy` (weights,
+    The loss of a row is ``w_t (1 - p_t**q) / q``, p_t the softmax of its target: between cross entropy (q towards 0)
+    and the mean absolute error of the probability (q = 1). In general, with l the row's :func:`cross_entropy` (weights,
     smoothing, probabilities), it is ``m (1 - exp(-q l/m)) / q``,
     where m is the weight in l (``sum_c q_c``, which is w_t for a class index without smoothing): class weights stay out
     of p_t, as in :func:`focal_loss`.
@@ -70,17 +70,23 @@ def generalized_cross_entropy(
     arguments = locals()
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in arguments.items() if name not in ("input", "target")}
-        return handle_torch_function(generalized_cross_entropy, (input, target, weight, sample_weight), input, target, **options)
+        return handle_torch_function(
+            generalized_cross_entropy, (input, target, weight, sample_weight), input, target, **options
+        )
     if recording():
         return record("generalized_cross_entropy", arguments)
     q = _arguments.as_float("generalized_cross_entropy", "q", q)
     if not 0 < q <= 1:
-        raise ValueError(f"generalized_cross_entropy(): q must be above 0 and at most 1, got {q}; for 0 use cross_entropy")
-    return run("generalized_cross_entropy", input, target, given(arguments), ROW_MAPS["generalized_cross_entropy"], float(q))
+        raise ValueError(
+            f"generalized_cross_entropy(): q must be above 0 and at most 1, got {q}; for 0 use cross_entropy"
+        )
+    return run(
+        "generalized_cross_entropy", input, target, given(arguments), ROW_MAPS["generalized_cross_entropy"], float(q)
+    )
 
 
 class GeneralizedCrossEntropyLoss(CrossEntropyModule):
-    """:func:`generalized_cross_entropy` as a module. ``weight`` is a buffer; ``sample_weight`` is an argument of the call.
+    """:func:`generalized_cross_entropy` as a module. ``weight`` is a buffer, ``sample_weight`` an argument of the call.
 
     Args:
         q, weight, ignore_index, reduction, label_smoothing: as :func:`generalized_cross_entropy`.

@@ -34,13 +34,12 @@ def token_scaled_cross_entropy(
     grad_in_forward: bool | None = None,
     loss_dtype: torch.dtype | None = None,
 ) -> Any:
-    r"""Token-scaled cross entropy: each token's loss times the probability that the model gives it, taken as a constant.
+    r"""Token-scaled cross entropy (Wu et al., 2025): each target's loss times its probability, taken as a constant.
 
-    The loss of a row is ``stop_gradient(p_t) (-log p_t)``, times w_t, p_t the softmax of its target: dynamic fine-tuning
-    (Wu et al., 2025) and ``use_token_scaling`` of Liger's cross entropy. Its gradient is p_t times that of cross
-    entropy, not the derivative of the value; second derivatives and forward mode take p_t as a constant, too. In
-    general, with l the row's :func:`cross_entropy` (weights, smoothing, probabilities), it is
-    ``stop_gradient(exp(-l/m)) l``,
+    The loss of a row is ``w_t stop_gradient(p_t) (-log p_t)``, p_t the softmax of its target: dynamic fine-tuning, or
+    ``use_token_scaling`` of Liger's cross entropy. Its gradient is p_t times that of cross entropy, not the derivative
+    of the value; second derivatives and forward mode take p_t as a constant, too. In general, with l the row's
+    :func:`cross_entropy` (weights, smoothing, probabilities), it is ``stop_gradient(exp(-l/m)) l``,
     where m is the weight in l (``sum_c q_c``, which is w_t for a class index without smoothing): class weights stay out
     of p_t, as in :func:`focal_loss`.
 
@@ -68,14 +67,16 @@ def token_scaled_cross_entropy(
     arguments = locals()
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in arguments.items() if name not in ("input", "target")}
-        return handle_torch_function(token_scaled_cross_entropy, (input, target, weight, sample_weight), input, target, **options)
+        return handle_torch_function(
+            token_scaled_cross_entropy, (input, target, weight, sample_weight), input, target, **options
+        )
     if recording():
         return record("token_scaled_cross_entropy", arguments)
     return run("token_scaled_cross_entropy", input, target, given(arguments), ROW_MAPS["token_scaled"])
 
 
 class TokenScaledCrossEntropyLoss(CrossEntropyModule):
-    """:func:`token_scaled_cross_entropy` as a module. ``weight`` is a buffer; ``sample_weight`` is an argument of the call.
+    """:func:`token_scaled_cross_entropy` as a module; ``weight`` is a buffer, ``sample_weight`` goes to the call.
 
     Args:
         weight, ignore_index, reduction, label_smoothing: as :func:`token_scaled_cross_entropy`.
