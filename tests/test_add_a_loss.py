@@ -15,7 +15,7 @@ STEP = re.compile(
     r"\n\n```\w+\n(?P<text>.*?)```\n",
     re.DOTALL,
 )
-NAMES = ("gaussian_loss", "soft_iou_loss", "poly1_loss", "brier_loss")
+NAMES = ("gaussian_loss", "soft_iou_loss", "bounded_cross_entropy", "brier_loss")
 # What each is, said once more and apart from the page; arguments of one call.
 CHECK = """
 import fastloss, torch
@@ -32,13 +32,13 @@ p_t = p.gather(1, index[:, None])
 exact = {
     "GaussianLoss": torch.nn.functional.gaussian_nll_loss(x, t, variance),
     "SoftIoULoss": (1 - (both + 0.5) / (either + 0.5)).mean(),
-    "Poly1Loss": torch.nn.functional.cross_entropy(x, index) + 0.7 * (1 - p_t).mean(),
+    "BoundedCrossEntropyLoss": (3 * torch.tanh(-p_t.log() / 3)).mean(),
     "BrierLoss": ((p - one_hot) ** 2).sum(1).mean(),
 }
 calls = {
     "GaussianLoss": ({}, (x, t, s)),
     "SoftIoULoss": ({"smooth": 0.5}, (p, one_hot)),
-    "Poly1Loss": ({"epsilon": 0.7}, (x, index)),
+    "BoundedCrossEntropyLoss": ({"bound": 3.0}, (x, index)),
     "BrierLoss": ({}, (p, index)),
 }
 for name, (options, args) in calls.items():

@@ -76,12 +76,12 @@ def _samples(loss: MarginLoss) -> Callable[[str | torch.device, torch.dtype], It
         yield call("defaults", x, t)
         yield call("no batch", cosines(6), torch.tensor(4, device=device), scale=4.0)
         for reduction in ("mean", "sum", "none"):
-            for margin in loss.margins:
-                yield call(f"margin {margin}, {reduction}", x, t, margin=margin, scale=8.0, reduction=reduction)
             yield call(
                 f"everything, {reduction}", x, t, weight=w5, label_smoothing=0.1, z_loss=0.1, scale=3.0,
                 sample_weight=make.positive(6, dtype=weight_dtype), reduction=reduction,
             )  # fmt: skip
+        for margin in loss.margins:
+            yield call(f"margin {margin}", x, t, margin=margin, scale=8.0, reduction="none")
         yield call("smoothing", x, t, label_smoothing=0.2, scale=4.0)
         yield call("scale 1, normalizer", x, t, weight=w5, scale=1.0, normalizer=7.5)
         spatial, spatial_t = cosines(2, 3, 4, 2), make.classes(3, 2, 4, 2, ignore_every=5)

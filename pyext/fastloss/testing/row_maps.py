@@ -5,6 +5,7 @@ of losses in the README is written from it.
 """
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +107,6 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
         for reduction in ("mean", "sum", "none"):
             p = make.probabilities(4, 5, requires_grad=True)
             yield call(f"rows, {reduction}", x, t, reduction=reduction)
-            for value in loss.values:
-                own = {loss.parameter: value}
-                yield call(f"{loss.parameter} {value}, {reduction}", x, t, weight=w5, reduction=reduction, **own)
             yield call(f"weight, smoothing, {reduction}", x, t, weight=w5, label_smoothing=0.1, reduction=reduction)
             of_probabilities = {"weight": make.positive(5).requires_grad_(), "label_smoothing": 0.1}
             yield call(f"probabilities, {reduction}", x, p, reduction=reduction, **of_probabilities)
@@ -116,6 +114,9 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
                 f"everything, {reduction}", x, t, weight=w5, label_smoothing=0.1, z_loss=0.1, softcap=2.0,
                 logit_scale=0.7, sample_weight=make.positive(4, dtype=weight_dtype), reduction=reduction,
             )  # fmt: skip
+        for value, reduction in zip(loss.values, itertools.cycle(("none", "mean", "sum")), strict=False):
+            own = {loss.parameter: value}
+            yield call(f"{loss.parameter} {value}, {reduction}", x, t, weight=w5, reduction=reduction, **own)
         yield call("normalizer", x, t, weight=w5, normalizer=7.5)
         spatial, spatial_t = make.normal(2, 3, 4, 2), make.classes(3, 2, 4, 2, ignore_every=5)
         yield call("spatial", spatial, spatial_t, weight=make.positive(3, dtype=weight_dtype))
