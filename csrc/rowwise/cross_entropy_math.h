@@ -25,7 +25,8 @@ struct RowConstants {
 //   cos(t + m) - d          where x > cos(pi - m); cos(t + m) = x cos m - sin t sin m
 //   x - m sin(pi - m) - d   elsewhere, where t + m is beyond pi
 //
-// The derivative by x, cos m + x sin m / sin t, is infinite at x = 1. There sin t counts as kLeastSine.
+// The derivative by x, cos m + x sin m / sin t, is infinite at x = 1. There sin t counts as kLeastSine. Beyond 1, where
+// rounding may bring a cosine, sin t is 0, and so is its derivative.
 template <class T>
 struct Margin {
   bool any;
@@ -41,7 +42,7 @@ constexpr double kLeastSine = 1e-3;  // as in fastloss/formulas.py
 template <class T>
 FASTLOSS_HD T sine_of_cosine(T x) {
   const T square = (T(1) - x) * (T(1) + x);
-  return square > T(0) ? T(sqrt(square)) : T(0);  // rounding may bring a cosine beyond 1
+  return square > T(0) ? T(sqrt(square)) : T(0);
 }
 template <class T>
 FASTLOSS_HD T with_margin(const Margin<T>& m, T x) {
@@ -50,8 +51,10 @@ FASTLOSS_HD T with_margin(const Margin<T>& m, T x) {
 // Its derivative by x.
 template <class T>
 FASTLOSS_HD T margin_slope(const Margin<T>& m, T x) {
+  if (!(x > m.edge)) return T(1);
+  if (x > T(1)) return m.cos_m;
   const T sine = sine_of_cosine(x), least = T(kLeastSine);
-  return x > m.edge ? m.cos_m + m.sin_m * x / (sine > least ? sine : least) : T(1);
+  return m.cos_m + m.sin_m * x / (sine > least ? sine : least);
 }
 
 // The statistics of a row, all relative to a reference point `ref` (its maximum, or 0 while every logit seen is -inf)

@@ -44,8 +44,13 @@ struct PlaneShared {
   }
 };
 
+// Of 256 threads; more registers would leave room for one.
+constexpr int plane_blocks_per_multiprocessor(bool general, bool wide, size_t element_bytes) {
+  return general && (wide || element_bytes == 8) ? 1 : 2;
+}
+
 template <class T, bool kGeneral, Pass kPass, bool kWide>
-__global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
+__global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, plane_blocks_per_multiprocessor(kGeneral, kWide, sizeof(T)))
     cross_entropy_plane_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kV = kWide ? 8 / int(sizeof(T)) : 1;  // rows per lane

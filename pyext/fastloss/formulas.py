@@ -247,11 +247,12 @@ def with_margin(x: Tensor, angle: float, cosine: float) -> tuple[Tensor, Tensor]
     square = (1 - x) * (1 + x)
     wide = square > LEAST_SINE**2
     # Towards 1 the sine's derivative stops growing, while its value goes on.
-    near = square.detach().clamp(min=0).sqrt() + (square - square.detach()) / (2 * LEAST_SINE)
+    change = torch.where(square < 0, 0.0, square - square.detach())
+    near = square.detach().clamp(min=0).sqrt() + change / (2 * LEAST_SINE)
     sine = torch.where(wide, torch.where(wide, square, 1.0).sqrt(), near)
     turned = x > -math.cos(angle)
     moved = x * math.cos(angle) - sine * math.sin(angle)
-    slope = math.cos(angle) + math.sin(angle) * x / sine.clamp(min=LEAST_SINE)
+    slope = math.cos(angle) + torch.where(square < 0, 0.0, math.sin(angle) * x / sine.clamp(min=LEAST_SINE))
     value = torch.where(turned, moved, x - angle * math.sin(angle)) - cosine
     return value, torch.where(turned, slope, 1.0)
 

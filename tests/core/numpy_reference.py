@@ -88,7 +88,8 @@ def with_margins(x, angle, cosine):
     sine = np.sqrt(np.maximum((1 - x) * (1 + x), 0))
     turned = x > np.cos(np.pi - angle)
     value = np.where(turned, x * np.cos(angle) - sine * np.sin(angle), x - angle * np.sin(np.pi - angle)) - cosine
-    return value, np.where(turned, np.cos(angle) + np.sin(angle) * x / np.maximum(sine, 1e-3), 1)
+    steep = np.where(x > 1, 0, np.sin(angle) * x / np.maximum(sine, 1e-3))
+    return value, np.where(turned, np.cos(angle) + steep, 1)
 
 
 def transformed(x, target, *, ignore_index=-100, softcap=0.0, logit_scale=1.0, margins=()):
