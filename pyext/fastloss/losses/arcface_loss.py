@@ -40,7 +40,8 @@ def arcface_loss(
     With cos t the input at the target and m the margin, the target's logit is ``scale * cos(t + m)`` where
     cos t > cos(pi - m), and ``scale * (cos t - m sin(pi - m))`` elsewhere, where t + m would be beyond pi (as
     insightface with ``easy_margin=False``); the other logits are ``scale * cos``. Where one line takes over from the
-    other the loss jumps a little, by definition.
+    other the loss jumps a little, by definition. (Later versions of insightface move the target's angle outside of
+    autograd, so that their gradient lacks the margin's derivative; here it is the derivative of the value.)
 
     The derivative by cos t is that of this formula: ``cos m + cos t sin m / sin t`` times scale. It is infinite at
     cos t = 1, so sin t counts as 0.001 there at least (angles below 0.06 degrees). Beyond 1, where rounding may bring
