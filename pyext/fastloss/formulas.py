@@ -260,11 +260,12 @@ def with_margin(x: Tensor, angle: float, cosine: float) -> tuple[Tensor, Tensor]
 def _row_terms(tensors: Tensors, o: Any) -> _RowTerms:
     logits, target, weight, sample_weight, _ = tensors
     accum = accum_dtype(logits.dtype)
-    x, margin_slope = logits.to(accum), None
+    x = logits.to(accum)
+    margin_slope: Tensor | None = None
     if o.margin_angle or o.margin_cosine:
         index = row_weights(target, None, o.ignore_index, accum)[1]
-        value, slope = with_margin(x.gather(1, index), o.margin_angle, o.margin_cosine)
-        x, margin_slope = x.scatter(1, index, value), torch.ones_like(x).scatter(1, index, slope)
+        value, derivative = with_margin(x.gather(1, index), o.margin_angle, o.margin_cosine)
+        x, margin_slope = x.scatter(1, index, value), torch.ones_like(x).scatter(1, index, derivative)
     z = x * o.logit_scale
     slope: Any = o.logit_scale
     if o.softcap > 0:

@@ -280,7 +280,8 @@ class Given(NamedTuple):
 
 def given(arguments: Mapping[str, Any]) -> Given:
     """From the arguments of a loss, by their names; those that it does not take become None."""
-    return Given(*[arguments.get(name) for name in Given._fields])
+    values: Any = [arguments.get(name) for name in Given._fields]
+    return Given(*values)
 
 
 # Of a call that leaves everything but the reduction at its default.
