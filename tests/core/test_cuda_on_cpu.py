@@ -955,3 +955,17 @@ def test_no_classes(reduction):
         x, t = np.empty((rows, 0), "float32"), np.full(rows, -100)
         got = emulated.cross_entropy_forward(x, t, reduction=reduction, label_smoothing=0.1)["loss"]
         assert np.isnan(got).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the reference's 0 * inf, of what is not compared
+@pytest.mark.parametrize("shape", ((4, 40), (4, 600), (2, 30, 5)), ids=("warp rows", "block rows", "planes"))
+def test_infinite_logits_under_a_scale(shape):
+    """Without a cap the slope of the transform is the scale, at a logit of -inf as well: gradient 0, not nan."""
+    logits, target, _, x, _ = problem(shape, "float32", {})
+    logits.reshape(4 if len(shape) == 2 else 2, shape[1], -1)[:, 3] = -np.inf
+    target[target == 3] = 0
+    for options in ({"logit_scale": 0.5}, {"logit_scale": 0.5, "margins": [0.5, 0.0]}):
+        x = exact(logits).reshape(x.shape)
+        _, want, _ = reference(x, target, **options)
+        got = emulated.cross_entropy_forward(logits, target, grad=True, **options)
+        close(got["grad"], want, "float32")
