@@ -14,6 +14,7 @@ modes that a case is measured in:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +83,31 @@ def _focal(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean", gamma
     return _reduced((1 - torch.exp(-nll)) ** gamma * nll, reduction)
 
 
+def _of_nll(function: Callable[[torch.Tensor], torch.Tensor]) -> Loss:
+    """A function of each row's nll."""
+
+    def loss(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        return _reduced(function(F.cross_entropy(x, target, reduction="none")), reduction)
+
+    return loss
+
+
+def _with_margin(moved: Callable[[torch.Tensor], torch.Tensor]) -> Loss:
+    """Cross entropy of scaled cosines, the target's own moved."""
+
+    def loss(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        index = target.unsqueeze(1)
+        x = x.scatter(1, index, moved(x.gather(1, index)))
+        return F.cross_entropy(64.0 * x, target, reduction=reduction)
+
+    return loss
+
+
+def _arc(x: torch.Tensor, margin: float = 0.5) -> torch.Tensor:
+    turned = x * math.cos(margin) - (1 - x * x).clamp(0, 1).sqrt() * math.sin(margin)
+    return torch.where(x > -math.cos(margin), turned, x - margin * math.sin(margin))
+
+
 def _dice(x: torch.Tensor, target: torch.Tensor, smooth: float = 1e-5) -> torch.Tensor:
     p = x.softmax(1)
     t = F.one_hot(target, x.shape[1]).movedim(-1, 1).to(p.dtype)
@@ -146,6 +172,11 @@ def _js(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch
 _COMPOSED: dict[str, Loss] = {
     "rmse_loss": _root_mean_square,
     FOCAL: _focal,
+    "poly1_loss": _of_nll(lambda nll: nll + (1 - torch.exp(-nll))),
+    "generalized_cross_entropy": _of_nll(lambda nll: (1 - torch.exp(-0.7 * nll)) / 0.7),
+    "token_scaled_cross_entropy": _of_nll(lambda nll: torch.exp(-nll).detach() * nll),
+    "arcface_loss": _with_margin(_arc),
+    "cosface_loss": _with_margin(lambda x: x - 0.35),
     DICE: _dice,
     TOKENS: _token_log_probs,
     SIGMOID_FOCAL: _sigmoid_focal,
@@ -354,6 +385,10 @@ CPU = [
     Case("KL 2x21x512x512 float32", (2, 21, 512, 512), "float32", loss=KL, detail=True),
     Case("Focal 2048x32000 float32", (2048, 32000), "float32", _both(9, 5), FOCAL, own={"gamma": 2.0}),
     Case("Focal 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(8, 5), FOCAL, own={"gamma": 2.0}),
+    Case("Poly-1 2048x32000 float32", (2048, 32000), "float32", loss="poly1_loss", detail=True),
+    Case("ArcFace 2048x32000 float32", (2048, 32000), "float32", loss="arcface_loss", detail=True),
+    *(Case(f"{name} 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, loss, systems=_TWO, detail=True)
+      for name, loss in (("Poly-1", "poly1_loss"), ("Generalized CE", "generalized_cross_entropy"), ("Token-scaled CE", "token_scaled_cross_entropy"), ("ArcFace", "arcface_loss"), ("CosFace", "cosface_loss"))),  # noqa: E501
     Case("Dice 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(4.5, 3), DICE, own={"activation": "softmax"}),
     _head((2048, 32000), 512, "float32", {"gemms": 0.92, "torch-chunked": 4, "eager": 1}, systems=_HEAD),
     _head((2048, 32000), 512, "bfloat16", {"torch-chunked": 2, "eager": 1}, systems=_HEAD),

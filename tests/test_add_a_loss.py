@@ -15,7 +15,7 @@ STEP = re.compile(
     r"\n\n```\w+\n(?P<text>.*?)```\n",
     re.DOTALL,
 )
-NAMES = ("laplace_loss", "soft_iou_loss", "poly1_loss", "brier_loss")
+NAMES = ("laplace_loss", "soft_iou_loss", "bounded_cross_entropy", "brier_loss")
 # What each is, said once more and apart from the page; arguments of one call.
 CHECK = """
 import fastloss, torch
@@ -31,13 +31,13 @@ p_t = p.gather(1, index[:, None])
 exact = {
     "LaplaceLoss": -torch.distributions.Laplace(t, s.exp()).log_prob(x).mean() - torch.tensor(2.0).log(),
     "SoftIoULoss": (1 - (both + 0.5) / (either + 0.5)).mean(),
-    "Poly1Loss": torch.nn.functional.cross_entropy(x, index) + 0.7 * (1 - p_t).mean(),
+    "BoundedCrossEntropyLoss": (3 * torch.tanh(-p_t.log() / 3)).mean(),
     "BrierLoss": ((p - one_hot) ** 2).sum(1).mean(),
 }
 calls = {
     "LaplaceLoss": ({}, (x, t, s)),
     "SoftIoULoss": ({"smooth": 0.5}, (p, one_hot)),
-    "Poly1Loss": ({"epsilon": 0.7}, (x, index)),
+    "BoundedCrossEntropyLoss": ({"bound": 3.0}, (x, index)),
     "BrierLoss": ({}, (p, index)),
 }
 for name, (options, args) in calls.items():

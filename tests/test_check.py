@@ -165,6 +165,8 @@ OURS = [
     (fastloss.cross_entropy, "segmentation", ALL_IGNORED),
     (fastloss.cross_entropy, "probabilities", {}),
     (partial(fastloss.cross_entropy, all_ignored="zero"), "classification", {}),
+    (fastloss.poly1_loss, "classification", ALL_IGNORED),
+    (fastloss.generalized_cross_entropy, "classification", ALL_IGNORED),
     (fastloss.nll_loss, "log_probabilities", ALL_IGNORED),
     (fastloss.l1_loss, "regression", {}),
     (fastloss.mse_loss, "regression", {}),

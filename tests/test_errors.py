@@ -589,6 +589,8 @@ def test_operators_refuse_wrong_arguments():
     [
         (fastloss.cross_entropy, "class_dim=-1"),
         (fastloss.focal_loss, "class_dim=-1"),
+        (fastloss.poly1_loss, "class_dim=-1"),
+        (fastloss.arcface_loss, "class_dim=-1"),
         (fastloss.nll_loss, r"input\.movedim\(-1, 1\)"),
     ],
 )

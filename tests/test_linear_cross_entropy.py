@@ -195,8 +195,16 @@ def test_statistics(device):
     assert stats.lse.shape == stats.argmax.shape == stats.entropy.shape == (2, 4)
 
 
-def test_row_maps(device):
-    """Focal loss on a head, through the entry that takes a row map."""
+@pytest.mark.parametrize(
+    ("row_map", "function", "parameter"),
+    (
+        ("focal", fastloss.focal_loss, (2.0,)),
+        ("generalized_cross_entropy", fastloss.generalized_cross_entropy, (0.7,)),
+        ("token_scaled", fastloss.token_scaled_cross_entropy, ()),
+    ),
+)
+def test_row_maps(row_map, function, parameter, device):
+    """Losses of a head that map each row's nll, through the entry that takes a row map."""
     from fastloss.head.linear_cross_entropy import Chunking, run
     from fastloss.losses.cross_entropy import ROW_MAPS, Given
 
@@ -204,8 +212,8 @@ def test_row_maps(device):
     t = labels(11, 7, device=device)
     for reduction in ("mean", "none"):
         given = Given(reduction=reduction, label_smoothing=0.1)
-        loss = run("focal", x, w, b, t, given, Chunking(memory_budget=300), None, ROW_MAPS["focal"], 2.0)
-        want = fastloss.focal_loss(F.linear(x, w, b), t, 2.0, reduction=reduction, label_smoothing=0.1)
+        loss = run("a map", x, w, b, t, given, Chunking(memory_budget=300), None, ROW_MAPS[row_map], *parameter)
+        want = function(F.linear(x, w, b), t, *parameter, reduction=reduction, label_smoothing=0.1)
         torch.testing.assert_close(loss, want)
         grads = torch.autograd.grad(loss.sum(), (x, w)), torch.autograd.grad(want.sum(), (x, w))
         for ours, theirs in zip(*grads, strict=True):

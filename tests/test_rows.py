@@ -26,6 +26,9 @@ FEATURES = {
         "normalizer": True,
     },
     "focal": {"row_map": "focal", "map_params": (2.0,), "weight": True},
+    "poly-1": {"row_map": "poly1", "map_params": (-0.5,)},
+    "generalized cross entropy": {"row_map": "generalized_cross_entropy", "map_params": (0.7,), "label_smoothing": 0.1},
+    "token-scaled": {"row_map": "token_scaled", "reduction": "none"},
     "focal and everything": {
         "row_map": "focal",
         "map_params": (0.5,),
@@ -219,7 +222,9 @@ def test_targets_elsewhere_are_not_bad_and_others_are():
 
 
 def test_row_maps():
-    assert row_maps() == {"none": (0, ()), "focal": (1, ("gamma",))}
+    maps = row_maps()
+    assert maps["none"] == (0, ()) and maps["focal"] == (1, ("gamma",)) and maps["token_scaled"][1] == ()
+    assert sorted(number for number, _ in maps.values()) == list(range(len(maps)))
 
 
 def test_wrong_arguments():

@@ -221,6 +221,9 @@ NESTED = {
     "cross_entropy, everything": of(
         "cross_entropy", second=labels, z_loss=0.1, softcap=3.0, logit_scale=0.5, sample_weight=ROW_WEIGHT
     ),
+    "poly1_loss, probabilities": of("poly1_loss", second=lambda x: x.square() * PROBABILITIES, weight=CLASS_WEIGHT),
+    "token_scaled_cross_entropy": of("token_scaled_cross_entropy", second=labels, label_smoothing=0.1),
+    "arcface_loss": of("arcface_loss", first=torch.sin, second=labels, scale=4.0, weight=CLASS_WEIGHT),
     "nll_loss": of("nll_loss", F.nll_loss, first=torch.square, second=labels, weight=CLASS_WEIGHT),
     "nll_loss, none": of("nll_loss", F.nll_loss, first=torch.square, second=labels, reduction="none"),
     "l1_loss": of("l1_loss", mask=MASK),

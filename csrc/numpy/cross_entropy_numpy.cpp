@@ -22,7 +22,7 @@ struct Problem {
   std::optional<std::string> loss_dtype;
   std::optional<double> normalizer;
   int row_map;
-  std::vector<double> map_params;
+  std::vector<double> map_params, margins;
   int64_t class_offset, total_classes;
 
   CrossEntropyArgs args() const {
@@ -48,6 +48,7 @@ struct Problem {
     if (map_params.size() > 2) throw py::value_error("map_params: expected two at most");
     a.row_map = row_map;
     for (size_t i = 0; i < map_params.size(); ++i) a.map_params[i] = map_params[i];
+    if (margins.size() == 2) a.margin_angle = margins[0], a.margin_cosine = margins[1];
     a.class_offset = class_offset;
     a.total_classes = total_classes;
     a.normalizer = normalizer ? &*normalizer : nullptr;
@@ -149,8 +150,8 @@ void define(py::module_& m, const char* name, const F& f, const std::tuple<Posit
               py::arg("z_loss") = 0.0, py::arg("softcap") = 0.0, py::arg("logit_scale") = 1.0,
               py::arg("reduction") = "mean", py::arg("all_ignored_zero") = false, py::arg("zero_times_inf") = false,
               py::arg("loss_dtype") = none, py::arg("normalizer") = none, py::arg("row_map") = 0,
-              py::arg("map_params") = std::vector<double>(), py::arg("class_offset") = 0, py::arg("total_classes") = 0,
-              extra...);
+              py::arg("map_params") = std::vector<double>(), py::arg("margins") = std::vector<double>(),
+              py::arg("class_offset") = 0, py::arg("total_classes") = 0, extra...);
       },
       positional);
 }
@@ -166,11 +167,12 @@ void bind_cross_entropy(py::module_& m) {
          py::object sample_weight, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
          double logit_scale, std::string reduction, bool all_ignored_zero, bool zero_times_inf,
          std::optional<std::string> loss_dtype, std::optional<double> normalizer, int row_map,
-         std::vector<double> map_params, int64_t class_offset, int64_t total_classes, py::object loss, py::object saved,
-         py::object lse, py::object grad, py::object argmax, py::object accuracy, py::object entropy) {
-        return forward({logits, target, soft, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap,
-                        logit_scale, reduction, all_ignored_zero, zero_times_inf, loss_dtype, normalizer, row_map,
-                        map_params, class_offset, total_classes},
+         std::vector<double> map_params, std::vector<double> margins, int64_t class_offset, int64_t total_classes,
+         py::object loss, py::object saved, py::object lse, py::object grad, py::object argmax, py::object accuracy,
+         py::object entropy) {
+        return forward({logits,     target,  soft,        weight,    sample_weight,    ignore_index,   label_smoothing,
+                        z_loss,     softcap, logit_scale, reduction, all_ignored_zero, zero_times_inf, loss_dtype,
+                        normalizer, row_map, map_params,  margins,   class_offset,     total_classes},
                        loss, saved, lse, grad, argmax, accuracy, entropy);
       },
       problem, py::arg("loss") = true, py::arg("saved") = none, py::arg("lse") = none, py::arg("grad") = none,
@@ -184,11 +186,11 @@ void bind_cross_entropy(py::module_& m) {
          std::optional<bool> soft, py::object weight, py::object sample_weight, int64_t ignore_index,
          double label_smoothing, double z_loss, double softcap, double logit_scale, std::string reduction,
          bool all_ignored_zero, bool zero_times_inf, std::optional<std::string> loss_dtype,
-         std::optional<double> normalizer, int row_map, std::vector<double> map_params, int64_t class_offset,
-         int64_t total_classes, py::object grad, py::object grad_target) {
-        return backward({logits, target, soft, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap,
-                         logit_scale, reduction, all_ignored_zero, zero_times_inf, loss_dtype, normalizer, row_map,
-                         map_params, class_offset, total_classes},
+         std::optional<double> normalizer, int row_map, std::vector<double> map_params, std::vector<double> margins,
+         int64_t class_offset, int64_t total_classes, py::object grad, py::object grad_target) {
+        return backward({logits,     target,  soft,        weight,    sample_weight,    ignore_index,   label_smoothing,
+                         z_loss,     softcap, logit_scale, reduction, all_ignored_zero, zero_times_inf, loss_dtype,
+                         normalizer, row_map, map_params,  margins,   class_offset,     total_classes},
                         saved, grad_output, grad, grad_target);
       },
       std::tuple_cat(problem, std::make_tuple(py::arg("saved"), py::arg("grad_output"))), py::arg("grad") = true,
@@ -201,11 +203,13 @@ void bind_cross_entropy(py::module_& m) {
          py::object sample_weight, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
          double logit_scale, std::string reduction, bool all_ignored_zero, bool zero_times_inf,
          std::optional<std::string> loss_dtype, std::optional<double> normalizer, int row_map,
-         std::vector<double> map_params, int64_t class_offset, int64_t total_classes, bool best, py::object stats) {
-        return row_stats({logits, target, soft, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap,
-                          logit_scale, reduction, all_ignored_zero, zero_times_inf, loss_dtype, normalizer, row_map,
-                          map_params, class_offset, total_classes},
-                         best, stats);
+         std::vector<double> map_params, std::vector<double> margins, int64_t class_offset, int64_t total_classes,
+         bool best, py::object stats) {
+        return row_stats(
+            {logits,     target,  soft,        weight,    sample_weight,    ignore_index,   label_smoothing,
+             z_loss,     softcap, logit_scale, reduction, all_ignored_zero, zero_times_inf, loss_dtype,
+             normalizer, row_map, map_params,  margins,   class_offset,     total_classes},
+            best, stats);
       },
       problem, py::arg("best") = false, py::arg("stats") = true,
       "The statistics of a shard, [fields, rows], see Stat in rowwise/cross_entropy.h.");

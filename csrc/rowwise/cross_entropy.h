@@ -8,6 +8,8 @@
 //   probability target p:  nll  = sum_c w_c p'_c (lse - z_c),  p' = (1-e) p + e/C
 //   row loss               l    = s (nll + z_loss lse^2)
 //   sum                    L    = sum_r l_r
+//   margins                z_t  = transform(cos(t + margin_angle) - margin_cosine), x_t = cos t the target's own logit
+//                          (see Margin), z of the other classes as it is
 //   mean                   L    = sum_r s_r nll_r / D + z_loss sum_r s_r lse_r^2 / Dn
 //                          D    = sum_r s_r w_{t_r} (index) or sum_r s_r (probability), Dn = sum_r s_r,
 //                                 both over the rows that count (target != ignore_index)
@@ -57,6 +59,7 @@ struct CrossEntropyArgs {
   double logit_scale = 1;
   int32_t row_map = 0;  // number in row_maps.h, 0: none
   double map_params[2] = {};
+  double margin_angle = 0, margin_cosine = 0;   // of an index target, see has_margin
   int64_t class_offset = 0, total_classes = 0;  // shards; total_classes 0: not a shard
   Reduction reduction = Reduction::mean;
   const double* normalizer = nullptr;  // [], on the device of the logits: replaces D and Dn
@@ -89,6 +92,13 @@ struct CrossEntropyArgs {
   // Always inline: a copy that was compiled for AVX-512 could be linked for everybody.
   [[gnu::always_inline]] int64_t rows() const { return outer * inner; }
   [[gnu::always_inline]] bool is_shard() const { return total_classes > 0; }
+  [[gnu::always_inline]] bool has_margin() const { return margin_angle != 0 || margin_cosine != 0; }
+  // A margin asks for an index target among these classes and a positive scale. It moves the target's z away from its
+  // logit, so results that tell of both do not go with it.
+  [[gnu::always_inline]] bool margin_is_supported() const {
+    const bool of_logits = argmax || accuracy || entropy || stats;
+    return !has_margin() || (!soft && !is_shard() && logit_scale > 0 && !of_logits);
+  }
   [[gnu::always_inline]] int64_t all_classes() const { return is_shard() ? total_classes : classes; }
   [[gnu::always_inline]] SavedFields saved_fields() const {
     SavedFields f;

@@ -19,18 +19,18 @@ constexpr Kernel *cross_entropy_forward_avx512 = nullptr, *cross_entropy_backwar
 
 namespace {
 // Class indices travel in lanes of the accumulation type's size (RowBatch::lane_target in cross_entropy_cpu_batch.h).
-bool lanes_hold_classes(const CrossEntropyArgs& a) {
-  return a.soft || accum_of(a.logits_type) == DType::f64 || a.classes <= INT32_MAX;
+bool is_supported(const CrossEntropyArgs& a) {
+  return a.margin_is_supported() && (a.soft || accum_of(a.logits_type) == DType::f64 || a.classes <= INT32_MAX);
 }
 }  // namespace
 
 Status cross_entropy_forward_cpu(const CrossEntropyArgs& a, ParallelFor parallel_for) {
-  if (!lanes_hold_classes(a)) return {Status::unsupported};
+  if (!is_supported(a)) return {Status::unsupported};
   return choose_isa<Kernel>(cross_entropy_forward_portable, cross_entropy_forward_avx2, cross_entropy_forward_avx512)(
       a, parallel_for);
 }
 Status cross_entropy_backward_cpu(const CrossEntropyArgs& a, ParallelFor parallel_for) {
-  if (!lanes_hold_classes(a)) return {Status::unsupported};
+  if (!is_supported(a)) return {Status::unsupported};
   return choose_isa<Kernel>(cross_entropy_backward_portable, cross_entropy_backward_avx2,
                             cross_entropy_backward_avx512)(a, parallel_for);
 }

@@ -24,6 +24,7 @@ template <class T>
 struct CallConstants {
   const CrossEntropyArgs& a;
   RowConstants<T> k;
+  Margin<T> margin;
   Denominators d;
   const T* weight;         // [classes] or null; of a shard: from its first class on
   T local_weight_sum;      // sum of weight[classes]; of a shard
@@ -36,6 +37,7 @@ struct CallConstants {
 
   explicit CallConstants(const CrossEntropyArgs& args, bool is_backward)
       : a(args),
+        margin(Margin<T>::of(args.margin_angle, args.margin_cosine)),
         weight(args.weight ? static_cast<const T*>(args.weight) + args.class_offset : nullptr),
         local_weight_sum(T(args.classes)),
         sample_weight(static_cast<const T*>(args.sample_weight)),
@@ -97,6 +99,13 @@ inline T transform_scalar(const RowConstants<T>& k, T x) {
     return transform<kTransform, T>(k, splat(x))[0];
   else
     return x;
+}
+// z of the target from its logit.
+template <bool kTransform, class T>
+inline T target_logit(const CallConstants<T>& call, T x) {
+  if constexpr (kTransform)
+    if (call.margin.any) x = with_margin(call.margin, x);
+  return transform_scalar<kTransform, T>(call.k, x);
 }
 // dz/dx from z.
 template <class V, class T>
@@ -266,6 +275,8 @@ class RowBatch {
     if (target != kElsewhere) return call.weight[target];
     return call.weight[load_index(call.a.target, call.a.index_type, row) - call.a.class_offset];
   }
+  // Where the logit of a target is.
+  int64_t target_at(const CrossEntropyArgs& a, int64_t b) const { return logits[b] + target[b] * a.logits_strides.cls; }
   bool target_is_here(int64_t b) const { return lane_target[b] >= 0 && lane_target[b] != kElsewhere; }
   void clear_statistics(int64_t lanes) {
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
@@ -423,7 +434,13 @@ inline void finish_batch(const CallConstants<T>& call, RowBatch<T>& s, int64_t f
     vec<T> own = target_grad(g, others, e, per_sum);
     if constexpr (kMode == Mode::smooth) own -= g.q_scale;
     if constexpr (kMode == Mode::smooth_weighted) own -= g.q_scale * w_t;
-    if constexpr (kTransform) own *= transform_slope(k, picked);
+    if constexpr (kTransform) {
+      own *= transform_slope(k, picked);
+      if (call.margin.any)
+        for (int64_t b = 0; b < m; ++b)
+          if (s.target[v + b] >= 0)
+            own[b] *= margin_slope(call.margin, T(to_accum(static_cast<const S*>(a.logits)[s.target_at(a, v + b)])));
+    }
     store(s.target_grad + v, own);
   }
   sums->nll += sum_lanes<double>(nll_sum);

@@ -133,7 +133,7 @@ inline void run_batches(const CallConstants<accum_t<S>>& call, ParallelFor paral
 template <class S>
 inline void run(const CallConstants<accum_t<S>>& call, ParallelFor parallel_for, LossSums* total) {
   const CrossEntropyArgs& a = call.a;
-  const bool transform = a.softcap > 0 || a.logit_scale != 1;
+  const bool transform = a.softcap > 0 || a.logit_scale != 1 || a.has_margin();
   const Mode mode = a.soft                  ? Mode::soft
                     : a.label_smoothing > 0 ? (a.weight ? Mode::smooth_weighted : Mode::smooth)
                                             : Mode::index;

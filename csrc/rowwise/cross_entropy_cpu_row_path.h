@@ -28,12 +28,13 @@ struct KeptRow {
 };
 
 // Statistics of the row x[classes], each element read once from memory; *best is the chunk that holds the maximum.
+// With a margin z_target stands in the place of what is read of the target.
 //
 // Exponentials are taken relative to a running reference: the maximum of the first chunk, which is read twice (the
 // second time from L1), until a chunk exceeds it by more than kHeadroom and is done again relative to its own maximum.
 // At the end all is brought to the maximum of the row.
 template <Mode kMode, bool kTransform, bool kKeep, class S, class T>
-inline RowStats<T> row_stats(const CallConstants<T>& call, const S* x, int64_t prob_offset, int64_t target,
+inline RowStats<T> row_stats(const CallConstants<T>& call, const S* x, int64_t prob_offset, int64_t target, T z_target,
                              int64_t* best, const KeptRow<T>& kept) {
   constexpr T kHeadroom = 8;  // small: the error of exp grows with its argument
   const int64_t classes = call.a.classes;
@@ -53,27 +54,33 @@ inline RowStats<T> row_stats(const CallConstants<T>& call, const S* x, int64_t p
     ref = to;
   };
   const int64_t target_vector = target >= 0 ? target / kLanes<T> * kLanes<T> : -1;  // chunks hold whole vectors
+  const bool margin = kTransform && call.margin.any;
   for (int64_t c0 = 0; c0 < classes; c0 += kChunk) {
     const int64_t c1 = min_of(classes, c0 + kChunk);
-    const T fill = T(to_accum(x[c0]));
+    const T fill = margin ? -kInf<T> : T(to_accum(x[c0]));
+    auto logits_at = [&](int64_t i, int64_t n) {
+      const vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, fill));
+      if constexpr (kTransform)
+        if (margin && i == target_vector) return iota<T>() == T(target - i) ? splat(z_target) : z;
+      return z;
+    };
     if constexpr (kMode == Mode::soft) load_probabilities(call.a, prob_offset + c0, c1 - c0, prob);
     if (!(max > -kInf<T>)) {  // no reference yet
       vec<T> m0 = splat(-kInf<T>), m1 = m0, m2 = m0, m3 = m0;
       int64_t c = c0;
       for (; c + 4 * kLanes<T> <= c1; c += 4 * kLanes<T>) {
-        m0 = max_of(transform<kTransform, T>(k, load(x + c)), m0);
-        m1 = max_of(transform<kTransform, T>(k, load(x + c + kLanes<T>)), m1);
-        m2 = max_of(transform<kTransform, T>(k, load(x + c + 2 * kLanes<T>)), m2);
-        m3 = max_of(transform<kTransform, T>(k, load(x + c + 3 * kLanes<T>)), m3);
+        m0 = max_of(logits_at(c, kLanes<T>), m0);
+        m1 = max_of(logits_at(c + kLanes<T>, kLanes<T>), m1);
+        m2 = max_of(logits_at(c + 2 * kLanes<T>, kLanes<T>), m2);
+        m3 = max_of(logits_at(c + 3 * kLanes<T>, kLanes<T>), m3);
       }
-      for_vectors<T>(
-          c, c1, [&](int64_t i, int64_t n) { m0 = max_of(transform<kTransform, T>(k, load_n(x + i, n, fill)), m0); });
+      for_vectors<T>(c, c1, [&](int64_t i, int64_t n) { m0 = max_of(logits_at(i, n), m0); });
       const T first = max_lanes<T>(max_of(max_of(m1, m0), max_of(m3, m2)));
       if (first > -kInf<T>) rebase(first);
     }
     vec<T> s0, s1, max0, max1, chunk_dot, chunk_mass;
     auto add = [&](int64_t i, int64_t n, vec<T>& s, vec<T>& m) {
-      const vec<T> z = transform<kTransform, T>(k, load_n(x + i, n, fill));
+      const vec<T> z = logits_at(i, n);
       m = max_of(z, m);
       vec<T> d = z - ref;
       vec<T> e = exp_of(d);
@@ -221,14 +228,14 @@ inline void row_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>>
   const bool ignored_matter = call.backward || a.grad || a.saved || a.lse || a.argmax || a.accuracy || a.stats;
   for (int64_t b = 0; b < n; ++b) {
     const S* x = logits + s.logits[b];
-    s.picked[b] = s.target[b] >= 0 ? transform_scalar<kTransform, T>(call.k, T(to_accum(x[s.target[b]]))) : T(0);
+    s.picked[b] = s.target[b] >= 0 ? target_logit<kTransform, T>(call, T(to_accum(x[s.target[b]]))) : T(0);
     if (call.backward) continue;
     if (kMode != Mode::soft && s.target[b] < 0 && !ignored_matter) {  // nothing depends on this row
       s.ref[b] = s.others[b] = s.dot[b] = T(0);
       continue;
     }
-    RowStats<T> st =
-        row_stats<kMode, kTransform, kKeep, S, T>(call, x, s.prob[b], s.target[b], &s.best[b], exps.row(b));
+    RowStats<T> st = row_stats<kMode, kTransform, kKeep, S, T>(call, x, s.prob[b], s.target[b], s.picked[b], &s.best[b],
+                                                               exps.row(b));
     s.max[b] = s.ref[b] = st.ref;
     s.others[b] = st.others;
     s.dot[b] = st.dot;

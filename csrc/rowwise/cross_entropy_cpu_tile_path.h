@@ -320,7 +320,8 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
     store(s.picked + v, kMode == Mode::index ? splat(-kInf<T>) : vec<T>{});  // where there is no target
   if (whole) load_classes(0, a.classes);
   // z_t of the rows whose target is in the tile; -inf in its place adds nothing to the sum of the others.
-  auto pick = [tile, pitch, n, target = s.target, picked = s.picked](int64_t c0, int64_t classes, bool apart) {
+  auto pick = [&call, &a, &s, x, tile, pitch, n, target = s.target, picked = s.picked](int64_t c0, int64_t classes,
+                                                                                       bool apart) {
     for (int64_t b = 0; b < n; ++b) {
       const int64_t c = target[b] - c0;
       if (target[b] < 0 || uint64_t(c) >= uint64_t(classes)) continue;
@@ -328,14 +329,19 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
       picked[b] = *z;
       if (apart) *z = -kInf<T>;
     }
+    if constexpr (kTransform)
+      for (int64_t b = 0; call.margin.any && b < n; ++b) {
+        const int64_t c = target[b] - c0;
+        if (target[b] < 0 || uint64_t(c) >= uint64_t(classes)) continue;
+        picked[b] = target_logit<kTransform, T>(call, T(to_accum(x[s.target_at(a, b)])));
+        if (!apart) tile[c * pitch + b] = picked[b];
+      }
   };
   if (call.backward) {
     s.restore(call, first, n);
     if (whole) pick(0, a.classes, false);
     for (int64_t b = 0; b < n && !whole; ++b)
-      if (s.target[b] >= 0)
-        s.picked[b] =
-            transform_scalar<kTransform, T>(k, T(to_accum(x[s.logits[b] + s.target[b] * a.logits_strides.cls])));
+      if (s.target[b] >= 0) s.picked[b] = target_logit<kTransform, T>(call, T(to_accum(x[s.target_at(a, b)])));
     for (int64_t b = 0; b < n && call.saved_target; ++b) s.picked[b] = call.saved_target[first + b];
   } else {
     s.clear_statistics(lanes);

@@ -61,7 +61,7 @@ CrossEntropyPlan plan_of(const CrossEntropyArgs& args, Pass pass, const DevicePr
   problem.logits_offset = grid_offset(a.logits);
   problem.grad_offset = grid_offset(a.grad);
   problem.general = a.logits_type == DType::f64 || a.soft || a.label_smoothing > 0 || a.softcap > 0 ||
-                    a.logit_scale != 1 || a.row_map != 0 ||
+                    a.logit_scale != 1 || a.row_map != 0 || a.has_margin() ||
                     (pass != Pass::backward && (a.argmax || a.accuracy || a.entropy || a.stats_best)) ||
                     a.classes > INT32_MAX / 2;  // the others count classes, and a turn of a loop further, in 32 bits
   problem.in_place = problem.has_grad && a.grad == a.logits;
@@ -94,6 +94,7 @@ Status run(const CrossEntropyPlan& plan, const CudaContext& context) {
   p.all_classes = a.all_classes();
   p.fields = a.saved_fields();
   p.row_map = RowMap(a.row_map);
+  p.margin = Margin<A>::of(a.margin_angle, a.margin_cosine);
   for (int i = 0; i < 2; ++i) p.map_params[i] = A(a.map_params[i]);
   p.sample_weight = static_cast<const A*>(a.sample_weight);
   p.logits_strides = a.logits_strides;
@@ -113,7 +114,7 @@ Status run(const CrossEntropyPlan& plan, const CudaContext& context) {
   p.pass = plan.pass;
   p.soft = a.soft;
   p.smooth = a.label_smoothing > 0;
-  p.transform = a.softcap > 0 || a.logit_scale != 1;
+  p.transform = a.softcap > 0 || a.logit_scale != 1 || a.has_margin();
   p.zero_times_inf = a.zero_times_inf;
   p.all_ignored_zero = a.all_ignored_zero;
   p.want_q = p.soft || p.smooth;
@@ -191,7 +192,7 @@ CrossEntropyPlan cross_entropy_plan_cuda(const CrossEntropyArgs& a, const CudaCo
 }
 
 Status cross_entropy_run_cuda(const CrossEntropyPlan& plan, const CudaContext& context) {
-  if (context.workspace_bytes < plan.workspace_bytes) return {Status::unsupported};
+  if (context.workspace_bytes < plan.workspace_bytes || !plan.a.margin_is_supported()) return {Status::unsupported};
   return accum_of(plan.a.logits_type) == DType::f64 ? run<double>(plan, context) : run<float>(plan, context);
 }
 

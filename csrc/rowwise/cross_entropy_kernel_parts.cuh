@@ -38,6 +38,7 @@ struct CrossEntropyParams {
   int best_at;  // stats: the number of Stat::best
   RowMap row_map;
   A map_params[2];
+  Margin<A> margin;
   RowConstants<A> k;  // weight_sum is set on the device when there are class weights
   DType loss_type, prob_type;
   IndexType index_type;
@@ -94,8 +95,25 @@ __device__ __forceinline__ A transform(const RowConstants<A>& k, A x) {
 // dz/dx from z
 template <class A>
 __device__ __forceinline__ A transform_slope(const RowConstants<A>& k, A z) {
-  A u = z * k.inv_softcap;  // 0 without a cap
+  const A u = k.softcap > A(0) ? z * k.inv_softcap : A(0);  // without a cap z may be infinite
   return k.logit_scale * (A(1) - u * u);
+}
+// z of a class from its logit, for the statistics. The target's own with a margin is left out, as -inf:
+// coefficients_of_row knows it.
+template <class A>
+__device__ __forceinline__ A class_logit(const CrossEntropyParams<A>& p, A x, bool is_target) {
+  return p.margin.any && is_target ? A(-INFINITY) : transform(p.k, x);
+}
+// Makes z of the target's logit x, with its margin. Returns dz/dx.
+template <class A>
+__device__ __forceinline__ A transform_target(const CrossEntropyParams<A>& p, A& x) {
+  A slope = A(1);
+  if (p.margin.any) {
+    slope = margin_slope(p.margin, x);
+    x = with_margin(p.margin, x);
+  }
+  x = transform(p.k, x);
+  return slope * transform_slope(p.k, x);
 }
 
 // Statistics of a part of a row, without the target's own exponential; sums are relative to reference(max).
@@ -168,6 +186,13 @@ __device__ __forceinline__ void load_q(const CrossEntropyParams<A>& p, int64_t c
 template <class A>
 __device__ __forceinline__ A product(A q, A d, bool zero_times_inf) {
   return zero_times_inf && q == A(0) ? A(0) : q * d;
+}
+// Adds a class to dot and mass, but the target with a margin, see class_logit.
+template <class A>
+__device__ __forceinline__ void add_dot(const CrossEntropyParams<A>& p, PartStats<A>& s, A q, A d, bool is_target) {
+  if (p.margin.any && is_target) return;
+  s.dot += product(q, d, p.zero_times_inf);
+  s.mass += q;
 }
 
 // ------------------------------------------------------------------------------------------- what a row comes with
@@ -307,6 +332,8 @@ __device__ __forceinline__ RowCoefficients<A> coefficients_of_row(const CrossEnt
   if (p.weight && has_target && target.index < 0)
     w_t = p.weight[load_index(p.target, p.index_type, row) - p.class_offset];
   const A sample = p.sample_weight ? p.sample_weight[row] : A(1);
+  if (kGeneral && p.margin.any && p.smooth && has_target)
+    s.dot += product(p.weight ? w_t : A(1), d_target, p.zero_times_inf);  // see class_logit
 
   A mapped = A(0);  // nll by the row map
   if constexpr (kGeneral) {
@@ -507,8 +534,12 @@ __device__ __forceinline__ void gradient(const CrossEntropyParams<A>& p, const R
     slope[i] = A(1);
     if constexpr (kGeneral) {
       if (p.transform) {
-        z[i] = transform(p.k, x[i]);
-        slope[i] = transform_slope(p.k, z[i]);
+        if (p.margin.any && is_target[i]) {
+          slope[i] = transform_target(p, z[i]);
+        } else {
+          z[i] = transform(p.k, x[i]);
+          slope[i] = transform_slope(p.k, z[i]);
+        }
       }
     }
     const RowCoefficients<A>& row = r[i * row_step];

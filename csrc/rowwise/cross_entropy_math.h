@@ -1,6 +1,8 @@
 // The mathematics of one row of cross entropy, written once for the CPU and the CUDA kernels.
 // Notation as in cross_entropy.h. V is a scalar (float, double) or a vector of rows with the same operators.
 #pragma once
+#include <math.h>
+
 #include "../common/types.h"
 
 namespace fastloss {
@@ -16,6 +18,44 @@ struct RowConstants {
   T softcap;  // 0: none
   T inv_softcap;
 };
+
+// What becomes of the target's logit x = cos t before the transform, with an angle m in [0, pi / 2] (ArcFace: Deng et
+// al., 2019) and a cosine d (CosFace: Wang et al., 2018):
+//
+//   cos(t + m) - d          where x > cos(pi - m); cos(t + m) = x cos m - sin t sin m
+//   x - m sin(pi - m) - d   elsewhere, where t + m is beyond pi
+//
+// The derivative by x, cos m + x sin m / sin t, is infinite at x = 1. There sin t counts as kLeastSine. Beyond 1, where
+// rounding may bring a cosine, sin t is 0, and so is its derivative.
+template <class T>
+struct Margin {
+  bool any;
+  T cos_m, sin_m, edge, beyond, cosine;  // edge: cos(pi - m), beyond: m sin(pi - m)
+
+  [[gnu::always_inline]] static Margin of(double angle, double cosine) {
+    const double c = cos(angle), s = sin(angle);
+    return {angle != 0 || cosine != 0, T(c), T(s), T(-c), T(angle * s), T(cosine)};
+  }
+};
+constexpr double kLeastSine = 1e-3;  // as in fastloss/formulas.py
+
+template <class T>
+FASTLOSS_HD T sine_of_cosine(T x) {
+  const T square = (T(1) - x) * (T(1) + x);
+  return square > T(0) ? T(sqrt(square)) : T(0);
+}
+template <class T>
+FASTLOSS_HD T with_margin(const Margin<T>& m, T x) {
+  return (x > m.edge ? x * m.cos_m - sine_of_cosine(x) * m.sin_m : x - m.beyond) - m.cosine;
+}
+// Its derivative by x.
+template <class T>
+FASTLOSS_HD T margin_slope(const Margin<T>& m, T x) {
+  if (!(x > m.edge)) return T(1);
+  if (x > T(1)) return m.cos_m;
+  const T sine = sine_of_cosine(x), least = T(kLeastSine);
+  return m.cos_m + m.sin_m * x / (sine > least ? sine : least);
+}
 
 // The statistics of a row, all relative to a reference point `ref` (its maximum, or 0 while every logit seen is -inf)
 // so that nothing cancels at logits of +-1e4.

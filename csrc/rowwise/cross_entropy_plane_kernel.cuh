@@ -44,8 +44,13 @@ struct PlaneShared {
   }
 };
 
+// Of 256 threads; more registers would leave room for one.
+constexpr int plane_blocks_per_multiprocessor(bool general, bool wide, size_t element_bytes) {
+  return general && (wide || element_bytes == 8) ? 1 : 2;
+}
+
 template <class T, bool kGeneral, Pass kPass, bool kWide>
-__global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
+__global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, plane_blocks_per_multiprocessor(kGeneral, kWide, sizeof(T)))
     cross_entropy_plane_kernel(const CrossEntropyParams<accum_t<T>> p) {
   using A = accum_t<T>;
   constexpr int kV = kWide ? 8 / int(sizeof(T)) : 1;  // rows per lane
@@ -96,15 +101,15 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
         z[0] = to_accum(slot);
       }
     };
-    auto transform_all = [&](A(&z)[kV]) {
-      if (kGeneral && p.transform) {
-#pragma unroll
-        for (int v = 0; v < kV; ++v) z[v] = transform(p.k, z[v]);
-      }
-    };
     if (resident) load_tile(0);
     index_t target[kV];
     load_targets<kGeneral>(p, o * p.inner + i, valid, target);
+    auto transform_all = [&](A(&z)[kV], index_t c) {
+      if (kGeneral && p.transform) {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) z[v] = class_logit(p, z[v], c == target[v]);
+      }
+    };
 
     // ---- statistics of this warp's classes, then of all
     if (pass != Pass::backward) {
@@ -135,7 +140,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
             if (kGeneral && !(valid && c < classes)) continue;
             A z[kV];
             values_of(tile[j], z);
-            transform_all(z);
+            transform_all(z, c);
 #pragma unroll
             for (int v = 0; v < kV; ++v) {
               max[v] = max_of(max[v], z[v]);
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
             unpack_again<T>(tile[j], p.zero, z);
           else
             values_of(tile[j], z);
-          transform_all(z);
+          transform_all(z, c);
 #pragma unroll
           for (int v = 0; v < kV; ++v) {
             z[v] -= reference(max[v]);
@@ -166,10 +171,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
             A q[kV];
             load_q(p, c, 0, prob_at + c * p.target_strides.cls, p.target_strides.inner, q, want_best, best_prob);
 #pragma unroll
-            for (int v = 0; v < kV; ++v) {
-              s[v].dot += product(q[v], z[v], p.zero_times_inf);
-              s[v].mass += q[v];
-            }
+            for (int v = 0; v < kV; ++v) add_dot(p, s[v], q[v], z[v], c == target[v]);
           }
         }
       }
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(kMaxPlaneGroups* kWarp, kGeneral ? 1 : 2)
         z_target = to_accum(
             static_cast<const T*>(p.logits)[o * p.logits_strides.outer + (i0 + position) * p.logits_strides.inner +
                                             target.index * p.logits_strides.cls]);
-      if (kGeneral && p.transform) z_target = transform(p.k, z_target);
+      if (kGeneral && p.transform) transform_target(p, z_target);
       if (pass != Pass::backward) {
         const int each = groups * kPositions;
         for (int g = 0; g < groups; ++g) s.max = max_of(s.max, shared.stats[g * kPositions + position]);

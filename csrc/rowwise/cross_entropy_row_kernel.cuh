@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
       unpack<T>(tile[j], z);
       if (p.transform) {
 #pragma unroll
-        for (int i = 0; i < kL; ++i) z[i] = transform(p.k, z[i]);
+        for (int i = 0; i < kL; ++i) z[i] = class_logit(p, z[i], column + (first + j * step) * kL + i == target);
       }
       if (p.want_best) {
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
       if (first + j * step >= count) continue;
       if (p.transform) {
 #pragma unroll
-        for (int i = 0; i < kL; ++i) z[i] = transform(p.k, z[i]);
+        for (int i = 0; i < kL; ++i) z[i] = class_logit(p, z[i], column + (first + j * step) * kL + i == target);
       }
     }
     A sum = A(0);
@@ -128,10 +128,7 @@ __device__ __forceinline__ void add_tile(const CrossEntropyParams<A>& p, PartSta
       A q[kL];
       load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q, p.want_best, best_prob);
 #pragma unroll
-      for (int i = 0; i < kL; ++i) {
-        s.dot += product(q[i], z[i], p.zero_times_inf);
-        s.mass += q[i];
-      }
+      for (int i = 0; i < kL; ++i) add_dot(p, s, q[i], z[i], c + i == target);
     }
     if constexpr (kKeep) tile[j] = pack<T>(e);
   }
@@ -143,7 +140,7 @@ __device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, Part
                                             int64_t prob_at, bool is_target, Wanted wanted, Best<A>& best,
                                             Best<A> (&best_prob)[1]) {
   if constexpr (kGeneral) {
-    if (p.transform) x = transform(p.k, x);
+    if (p.transform) x = class_logit(p, x, is_target);
     if (p.want_best) take_better(best, x, c);
   }
   rebase(s, max_of(s.max, x), wanted);
@@ -156,8 +153,7 @@ __device__ __forceinline__ void add_element(const CrossEntropyParams<A>& p, Part
   if (wanted.dots) {
     A q[1];
     load_q(p, c, 1, prob_at + c * p.target_strides.cls, p.target_strides.cls, q, p.want_best, best_prob);
-    s.dot += product(q[0], d, p.zero_times_inf);
-    s.mass += q[0];
+    add_dot(p, s, q[0], d, is_target);
   }
 }
 
@@ -263,9 +259,9 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     // ---- statistics
     PartStats<A> s = empty_stats<A>();
     Best<A> best = no_best<A>(), best_prob[1] = {no_best<A>()};
-    A z_target = A(0), own_max = A(0);
+    A z_target = A(0), target_slope = A(1), own_max = A(0);
     if (active && target.index >= 0) z_target = to_accum(x[target.index]);
-    if (kGeneral && p.transform) z_target = transform(p.k, z_target);
+    if (kGeneral && p.transform) target_slope = transform_target(p, z_target);
     if (pass != Pass::backward) {
       const index_t t = index_t(target.index);
       if (edge) add_element<kGeneral>(p, s, edge_x, edge_column, prob_at, edge_column == t, wanted, best, best_prob);
@@ -396,7 +392,7 @@ __global__ void __launch_bounds__(kWarpRows ? kWarpRowThreads : kMaxRowThreads,
     if (owner && (!kGeneral || p.grad)) {
       A g = r.at_target;
       if (kGeneral && p.want_q) g -= r.q_scale * (p.weight ? p.weight[target.index] : A(1));
-      if (kGeneral && p.transform) g *= transform_slope(p.k, z_target);
+      if (kGeneral) g *= target_slope;
       grad[target.index * grad_stride] = from_accum<T>(g);
     }
   }

@@ -69,7 +69,7 @@ struct Arguments {
   int64_t ignore_index = -100;
   double label_smoothing = 0, z_loss = 0, softcap = 0, logit_scale = 1;
   int64_t row_map = 0;
-  std::vector<double> map_params;
+  std::vector<double> map_params, margins;
 
   Arguments(Stack& stack, Plain)
       : logits(stack.take<Tensor>()),
@@ -84,6 +84,7 @@ struct Arguments {
     for (double* x : {&label_smoothing, &z_loss, &softcap, &logit_scale}) *x = stack.take<double>();
     row_map = stack.take<int64_t>();
     map_params = stack.take<std::vector<double>>();
+    margins = stack.take<std::vector<double>>();
   }
 };
 
@@ -152,6 +153,10 @@ struct CrossEntropyCall {
     args.logit_scale = o.logit_scale;
     args.row_map = int32_t(o.row_map);
     for (size_t i = 0; i < o.map_params.size(); ++i) args.map_params[i] = o.map_params[i];
+    if (o.margins.size() == 2) args.margin_angle = o.margins[0], args.margin_cosine = o.margins[1];
+    if ((!o.margins.empty() && o.margins.size() != 2) || !args.margin_is_supported())
+      throw std::invalid_argument(
+          "margins: expected an angle and a cosine, class indices, all classes, logit_scale > 0");
     args.all_ignored_zero = o.flags & kAllIgnoredZero;
     args.zero_times_inf = o.flags & kZeroTimesInf;
   }
@@ -381,7 +386,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   const std::string rest =
       "Tensor target, int reduction, int loss_dtype, int flags, Tensor? weight=None, Tensor? sample_weight=None, "
       "Tensor? normalizer=None, int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, "
-      "float logit_scale=1.0, int row_map=0, float[] map_params=[]) -> ";
+      "float logit_scale=1.0, int row_map=0, float[] map_params=[], float[] margins=[]) -> ";
   const std::string call = "Tensor logits, " + rest, range = "int class_offset, int total_classes, ";
   const std::string of_backward = "Tensor grad_output, Tensor saved, ";
   auto define = [&](const std::string& schema) { m.def(schema.c_str()); };

@@ -8,7 +8,7 @@
 //   by z_c    the plain gradient times the slope g'(l / m)
 //   by p_c    (1-e) w_c (slope (lse - z_c) + level),  level = g - (l / m) g'
 //
-// Nothing else of the row is read.
+// Nothing else of the row is read. Where a loss takes part of g as a constant, g' is the derivative of the rest alone.
 //
 // A new map is a number in RowMap, its name and parameters in kRowMaps, a function, and a case of mapped_nll.
 #pragma once
@@ -17,15 +17,21 @@
 namespace fastloss {
 
 enum class RowMap : int32_t {
-  none,   // l
-  focal,  // (1 - e^-l)^gamma l
-  count   // how many there are
+  none,                       // l
+  focal,                      // (1 - e^-l)^gamma l
+  poly1,                      // l + epsilon (1 - e^-l)
+  generalized_cross_entropy,  // (1 - e^-q l) / q
+  token_scaled,               // e^-l l, the first factor a constant
+  count                       // how many there are
 };
 constexpr int kRowMapCount = int(RowMap::count);
 // In order of their numbers, name:parameter,parameter; two parameters at most.
 constexpr const char* kRowMaps =
     "none "
-    "focal:gamma ";
+    "focal:gamma "
+    "poly1:epsilon "
+    "generalized_cross_entropy:q "
+    "token_scaled ";
 
 }  // namespace fastloss
 
@@ -59,12 +65,44 @@ FASTLOSS_HD MappedNll<V> focal_map(V l, lane_t<V> gamma) {
   return {power * l, power * (one + steepness)};
 }
 
+// 1 - e^-l, with all its digits where l is small.
+template <class V>
+FASTLOSS_HD V complement_of(V l) {
+  const V t = tanh_of(l * lane_t<V>(0.5));
+  return (t + t) / (lane_t<V>(1) + t);
+}
+
+// Poly-1 (Leng et al., 2022): g(l) = l + epsilon (1 - e^-l), epsilon >= -1; g' = 1 + epsilon e^-l, which is
+// u + (1 + epsilon) e^-l.
+template <class V>
+FASTLOSS_HD MappedNll<V> poly1_map(V l, lane_t<V> epsilon) {
+  const lane_t<V> one = lane_t<V>(1);
+  const V u = complement_of(l), rest = exp_of(-l);
+  return {l + epsilon * u, epsilon < lane_t<V>(0) ? u + (one + epsilon) * rest : one + epsilon * rest};
+}
+
+// Generalized cross entropy (Zhang & Sabuncu, 2018): g(l) = (1 - e^-q l) / q, 0 < q <= 1; g' = e^-q l.
+template <class V>
+FASTLOSS_HD MappedNll<V> generalized_cross_entropy_map(V l, lane_t<V> q) {
+  return {complement_of(q * l) / q, exp_of(-q * l)};
+}
+
+// Token-scaled cross entropy: p l with p = e^-l, which is taken as a constant.
+template <class V>
+FASTLOSS_HD MappedNll<V> token_scaled_map(V l) {
+  const V p = exp_of(-l);
+  return {p > V{} ? p * l : p - p, p};
+}
+
 // g(l) of the map, whose parameters are a and b.
 template <class V>
 FASTLOSS_HD MappedNll<V> mapped_nll(RowMap map, V l, lane_t<V> a, lane_t<V> b) {
   (void)b;  // no map has two yet
   switch (map) {
     case RowMap::focal: return focal_map(l, a);
+    case RowMap::poly1: return poly1_map(l, a);
+    case RowMap::generalized_cross_entropy: return generalized_cross_entropy_map(l, a);
+    case RowMap::token_scaled: return token_scaled_map(l);
     case RowMap::none:
     case RowMap::count: break;
   }
@@ -76,8 +114,9 @@ template <class V>
 FASTLOSS_HD MappedRow<V> mapped_row(RowMap map, V mass, V mean, lane_t<V> a, lane_t<V> b) {
   const V zero{};
   const MappedNll<V> g = mapped_nll(map, mean, a, b);
-  // A mean of infinity has level 0: g is l there.
-  const V level = mean - mean == zero ? g.value - mean * g.slope : zero * g.slope;
+  // Where the mean is infinite, g is bounded and the slope 0, or g is l and the level 0.
+  const V endless = g.slope == zero ? g.value : zero * g.slope;
+  const V level = mean - mean == zero ? g.value - mean * g.slope : endless;
   return {mass == zero ? zero : mass * g.value, mass == zero ? zero : g.slope, mass == zero ? zero : level};
 }
 

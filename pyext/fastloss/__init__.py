@@ -12,17 +12,20 @@ from .head.lazy_logits import LazyHeadWarning
 from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
+from .losses.arcface_loss import ArcFaceLoss, arcface_loss
 from .losses.asymmetric_loss import AsymmetricLoss, asymmetric_loss
 from .losses.binary_cross_entropy import BCELoss, binary_cross_entropy
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.capsule_margin_loss import CapsuleMarginLoss, capsule_margin_loss
 from .losses.charbonnier_loss import CharbonnierLoss, charbonnier_loss
+from .losses.cosface_loss import CosFaceLoss, cosface_loss
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cosine_embedding_loss import CosineEmbeddingLoss, cosine_embedding_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
 from .losses.gaussian_nll_loss import GaussianNLLLoss, gaussian_nll_loss
+from .losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss, generalized_cross_entropy
 from .losses.hinge_embedding_loss import HingeEmbeddingLoss, hinge_embedding_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.js_divergence_with_logits import JSDivergenceWithLogitsLoss, js_divergence_with_logits
@@ -37,6 +40,7 @@ from .losses.multi_margin_loss import MultiMarginLoss, multi_margin_loss
 from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss, multilabel_soft_margin_loss
 from .losses.nll_loss import NLLLoss, nll_loss
 from .losses.poisson_nll_loss import PoissonNLLLoss, poisson_nll_loss
+from .losses.poly1_loss import Poly1Loss, poly1_loss
 from .losses.quantile_loss import QuantileLoss, quantile_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
@@ -45,16 +49,19 @@ from .losses.sigmoid_focal_loss import SigmoidFocalLoss, sigmoid_focal_loss
 from .losses.smape_loss import SMAPELoss, smape_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
 from .losses.soft_margin_loss import SoftMarginLoss, soft_margin_loss
+from .losses.token_scaled_cross_entropy import TokenScaledCrossEntropyLoss, token_scaled_cross_entropy
 from .losses.triplet_margin_loss import TripletMarginLoss, triplet_margin_loss
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
 __all__ = [
+    "ArcFaceLoss",
     "AsymmetricLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CapsuleMarginLoss",
     "CharbonnierLoss",
+    "CosFaceLoss",
     "CosineDistanceLoss",
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
@@ -62,6 +69,7 @@ __all__ = [
     "DiceLoss",
     "FocalLoss",
     "GaussianNLLLoss",
+    "GeneralizedCrossEntropyLoss",
     "HingeEmbeddingLoss",
     "HuberLoss",
     "JSDivergenceWithLogitsLoss",
@@ -79,6 +87,7 @@ __all__ = [
     "NLLLoss",
     "PatchReport",
     "PoissonNLLLoss",
+    "Poly1Loss",
     "QuantileLoss",
     "RMSELoss",
     "RMSLELoss",
@@ -87,8 +96,10 @@ __all__ = [
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "TokenScaledCrossEntropyLoss",
     "TripletMarginLoss",
     "__version__",
+    "arcface_loss",
     "asymmetric_loss",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -96,6 +107,7 @@ __all__ = [
     "charbonnier_loss",
     "check",
     "check_errors",
+    "cosface_loss",
     "cosine_distance_loss",
     "cosine_embedding_loss",
     "cross_entropy",
@@ -103,6 +115,7 @@ __all__ = [
     "explain",
     "focal_loss",
     "gaussian_nll_loss",
+    "generalized_cross_entropy",
     "hinge_embedding_loss",
     "huber_loss",
     "js_divergence_with_logits",
@@ -123,6 +136,7 @@ __all__ = [
     "patch",
     "patch_report",
     "poisson_nll_loss",
+    "poly1_loss",
     "quantile_loss",
     "relative_l1_loss",
     "restore_head",
@@ -134,6 +148,7 @@ __all__ = [
     "smooth_l1_loss",
     "soft_margin_loss",
     "token_log_probs",
+    "token_scaled_cross_entropy",
     "triplet_margin_loss",
     "unpatch",
 ]

@@ -297,9 +297,28 @@ def _focal(nll: Tensor, gamma: float) -> Tensor:
     return torch.where(nothing, 0.0, (-torch.expm1(-some)) ** gamma * some) if gamma else nll
 
 
+def _poly1(nll: Tensor, epsilon: float) -> Tensor:
+    """nll + epsilon (1 - p) (Leng et al., 2022)."""
+    return nll - epsilon * torch.expm1(-nll)
+
+
+def _generalized_cross_entropy(nll: Tensor, q: float) -> Tensor:
+    """(1 - p^q) / q (Zhang & Sabuncu, 2018)."""
+    return torch.expm1(-q * nll) / -q
+
+
+def _token_scaled(nll: Tensor) -> Tensor:
+    """p nll, p a constant."""
+    p = torch.exp(-nll).detach()
+    return torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, nll))
+
+
 # g(nll) by the names of csrc/rowwise/row_maps.h.
 ROW_MAPS: dict[str, Callable[..., Tensor]] = {
     "focal": _focal,
+    "poly1": _poly1,
+    "generalized_cross_entropy": _generalized_cross_entropy,
+    "token_scaled": _token_scaled,
 }
 # All of them in the order of their numbers, with the names of their parameters; the first is none.
 ROW_MAP_KINDS = [
@@ -357,14 +376,41 @@ def smoothed(p: Tensor, o: Any) -> Tensor:
     return p * (1 - o.label_smoothing) + smooth_share(p, o)
 
 
+# The least sine of an angle in the derivative of a margin, as in csrc/rowwise/cross_entropy_math.h.
+LEAST_SINE = 1e-3
+
+
+def with_margin(x: Tensor, angle: float, cosine: float) -> tuple[Tensor, Tensor]:
+    """A cosine after the margins, and its derivative: see Margin in csrc/rowwise/cross_entropy_math.h."""
+    square = (1 - x) * (1 + x)
+    wide = square > LEAST_SINE**2
+    # Towards 1 the sine's derivative stops growing, while its value goes on.
+    change = torch.where(square < 0, 0.0, square - square.detach())
+    near = square.detach().clamp(min=0).sqrt() + change / (2 * LEAST_SINE)
+    sine = torch.where(wide, torch.where(wide, square, 1.0).sqrt(), near)
+    turned = x > -math.cos(angle)
+    moved = x * math.cos(angle) - sine * math.sin(angle)
+    slope = math.cos(angle) + torch.where(square < 0, 0.0, math.sin(angle) * x / sine.clamp(min=LEAST_SINE))
+    value = torch.where(turned, moved, x - angle * math.sin(angle)) - cosine
+    return value, torch.where(turned, slope, 1.0)
+
+
 def _row_terms(tensors: Tensors, o: Any) -> _RowTerms:
     logits, target, weight, sample_weight, _ = tensors
     accum = accum_dtype(logits.dtype)
-    z = logits.to(accum) * o.logit_scale
+    x = logits.to(accum)
+    margin_slope: Tensor | None = None
+    if o.margin_angle or o.margin_cosine:
+        index = row_weights(target, None, o.ignore_index, accum)[1]
+        value, derivative = with_margin(x.gather(1, index), o.margin_angle, o.margin_cosine)
+        x, margin_slope = x.scatter(1, index, value), torch.ones_like(x).scatter(1, index, derivative)
+    z = x * o.logit_scale
     slope: Any = o.logit_scale
     if o.softcap > 0:
         t = torch.tanh(z / o.softcap)
         z, slope = o.softcap * t, o.logit_scale * (1 - t * t)
+    if margin_slope is not None:
+        slope = slope * margin_slope
     lse, softmax = torch.logsumexp(z, 1, keepdim=True), torch.softmax(z, 1)
     w = torch.ones(1, dtype=accum, device=z.device) if weight is None else weight.to(accum)
     w = w.view(-1, *[1] * (logits.dim() - 2))

@@ -14,17 +14,20 @@ import torch.nn.functional
 from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
 
 from .head.linear_cross_entropy import linear_cross_entropy
+from .losses.arcface_loss import arcface_loss
 from .losses.asymmetric_loss import asymmetric_loss
 from .losses.binary_cross_entropy import binary_cross_entropy
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 from .losses.capsule_margin_loss import capsule_margin_loss
 from .losses.charbonnier_loss import charbonnier_loss
+from .losses.cosface_loss import cosface_loss
 from .losses.cosine_distance_loss import cosine_distance_loss
 from .losses.cosine_embedding_loss import cosine_embedding_loss
 from .losses.cross_entropy import cross_entropy
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
 from .losses.gaussian_nll_loss import gaussian_nll_loss
+from .losses.generalized_cross_entropy import generalized_cross_entropy
 from .losses.hinge_embedding_loss import hinge_embedding_loss
 from .losses.huber_loss import huber_loss
 from .losses.kl_div import kl_div
@@ -37,6 +40,7 @@ from .losses.multi_margin_loss import multi_margin_loss
 from .losses.multilabel_soft_margin_loss import multilabel_soft_margin_loss
 from .losses.nll_loss import nll_loss
 from .losses.poisson_nll_loss import poisson_nll_loss
+from .losses.poly1_loss import poly1_loss
 from .losses.quantile_loss import quantile_loss
 from .losses.relative_l1_loss import relative_l1_loss
 from .losses.rmse_loss import rmse_loss
@@ -45,20 +49,24 @@ from .losses.sigmoid_focal_loss import sigmoid_focal_loss
 from .losses.smape_loss import smape_loss
 from .losses.smooth_l1_loss import smooth_l1_loss
 from .losses.soft_margin_loss import soft_margin_loss
+from .losses.token_scaled_cross_entropy import token_scaled_cross_entropy
 from .losses.triplet_margin_loss import triplet_margin_loss
 
 __all__ = [
+    "arcface_loss",
     "asymmetric_loss",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "capsule_margin_loss",
     "charbonnier_loss",
+    "cosface_loss",
     "cosine_distance_loss",
     "cosine_embedding_loss",
     "cross_entropy",
     "dice_loss",
     "focal_loss",
     "gaussian_nll_loss",
+    "generalized_cross_entropy",
     "hinge_embedding_loss",
     "huber_loss",
     "kl_div",
@@ -72,6 +80,7 @@ __all__ = [
     "multilabel_soft_margin_loss",
     "nll_loss",
     "poisson_nll_loss",
+    "poly1_loss",
     "quantile_loss",
     "relative_l1_loss",
     "rmse_loss",
@@ -80,6 +89,7 @@ __all__ = [
     "smape_loss",
     "smooth_l1_loss",
     "soft_margin_loss",
+    "token_scaled_cross_entropy",
     "triplet_margin_loss",
 ]
 

@@ -16,17 +16,20 @@ from torch.nn import *  # type: ignore[assignment,no-redef]  # noqa: F403
 
 from . import functional as functional
 from .head.linear_cross_entropy import LinearCrossEntropyLoss
+from .losses.arcface_loss import ArcFaceLoss
 from .losses.asymmetric_loss import AsymmetricLoss
 from .losses.binary_cross_entropy import BCELoss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.capsule_margin_loss import CapsuleMarginLoss
 from .losses.charbonnier_loss import CharbonnierLoss
+from .losses.cosface_loss import CosFaceLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
 from .losses.cosine_embedding_loss import CosineEmbeddingLoss
 from .losses.cross_entropy import CrossEntropyLoss
 from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
 from .losses.gaussian_nll_loss import GaussianNLLLoss
+from .losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss
 from .losses.hinge_embedding_loss import HingeEmbeddingLoss
 from .losses.huber_loss import HuberLoss
 from .losses.kl_div import KLDivLoss
@@ -39,6 +42,7 @@ from .losses.multi_margin_loss import MultiMarginLoss
 from .losses.multilabel_soft_margin_loss import MultiLabelSoftMarginLoss
 from .losses.nll_loss import NLLLoss
 from .losses.poisson_nll_loss import PoissonNLLLoss
+from .losses.poly1_loss import Poly1Loss
 from .losses.quantile_loss import QuantileLoss
 from .losses.relative_l1_loss import RelativeL1Loss
 from .losses.rmse_loss import RMSELoss
@@ -47,20 +51,24 @@ from .losses.sigmoid_focal_loss import SigmoidFocalLoss
 from .losses.smape_loss import SMAPELoss
 from .losses.smooth_l1_loss import SmoothL1Loss
 from .losses.soft_margin_loss import SoftMarginLoss
+from .losses.token_scaled_cross_entropy import TokenScaledCrossEntropyLoss
 from .losses.triplet_margin_loss import TripletMarginLoss
 
 __all__ = [
+    "ArcFaceLoss",
     "AsymmetricLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CapsuleMarginLoss",
     "CharbonnierLoss",
+    "CosFaceLoss",
     "CosineDistanceLoss",
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "DiceLoss",
     "FocalLoss",
     "GaussianNLLLoss",
+    "GeneralizedCrossEntropyLoss",
     "HingeEmbeddingLoss",
     "HuberLoss",
     "KLDivLoss",
@@ -74,6 +82,7 @@ __all__ = [
     "MultiMarginLoss",
     "NLLLoss",
     "PoissonNLLLoss",
+    "Poly1Loss",
     "QuantileLoss",
     "RMSELoss",
     "RMSLELoss",
@@ -82,6 +91,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "TokenScaledCrossEntropyLoss",
     "TripletMarginLoss",
 ]
 

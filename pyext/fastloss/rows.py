@@ -347,7 +347,8 @@ def row_loss(
     if o.row_map != "none":
         mean = nll if not soft and not smooth else torch.stack(parts).sum(0) / mass
         value, slope = _mapped(o.row_map, o.map_params, mean.clamp(min=0))
-        level = torch.where(torch.isfinite(mean), value - mean * slope, 0 * slope)
+        endless = torch.where(slope == 0, value, 0 * slope)  # as mapped_row in csrc/rowwise/row_maps.h
+        level = torch.where(torch.isfinite(mean), value - mean * slope, endless)
         value, slope, level = (torch.where(mass == 0, 0.0, v) for v in (mass * value, slope, level))
         parts = [value]
         saved.append(torch.where(counts, slope, 1.0))

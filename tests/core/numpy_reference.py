@@ -31,6 +31,21 @@ FEATURES = {
         "softcap": 3.0,
         "logit_scale": 0.7,
     },
+    "poly-1": {"row_map": 2, "map_params": [-0.5]},
+    "generalized cross entropy": {"row_map": 3, "map_params": [0.7], "weight": True, "label_smoothing": 0.1},
+    "token-scaled": {"row_map": 4, "map_params": [], "z_loss": 0.01},
+    "margin": {"margins": [0.6, 0.0], "weight": True},
+    "margins and everything": {
+        "margins": [0.5, 0.2],
+        "weight": True,
+        "sample_weight": True,
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "softcap": 3.0,
+        "logit_scale": 1.7,
+        "row_map": 1,
+        "map_params": [0.5],
+    },
     "normalizer": {"normalizer": 7.5, "weight": True, "z_loss": 0.01},
 }
 
@@ -59,6 +74,42 @@ def focal(nll, gamma):
     return u**gamma * nll, u**gamma * (1 + gamma * p * ratio)
 
 
+# Functions of the nll and their slopes, by number.
+ROW_MAPS = {
+    1: focal,
+    2: lambda nll, epsilon: (nll - epsilon * np.expm1(-nll), 1 + epsilon * np.exp(-nll)),
+    3: lambda nll, q: (-np.expm1(-q * nll) / q, np.exp(-q * nll)),
+    4: lambda nll: (np.exp(-nll) * nll, np.exp(-nll)),
+}
+
+
+def with_margins(x, angle, cosine):
+    """A target's logit with margins, and the derivative."""
+    sine = np.sqrt(np.maximum((1 - x) * (1 + x), 0))
+    turned = x > np.cos(np.pi - angle)
+    value = np.where(turned, x * np.cos(angle) - sine * np.sin(angle), x - angle * np.sin(np.pi - angle)) - cosine
+    steep = np.where(x > 1, 0, np.sin(angle) * x / np.maximum(sine, 1e-3))
+    return value, np.where(turned, np.cos(angle) + steep, 1)
+
+
+def transformed(x, target, *, ignore_index=-100, softcap=0.0, logit_scale=1.0, margins=()):
+    """z and dz/dx, [rows, classes], of x [outer, classes, inner]."""
+    z = x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+    dz = np.full_like(z, logit_scale)
+    if margins:
+        z, rows = z.copy(), np.arange(len(z))
+        index = np.where(target == ignore_index, 0, target)
+        value, slope = with_margins(z[rows, index], *margins)
+        counted = target != ignore_index
+        z[rows, index] = np.where(counted, value, z[rows, index])
+        dz[rows, index] *= np.where(counted, slope, 1)
+    z = z * logit_scale
+    if softcap:
+        dz = dz * (1 - np.tanh(z / softcap) ** 2)
+        z = softcap * np.tanh(z / softcap)
+    return z, dz
+
+
 def entropy(x, *, softcap=0.0, logit_scale=1.0):
     """Of the softmax of each row, [rows]."""
     z = (x * logit_scale).transpose(0, 2, 1).reshape(-1, x.shape[1])
@@ -69,18 +120,15 @@ def entropy(x, *, softcap=0.0, logit_scale=1.0):
 
 def reference(x, target, *, weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
               softcap=0.0, logit_scale=1.0, reduction="mean", grad_output=1.0, normalizer=None, row_map=0,
-              map_params=()):  # fmt: skip
+              map_params=(), margins=()):  # fmt: skip
     """Loss and its derivatives by x and by a probability target, in float64. x: [outer, classes, inner]."""
     outer, classes, inner = x.shape
     rows = x.transpose(0, 2, 1).reshape(-1, classes)
     w = np.ones(classes) if weight is None else weight.astype(float)
     s = np.ones(len(rows)) if sample_weight is None else sample_weight.astype(float)
     soft = target.dtype.kind == "f"
-    z = rows * logit_scale
-    dz = np.full_like(z, logit_scale)
-    if softcap:
-        dz *= 1 - np.tanh(z / softcap) ** 2
-        z = softcap * np.tanh(z / softcap)
+    transform = {"softcap": softcap, "logit_scale": logit_scale, "margins": margins}
+    z, dz = transformed(x, target.reshape(-1) if not soft else target, ignore_index=ignore_index, **transform)
     lse = z.max(1) + np.log(np.exp(z - z.max(1, keepdims=True)).sum(1)) if z.size else np.zeros(len(z))
     softmax = np.exp(z - lse[:, None])
     if soft:
@@ -99,7 +147,7 @@ def reference(x, target, *, weight=None, sample_weight=None, ignore_index=-100, 
     if row_map:
         mass = (w * q).sum(1)
         mean = nll / mass
-        value, slope = focal(mean, *map_params)
+        value, slope = ROW_MAPS[row_map](mean, *map_params)
         nll, level = mass * value, value - mean * slope
     if normalizer is None:
         n = (s * counted).sum()

@@ -10,16 +10,17 @@ import pytest
 from numpy_reference import (
     DTYPES,
     FEATURES,
+    ROW_MAPS,
     close,
     entropy,
     exact,
-    focal,
     merged,
     multi_margin,
     problem,
     reference,
     saved_of_shards,
     stored,
+    with_margins,
 )
 
 core = pytest.importorskip(
@@ -57,6 +58,8 @@ def isa(request):
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_and_gradients(isa, dtype, features, soft):
+    if soft and "margins" in features:
+        return  # no target to move
     for shape in SHAPES:
         for layout in ("contiguous", "classes last", "sliced"):
             logits, target, options, x, t = problem(shape, dtype, features, layout, soft)
@@ -125,8 +128,19 @@ def test_entropy_of_special_rows(isa):
         np.testing.assert_allclose(got, [0, np.log(classes), np.nan, np.nan], rtol=1e-6)
 
 
-@pytest.mark.parametrize("gamma", (0.0, 0.3, 1.0, 2.0, 5.0))
-def test_focal_map_near_its_ends(isa, gamma):
+# Row maps: number, parameters, value and slope at nll 0 and at infinity, digits that are lost.
+ENDS = [
+    *((1, [gamma], (0, gamma == 0), (np.inf, 1), 1 + 30 * gamma) for gamma in (0.0, 0.3, 1.0, 2.0, 5.0)),
+    (2, [1.5], (0, 2.5), (np.inf, 1), 1),
+    (2, [-0.5], (0, 0.5), (np.inf, 1), 1),
+    (3, [0.7], (0, 1), (1 / 0.7, 0), 1),
+    (3, [1.0], (0, 1), (1, 0), 10),
+    (4, [], (0, 1), (0, 0), 10),
+]
+
+
+@pytest.mark.parametrize("row_map, params, at_0, at_infinity, lost", ENDS)
+def test_row_maps_near_their_ends(isa, row_map, params, at_0, at_infinity, lost):
     """Every digit for rows that are nearly certain; no nan anywhere."""
     nll = np.array([1e-30, 1e-12, 1e-6, 1e-3, 0.3, 2, 20, 90])
     for dtype, eps in (("float32", 1e-5), ("float64", 1e-13)):
@@ -134,17 +148,17 @@ def test_focal_map_near_its_ends(isa, gamma):
         x = np.stack([np.zeros(len(nll)), -np.log(np.expm1(nll))], 1).astype(dtype)
         x = np.concatenate([x, np.array([[-np.inf, 0], [0, -np.inf]], dtype)])
         exact_nll = np.log1p(np.exp(x[:-2, 0].astype(float) - x[:-2, 1]))
-        value, slope = focal(exact_nll, gamma)
-        options = {"row_map": 1, "map_params": [gamma], "reduction": "none"}
+        value, slope = ROW_MAPS[row_map](exact_nll, *params)
+        options = {"row_map": row_map, "map_params": params, "reduction": "none"}
         target = np.ones(len(x), int)
         got = core.cross_entropy_forward(x, target, saved=True, **options)
         tiny = 1e-37 if dtype == "float32" else 1e-300
-        np.testing.assert_allclose(got["loss"], [*value, 0, np.inf], rtol=(1 + 30 * gamma) * eps, atol=tiny)
+        np.testing.assert_allclose(got["loss"], [*value, at_0[0], at_infinity[0]], rtol=lost * eps, atol=tiny)
         slopes = got["saved"][2 * len(x) : 3 * len(x)]
-        np.testing.assert_allclose(slopes, [*slope, gamma == 0, 1], rtol=(1 + 30 * gamma) * eps, atol=tiny)
+        np.testing.assert_allclose(slopes, [*slope, at_0[1], at_infinity[1]], rtol=lost * eps, atol=tiny)
         back = core.cross_entropy_backward(x, target, got["saved"], np.ones(len(x), dtype), **options)["grad"]
         assert np.isfinite(back).all()
-        if gamma == 0:
+        if params == [0.0]:
             plain = core.cross_entropy_forward(x, target, reduction="none")["loss"]
             np.testing.assert_array_equal(got["loss"], plain)
 
@@ -159,6 +173,45 @@ def test_no_classes(isa, reduction):
         assert np.isnan(plain) if reduction == "mean" else (plain == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_margins_at_their_ends(isa, dtype):
+    """Certain and hopeless rows at a large scale: every digit of the loss, finite gradients at cosines of +-1."""
+    for classes in (3, 200):
+        x = np.full((5, classes), -1.0)
+        x[:, 1] = (1, 0.75, -1, -0.9375, 1)
+        x[4, 2] = 1
+        target = np.ones(5, int)
+        for margins in ([0.5, 0.0], [0.0, 0.35], [1.5, 0.5]):
+            for scale in (1.0, 20.0, 400.0):
+                options = {"margins": margins, "logit_scale": scale, "reduction": "none"}
+                accum = "float64" if dtype == "float64" else "float32"
+                got = core.cross_entropy_forward(stored(x, dtype), target, saved=True, loss_dtype=accum, **options)
+                cube = x.reshape(5, classes, 1)
+                value, grad, _ = reference(cube, target, **options)
+                z = np.where(np.arange(classes) == 1, -np.inf, x * scale)  # without the cancellation of lse - z
+                z_t = with_margins(x[:, 1], *margins)[0] * scale
+                value = np.logaddexp(0, np.logaddexp.reduce(z, 1) - z_t)
+                eps = 1e-12 if accum == "float64" else 1e-5
+                tiny = 1e-300 if accum == "float64" else 1e-37
+                np.testing.assert_allclose(got["loss"], value, rtol=eps * max(1, scale / 10), atol=tiny)
+                back = core.cross_entropy_backward(
+                    stored(x, dtype), target, got["saved"], np.ones(5, accum), loss_dtype=accum, **options
+                )["grad"]
+                if dtype != "float16" or scale < 400:
+                    assert np.isfinite(exact(back)).all()
+                    close(back, grad.reshape(5, classes), dtype)
+
+
+def test_what_margins_do_not_go_with(isa):
+    x, t = np.zeros((3, 4), "float32"), np.array([0, 1, 2])
+    options = {"margins": [0.5, 0.0], "logit_scale": 2.0}
+    for others in ({"argmax": True}, {"entropy": True}, {"logit_scale": -1.0}, {"total_classes": 4}):
+        with pytest.raises(RuntimeError):
+            core.cross_entropy_forward(x, t, **{**options, **others})
+    with pytest.raises(RuntimeError):
+        core.cross_entropy_forward(x, np.full_like(x, 0.25), **options)
+
+
 SPLITS = ((0.3,), (0.0, 0.5), (0.2, 0.25, 0.9, 1.0))
 
 
@@ -167,8 +220,8 @@ SPLITS = ((0.3,), (0.0, 0.5), (0.2, 0.25, 0.9, 1.0))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shards(isa, dtype, features, soft):
     """Statistics of any split merge to those of the whole, and the shards' gradients are the whole's."""
-    if "normalizer" in features:
-        return  # enters outside of the kernels
+    if "normalizer" in features or "margins" in features:
+        return  # enters outside of the kernels; is not for shards
     accum = "float64" if dtype == "float64" else "float32"
     for shape in ((5, 7), (4, 129), (2, 2600), (2, 21, 33), (1, 300, 9)):
         for layout in ("contiguous", "classes last", "sliced"):

@@ -22,6 +22,7 @@ from numpy_reference import (
     reference,
     saved_of_shards,
     stored,
+    transformed,
 )
 
 emulated = pytest.importorskip(
@@ -43,6 +44,7 @@ EVERYTHING = {
 }
 # The same, but what pads a row is now the largest that a logit can be.
 NEGATIVE = EVERYTHING | {"logit_scale": -0.7}
+MARGINS = EVERYTHING | {"margins": [0.5, 0.2], "softcap": 0.0, "logit_scale": 1.7}
 FOCAL = EVERYTHING | {"row_map": 1, "map_params": [1.5]}
 # What the kernels that are not general take.
 COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01, "ignore_index": 1}
@@ -168,10 +170,8 @@ def run(
         close(with_grad["loss"], want_loss, accum)
         close(with_grad["grad"], want_grad, dtype)
     kernel = emulated.regime()
-    z = x * options.get("logit_scale", 1)
-    if cap := options.get("softcap"):
-        z = cap * np.tanh(z / cap)
-    z = z.transpose(0, 2, 1).reshape(rows, -1)
+    transform = {k: options[k] for k in ("softcap", "logit_scale", "margins", "ignore_index") if k in options}
+    z = transformed(x, t, **transform)[0]
     close(got["lse"], np.logaddexp.reduce(z, 1), accum)
     close(got["saved"][:rows], z.max(1), accum)  # what the sums are relative to
     if stats:
@@ -278,6 +278,14 @@ ROWS = [
     ("cluster rows, general", 90, 2, 9000, 1, "contiguous", {"label_smoothing": 0.2, "reduction": "sum"}, False),
     ("streaming rows, general", 120, 2, 8200, 1, "contiguous", EVERYTHING, False),
     ("block rows", 80, 3, 260, 1, "contiguous", COMMON | {"normalizer": 7.5}, False),
+    ("warp rows, general", 80, 33, 3, 1, "off by one", MARGINS, True),
+    ("warp rows, general", 80, 70, 0, 1, "contiguous", {"margins": [0.0, 0.35], "logit_scale": 64.0}, False),
+    ("block rows, general", 80, 3, 129, 1, "off by one", MARGINS, False),
+    ("streaming rows, general", 80, 2, 1500, 1, "off by one", MARGINS, False),
+    ("cluster rows, general", 90, 3, 1025, 1, "off by one", MARGINS | {"label_smoothing": 0.0}, False),
+    ("warp rows, general", 80, 33, 3, 1, "contiguous", {"row_map": 2, "map_params": [-0.5], "weight": True}, False),
+    ("warp rows, general", 80, 33, 3, 1, "contiguous", EVERYTHING | {"row_map": 3, "map_params": [0.7]}, False),
+    ("warp rows, general", 80, 33, 3, 1, "contiguous", {"row_map": 4, "reduction": "none"}, False),
 ]
 
 
@@ -332,6 +340,9 @@ PLANES = [
     ("planes, any strides, general", (3, 26, 33), "contiguous", FOCAL, True),
     ("planes, 8 bytes, general", (2, 21, 64), "contiguous", {"row_map": 1, "map_params": [0.5]}, False),
     ("columns", (2, 21, 64), "contiguous", COMMON | {"normalizer": 7.5}, False),
+    ("planes, 8 bytes, general", (2, 21, 64), "contiguous", MARGINS, False),
+    ("planes, any strides, general", (2, 95, 33), "contiguous", MARGINS, True),
+    ("planes, any strides, general", (2, 241, 9), "contiguous", {"margins": [0.5, 0.0], "weight": True}, False),
     ("planes, any strides, general", (2, 21, 65), "contiguous", EVERYTHING, False),
     ("tiles of rows", (3, 19, 10), "classes last", COMMON, False),
     ("warp rows, general", (9, 19, 10), "classes last, apart", {}, True),
@@ -944,3 +955,17 @@ def test_no_classes(reduction):
         x, t = np.empty((rows, 0), "float32"), np.full(rows, -100)
         got = emulated.cross_entropy_forward(x, t, reduction=reduction, label_smoothing=0.1)["loss"]
         assert np.isnan(got).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the reference's 0 * inf, of what is not compared
+@pytest.mark.parametrize("shape", ((4, 40), (4, 600), (2, 30, 5)), ids=("warp rows", "block rows", "planes"))
+def test_infinite_logits_under_a_scale(shape):
+    """Without a cap the slope of the transform is the scale, at a logit of -inf as well: gradient 0, not nan."""
+    logits, target, _, x, _ = problem(shape, "float32", {})
+    logits.reshape(4 if len(shape) == 2 else 2, shape[1], -1)[:, 3] = -np.inf
+    target[target == 3] = 0
+    for options in ({"logit_scale": 0.5}, {"logit_scale": 0.5, "margins": [0.5, 0.0]}):
+        x = exact(logits).reshape(x.shape)
+        _, want, _ = reference(x, target, **options)
+        got = emulated.cross_entropy_forward(logits, target, grad=True, **options)
+        close(got["grad"], want, "float32")

@@ -53,6 +53,8 @@ class HeadOptions(NamedTuple):
     row_map: int
     map_a: float
     map_b: float
+    margin_angle: float
+    margin_cosine: float
     flags: int
     rows: int  # of a chunk
     max_rows: int  # at most so many rows count; 0: unknown, COUNT

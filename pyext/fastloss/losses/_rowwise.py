@@ -102,7 +102,7 @@ def _classes_last(x: list[int], t: list[int], function: str) -> str:
     """What to do where the shapes are those of classes in the last dimension: (N, T, V) and (N, T)."""
     if t != x[:-1]:
         return ""
-    if function in ("cross_entropy", "focal_loss"):
+    if function not in ("nll_loss", "multi_margin_loss", "dice_loss"):  # the others take class_dim
         return f". {function}(): where the classes are the last dimension of the input, give class_dim=-1"
     return f". {function}(): where the classes are the last dimension of the input, give input.movedim(-1, 1)"
 

@@ -57,6 +57,8 @@ class Options(NamedTuple):
     row_map: int = 0  # 0: none
     map_a: float = 0.0
     map_b: float = 0.0
+    margin_angle: float = 0.0
+    margin_cosine: float = 0.0
     flags: int = 0
 
 
@@ -77,7 +79,8 @@ def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -
     if _is_plain(tensors, o):
         return op(*first)
     parameters = [o.map_a, o.map_b][: len(formulas.ROW_MAP_KINDS[o.row_map][1])]
-    return op(*first, *others, *o[2:8], parameters)
+    margins = [[o.margin_angle, o.margin_cosine]] if o.margin_angle or o.margin_cosine else []
+    return op(*first, *others, *o[2:8], parameters, *margins)
 
 
 class _CrossEntropy(Rules):
@@ -275,6 +278,12 @@ class Given(NamedTuple):
     loss_dtype: torch.dtype | None = None
 
 
+def given(arguments: Mapping[str, Any]) -> Given:
+    """From the arguments of a loss, by their names; those that it does not take become None."""
+    values: Any = [arguments.get(name) for name in Given._fields]
+    return Given(*values)
+
+
 # Of a call that leaves everything but the reduction at its default.
 _USUAL_OPTIONS = {
     (reduction, dtype): Options(code, DTYPE_CODES[dtype])
@@ -458,7 +467,15 @@ class Unmade(NamedTuple):
         return self._replace(shape=(1, *self.shape))
 
 
-def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Canonical:
+def canonical(
+    function: str,
+    input: Any,
+    target: Tensor,
+    g: Given,
+    row_map: int = 0,
+    map_a: float = 0.0,
+    margins: tuple[float, float] = (0.0, 0.0),
+) -> Canonical:
     """Checks a call of ``function``, with torch's exceptions; ``input`` may be :class:`Unmade`."""
     red = _arguments.reduction_code(g.reduction)
     weight, sample_weight = g.weight, g.sample_weight
@@ -537,15 +554,26 @@ def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int 
         g.logit_scale,
         row_map,
         map_a,
+        margin_angle=margins[0],
+        margin_cosine=margins[1],
         flags=flags + STATS * bool(g.return_stats),
     )
     tensors = (input, target, weight, sample_weight, normalizer)
     return Canonical(tensors, options, loss_dtype, single, single_shape)
 
 
-def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
-    """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says."""
-    tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_a)
+def run(
+    function: str,
+    input: Tensor,
+    target: Tensor,
+    g: Given,
+    row_map: int = 0,
+    map_a: float = 0.0,
+    margins: tuple[float, float] = (0.0, 0.0),
+) -> Any:
+    """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says, the target's logit
+    moved by ``margins``, an angle and a cosine."""
+    tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_a, margins)
     logits, target = tensors[:2]
     if logits.shape[1] == 0 and target.is_floating_point():  # nothing to sum over: 0, and 0 / 0 for the mean
         if g.return_stats:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import not_scriptable, record, recordable, recording
-from .cross_entropy import ROW_MAPS, Given, run
+from .._recorded import record, recordable, recording
+from ._cross_entropy_module import CrossEntropyModule
+from .cross_entropy import ROW_MAPS, given, run
 
 
 @recordable
@@ -64,34 +65,17 @@ def focal_loss(
 
         >>> loss = fastloss.focal_loss(logits, labels, gamma=2.0, weight=torch.tensor([0.25, 0.75]))
     """
+    arguments = locals()
     if has_torch_function_variadic(input, target, weight, sample_weight):
-        options = {name: value for name, value in locals().items() if name not in ("input", "target")}
+        options = {name: value for name, value in arguments.items() if name not in ("input", "target")}
         return handle_torch_function(focal_loss, (input, target, weight, sample_weight), input, target, **options)
     if recording():
-        return record("focal_loss", locals())
+        return record("focal_loss", arguments)
     gamma = _arguments.as_non_negative("focal_loss", "gamma", gamma)
-    given = Given(
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-        z_loss,
-        softcap,
-        logit_scale,
-        sample_weight,
-        normalizer,
-        class_dim,
-        all_ignored,
-        zero_times_inf,
-        return_stats,
-        inplace_grad,
-        grad_in_forward,
-        loss_dtype,
-    )
-    return run("focal_loss", input, target, given, ROW_MAPS["focal"], float(gamma))
+    return run("focal_loss", input, target, given(arguments), ROW_MAPS["focal"], float(gamma))
 
 
-class FocalLoss(torch.nn.Module):
+class FocalLoss(CrossEntropyModule):
     """:func:`focal_loss` as a module. ``weight`` is a buffer; ``sample_weight`` is an argument of the call.
 
     Args:
@@ -99,9 +83,8 @@ class FocalLoss(torch.nn.Module):
         options: what else :func:`focal_loss` takes, by name.
     """
 
-    weight: Tensor | None
-
-    __prepare_scriptable__ = not_scriptable
+    function = staticmethod(focal_loss)
+    parameters_of_loss = ("gamma",)
 
     def __init__(
         self,
@@ -112,27 +95,5 @@ class FocalLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__()
-        if unknown := options.keys() - (set(Given._fields) - {"sample_weight"}):
-            raise TypeError(f"FocalLoss() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-        self.register_buffer("weight", weight)
-        self.gamma, self.ignore_index, self.reduction = gamma, ignore_index, reduction
-        self.label_smoothing, self.options = label_smoothing, options
-
-    def extra_repr(self) -> str:
-        """gamma, and what differs from the default."""
-        return ", ".join([f"gamma={self.gamma}", *(f"{k}={v!r}" for k, v in self.options.items())])
-
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Any:
-        """The loss of logits (N, C, ...) against targets; shapes, dtypes and errors as :func:`focal_loss`."""
-        return focal_loss(
-            input,
-            target,
-            self.gamma,
-            self.weight,
-            self.ignore_index,
-            self.reduction,
-            self.label_smoothing,
-            sample_weight=sample_weight,
-            **self.options,
-        )
+        super().__init__(weight, ignore_index, reduction, label_smoothing, options)
+        self.gamma = gamma

@@ -11,6 +11,7 @@ from . import (
     dice_loss,
     divergences,
     elementwise,
+    margins,
     pointwise,
     row_losses,
     row_maps,
@@ -24,6 +25,7 @@ from ._spec import LossSpec, Sample
 SPECS: dict[str, LossSpec] = {
     cross_entropy.SPEC.name: cross_entropy.SPEC,
     **row_maps.SPECS,
+    **margins.SPECS,
     **row_losses.SPECS,
     dice_loss.SPEC.name: dice_loss.SPEC,
     **divergences.SPECS,

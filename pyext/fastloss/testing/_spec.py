@@ -51,6 +51,8 @@ class LossSpec:
         fewest_bytes: (read, written) of an implementation that moves nothing twice, ``fewest_bytes(sample, gradient)``,
             without what is small beside the input.
         operator: the private operator that computes it, ``<name>_forward`` unless said otherwise.
+        stops_gradient: part of the loss is a constant to its derivatives, which numerical ones would not know; they are
+            compared with those of the reference instead.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LossSpec:
     fewest_bytes: Callable[[Sample, bool], tuple[int, int]]
     dtypes: tuple[torch.dtype, ...] = FLOATING_DTYPES
     operator: str = ""
+    stops_gradient: bool = False
 
 
 class Maker:

@@ -5,6 +5,7 @@ in docs/losses.md is written from it.
 """
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,19 +24,24 @@ class RowMapLoss:
 
     Attributes:
         row_map: the map's name.
-        parameter: the name of its parameter in the face.
+        parameter: the name of its parameter in the face, if it has one.
         default: the parameter's default.
         values: further ones to be tried.
+        stops_gradient: as of a :class:`LossSpec`.
     """
 
     row_map: str
-    parameter: str
-    default: float
-    values: tuple[float, ...]
+    parameter: str = ""
+    default: float = 0.0
+    values: tuple[float, ...] = ()
+    stops_gradient: bool = False
 
 
 LOSSES: dict[str, RowMapLoss] = {
     "focal_loss": RowMapLoss("focal", "gamma", 2.0, (0.0, 0.5, 3.0)),
+    "poly1_loss": RowMapLoss("poly1", "epsilon", 1.0, (-1.0, 2.5)),
+    "generalized_cross_entropy": RowMapLoss("generalized_cross_entropy", "q", 0.7, (0.1, 1.0)),
+    "token_scaled_cross_entropy": RowMapLoss("token_scaled", stops_gradient=True),
 }
 
 
@@ -51,7 +57,7 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         """The loss in float64, from its definition; float64 whatever the arguments' dtypes."""
-        parameter = options.pop(loss.parameter, loss.default)
+        parameters = [options.pop(loss.parameter, loss.default)] if loss.parameter else []
         # Once: a gradient that comes by several conversions from 16 bits would be rounded in each of them.
         input, weight = input.double(), None if weight is None else weight.double()
         target = target.double() if target.is_floating_point() else target
@@ -73,7 +79,7 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
         s = counted if sample_weight is None else counted * sample_weight.double()
         of_logits = {k: v for k, v in options.items() if k in ("class_dim", "logit_scale", "softcap")}
         lse = cross_entropy.reference_lse(input, **of_logits)
-        rows = torch.where(s != 0, s * mass * ROW_MAPS[loss.row_map](nll / mass, parameter), 0.0)
+        rows = torch.where(s != 0, s * mass * ROW_MAPS[loss.row_map](nll / mass, *parameters), 0.0)
         z_rows = torch.where(s != 0, s * z_loss * lse**2, 0.0)
         if reduction == "none":
             return rows + z_rows
@@ -101,9 +107,6 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
         for reduction in ("mean", "sum", "none"):
             p = make.probabilities(4, 5, requires_grad=True)
             yield call(f"rows, {reduction}", x, t, reduction=reduction)
-            for value in loss.values:
-                own = {loss.parameter: value}
-                yield call(f"{loss.parameter} {value}, {reduction}", x, t, weight=w5, reduction=reduction, **own)
             yield call(f"weight, smoothing, {reduction}", x, t, weight=w5, label_smoothing=0.1, reduction=reduction)
             of_probabilities = {"weight": make.positive(5).requires_grad_(), "label_smoothing": 0.1}
             yield call(f"probabilities, {reduction}", x, p, reduction=reduction, **of_probabilities)
@@ -111,6 +114,9 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
                 f"everything, {reduction}", x, t, weight=w5, label_smoothing=0.1, z_loss=0.1, softcap=2.0,
                 logit_scale=0.7, sample_weight=make.positive(4, dtype=weight_dtype), reduction=reduction,
             )  # fmt: skip
+        for value, reduction in zip(loss.values, itertools.cycle(("none", "mean", "sum")), strict=False):
+            own = {loss.parameter: value}
+            yield call(f"{loss.parameter} {value}, {reduction}", x, t, weight=w5, reduction=reduction, **own)
         yield call("normalizer", x, t, weight=w5, normalizer=7.5)
         spatial, spatial_t = make.normal(2, 3, 4, 2), make.classes(3, 2, 4, 2, ignore_every=5)
         yield call("spatial", spatial, spatial_t, weight=make.positive(3, dtype=weight_dtype))
@@ -122,7 +128,7 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
 def _spec(name: str, loss: RowMapLoss) -> LossSpec:
     function = getattr(importlib.import_module(f"fastloss.losses.{name}"), name)
     forms = (_reference(loss), _samples(loss), cross_entropy.fewest_bytes)
-    return LossSpec(name, function, None, *forms, operator="cross_entropy_")
+    return LossSpec(name, function, None, *forms, operator="cross_entropy_", stops_gradient=loss.stops_gradient)
 
 
 SPECS: Mapping[str, LossSpec] = {name: _spec(name, loss) for name, loss in LOSSES.items()}
