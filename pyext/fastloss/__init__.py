@@ -15,8 +15,10 @@ from .head.linear_token_log_probs import linear_token_log_probs
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss, binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
+from .losses.dice_ce_loss import DiceCELoss, dice_ce_loss
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
+from .losses.focal_tversky_loss import FocalTverskyLoss, focal_tversky_loss
 from .losses.huber_loss import HuberLoss, huber_loss
 from .losses.l1_loss import L1Loss, l1_loss
 from .losses.log_cosh_loss import LogCoshLoss, log_cosh_loss
@@ -26,6 +28,7 @@ from .losses.nll_loss import NLLLoss, nll_loss
 from .losses.relative_l1_loss import RelativeL1Loss, relative_l1_loss
 from .losses.rmse_loss import RMSELoss, rmse_loss
 from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
+from .losses.tversky_loss import TverskyLoss, tversky_loss
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
@@ -34,8 +37,10 @@ __all__ = [
     "CosineDistanceLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "DiceCELoss",
     "DiceLoss",
     "FocalLoss",
+    "FocalTverskyLoss",
     "HuberLoss",
     "L1Loss",
     "LazyHeadWarning",
@@ -48,15 +53,18 @@ __all__ = [
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
+    "TverskyLoss",
     "__version__",
     "binary_cross_entropy_with_logits",
     "check",
     "check_errors",
     "cosine_distance_loss",
     "cross_entropy",
+    "dice_ce_loss",
     "dice_loss",
     "explain",
     "focal_loss",
+    "focal_tversky_loss",
     "huber_loss",
     "l1_loss",
     "lazy_head",
@@ -75,5 +83,6 @@ __all__ = [
     "set_error_mode",
     "smooth_l1_loss",
     "token_log_probs",
+    "tversky_loss",
     "unpatch",
 ]

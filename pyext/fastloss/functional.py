@@ -4,8 +4,10 @@ from .head.linear_cross_entropy import linear_cross_entropy
 from .losses.binary_cross_entropy_with_logits import binary_cross_entropy_with_logits
 from .losses.cosine_distance_loss import cosine_distance_loss
 from .losses.cross_entropy import cross_entropy
+from .losses.dice_ce_loss import dice_ce_loss
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
+from .losses.focal_tversky_loss import focal_tversky_loss
 from .losses.huber_loss import huber_loss
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
@@ -15,13 +17,16 @@ from .losses.nll_loss import nll_loss
 from .losses.relative_l1_loss import relative_l1_loss
 from .losses.rmse_loss import rmse_loss
 from .losses.smooth_l1_loss import smooth_l1_loss
+from .losses.tversky_loss import tversky_loss
 
 __all__ = [
     "binary_cross_entropy_with_logits",
     "cosine_distance_loss",
     "cross_entropy",
+    "dice_ce_loss",
     "dice_loss",
     "focal_loss",
+    "focal_tversky_loss",
     "huber_loss",
     "l1_loss",
     "linear_cross_entropy",
@@ -32,4 +37,5 @@ __all__ = [
     "relative_l1_loss",
     "rmse_loss",
     "smooth_l1_loss",
+    "tversky_loss",
 ]

@@ -4,8 +4,10 @@ from .head.linear_cross_entropy import LinearCrossEntropyLoss
 from .losses.binary_cross_entropy_with_logits import BCEWithLogitsLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
 from .losses.cross_entropy import CrossEntropyLoss
+from .losses.dice_ce_loss import DiceCELoss
 from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
+from .losses.focal_tversky_loss import FocalTverskyLoss
 from .losses.huber_loss import HuberLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
@@ -15,13 +17,16 @@ from .losses.nll_loss import NLLLoss
 from .losses.relative_l1_loss import RelativeL1Loss
 from .losses.rmse_loss import RMSELoss
 from .losses.smooth_l1_loss import SmoothL1Loss
+from .losses.tversky_loss import TverskyLoss
 
 __all__ = [
     "BCEWithLogitsLoss",
     "CosineDistanceLoss",
     "CrossEntropyLoss",
+    "DiceCELoss",
     "DiceLoss",
     "FocalLoss",
+    "FocalTverskyLoss",
     "HuberLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
@@ -32,4 +37,5 @@ __all__ = [
     "RMSELoss",
     "RelativeL1Loss",
     "SmoothL1Loss",
+    "TverskyLoss",
 ]

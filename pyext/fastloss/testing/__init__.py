@@ -14,7 +14,7 @@ SPECS: dict[str, LossSpec] = {
     cross_entropy.SPEC.name: cross_entropy.SPEC,
     **row_maps.SPECS,
     **row_losses.SPECS,
-    dice_loss.SPEC.name: dice_loss.SPEC,
+    **dice_loss.SPECS,
     **pointwise.SPECS,
     binary_cross_entropy_with_logits.SPEC.name: binary_cross_entropy_with_logits.SPEC,
 }
