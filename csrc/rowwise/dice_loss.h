@@ -73,13 +73,13 @@ struct DiceLossArgs {
   int64_t rows() const { return outer * inner; }
   int64_t rows_per_group() const { return groups > 0 ? rows() / groups : 0; }
   int64_t saved_count() const { return 3 * groups * classes + 2; }
-  bool with_cross_entropy() const { return lambda_ce != 0; }
   // Whether a caller asks for something that is not there.
   bool consistent() const {
-    return !with_cross_entropy() ||
-           (!dense && activation == Activation::softmax && reduction != Reduction::none && !tversky);
+    return lambda_ce == 0 || (!dense && activation == Activation::softmax && reduction != Reduction::none && !tversky);
   }
 };
+
+FASTLOSS_HD bool with_cross_entropy(const DiceLossArgs& a) { return a.lambda_ce != 0; }
 
 // CPU. A bad index target is found before anything is written.
 Status dice_loss_forward_cpu(const DiceLossArgs& a, ParallelFor parallel_for);

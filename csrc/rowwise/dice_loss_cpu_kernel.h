@@ -63,7 +63,7 @@ struct CrossEntropyTerms {
 template <class T>
 inline CrossEntropyTerms<T> cross_entropy_terms(const DiceLossArgs& a) {
   CrossEntropyTerms<T> r{};
-  r.any = a.with_cross_entropy();
+  r.any = with_cross_entropy(a);
   if (!r.any) return r;
   double sum = 0;
   for (int64_t c = 0; c < a.classes; ++c) sum += dice_weight<T>(a, c);
@@ -423,7 +423,7 @@ inline Status dice_forward(const DiceLossArgs& a, ParallelFor parallel_for) {
   using T = accum_t<S>;
   constexpr bool kSoftmax = kActivation == Activation::softmax;
   const DiceShape shape = dice_shape<T>(a);
-  const int64_t items = a.groups * shape.blocks, sets = 3 * a.classes + a.with_cross_entropy();
+  const int64_t items = a.groups * shape.blocks, sets = 3 * a.classes + with_cross_entropy(a);
   Scratch<double> parts(items * sets);  // [items, classes, 3] and the cross entropy
   Scratch<int64_t> bad(items);
   parallel(parallel_for, items, grain_for(min_of(shape.block, a.rows_per_group()) * a.classes),
@@ -485,7 +485,7 @@ inline Status dice_forward(const DiceLossArgs& a, ParallelFor parallel_for) {
   }
   if (a.reduction == Reduction::none) return {};
   double loss = dice_reduced(a, total, count);
-  if (a.with_cross_entropy())
+  if (with_cross_entropy(a))
     loss += cross_entropy_reduced(a, pairwise_sum(parts.get() + sets - 1, items, sets), weights);
   store_scalar(a.loss, a.loss_type, 0, loss);
   return {};

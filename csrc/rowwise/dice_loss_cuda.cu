@@ -23,7 +23,7 @@ bool takes_vectors(const DiceLossArgs& a, const void* data, const Strides& s, in
 }
 
 // Sums of a group.
-int64_t sets_of(const DiceLossArgs& a) { return 3 * a.classes + (a.with_cross_entropy() ? 1 : 0); }
+int64_t sets_of(const DiceLossArgs& a) { return 3 * a.classes + (with_cross_entropy(a) ? 1 : 0); }
 
 DiceConfig dice_config(const DiceLossArgs& a, bool backward) {
   const int64_t lanes = 16 / size_of(a.input_type), accum = size_of(accum_of(a.input_type));
@@ -79,7 +79,7 @@ int dice_loss_rows_per_thread_cuda(const DiceLossArgs& a) { return dice_config(a
 
 int64_t dice_loss_workspace_bytes_cuda(const DiceLossArgs& a, const CudaContext&) {
   const int64_t parts = dice_config(a, /*backward=*/false).parts, items = a.groups * a.classes;
-  const int64_t doubles = a.groups * sets_of(a) * parts + items + (a.with_cross_entropy() ? items + a.groups : 0);
+  const int64_t doubles = a.groups * sets_of(a) * parts + items + (with_cross_entropy(a) ? items + a.groups : 0);
   return counter_bytes(a) + doubles * static_cast<int64_t>(sizeof(double));
 }
 
@@ -110,7 +110,7 @@ Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context)
     });
   if (status.code != Status::ok) return status;
   LaunchShape finish;
-  const int64_t blocks = items + (a.with_cross_entropy() ? a.groups : 0);
+  const int64_t blocks = items + (with_cross_entropy(a) ? a.groups : 0);
   finish.grid = blocks < 1 ? 1 : blocks < kMostFinishBlocks ? blocks : kMostFinishBlocks;
   finish.block = kDiceFinishThreads;
   finish.shared = (3 * kWarp + 1) * static_cast<int>(sizeof(double));

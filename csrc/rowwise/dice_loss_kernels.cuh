@@ -132,7 +132,7 @@ struct DiceSoftmax {
   __device__ __forceinline__ void walk(const DiceLossParams& p, const DiceRows<T, kRows>& rows, const Slopes& slopes) {
     constexpr bool kSlopes = !std::is_same_v<Slopes, std::nullptr_t>;
     constexpr int kTogether = kRows >= 8 ? 2 : 4;
-    const bool apart = p.a.with_cross_entropy();
+    const bool apart = with_cross_entropy(p.a);
     A top[kRows], sum[kRows], linear[kRows], square[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) top[i] = A(-INFINITY), sum[i] = linear[i] = square[i] = A(0);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_sums_kernel(const D
   using A = accum_t<T>;
   const DiceLossArgs& a = p.a;
   const int64_t group = blockIdx.x / p.parts, part = blockIdx.x % p.parts, sets = p.sets;
-  const bool nll = a.with_cross_entropy(), smooth = nll && a.smoothing != 0;
+  const bool nll = with_cross_entropy(a), smooth = nll && a.smoothing != 0;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double* const in_shared = reinterpret_cast<double*>(shared_memory());  // [warps, sets]
   double* const partials = p.partials + group * sets * p.parts + part;   // [sets], parts apart
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kDiceFinishThreads, 8) dice_loss_finish_kernel
   const DiceLossArgs& a = p.a;
   double* const scratch = reinterpret_cast<double*>(shared_memory());
   unsigned* const ticket = reinterpret_cast<unsigned*>(scratch + 3 * kWarp);
-  const bool nll = a.with_cross_entropy();
+  const bool nll = with_cross_entropy(a);
   const int64_t items = a.groups * a.classes;
   // Groups and classes; then, with a cross entropy, the groups once more, with one sum.
   for (int64_t item = blockIdx.x; item < items + (nll ? a.groups : 0); item += gridDim.x) {
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(kDiceThreads, kDiceGradientBlocks<T, kRows>)
     for (int64_t c = threadIdx.x; c < a.classes; c += blockDim.x) in_shared[c] = slopes.computed(c);
     block_barrier();
   }
-  const bool nll = a.with_cross_entropy();
+  const bool nll = with_cross_entropy(a);
   CrossEntropySlopes<A> of_nll{};
   if (nll)
     of_nll = cross_entropy_slopes<A>(a, load_as<double>(a.grad_output, a.loss_type, 0),

@@ -51,7 +51,8 @@ def _reference(
         loss = score((p_rows * t_rows).sum(0), (p_rows**power).sum(0), (t_rows**power).sum(0))
         ignored.append(pixels > 0 and not rows.any())
         losses.append(torch.where(t_rows.sum(0) == 0, 0.0, loss) if skip_absent else loss)
-    loss = torch.stack([torch.zeros_like(one) if none else one for one, none in zip(losses, ignored, strict=True)])
+    nothing = (p.sum() * 0.0).expand(classes)  # with a gradient, of 0
+    loss = torch.stack([nothing if none else one for one, none in zip(losses, ignored, strict=True)])
     if weight is not None:
         loss = loss * weight.double()
     if not include_background:
