@@ -163,7 +163,8 @@ def tversky_samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[
     x, t = make.normal(2, 3, 2, 4), make.classes(3, 2, 2, 4, ignore_every=5)
     yield Sample("plain", (x, t), {})
     options: dict[str, Any] = {"alpha": 0.2, "beta": 0.7, "reduction": "none", "smooth_nr": 0.0}
-    yield Sample("softmax, none", (make.normal(2, 3, 5), make.classes(3, 2, 5), make.positive(3)), options)
+    x, t, options["weight"] = make.normal(2, 3, 5), make.classes(3, 2, 5), make.positive(3)
+    yield Sample("softmax, none", (x, t), options)
     options = {"alpha": 1.0, "beta": 2.0, "activation": "sigmoid", "batch": True}
     yield Sample("sigmoid", (make.normal(2, 3, 5), make.probabilities(2, 3, 5, requires_grad=True)), options)
     options = {"activation": None, "include_background": False, "skip_absent": True, "smooth_dr": 0.5}
@@ -183,12 +184,12 @@ def dice_ce_samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[
     yield Sample("plain", (x, t), {})
     options: dict[str, Any] = {"lambda_dice": 0.5, "lambda_ce": 2.0, "reduction": "sum", "squared": True}
     yield Sample("factors, sum", (make.normal(2, 3, 5), t[:, 0, :1].repeat(1, 5)), options)
-    options = {"label_smoothing": 0.1, "batch": True, "include_background": False}
-    yield Sample("smoothing, weight", (make.normal(2, 3, 5), make.classes(3, 2, 1, 5), make.positive(3)), options)
+    options = {"label_smoothing": 0.1, "batch": True, "include_background": False, "weight": make.positive(3)}
+    yield Sample("smoothing, weight", (make.normal(2, 3, 5), make.classes(3, 2, 1, 5)), options)
     x, t = make.normal(5, 4), make.classes(4, 5, ignore_every=4, ignore_index=2)
-    yield Sample("rows", (x, t, make.positive(4)), {"ignore_index": 2})
+    yield Sample("rows", (x, t), {"ignore_index": 2, "weight": make.positive(4)})
     x, t = make.normal(2, 3, 5), make.probabilities(2, 3, 5, requires_grad=True)
-    yield Sample("probabilities", (x, t, make.positive(3)), {"label_smoothing": 0.2})
+    yield Sample("probabilities", (x, t), {"label_smoothing": 0.2, "weight": make.positive(3)})
 
 
 def _spec(function: Callable[..., Any], reference: Callable[..., Tensor], samples: Any) -> LossSpec:
