@@ -34,6 +34,8 @@ MODES = (FORWARD, BOTH, SCALED, BACKWARD)
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _WITH_GOALS = ("l1_loss", "mse_loss", "rmse_loss")
 BCE, FOCAL, DICE = "binary_cross_entropy_with_logits", "focal_loss", "dice_loss"
+DICE_CE, TVERSKY = "dice_ce_loss", "focal_tversky_loss"
+OF_AREAS = (DICE, DICE_CE, TVERSKY)  # from sums over all pixels
 TOKENS = "token_log_probs"
 SIGMOID_FOCAL, ASYMMETRIC = "sigmoid_focal_loss", "asymmetric_loss"
 TRIPLET, COSINE, MULTILABEL = "triplet_margin_loss", "cosine_embedding_loss", "multilabel_soft_margin_loss"
@@ -146,6 +148,18 @@ def _root_mean_square_log(x: torch.Tensor, target: torch.Tensor, reduction: str 
     return _root_mean_square(x.log1p(), target.log1p(), reduction)
 
 
+def _dice_ce(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return _dice(x, target) + F.cross_entropy(x, target)
+
+
+def _focal_tversky(x: torch.Tensor, target: torch.Tensor, smooth: float = 1e-5) -> torch.Tensor:
+    p = x.softmax(1)
+    t = F.one_hot(target, x.shape[1]).movedim(-1, 1).to(p.dtype)
+    pixels = tuple(range(2, x.dim()))
+    common, in_vain, missed = ((a * b).sum(pixels) for a, b in ((p, t), (p, 1 - t), (1 - p, t)))
+    return ((1 - (common + smooth) / (common + 0.3 * in_vain + 0.7 * missed + smooth)) ** 0.75).mean()
+
+
 def token_objective(log_prob: torch.Tensor, entropy: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Likely tokens and, a little, uncertain rows: both results have an incoming gradient."""
     return _reduced(-log_prob - 0.01 * entropy, reduction)
@@ -178,6 +192,8 @@ _COMPOSED: dict[str, Loss] = {
     "arcface_loss": _with_margin(_arc),
     "cosface_loss": _with_margin(lambda x: x - 0.35),
     DICE: _dice,
+    DICE_CE: _dice_ce,
+    TVERSKY: _focal_tversky,
     TOKENS: _token_log_probs,
     SIGMOID_FOCAL: _sigmoid_focal,
     ASYMMETRIC: _asymmetric,
@@ -225,7 +241,7 @@ class Case:
         reads = 2 if self.soft or self.elementwise or self.loss in DIVERGENCES else 1
         if self.loss in (TRIPLET, *_FURTHER):
             reads = 3
-        if self.loss == DICE and mode != FORWARD:
+        if self.loss in OF_AREAS and mode != FORWARD:
             reads = 2  # its gradient takes sums over all pixels
         return reads * self.bytes, 0 if mode == FORWARD else self.bytes
 
@@ -304,7 +320,7 @@ class Problem:
     def reference(self) -> tuple[float, torch.Tensor]:
         """Value and gradient in float64, a few rows at a time, the gradient then rounded to float32."""
         case, loss = self.case, self.torch_loss(torch.float64)
-        whole = case.loss == DICE  # no sum over rows
+        whole = case.loss in OF_AREAS  # no sum over rows
         if whole:
             count = 1.0
         elif case.elementwise:
@@ -390,6 +406,8 @@ CPU = [
     *(Case(f"{name} 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, loss, systems=_TWO, detail=True)
       for name, loss in (("Poly-1", "poly1_loss"), ("Generalized CE", "generalized_cross_entropy"), ("Token-scaled CE", "token_scaled_cross_entropy"), ("ArcFace", "arcface_loss"), ("CosFace", "cosface_loss"))),  # noqa: E501
     Case("Dice 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(4.5, 3), DICE, own={"activation": "softmax"}),
+    Case("Dice and CE 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(6, 3), DICE_CE),
+    Case("Focal Tversky 2x21x512x512 float32", (2, 21, 512, 512), "float32", loss=TVERSKY, detail=True),
     _head((2048, 32000), 512, "float32", {"gemms": 0.92, "torch-chunked": 4, "eager": 1}, systems=_HEAD),
     _head((2048, 32000), 512, "bfloat16", {"torch-chunked": 2, "eager": 1}, systems=_HEAD),
     _head((2048, 32000), 512, "float32", {"eager": 1}, systems=_HEAD, ignored=0.5),
@@ -405,7 +423,7 @@ CPU = [
     Case("BCE 2048x32 float32, pos_weight", (2048, 32), "float32", _FROM_HERE_UP, BCE, pos_weight=True, systems=_TWO, detail=True),  # noqa: E501
     Case("KL 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, KL, systems=_TWO, detail=True),
     Case("Focal 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, FOCAL, own={"gamma": 2.0}, systems=_TWO, detail=True),  # noqa: E501
-    Case("Dice 1x4x128x128 float32", (1, 4, 128, 128), "float32", _FROM_HERE_UP, DICE, own={"activation": "softmax"}, systems=_TWO, detail=True),  # noqa: E501
+    *(Case(f"{name} 1x4x128x128 float32", (1, 4, 128, 128), "float32", _FROM_HERE_UP, loss, systems=_TWO, detail=True) for name, loss in zip(("Dice", "Dice and CE", "Focal Tversky"), OF_AREAS, strict=True)),  # noqa: E501
 ]
 
 
@@ -438,6 +456,7 @@ CUDA = [
     Case("KL 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=KL),
     Case("Focal 8192x128256 bfloat16", (8192, 128256), "bfloat16", loss=FOCAL, own={"gamma": 2.0}),
     Case("Dice 8x21x512x512 float32", (8, 21, 512, 512), "float32", loss=DICE, own={"activation": "softmax"}),
+    Case("Dice and CE 8x21x512x512 float32", (8, 21, 512, 512), "float32", loss=DICE_CE),
     Case("CE 64x10 float32", (64, 10), "float32", _SMALL, quick=True),
     Case("CE 4096x1000 bfloat16", (4096, 1000), "bfloat16", _SMALL),
     *(_head(shape, hidden, "bfloat16", {"gemms": 0.9}, systems=(*_HEAD, "liger-linear", "quack-linear", "cce"), budget=1 << 30)  # noqa: E501

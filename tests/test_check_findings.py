@@ -288,6 +288,9 @@ def test_what_passed_is_found(loss, kind, name, words):
         (fastloss.relative_l1_loss, "regression"),
         (fastloss.rmse_loss, "regression"),
         (F.cross_entropy, "classification"),
+        (fastloss.dice_loss, "segmentation"),
+        (fastloss.focal_tversky_loss, "segmentation"),
+        (fastloss.dice_ce_loss, "segmentation"),
     ],
 )
 def test_the_sound_forms_are_sound(loss, kind):

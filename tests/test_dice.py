@@ -1,4 +1,5 @@
-"""Dice loss: what other libraries' are, layouts, what is left out, extremes, errors. More in test_contract.py."""
+"""Dice loss and its family: what other libraries' are, layouts, what is left out, extremes, errors. More in
+test_contract.py."""
 
 import importlib
 import importlib.util
@@ -11,7 +12,7 @@ import pytest
 import torch
 from fastloss._library import ops
 from fastloss.testing import assert_close
-from fastloss.testing.dice_loss import reference
+from fastloss.testing.dice_loss import SPECS
 from test_memory import SMALL, measured
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,15 +33,16 @@ def labels(count, *shape, device="cpu", ignore_every=7, seed=1):
     return t.to(device)
 
 
-def check(input, target, **options):
+def check(input, target, loss="dice_loss", **options):
     """Value and gradients of one call (input as given, whatever its strides) against the reference."""
+    spec = SPECS[loss]
     x, t = input.detach().requires_grad_(), target.detach()
     wanted = [x, t.requires_grad_()] if t.is_floating_point() else [x]
-    loss = fastloss.dice_loss(x, t, **options)
+    loss = spec.function(x, t, **options)
     up = normal(*loss.shape, device=x.device, dtype=loss.dtype)
     grads = torch.autograd.grad(loss, wanted, up)
     exact = [x.detach().double().requires_grad_(), t.detach().double().requires_grad_() if len(wanted) == 2 else t]
-    expected = reference(*exact, **options)
+    expected = spec.reference(*exact, **options)
     assert_close(loss, expected, scale=4.0)
     for grad, want in zip(grads, torch.autograd.grad(expected, exact[: len(wanted)], up.double()), strict=True):
         assert_close(grad, want, scale=0.1)
@@ -109,6 +111,54 @@ def test_the_same_as_monai_with_ignore_index(device, ignored):
     the_same_as(theirs, lambda x: fastloss.dice_loss(x, t, ignore_index=ignored, reduction="none"), x)
 
 
+@pytest.mark.parametrize("background", (False, True))
+def test_tversky_is_the_same_as_monai(device, background):
+    losses = pytest.importorskip("monai.losses", reason="monai is not installed")
+    x, t = normal(3, 4, 6, 5, device=device), labels(4, 3, 6, 5, device=device, ignore_every=0)
+    several = (normal(3, 4, 6, 5, device=device, seed=3) > 0).float()
+    for reduction, batch in itertools.product(("mean", "sum", "none"), (False, True)):
+        options = {
+            "alpha": 0.3,
+            "beta": 0.8,
+            "reduction": reduction,
+            "batch": batch,
+            "smooth_nr": 0.3,
+            "smooth_dr": 0.7,
+        }
+        options["include_background"] = background
+        for activation, target in itertools.product(("softmax", "sigmoid"), (t.unsqueeze(1), several)):
+            one_hot = {"to_onehot_y": target is not several, activation: True}
+            theirs = losses.TverskyLoss(**one_hot, **options)
+            ours = fastloss.TverskyLoss(activation=activation, **options)
+            the_same_as(lambda x, f=theirs, t=target: f(x, t), lambda x, f=ours, t=target: f(x, t), x)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+@pytest.mark.parametrize("background", (False, True))
+def test_dice_ce_is_the_same_as_monai(device, reduction, background):
+    losses = pytest.importorskip("monai.losses", reason="monai is not installed")
+    x, t = normal(3, 4, 6, 5, device=device), labels(4, 3, 6, 5, device=device, ignore_every=0)
+    one_hot = torch.nn.functional.one_hot(t, 4).movedim(-1, 1).float()
+    weight = torch.tensor([0.5, 1.0, 2.0, 3.0], device=device)
+    for w, smoothing, batch, squared in (
+        (None, 0.0, False, False),
+        (weight, 0.0, True, True),
+        (weight, 0.2, False, True),
+    ):
+        shared = {
+            "reduction": reduction,
+            "include_background": background,
+            "batch": batch,
+            "label_smoothing": smoothing,
+        }
+        shared |= {"lambda_dice": 0.7, "lambda_ce": 1.5, "smooth_nr": 0.3, "smooth_dr": 0.7}
+        theirs = losses.DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=squared, weight=w, **shared).to(device)
+        ours = fastloss.DiceCELoss(w, squared=squared, **shared)
+        the_same_as(lambda x, f=theirs: f(x, t.unsqueeze(1)), lambda x, f=ours: f(x, t.unsqueeze(1)), x)
+        theirs.dice.to_onehot_y = False
+        the_same_as(lambda x, f=theirs: f(x, one_hot), lambda x, f=ours: f(x, one_hot), x)
+
+
 @pytest.fixture
 def smp(monkeypatch):
     """segmentation_models_pytorch.losses. The package itself imports models, which need timm and more."""
@@ -150,6 +200,17 @@ def test_the_same_as_segmentation_models_pytorch(smp, device, smooth, ignored):
         the_same_as(lambda x: binary(x, mask), lambda x: fastloss.dice_loss(x, mask, **options), x)
 
 
+def test_tversky_is_the_same_as_segmentation_models_pytorch(smp, device):
+    x, t = normal(3, 5, 6, 7, device=device), labels(4, 3, 6, 7, device=device, ignore_every=0)  # class 4 is absent
+    options = {"batch": True, "skip_absent": True, "alpha": 0.3, "beta": 0.8}
+    for smooth in (0.0, 0.5):
+        theirs = smp.TverskyLoss("multiclass", smooth=smooth, alpha=0.3, beta=0.8)
+        ours = fastloss.TverskyLoss(smooth=smooth, **options)
+        the_same_as(lambda x, f=theirs: f(x, t), lambda x, f=ours: f(x, t), x)
+        theirs = smp.TverskyLoss("multiclass", smooth=smooth, alpha=0.3, beta=0.8, gamma=0.75)  # of the classes' mean
+        the_same_as(lambda x, f=theirs: f(x, t), lambda x, f=ours: f(x, t) ** 0.75, x)
+
+
 # ---- dtypes, sizes, layouts
 
 
@@ -163,6 +224,8 @@ def test_sizes(device, dtype, activation, shape):
         check(x, t, activation=activation, batch=batch)
         floating = normal(*shape, device=device, dtype=dtype, seed=4).sigmoid()
         check(x, floating, activation=activation, batch=batch, squared=True)
+    if activation == "softmax":
+        check(x, t, "dice_ce_loss")
 
 
 @pytest.mark.parametrize("index", INDEX_DTYPES, ids=str)
@@ -201,6 +264,7 @@ def test_layouts(device, layout, batch):
     x, t = normal(2, 5, 16, 24, device=device), labels(5, 2, 16, 24, device=device)
     strange = LAYOUTS[layout](x)
     assert torch.equal(strange, x) and strange.stride() != x.stride()
+    check(strange, t, "dice_ce_loss", batch=batch, label_smoothing=0.1)
     plain = check(x, t, batch=batch)
     for got, want in zip(check(strange, t, batch=batch), plain, strict=True):
         torch.testing.assert_close(got, want)
@@ -220,15 +284,17 @@ def test_a_layout_that_no_view_suits_is_copied(device):
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels last", "classes cut", "every other sample", "rows apart"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_memory(device, layout, dtype):
+@pytest.mark.parametrize("loss", (fastloss.dice_loss, fastloss.dice_ce_loss))
+def test_memory(device, layout, dtype, loss):
     """No one-hot tensor, no probabilities, no copy: forward a few numbers per class, backward the gradient."""
+    function = loss
     x, t = normal(2, 19, 48, 48, device=device, dtype=dtype), labels(19, 2, 48, 48, device=device)
     x = (LAYOUTS[layout](x) if layout in LAYOUTS else x).requires_grad_()
     small = SMALL[device] + 19 * 2 * 3 * 8 * (32 if device == "cuda" else 1)
-    fastloss.dice_loss(x, t).backward()  # what is allocated once
+    function(x, t).backward()  # what is allocated once
     x.grad = None
     with measured(device) as memory:
-        loss = fastloss.dice_loss(x, t)
+        loss = function(x, t)
     assert memory.peak <= small
     with measured(device) as memory:
         loss.backward()
@@ -250,6 +316,11 @@ def test_large(device, threads):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     check(x.contiguous(memory_format=torch.channels_last), t)
     check(x.bfloat16(), t, batch=True)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        results.append(check(x, t, "dice_ce_loss", weight=torch.linspace(0.5, 1.5, 21, device=device)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 # ---- what is left out, what is not there
@@ -258,11 +329,12 @@ def test_large(device, threads):
 def test_ignored_pixels_may_hold_anything(device):
     x, t = normal(2, 3, 40, device=device), labels(3, 2, 40, device=device, ignore_every=3)
     ignored = (t == -100).unsqueeze(1)
-    for activation in ("softmax", "sigmoid", None):
-        want = check(torch.where(ignored, 0.0, x), t, activation=activation)
+    for activation in ("softmax", "sigmoid", None, "ce"):
+        name, options = ("dice_ce_loss", {}) if activation == "ce" else ("dice_loss", {"activation": activation})
+        want = check(torch.where(ignored, 0.0, x), t, name, **options)
         for value in (torch.nan, torch.inf, -torch.inf):
             z = torch.where(ignored, value, x).requires_grad_()
-            loss = fastloss.dice_loss(z, t, activation=activation)
+            loss = getattr(fastloss, name)(z, t, **options)
             (grad,) = torch.autograd.grad(loss, z)
             assert loss == want[0] and (grad.masked_select(ignored) == 0).all() and grad.isfinite().all()
 
@@ -271,15 +343,35 @@ def test_no_pixel_counts(device):
     x, t = normal(2, 3, 40, device=device).requires_grad_(), labels(3, 2, 40, device=device)
     t[0] = -100
     loss = fastloss.dice_loss(x, t, reduction="none")
-    assert (loss[0] == 0).all() and (loss[1] > 0).all()  # 1 - smooth_nr / smooth_dr
+    assert (loss[0] == 0).all() and (loss[1] > 0).all()
     (grad,) = torch.autograd.grad(loss.sum(), x)
     assert (grad[0] == 0).all() and (grad[1] != 0).any()
     unsmoothed = fastloss.dice_loss(x, t, reduction="none", smooth_nr=0.0, smooth_dr=0.0)
-    assert unsmoothed[0].isnan().all() and torch.equal(unsmoothed[1].isnan(), loss[1].isnan())
+    assert (unsmoothed[0] == 0).all() and unsmoothed[1].isfinite().all()
     (grad,) = torch.autograd.grad(unsmoothed.sum(), x)
     assert (grad[0] == 0).all()
     skipped = fastloss.dice_loss(x, t, reduction="none", smooth_nr=0.0, smooth_dr=0.0, skip_absent=True)
     assert (skipped[0] == 0).all() and torch.equal(skipped[1], unsmoothed[1])
+
+
+@pytest.mark.parametrize("loss", ("dice_loss", "tversky_loss", "focal_tversky_loss", "dice_ce_loss"))
+def test_an_ignored_sample_is_no_sample(device, loss):
+    """Of which all pixels are: the mean and its gradient are those of the others."""
+    x, t = normal(3, 3, 40, device=device), labels(3, 3, 40, device=device)
+    t[1] = -100
+    for reduction in ("mean", "sum"):
+        both, others = check(x, t, loss, reduction=reduction), check(x[::2], t[::2], loss, reduction=reduction)
+        torch.testing.assert_close(both[0], others[0])
+        torch.testing.assert_close(both[1][::2], others[1])
+        assert (both[1][1] == 0).all()
+    t[:] = -100
+    if loss != "dice_ce_loss":
+        for reduction, batch in itertools.product(("mean", "sum", "none"), (False, True)):
+            value, grad = check(x, t, loss, reduction=reduction, batch=batch, smooth_dr=2.0)
+            assert (value == 0).all() and (grad == 0).all()
+    else:  # as torch's cross entropy
+        assert fastloss.dice_ce_loss(x, t).isnan() and fastloss.dice_ce_loss(x, t, reduction="sum") == 0
+        assert fastloss.dice_ce_loss(x, t, lambda_ce=0.0) == 0
 
 
 def test_absent_classes(device):
@@ -314,6 +406,10 @@ def test_extreme_logits(device):
         for activation in ("softmax", "sigmoid"):
             loss, grad = check(x, t, activation=activation)
             assert loss.isfinite() and grad.isfinite().all()
+            loss, grad = check(x, t, "focal_tversky_loss", activation=activation)
+            assert loss.isfinite() and grad.isfinite().all()
+        loss, grad = check(x.clamp(min=-1e4), t, "dice_ce_loss", lambda_ce=0.5)
+        assert loss.isfinite() and grad.isfinite().all()
     x = torch.full((1, 2, 4), -torch.inf, device=device)  # no class is possible
     assert fastloss.dice_loss(x, torch.zeros(1, 4, device=device).long()).isnan()
 
@@ -324,6 +420,33 @@ def test_perfect_and_opposite_predictions(device):
     assert fastloss.dice_loss(perfect, t, activation=None) == 0
     assert fastloss.dice_loss(perfect.roll(1, 1), t, activation=None, smooth_nr=0.0) == 1
     assert fastloss.dice_loss(perfect * 200 - 100, t) == 0
+    for gamma in (0.5, 1.0, 2.0):  # (1 - TI)**gamma has an infinite slope at TI = 1 for gamma < 1: it is taken as 0
+        for x, options in ((perfect, {"activation": None}), (perfect * 200 - 100, {})):
+            x = x.clone().requires_grad_()
+            loss = fastloss.focal_tversky_loss(x, t, gamma=gamma, **options)
+            assert loss == 0 and torch.autograd.grad(loss, x)[0].isfinite().all()
+        x = perfect.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(fastloss.focal_tversky_loss(x, t, gamma=gamma, activation=None), x)
+        assert (grad == 0).all() == (gamma != 1)
+
+
+def test_a_cross_entropy_of_nearly_certain_pixels(device):
+    """Its digits and those of its gradient are there where 1 - p is far below a rounding of 1."""
+    x, t = normal(2, 3, 40, device=device), labels(3, 2, 40, device=device, ignore_every=0)
+    x = x.scatter_add(1, t.unsqueeze(1), torch.full_like(x, 25.0)).requires_grad_()
+    loss = fastloss.dice_ce_loss(x, t, lambda_dice=0.0)
+    exact = x.detach().double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(exact, t)
+    torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=0)
+    (grad,), (want_grad,) = torch.autograd.grad(loss, x), torch.autograd.grad(want, exact)
+    torch.testing.assert_close(grad, want_grad.float(), rtol=1e-5, atol=1e-17)  # of float64's own p - 1
+
+
+def test_tversky_of_halves_is_dice(device):
+    x, t = normal(2, 3, 40, device=device), labels(3, 2, 40, device=device)
+    tversky = fastloss.tversky_loss(x, t, smooth=0.25)
+    torch.testing.assert_close(tversky, fastloss.dice_loss(x, t, smooth=0.5), rtol=1e-6, atol=0)
+    assert torch.equal(fastloss.focal_tversky_loss(x, t, alpha=0.5, beta=0.5, gamma=1.0, smooth=0.25), tversky)
 
 
 # ---- errors
@@ -364,6 +487,30 @@ def test_errors(change, error, message):
         fastloss.dice_loss(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "error", "message"),
+    (
+        ("tversky_loss", {"alpha": -0.1}, ValueError, r"tversky_loss\(\): alpha must not be negative, got -0.1"),
+        ("tversky_loss", {"beta": float("nan")}, ValueError, "beta must not be negative, got nan"),
+        ("tversky_loss", {"activation": "relu"}, ValueError, r"tversky_loss\(\): activation must be"),
+        ("focal_tversky_loss", {"gamma": 0.0}, ValueError, "gamma must be positive and finite, got 0.0"),
+        ("focal_tversky_loss", {"gamma": "1"}, TypeError, "argument 'gamma' must be float, not str"),
+        ("focal_tversky_loss", {"alpha": -1.0}, ValueError, "alpha must not be negative"),
+        ("dice_ce_loss", {"lambda_ce": -1.0}, ValueError, "lambda_ce must not be negative, got -1.0"),
+        ("dice_ce_loss", {"lambda_dice": float("inf")}, ValueError, "lambda_dice must be finite"),
+        ("dice_ce_loss", {"label_smoothing": 1.1}, RuntimeError, "label_smoothing must be between 0.0 and 1.0"),
+        ("dice_ce_loss", {"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+        ("dice_ce_loss", {"reduction": "average"}, ValueError, "average is not a valid value for reduction"),
+        ("dice_ce_loss", {"target": torch.full((2, 4), 3)}, IndexError, "Target 3 is out of bounds"),
+        ("dice_ce_loss", {"target": torch.zeros(2, 4)}, ValueError, r"dice_ce_loss\(\): a floating target needs"),
+    ),
+)  # fmt: skip
+def test_errors_of_the_family(loss, options, error, message):
+    arguments = {"input": torch.zeros(2, 3, 4), "target": torch.zeros(2, 4).long(), **options}
+    with pytest.raises(error, match=message):
+        getattr(fastloss, loss)(**arguments)
+
+
 def test_bad_targets_on_a_gpu(immediate_errors):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -373,9 +520,12 @@ def test_bad_targets_on_a_gpu(immediate_errors):
 
 def test_operators_check_what_they_are_given():
     x, t = torch.zeros(2, 3, 4), torch.zeros(2, 4).long()
-    options = [1, False, False, True, False, 1e-5, 1e-5, -100, 1, 0]
+    options = [0, [], 1, False, False, True, False, 1e-5, 1e-5, -100, 1, 0]
     loss, saved = ops.dice_loss_forward(x, t, None, *options)
-    assert saved.shape == (2, 3, 2) and saved.dtype == torch.float64
+    assert saved.shape == (3 * 2 * 3 + 2,) and saved.dtype == torch.float64
+    for start in ([1, [0.5], 1], [2, [], 1], [3, [1.0] * 3, 1], [0, [1.0], 1], [2, [1.0, 1.0, 0.0], 2]):
+        with pytest.raises(ValueError, match="loss: "):
+            ops.dice_loss_value(x, t, None, *start, *options[3:])
     for arguments in ((x, t[:, :3].contiguous(), None), (x, t.t(), None), (x, t, torch.ones(2)), (x[0, 0], t, None)):
         with pytest.raises(ValueError, match="expected"):
             ops.dice_loss_value(*arguments, *options)
@@ -401,13 +551,42 @@ def test_module(device):
     assert torch.equal(module(x, t.clamp(0)), fastloss.dice_loss(x, t.clamp(0), ignore_index=1, smooth_dr=2.0))
 
 
+def test_modules_of_the_family(device):
+    x, t = normal(2, 3, 40, device=device), labels(3, 2, 40, device=device)
+    weight = torch.tensor([1.0, 2.0, 3.0], device=device)
+    areas = {"batch": True, "smooth_nr": 0.5, "smooth_dr": 2.0, "include_background": False, "skip_absent": True}
+    for cls, function, options in (
+        (fastloss.TverskyLoss, fastloss.tversky_loss, {"alpha": 0.2, "beta": 0.9, "activation": "sigmoid"}),
+        (fastloss.FocalTverskyLoss, fastloss.focal_tversky_loss, {"alpha": 0.2, "beta": 0.9, "gamma": 2.0}),
+        (fastloss.DiceCELoss, fastloss.dice_ce_loss, {"lambda_dice": 2.0, "lambda_ce": 3.0, "label_smoothing": 0.1}),
+    ):
+        options = {**options, **areas, "ignore_index": 1, "reduction": "sum"}
+        module, t_of = cls(weight, **options), t.clamp(0)
+        assert torch.equal(module(x, t_of), function(x, t_of, weight, **options)) and list(module.state_dict()) == [
+            "weight"
+        ]
+        assert torch.equal(cls(smooth=0.5)(x, t), function(x, t, smooth=0.5))
+        assert not torch.equal(module(x, t_of), cls()(x, t_of))
+    assert torch.equal(fastloss.DiceCELoss(squared=True)(x, t), fastloss.dice_ce_loss(x, t, squared=True))
+
+
 def test_regime(device):
     x, t = normal(2, 3, 40, device=device), labels(3, 2, 40, device=device)
     words = "tiles" if device == "cpu" else "rows per thread"
     assert words in ops.dice_loss_regime(x, t)
 
 
-def test_the_docstrings_example():
+@pytest.mark.parametrize(
+    "call",
+    (
+        "fastloss.dice_loss(logits, torch.tensor([[0, 1, 1]]))",
+        "fastloss.tversky_loss(logits, torch.tensor([[0, 1, 1]]), alpha=0.3, beta=0.7)",
+        "fastloss.focal_tversky_loss(logits, torch.tensor([[0, 1, 1]]))",
+        "fastloss.dice_ce_loss(logits, torch.tensor([[0, 1, 1]]))",
+    ),
+)
+def test_the_docstrings_examples(call):
     logits = torch.tensor([[[2.0, -1.0, 0.5], [-2.0, 1.0, 1.5]]])
-    shown = fastloss.dice_loss.__doc__.split("fastloss.dice_loss(logits, torch.tensor([[0, 1, 1]]))")[1].split()[0]
-    assert str(fastloss.dice_loss(logits, torch.tensor([[0, 1, 1]]))) == shown
+    function = getattr(fastloss, call.split("(")[0].split(".")[1])
+    shown = function.__doc__.split(call)[1].split()[0]
+    assert str(eval(call, {"fastloss": fastloss, "torch": torch, "logits": logits})) == shown

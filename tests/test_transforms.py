@@ -646,7 +646,7 @@ def operator_calls(device):
             for flags in (1, 3, *((7,) if third is not None else ())):
                 yield ops.pointwise_backward, (g, factor, *first, flags, *options)
         for target, reduction in ((t, MEAN), (t, NONE), (p, SUM)):
-            options = (1, False, True, True, False, 1e-5, 1e-5, -100, reduction, 0)
+            options = (0, [], 1, False, True, True, False, 1e-5, 1e-5, -100, reduction, 0)
             yield ops.dice_loss_value, (x, target, w, *options)
             yield ops.dice_loss_forward, (x, target, w, *options)
             saved = ops.dice_loss_forward(x, target, w, *options)[1]

@@ -51,6 +51,20 @@ DiceLossArgs dice_args(const py::array& input, const py::array& target, int64_t 
       a.ignore_index = value.cast<int64_t>();
     else if (name == "reduction")
       a.reduction = reduction_of(value.cast<std::string>());
+    else if (name == "tversky")
+      a.tversky = value.cast<bool>();
+    else if (name == "alpha")
+      a.alpha = value.cast<double>();
+    else if (name == "beta")
+      a.beta = value.cast<double>();
+    else if (name == "gamma")
+      a.gamma = value.cast<double>();
+    else if (name == "lambda_dice")
+      a.lambda_dice = value.cast<double>();
+    else if (name == "lambda_ce")
+      a.lambda_ce = value.cast<double>();
+    else if (name == "smoothing")
+      a.smoothing = value.cast<double>();
     else if (name == "loss_dtype")
       a.loss_type = named_type(value.cast<std::string>());
     else
@@ -65,7 +79,7 @@ py::dict forward(const py::array& input, const py::array& target, int64_t groups
   std::vector<py::ssize_t> shape;
   if (a.reduction == Reduction::none) shape = {a.groups, a.classes - a.first_class};
   Output loss(py::bool_(true), numpy_dtype(a.loss_type), shape, "loss");
-  Output saved(py::bool_(true), numpy_dtype(DType::f64), {a.groups, a.classes, 2}, "saved");
+  Output saved(py::bool_(true), numpy_dtype(DType::f64), {a.saved_count()}, "saved");
   a.loss = loss.data();
   a.saved = saved.data<double>();
   run_core([&] { return run_dice_loss_forward(a); });

@@ -25,12 +25,12 @@ bool lanes_hold_classes(const DiceLossArgs& a) {
 }  // namespace
 
 Status dice_loss_forward_cpu(const DiceLossArgs& a, ParallelFor parallel_for) {
-  if (!lanes_hold_classes(a)) return {Status::unsupported};
+  if (!lanes_hold_classes(a) || !a.consistent()) return {Status::unsupported};
   return choose_isa<Kernel>(dice_loss_forward_portable, dice_loss_forward_avx2, dice_loss_forward_avx512)(a,
                                                                                                           parallel_for);
 }
 Status dice_loss_backward_cpu(const DiceLossArgs& a, ParallelFor parallel_for) {
-  if (!lanes_hold_classes(a)) return {Status::unsupported};
+  if (!lanes_hold_classes(a) || !a.consistent()) return {Status::unsupported};
   return choose_isa<Kernel>(dice_loss_backward_portable, dice_loss_backward_avx2, dice_loss_backward_avx512)(
       a, parallel_for);
 }

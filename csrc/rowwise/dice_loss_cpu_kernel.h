@@ -3,6 +3,9 @@
 // A group is cut into blocks of rows, a block into tiles, by the shape alone. The rows of a tile lie as [classes, rows]
 // in L1/L2, whatever the layout of the input, and vectors run along the rows: 1 read (+ 1 write). Sums are taken in
 // floats over four vectors, in double from there; one set of sums per block, added pairwise.
+//
+// With a cross entropy the target's logit is taken out of the tile before the exponentials, as in
+// cross_entropy_cpu_tile_path.h: what is O(1) per row is done apart, and the loops over the classes stay as they are.
 #pragma once
 #include "cross_entropy_cpu_tile_path.h"
 #include "dice_loss_math.h"
@@ -50,6 +53,26 @@ inline SigmoidJet<V> sigmoid_jet(V x) {
   return {x < T(0) ? e * inverse : inverse, e * inverse * inverse};
 }
 
+// What a cross entropy adds, from the weights of the classes.
+template <class T>
+struct CrossEntropyTerms {
+  bool any;
+  T smooth_share, all_weights;   // smoothing / classes, sum_c w_c
+  CrossEntropySlopes<T> slopes;  // backward only
+};
+template <class T>
+inline CrossEntropyTerms<T> cross_entropy_terms(const DiceLossArgs& a) {
+  CrossEntropyTerms<T> r{};
+  r.any = with_cross_entropy(a);
+  if (!r.any) return r;
+  double sum = 0;
+  for (int64_t c = 0; c < a.classes; ++c) sum += dice_weight<T>(a, c);
+  r.smooth_share = T(a.smoothing / double(a.classes));
+  r.all_weights = T(sum);
+  if (a.grad_output) r.slopes = cross_entropy_slopes<T>(a, load_scalar(a.grad_output, a.loss_type, 0), sum);
+  return r;
+}
+
 // One tile of rows. tile[c][b] holds x, and for the softmax e^(x - max) once exponentials() has run.
 template <bool kDense, class S>
 class DiceTile {
@@ -67,8 +90,9 @@ class DiceTile {
         shape(s),
         tile_(args.classes * s.pitch),
         target_tile_(kDense ? args.classes * s.pitch : 1),
-        values_(2 * s.pitch),
-        index_(s.pitch) {}
+        values_(kValues * s.pitch),
+        index_(s.pitch),
+        terms_(cross_entropy_terms<T>(args)) {}
 
   T* of_class(int64_t c) { return tile_.get() + c * shape.pitch; }
   const S* input() const { return static_cast<const S*>(a.input); }
@@ -118,6 +142,38 @@ class DiceTile {
       return index(v) == lane_int(c) ? splat(T(1)) : vec<T>{};
   }
 
+  // Of a cross entropy: takes the target's logit of each row out of the tile and leaves -inf; and, with the slopes,
+  // notes those of the target's class.
+  void take_targets(const DiceSlopes<T>* slopes) {
+    if (a.smoothing != 0 && !slopes) add_up_all_classes();
+    for (int64_t b = 0; b < lanes; ++b) {
+      const int64_t c = index_.get()[b];
+      const bool counts = c >= 0;
+      T* const x = of_class(counts ? c : 0) + b;
+      *at(kTarget, b) = counts ? *x : -kInf<T>;
+      *at(kWeight, b) = !counts ? T(0) : T(dice_weight<T>(a, c));
+      if (counts) *x = -kInf<T>;
+      if (slopes) {
+        *at(kSlope, b) = counts ? slopes[c].by_other + slopes[c].constant : T(0);
+        *at(kOwnSlope, b) = counts ? slopes[c].by_own : T(0);
+      }
+    }
+  }
+  // Puts e^(x_t - max) there.
+  void put_targets() {
+    for (int64_t b = 0; b < lanes; ++b)
+      if (index_.get()[b] >= 0) of_class(index_.get()[b])[b] = *at(kTarget, b);
+  }
+  // sum_c w_c (max - x_c) of each row.
+  void add_up_all_classes() {
+    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      vec<T> top = load(of_class(0) + v), sum{};
+      for (int64_t c = 1; c < a.classes; ++c) top = max_of(load(of_class(c) + v), top);
+      for (int64_t c = 0; c < a.classes; ++c) sum += T(dice_weight<T>(a, c)) * (top - load(of_class(c) + v));
+      store(at(kAllClasses, v), sum);
+    }
+  }
+
   // Puts `fill` where rows do not count: into p nothing of what they hold may come.
   void clear_uncounted(T fill) {
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
@@ -133,6 +189,8 @@ class DiceTile {
   // dot() of a vector, sum_c p dL/dp.
   template <bool kSlopes>
   void exponentials(const DiceSlopes<T>* slopes) {
+    const bool with_targets = !kDense && terms_.any;
+    if (with_targets) take_targets(slopes);
     NextTile next(input(), rows, n, a.input_strides.cls, 0, a.classes, a.classes);
     constexpr int64_t kBlock = 64;  // terms are added in blocks of classes
     by_fours<T>(lanes, [&](int64_t v0, auto count) {
@@ -141,6 +199,8 @@ class DiceTile {
       for (int i = 0; i < k; ++i) ref[i] = splat(-kInf<T>), sum[i] = linear[i] = square[i] = vec<T>{};
       for (int64_t c = 0; c < a.classes; ++c)
         for (int i = 0; i < k; ++i) ref[i] = max_of(load(of_class(c) + v0 + i * kLanes<T>), ref[i]);
+      if (with_targets)
+        for (int i = 0; i < k; ++i) ref[i] = max_of(load(at(kTarget, v0 + i * kLanes<T>)), ref[i]);
       for (int i = 0; i < k; ++i) ref[i] = ref[i] > -kInf<T> ? ref[i] : vec<T>{};
       for (int64_t c = 0; c < a.classes;) {
         vec<T> part[k];
@@ -161,15 +221,43 @@ class DiceTile {
       }
       for (int i = 0; i < k; ++i) {
         const int64_t v = v0 + i * kLanes<T>;
+        const vec<T> others = sum[i];
+        if (with_targets) sum[i] += exp_of(load(at(kTarget, v)) - ref[i]);
         const vec<T> inverse = index(v) >= 0 ? T(1) / sum[i] : vec<T>{};
-        store(values_.at(v), inverse);
+        store(at(kInverse, v), inverse);
+        vec<T> dot{};
+        if constexpr (kSlopes) dot = inverse * linear[i] + inverse * (inverse * square[i]);
         if constexpr (kSlopes)
-          store(values_.at(shape.pitch + v), inverse * linear[i] + inverse * (inverse * square[i]));
+          with_targets ? finish_gradient(v, ref[i], others, inverse, dot) : store(at(kDot, v), dot);
+        else if (with_targets)
+          finish_nll(v, ref[i], others, sum[i]);
       }
     });
+    if (with_targets && !kSlopes) put_targets();
   }
-  vec<T> inverse(int64_t v) const { return load(values_.at(v)); }
-  vec<T> dot(int64_t v) const { return load(values_.at(shape.pitch + v)); }
+  vec<T> inverse(int64_t v) const { return load(at(kInverse, v)); }
+  vec<T> dot(int64_t v) const { return load(at(kDot, v)); }
+
+  // Of a vector of rows whose target's logit was taken out: the cross entropy, to kNll; e_t to kTarget. With
+  // 1 - p_t = others / sum neither it nor the gradient loses digits where a row is nearly certain.
+  void finish_nll(int64_t v, vec<T> ref, vec<T> others, vec<T> sum) {
+    const vec<T> past = load(at(kTarget, v)) - ref, e = exp_of(past);
+    const vec<T> log_sum = log1p_from(e == T(1) ? others : sum - T(1), sum);
+    vec<T> nll = T(1 - a.smoothing) * load(at(kWeight, v)) * (log_sum - past);
+    if (a.smoothing != 0) nll += terms_.smooth_share * (terms_.all_weights * log_sum + load(at(kAllClasses, v)));
+    store(at(kNll, v), index(v) >= 0 ? nll : vec<T>{});
+    store(at(kTarget, v), e);
+  }
+  // The gradient of the target's class, to kTarget; what the others subtract, to kDot. `dot` is that without the
+  // target.
+  void finish_gradient(int64_t v, vec<T> ref, vec<T> others, vec<T> inverse, vec<T> dot) {
+    const CrossEntropySlopes<T> s = terms_.slopes;
+    const vec<T> weight = load(at(kWeight, v)), up = s.target * weight, all = s.rest * s.all_weights + vec<T>{};
+    const vec<T> p = exp_of(load(at(kTarget, v)) - ref) * inverse, miss = others * inverse;
+    const vec<T> slope = load(at(kSlope, v)) + load(at(kOwnSlope, v)) * p;
+    store(at(kTarget, v), p * (slope * miss - dot) - up * miss + (all * p - s.rest * weight));
+    store(at(kDot, v), dot + p * slope - (up + all));
+  }
 
   // slope.by_other times t.
   vec<T> by_other(const DiceSlopes<T>& slope, int64_t c, int64_t v) const {
@@ -179,7 +267,7 @@ class DiceTile {
       return index(v) == lane_int(c) ? splat(slope.by_other) : vec<T>{};
   }
 
-  // Adds the tile's I, P, T of every class to sums[3 c], sums[3 c + 1], sums[3 c + 2].
+  // Adds the tile's I, P, T of every class to sums[3 c], sums[3 c + 1], sums[3 c + 2], its cross entropy behind them.
   template <bool kSoftmax>
   void add_sums(vec_double* sums) {
     const bool squared = a.squared;
@@ -219,6 +307,8 @@ class DiceTile {
       sums[3 * c + 1] = prediction;
       sums[3 * c + 2] = area;
     }
+    if (!kDense && kSoftmax && terms_.any)
+      for (int64_t v = 0; v < lanes; v += kLanes<T>) sums[3 * a.classes] += widen(load(at(kNll, v)));
   }
 
   // put(c, v, g) for every vector of the gradient by x, or by t; after exponentials().
@@ -228,6 +318,15 @@ class DiceTile {
     for (int64_t c = 0; c < a.classes; ++c) {
       const T* const x = of_class(c);
       const DiceSlopes<T> slope = slopes[c];
+      if (!kDense && kActivation == Activation::softmax && terms_.any) {
+        const T smooth = terms_.slopes.rest * T(dice_weight<T>(a, c));
+        for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+          const vec<T> p = load(x + v) * inverse(v);
+          const vec<T> g = p * (slope.constant + p * slope.by_own - dot(v)) - smooth;
+          put(c, v, index(v) == lane_int(c) ? load(at(kTarget, v)) : index(v) >= 0 ? g : vec<T>{});
+        }
+        continue;
+      }
       for (int64_t v = 0; v < lanes; v += kLanes<T>) {
         vec<T> p = load(x + v), g;
         if constexpr (kActivation == Activation::softmax) {
@@ -290,8 +389,14 @@ class DiceTile {
     using Scratch<V>::Scratch;
     V* at(int64_t i) const { return const_cast<Padded*>(this)->get() + i; }
   };
-  Padded<T> tile_, target_tile_, values_;  // values: 1 / sum, dot
+  // What there is of each row. Before a cross entropy's exponentials kTarget is x_t, after them e^(x_t - max), and in
+  // backward the gradient of the target's class.
+  enum Value { kInverse, kDot, kTarget, kWeight, kSlope, kOwnSlope, kAllClasses = kSlope, kNll = kOwnSlope, kValues };
+  T* at(Value value, int64_t b) const { return values_.at(value * shape.pitch + b); }
+
+  Padded<T> tile_, target_tile_, values_;
   Padded<lane_int> index_;
+  const CrossEntropyTerms<T> terms_;
 };
 
 // body(tile, group, item) for all tiles; item numbers the block. Blocks go to threads; begin(group) and end(item) are
@@ -318,8 +423,8 @@ inline Status dice_forward(const DiceLossArgs& a, ParallelFor parallel_for) {
   using T = accum_t<S>;
   constexpr bool kSoftmax = kActivation == Activation::softmax;
   const DiceShape shape = dice_shape<T>(a);
-  const int64_t items = a.groups * shape.blocks, sets = 3 * a.classes;
-  Scratch<double> parts(items * sets);  // [items, classes, 3]
+  const int64_t items = a.groups * shape.blocks, sets = 3 * a.classes + with_cross_entropy(a);
+  Scratch<double> parts(items * sets);  // [items, classes, 3] and the cross entropy
   Scratch<int64_t> bad(items);
   parallel(parallel_for, items, grain_for(min_of(shape.block, a.rows_per_group()) * a.classes),
            [&](int64_t begin, int64_t end) {
@@ -347,22 +452,42 @@ inline Status dice_forward(const DiceLossArgs& a, ParallelFor parallel_for) {
   for (int64_t i = 0; i < items; ++i)
     if (bad[i] >= 0) return {Status::bad_target, bad[i], load_index(a.target, a.index_type, bad[i])};
 
-  double total = 0;
-  for (int64_t group = 0; group < a.groups; ++group)
+  double total = 0, weights = 0;
+  int64_t groups = 0;  // that count
+  Scratch<double> of_group(sets);
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const double* const first = parts.get() + group * shape.blocks * sets;
+    double counted = a.dense || a.rows_per_group() == 0 ? 1 : 0;
+    for (int64_t i = 0; i < sets; ++i) of_group[i] = pairwise_sum(first + i, shape.blocks, sets);
+    for (int64_t c = 0; c < a.classes; ++c) counted += of_group[3 * c + 2];
+    groups += counted > 0;
     for (int64_t c = 0; c < a.classes; ++c) {
-      const double* first = parts.get() + group * shape.blocks * sets + 3 * c;
-      auto sum = [&](int i) { return pairwise_sum(first + i, shape.blocks, sets); };
-      const DiceTerm term = dice_term(a, sum(0), sum(1), sum(2));
+      const double* const sum = &of_group[3 * c];
+      const DiceTerm term = counted > 0 ? dice_term(a, sum[0], sum[1], sum[2]) : DiceTerm{0, 0, 0, 0};
       if (a.saved) {
-        a.saved[2 * (group * a.classes + c)] = term.per_intersection;
-        a.saved[2 * (group * a.classes + c) + 1] = term.per_area;
+        double* const saved = a.saved + 3 * (group * a.classes + c);
+        saved[0] = term.per_intersection;
+        saved[1] = term.per_prediction;
+        saved[2] = term.per_target;
       }
+      const double weight = dice_weight<T>(a, c);
+      weights += weight * sum[2];
       if (c < a.first_class) continue;
-      const double loss = (a.weight ? double(static_cast<const T*>(a.weight)[c]) : 1.0) * term.loss;
-      total += loss;
-      if (a.reduction == Reduction::none) store_scalar(a.loss, a.loss_type, dice_place(a, group, c), loss);
+      total += weight * term.loss;
+      if (a.reduction == Reduction::none)
+        store_scalar(a.loss, a.loss_type, dice_place(a, group, c), weight * term.loss);
     }
-  if (a.reduction != Reduction::none) store_scalar(a.loss, a.loss_type, 0, dice_reduced(a, total));
+  }
+  const double count = dice_count(a, groups);
+  if (a.saved) {
+    dice_divisors(a)[0] = count;
+    dice_divisors(a)[1] = weights;
+  }
+  if (a.reduction == Reduction::none) return {};
+  double loss = dice_reduced(a, total, count);
+  if (with_cross_entropy(a))
+    loss += cross_entropy_reduced(a, pairwise_sum(parts.get() + sets - 1, items, sets), weights);
+  store_scalar(a.loss, a.loss_type, 0, loss);
   return {};
 }
 
@@ -381,10 +506,9 @@ inline Status dice_backward(const DiceLossArgs& a, ParallelFor parallel_for) {
                  a, begin, end, shape,
                  [&](int64_t group) {
                    for (int64_t c = 0; c < a.classes; ++c) {
-                     const double weight = a.weight ? double(static_cast<const T*>(a.weight)[c]) : 1.0;
                      const double up =
                          c < a.first_class ? 0 : load_scalar(a.grad_output, a.loss_type, dice_place(a, group, c));
-                     slopes[c] = dice_slopes<T>(a, group, c, weight, up);
+                     slopes[c] = dice_slopes<T>(a, group, c, dice_weight<T>(a, c), up);
                    }
                  },
                  [&](auto& tile) {

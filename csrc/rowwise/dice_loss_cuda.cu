@@ -22,6 +22,9 @@ bool takes_vectors(const DiceLossArgs& a, const void* data, const Strides& s, in
          a.inner % lanes == 0 && a.rows_per_group() % lanes == 0;
 }
 
+// Sums of a group.
+int64_t sets_of(const DiceLossArgs& a) { return 3 * a.classes + (with_cross_entropy(a) ? 1 : 0); }
+
 DiceConfig dice_config(const DiceLossArgs& a, bool backward) {
   const int64_t lanes = 16 / size_of(a.input_type), accum = size_of(accum_of(a.input_type));
   const bool vectors =
@@ -29,7 +32,7 @@ DiceConfig dice_config(const DiceLossArgs& a, bool backward) {
   DiceConfig c;
   c.rows = vectors ? static_cast<int>(lanes) : 1;
   c.threads = kDiceThreads;
-  const int64_t shared = backward ? 3 * accum * a.classes : int64_t(kDiceThreads / kWarp) * 3 * 8 * a.classes;
+  const int64_t shared = backward ? 3 * accum * a.classes : int64_t(kDiceThreads / kWarp) * 8 * sets_of(a);
   c.shared = shared <= kMostShared ? static_cast<int>(shared) : 0;
   if (!backward && shared > kMostShared) c.threads = kWarp;
   const int64_t tile = int64_t(c.threads) * c.rows, tiles = (a.rows_per_group() + tile - 1) / tile;
@@ -41,7 +44,7 @@ DiceConfig dice_config(const DiceLossArgs& a, bool backward) {
 // Class indices travel in 32 bits.
 bool indices_fit(const DiceLossArgs& a) { return a.dense || a.classes <= INT32_MAX; }
 
-int64_t counter_bytes(const DiceLossArgs& a) { return (4 * (a.groups + 1) + 15) / 16 * 16; }
+int64_t counter_bytes(const DiceLossArgs& a) { return (4 * (2 * a.groups + 1) + 15) / 16 * 16; }
 
 // For the kernels of T, with as many rows per thread as the configuration says.
 template <class F>
@@ -57,6 +60,7 @@ DiceLossParams params_of(const DiceLossArgs& a, const DiceConfig& config) {
   p.a = a;
   p.rows_per_group = a.rows_per_group();
   p.parts = config.parts;
+  p.sets = sets_of(a);
   p.shared = config.shared > 0;
   return p;
 }
@@ -74,12 +78,13 @@ LaunchShape shape_of(const DiceLossArgs& a, const DiceConfig& config) {
 int dice_loss_rows_per_thread_cuda(const DiceLossArgs& a) { return dice_config(a, /*backward=*/false).rows; }
 
 int64_t dice_loss_workspace_bytes_cuda(const DiceLossArgs& a, const CudaContext&) {
-  const int64_t parts = dice_config(a, /*backward=*/false).parts;
-  return counter_bytes(a) + a.groups * a.classes * (3 * parts + 1) * static_cast<int64_t>(sizeof(double));
+  const int64_t parts = dice_config(a, /*backward=*/false).parts, items = a.groups * a.classes;
+  const int64_t doubles = a.groups * sets_of(a) * parts + items + (with_cross_entropy(a) ? items + a.groups : 0);
+  return counter_bytes(a) + doubles * static_cast<int64_t>(sizeof(double));
 }
 
 Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context) {
-  if (!indices_fit(a)) return {Status::unsupported};
+  if (!indices_fit(a) || !a.consistent()) return {Status::unsupported};
   const DiceConfig config = dice_config(a, /*backward=*/false);
   DiceLossParams p = params_of(a, config);
   Status status;
@@ -89,8 +94,13 @@ Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context)
   auto* workspace = static_cast<unsigned char*>(context.workspace);
   p.counter = reinterpret_cast<unsigned*>(workspace);
   p.bad = p.counter + 1;
+  p.counted = p.bad + a.groups;
   p.partials = reinterpret_cast<double*>(workspace + counter_bytes(a));
-  if (a.reduction != Reduction::none) p.losses = p.partials + 3 * a.groups * a.classes * config.parts;
+  const int64_t items = a.groups * a.classes;
+  double* const of_items = p.partials + a.groups * p.sets * config.parts;
+  if (a.reduction != Reduction::none) p.losses = of_items;
+  p.weights = of_items + items;
+  p.nll = p.weights + items;
   status = fill_zero(workspace, counter_bytes(a), context.stream);
   if (status.code != Status::ok) return status;
   if (a.classes > 0)
@@ -100,8 +110,8 @@ Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context)
     });
   if (status.code != Status::ok) return status;
   LaunchShape finish;
-  const int64_t items = a.groups * a.classes;
-  finish.grid = items < 1 ? 1 : items < kMostFinishBlocks ? items : kMostFinishBlocks;
+  const int64_t blocks = items + (with_cross_entropy(a) ? a.groups : 0);
+  finish.grid = blocks < 1 ? 1 : blocks < kMostFinishBlocks ? blocks : kMostFinishBlocks;
   finish.block = kDiceFinishThreads;
   finish.shared = (3 * kWarp + 1) * static_cast<int>(sizeof(double));
   with_type(a.input_type,
@@ -110,7 +120,7 @@ Status dice_loss_forward_cuda(const DiceLossArgs& a, const CudaContext& context)
 }
 
 Status dice_loss_backward_cuda(const DiceLossArgs& a, const CudaContext& context) {
-  if (!indices_fit(a)) return {Status::unsupported};
+  if (!indices_fit(a) || !a.consistent()) return {Status::unsupported};
   const DiceConfig config = dice_config(a, /*backward=*/true);
   if (a.classes == 0) return {};
   const DiceLossParams p = params_of(a, config);

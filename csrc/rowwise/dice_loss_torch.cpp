@@ -1,4 +1,4 @@
-// Binding of dice_loss. The operators are private: their outputs carry no autograd.
+// Binding of dice_loss and its family. The operators are private: their outputs carry no autograd.
 //
 //   input     [N, C, d1, ...] float32, float64, float16, bfloat16
 //   target    [N, d1, ...] any integer dtype, contiguous; or floating, of the input's shape
@@ -6,7 +6,7 @@
 //   loss      [], or for reduction none [C'] with `batch`, else [N, C']; of loss_dtype (the value of DType). C' is C,
 //   or
 //             C - 1 without the background
-//   saved     [N or 1, C, 2] float64: what backward needs
+//   saved     [3 C N + 2], with `batch` [3 C + 2], float64: what backward needs
 #include "../common/cpu_isa.h"
 #include "../torch/support.h"
 #include "dice_loss.h"
@@ -15,11 +15,23 @@
 #endif
 
 #include <tuple>
+#include <vector>
 
 namespace fastloss {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+// What an operator takes beside its tensors. `loss`: 0 dice, no params; 1 tversky, with alpha, beta, gamma; 2 dice and
+// cross entropy, with lambda_dice, lambda_ce, label_smoothing.
+struct Options {
+  int64_t loss;
+  const std::vector<double>& params;
+  int64_t activation;
+  bool batch, squared, include_background, skip_absent;
+  double smooth_nr, smooth_dr;
+  int64_t ignore_index, reduction, loss_dtype;
+};
 
 // One operator call: the contract's arguments, and the tensors whose storage they point into.
 struct Call {
@@ -27,10 +39,8 @@ struct Call {
   Tensor input, target;
   bool batch;
 
-  Call(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t activation, bool batch,
-       bool squared, bool include_background, bool skip_absent, double smooth_nr, double smooth_dr,
-       int64_t ignore_index, int64_t reduction, int64_t loss_dtype)
-      : input(input), target(target), batch(batch) {
+  Call(const Tensor& input, const Tensor& target, const OptionalTensor& weight, const Options& o)
+      : input(input), target(target), batch(o.batch) {
     if (input.dim() < 2) throw std::invalid_argument("input: expected [N, C, ...]");
     args.input_type = dtype_of(input, "input");
     args.dense = is_floating(target);
@@ -49,17 +59,32 @@ struct Call {
       require_vector(*weight, "weight", input.size(1), scalar_type_of(accum_of(args.input_type)), input);
       args.weight = weight->data_ptr();
     }
-    if (activation < 0 || activation > int64_t(Activation::sigmoid)) throw std::invalid_argument("activation: unknown");
-    if (loss_dtype < 0 || loss_dtype > int64_t(DType::bf16)) throw std::invalid_argument("loss_dtype: unknown");
-    args.activation = Activation(activation);
-    args.squared = squared;
-    args.skip_absent = skip_absent;
-    args.first_class = include_background ? 0 : 1;
-    args.smooth_nr = smooth_nr;
-    args.smooth_dr = smooth_dr;
-    args.ignore_index = ignore_index;
-    args.reduction = Reduction(reduction);
-    args.loss_type = DType(loss_dtype);
+    if (o.activation < 0 || o.activation > int64_t(Activation::sigmoid))
+      throw std::invalid_argument("activation: unknown");
+    if (o.loss_dtype < 0 || o.loss_dtype > int64_t(DType::bf16)) throw std::invalid_argument("loss_dtype: unknown");
+    if (o.loss < 0 || o.loss > 2 || o.params.size() != (o.loss == 0 ? 0 : 3))
+      throw std::invalid_argument("loss: expected 0 without params, 1 or 2 with three");
+    args.activation = Activation(o.activation);
+    args.squared = o.squared;
+    args.skip_absent = o.skip_absent;
+    args.first_class = o.include_background ? 0 : 1;
+    args.smooth_nr = o.smooth_nr;
+    args.smooth_dr = o.smooth_dr;
+    args.ignore_index = o.ignore_index;
+    args.reduction = Reduction(o.reduction);
+    args.loss_type = DType(o.loss_dtype);
+    if (o.loss == 1) {
+      args.tversky = true;
+      args.alpha = o.params[0];
+      args.beta = o.params[1];
+      args.gamma = o.params[2];
+    } else if (o.loss == 2) {
+      args.lambda_dice = o.params[0];
+      args.lambda_ce = o.params[1];
+      args.smoothing = o.params[2];
+    }
+    if (!args.consistent())
+      throw std::invalid_argument("loss: a cross entropy expected a softmax, class indices and a reduction");
   }
 
   // Fixes the [outer, classes, inner] view of input, dense target and gradient, if there is one. Where no view suits
@@ -95,8 +120,8 @@ struct Call {
     Tensor loss = allocate(input, sizes + skipped, dim, scalar_type_of(args.loss_type));
     args.loss = loss.data_ptr();
     if (save) {
-      const int64_t saved_sizes[] = {args.groups, args.classes, 2};
-      *saved = allocate(input, saved_sizes, 3, ScalarType::Double);
+      const int64_t saved_size = args.saved_count();
+      *saved = allocate(input, &saved_size, 1, ScalarType::Double);
       args.saved = static_cast<double*>(saved->data_ptr());
     }
     Status status;
@@ -142,46 +167,63 @@ struct Call {
 #endif
 };
 
-Tensor value(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t activation, bool batch,
-             bool squared, bool include_background, bool skip_absent, double smooth_nr, double smooth_dr,
-             int64_t ignore_index, int64_t reduction, int64_t loss_dtype) {
-  Call call(input, target, weight, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
-            ignore_index, reduction, loss_dtype);
+Tensor value(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t loss,
+             std::vector<double> params, int64_t activation, bool batch, bool squared, bool include_background,
+             bool skip_absent, double smooth_nr, double smooth_dr, int64_t ignore_index, int64_t reduction,
+             int64_t loss_dtype) {
+  Call call(input, target, weight,
+            {loss, params, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
+             ignore_index, reduction, loss_dtype});
   return call.forward(/*save=*/false, nullptr);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                   int64_t activation, bool batch, bool squared, bool include_background,
-                                   bool skip_absent, double smooth_nr, double smooth_dr, int64_t ignore_index,
-                                   int64_t reduction, int64_t loss_dtype) {
-  Call call(input, target, weight, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
-            ignore_index, reduction, loss_dtype);
+                                   int64_t loss, std::vector<double> params, int64_t activation, bool batch,
+                                   bool squared, bool include_background, bool skip_absent, double smooth_nr,
+                                   double smooth_dr, int64_t ignore_index, int64_t reduction, int64_t loss_dtype) {
+  Call call(input, target, weight,
+            {loss, params, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
+             ignore_index, reduction, loss_dtype});
   Tensor saved;
-  Tensor loss = call.forward(/*save=*/true, &saved);
-  return {loss, saved};
+  Tensor result = call.forward(/*save=*/true, &saved);
+  return {result, saved};
 }
 
 Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                const Tensor& saved, int64_t activation, bool batch, bool squared, bool include_background,
-                bool skip_absent, double smooth_nr, double smooth_dr, int64_t ignore_index, int64_t reduction,
-                int64_t loss_dtype) {
-  Call call(input, target, weight, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
-            ignore_index, reduction, loss_dtype);
+                const Tensor& saved, int64_t loss, std::vector<double> params, int64_t activation, bool batch,
+                bool squared, bool include_background, bool skip_absent, double smooth_nr, double smooth_dr,
+                int64_t ignore_index, int64_t reduction, int64_t loss_dtype) {
+  Call call(input, target, weight,
+            {loss, params, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
+             ignore_index, reduction, loss_dtype});
   return call.backward(/*of_target=*/false, grad_output, saved);
 }
 Tensor target_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                       const OptionalTensor& weight, const Tensor& saved, int64_t activation, bool batch, bool squared,
-                       bool include_background, bool skip_absent, double smooth_nr, double smooth_dr,
-                       int64_t ignore_index, int64_t reduction, int64_t loss_dtype) {
-  Call call(input, target, weight, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
-            ignore_index, reduction, loss_dtype);
+                       const OptionalTensor& weight, const Tensor& saved, int64_t loss, std::vector<double> params,
+                       int64_t activation, bool batch, bool squared, bool include_background, bool skip_absent,
+                       double smooth_nr, double smooth_dr, int64_t ignore_index, int64_t reduction,
+                       int64_t loss_dtype) {
+  Call call(input, target, weight,
+            {loss, params, activation, batch, squared, include_background, skip_absent, smooth_nr, smooth_dr,
+             ignore_index, reduction, loss_dtype});
   return call.backward(/*of_target=*/true, grad_output, saved);
 }
 
 // How the kernels walk this input, in words, for fastloss.explain().
 std::string regime(const Tensor& input, const Tensor& target) {
-  Call call(input, target, std::nullopt, int64_t(Activation::softmax), false, false, true, false, 0, 0, -100,
-            int64_t(Reduction::mean), int64_t(dtype_of(input, "input")));
+  Call call(input, target, std::nullopt,
+            {0,
+             {},
+             int64_t(Activation::softmax),
+             false,
+             false,
+             true,
+             false,
+             0,
+             0,
+             -100,
+             int64_t(Reduction::mean),
+             int64_t(dtype_of(input, "input"))});
   call.set_layout(nullptr);
 #if defined(FASTLOSS_HAVE_CUDA)
   if (input.is_cuda()) {
@@ -197,7 +239,8 @@ std::string regime(const Tensor& input, const Tensor& target) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   const std::string tensors = "Tensor input, Tensor target, Tensor? weight, ";
   const std::string options =
-      "int activation, bool batch, bool squared, bool include_background, bool skip_absent, float smooth_nr, float "
+      "int loss, float[] params, int activation, bool batch, bool squared, bool include_background, bool skip_absent, "
+      "float smooth_nr, float "
       "smooth_dr, int ignore_index, int reduction, int loss_dtype) -> ";
   m.def(("dice_loss_value(" + tensors + options + "Tensor").c_str());
   m.def(("dice_loss_forward(" + tensors + options + "(Tensor, Tensor)").c_str());

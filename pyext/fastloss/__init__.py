@@ -22,8 +22,10 @@ from .losses.cosface_loss import CosFaceLoss, cosface_loss
 from .losses.cosine_distance_loss import CosineDistanceLoss, cosine_distance_loss
 from .losses.cosine_embedding_loss import CosineEmbeddingLoss, cosine_embedding_loss
 from .losses.cross_entropy import CrossEntropyLoss, CrossEntropyStats, cross_entropy
+from .losses.dice_ce_loss import DiceCELoss, dice_ce_loss
 from .losses.dice_loss import DiceLoss, dice_loss
 from .losses.focal_loss import FocalLoss, focal_loss
+from .losses.focal_tversky_loss import FocalTverskyLoss, focal_tversky_loss
 from .losses.gaussian_nll_loss import GaussianNLLLoss, gaussian_nll_loss
 from .losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss, generalized_cross_entropy
 from .losses.hinge_embedding_loss import HingeEmbeddingLoss, hinge_embedding_loss
@@ -51,6 +53,7 @@ from .losses.smooth_l1_loss import SmoothL1Loss, smooth_l1_loss
 from .losses.soft_margin_loss import SoftMarginLoss, soft_margin_loss
 from .losses.token_scaled_cross_entropy import TokenScaledCrossEntropyLoss, token_scaled_cross_entropy
 from .losses.triplet_margin_loss import TripletMarginLoss, triplet_margin_loss
+from .losses.tversky_loss import TverskyLoss, tversky_loss
 from .patching import PatchReport, patch, patch_report, unpatch
 from .token_log_probs import token_log_probs
 
@@ -66,8 +69,10 @@ __all__ = [
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "DiceCELoss",
     "DiceLoss",
     "FocalLoss",
+    "FocalTverskyLoss",
     "GaussianNLLLoss",
     "GeneralizedCrossEntropyLoss",
     "HingeEmbeddingLoss",
@@ -98,6 +103,7 @@ __all__ = [
     "SoftMarginLoss",
     "TokenScaledCrossEntropyLoss",
     "TripletMarginLoss",
+    "TverskyLoss",
     "__version__",
     "arcface_loss",
     "asymmetric_loss",
@@ -111,9 +117,11 @@ __all__ = [
     "cosine_distance_loss",
     "cosine_embedding_loss",
     "cross_entropy",
+    "dice_ce_loss",
     "dice_loss",
     "explain",
     "focal_loss",
+    "focal_tversky_loss",
     "gaussian_nll_loss",
     "generalized_cross_entropy",
     "hinge_embedding_loss",
@@ -150,5 +158,6 @@ __all__ = [
     "token_log_probs",
     "token_scaled_cross_entropy",
     "triplet_margin_loss",
+    "tversky_loss",
     "unpatch",
 ]

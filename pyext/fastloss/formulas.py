@@ -592,38 +592,65 @@ def row_loss(formula: RowFormula, tensors: Tensors, parameters: Mapping[str, flo
 
 
 def dice_loss(tensors: Tensors, o: Any) -> Tensor:
-    """1 - (2 sum p t + smooth_nr) / (sum p + sum t + smooth_dr), of every sample and class; squares in the denominator
-    with ``squared``. The activations have the codes 0 (none), 1 (softmax), 2 (sigmoid)."""
+    """What a loss of dice's family makes of I = sum p t, P = sum p and T = sum t of every sample and class; of their
+    squares with ``squared``. The activations have the codes 0 (none), 1 (softmax), 2 (sigmoid); the losses 0 (dice),
+    1 (Tversky's, with alpha, beta, gamma), 2 (dice and cross entropy, with the factors of both and the smoothing)."""
     x, target, weight = tensors
     x = x.to(accum_dtype(x.dtype))
+    dims = [0] * o.batch + list(range(2, x.dim()))
+
+    def sums(values: Tensor) -> Tensor:
+        return values.sum(dims) if dims else values  # torch takes no dimensions for all
+
+    counts = None
+    counted = torch.ones(1 if o.batch else (x.shape[0], 1), dtype=torch.bool, device=x.device)  # samples
     if target.is_floating_point():
-        counts, t = None, target.to(x.dtype)
+        t = target.to(x.dtype)
     else:
         index = target.to(torch.int64).unsqueeze(1)
         counts = index != o.ignore_index
+        if math.prod(x.shape[d] for d in dims):
+            counted = sums(counts) > 0
         classes = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1] * (x.dim() - 2))
         t = ((index == classes) & counts).to(x.dtype)
         x = torch.where(counts, x, 0.0)
     p = x.softmax(1) if o.activation == 1 else x.sigmoid() if o.activation == 2 else x
     if counts is not None:
         p = torch.where(counts, p, 0.0)
-    dims = [0] * o.batch + list(range(2, x.dim()))
 
-    def sums(values: Tensor) -> Tensor:
-        return values.sum(dims) if dims else values  # torch takes no dimensions for all
-
-    area_t = sums(t * t if o.squared else t)
-    area = sums(p * p if o.squared else p) + area_t + o.smooth_dr
-    if o.skip_absent:
-        area = torch.where(area_t == 0, 1.0, area)
-    loss = 1 - (2 * sums(p * t) + o.smooth_nr) / area
-    if o.skip_absent:
-        loss = torch.where(area_t == 0, 0.0, loss)
+    overlap, area_t = sums(p * t), sums(t * t if o.squared else t)
+    there = ((area_t != 0) | (not o.skip_absent)) & counted
+    if o.loss == 1:
+        alpha, beta, gamma = o.params
+        wrong = alpha * (sums(p) - overlap) + beta * (area_t - overlap)
+        loss = (wrong + o.smooth_dr - o.smooth_nr) / torch.where(there, overlap + wrong + o.smooth_dr, 1.0)
+        if gamma != 1:
+            loss = torch.where(loss <= 0, 0.0, torch.where(loss <= 0, 1.0, loss) ** gamma)
+    else:
+        area = sums(p * p if o.squared else p) + area_t + o.smooth_dr
+        loss = 1 - (2 * overlap + o.smooth_nr) / torch.where(there, area, 1.0)
+    loss = torch.where(there, loss, 0.0)
     if weight is not None:
         loss = loss * weight
     if not o.include_background:
         loss = loss[..., 1:]
-    return loss if o.reduction == NONE else loss.mean() if o.reduction == MEAN else loss.sum()
+    if o.reduction == NONE:
+        return loss
+    total = loss.sum()
+    if o.reduction == MEAN:
+        total = total / (counted.sum().clamp(min=min(1, counted.numel())) * loss.shape[-1])
+    return total if o.loss != 2 else o.params[0] * total + o.params[1] * _cross_entropy_of_dice(x, t, weight, o)
+
+
+def _cross_entropy_of_dice(x: Tensor, t: Tensor, weight: Tensor | None, o: Any) -> Tensor:
+    """Of logits and one-hot targets, which are 0 for all classes where a row does not count."""
+    log_p, smoothing = x.log_softmax(1), o.params[2]
+    w = torch.ones(x.shape[1], dtype=x.dtype, device=x.device) if weight is None else weight
+    w = w.view(1, -1, *[1] * (x.dim() - 2))
+    rows = (1 - smoothing) * torch.where(t > 0, -w * log_p, 0.0).sum(1)
+    if smoothing:
+        rows = rows + smoothing / x.shape[1] * torch.where(t.sum(1) > 0, (-w * log_p).sum(1), 0.0)
+    return rows.sum() / (w * t).sum() if o.reduction == MEAN else rows.sum()
 
 
 # ------------------------------------------------------------------------------------------------ divergences of logits

@@ -24,8 +24,10 @@ from .losses.cosface_loss import cosface_loss
 from .losses.cosine_distance_loss import cosine_distance_loss
 from .losses.cosine_embedding_loss import cosine_embedding_loss
 from .losses.cross_entropy import cross_entropy
+from .losses.dice_ce_loss import dice_ce_loss
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
+from .losses.focal_tversky_loss import focal_tversky_loss
 from .losses.gaussian_nll_loss import gaussian_nll_loss
 from .losses.generalized_cross_entropy import generalized_cross_entropy
 from .losses.hinge_embedding_loss import hinge_embedding_loss
@@ -51,6 +53,7 @@ from .losses.smooth_l1_loss import smooth_l1_loss
 from .losses.soft_margin_loss import soft_margin_loss
 from .losses.token_scaled_cross_entropy import token_scaled_cross_entropy
 from .losses.triplet_margin_loss import triplet_margin_loss
+from .losses.tversky_loss import tversky_loss
 
 __all__ = [
     "arcface_loss",
@@ -63,8 +66,10 @@ __all__ = [
     "cosine_distance_loss",
     "cosine_embedding_loss",
     "cross_entropy",
+    "dice_ce_loss",
     "dice_loss",
     "focal_loss",
+    "focal_tversky_loss",
     "gaussian_nll_loss",
     "generalized_cross_entropy",
     "hinge_embedding_loss",
@@ -91,6 +96,7 @@ __all__ = [
     "soft_margin_loss",
     "token_scaled_cross_entropy",
     "triplet_margin_loss",
+    "tversky_loss",
 ]
 
 if not TYPE_CHECKING:  # type checkers are to know a wrong name

@@ -26,8 +26,10 @@ from .losses.cosface_loss import CosFaceLoss
 from .losses.cosine_distance_loss import CosineDistanceLoss
 from .losses.cosine_embedding_loss import CosineEmbeddingLoss
 from .losses.cross_entropy import CrossEntropyLoss
+from .losses.dice_ce_loss import DiceCELoss
 from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
+from .losses.focal_tversky_loss import FocalTverskyLoss
 from .losses.gaussian_nll_loss import GaussianNLLLoss
 from .losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss
 from .losses.hinge_embedding_loss import HingeEmbeddingLoss
@@ -53,6 +55,7 @@ from .losses.smooth_l1_loss import SmoothL1Loss
 from .losses.soft_margin_loss import SoftMarginLoss
 from .losses.token_scaled_cross_entropy import TokenScaledCrossEntropyLoss
 from .losses.triplet_margin_loss import TripletMarginLoss
+from .losses.tversky_loss import TverskyLoss
 
 __all__ = [
     "ArcFaceLoss",
@@ -65,8 +68,10 @@ __all__ = [
     "CosineDistanceLoss",
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
+    "DiceCELoss",
     "DiceLoss",
     "FocalLoss",
+    "FocalTverskyLoss",
     "GaussianNLLLoss",
     "GeneralizedCrossEntropyLoss",
     "HingeEmbeddingLoss",
@@ -93,6 +98,7 @@ __all__ = [
     "SoftMarginLoss",
     "TokenScaledCrossEntropyLoss",
     "TripletMarginLoss",
+    "TverskyLoss",
 ]
 
 sys.modules[f"{__name__}.functional"] = functional  # for `import fastloss.nn.functional as F`

@@ -16,7 +16,14 @@ OPTIONS = {
     "every loss": {"groups": "outer", "reduction": "none", "first_class": 1, "weight": True},
     "squared, sum": {"squared": True, "reduction": "sum", "first_class": 1},
     "no smoothing": {"smooth_nr": 0.0, "smooth_dr": 0.0, "skip_absent": True},
+    "tversky": {"tversky": True, "alpha": 0.2, "beta": 0.7, "gamma": 0.75, "groups": "outer", "weight": True},
+    "cross entropy": {"lambda_dice": 0.5, "lambda_ce": 2.0, "groups": "outer", "weight": True, "smoothing": 0.2},
 }
+
+
+def together(options, activation, dense):
+    """Whether there is such a loss."""
+    return not options.get("lambda_ce") or (activation == "softmax" and not dense)
 
 
 @pytest.fixture(params=("core", "emulated"))
@@ -37,6 +44,7 @@ def isa(request):
 
 def reference(x, target, *, groups=1, activation="softmax", weight=None, squared=False, skip_absent=False,
               first_class=0, smooth_nr=0.0, smooth_dr=0.0, ignore_index=-100, reduction="mean",
+              tversky=False, alpha=0.5, beta=0.5, gamma=1.0, lambda_dice=1.0, lambda_ce=0.0, smoothing=0.0,
               grad_output=1.0):  # fmt: skip
     """Loss and its derivatives by x and by the target, in float64. x: [outer, classes, inner]."""
     outer, classes, inner = x.shape
@@ -53,25 +61,45 @@ def reference(x, target, *, groups=1, activation="softmax", weight=None, squared
     else:
         p = 1 / (1 + np.exp(-x)) if activation == "sigmoid" else x
     p = p * counts[..., None]
-    area_t = (t * t if squared else t).sum(1)
-    area = (p * p if squared else p).sum(1) + area_t + smooth_dr
-    score = (2 * (p * t).sum(1) + smooth_nr) / area
+    area_t, common, area_p = (t * t if squared else t).sum(1), (p * t).sum(1), (p * p if squared else p).sum(1)
+    if tversky:
+        wrong = alpha * (area_p - common) + beta * (area_t - common)
+        area = common + wrong + smooth_dr
+        miss = (wrong + smooth_dr - smooth_nr) / area
+        loss, slope = miss**gamma, gamma * miss ** (gamma - 1)
+        of_i, of_p, of_t = (-(alpha + beta) - miss * (1 - alpha - beta)) * slope / area, alpha, beta
+        of_p, of_t = (f * (1 - miss) * slope / area for f in (of_p, of_t))
+    else:
+        area = area_p + area_t + smooth_dr
+        loss = 1 - (2 * common + smooth_nr) / area
+        of_i, of_p, of_t = -2 / area, (1 - loss) / area, (1 - loss) / area
     scale = np.ones(classes) if weight is None else weight.astype(float)
     up = (np.arange(classes) >= first_class) * scale * np.where(skip_absent & (area_t == 0), 0, 1)
-    losses = (up * (1 - score))[:, first_class:]
+    counted = counts.any(1)[:, None] | (counts.shape[1] == 0)
+    losses = np.where(counted, up * loss, 0)[:, first_class:]
+    size = counted.sum() * losses.shape[1] if counted.any() or groups == 0 else losses.shape[1]
     if reduction == "none":
         up[:, first_class:] *= np.reshape(grad_output, (groups, -1))
     else:
-        up = up * grad_output / (losses.size if reduction == "mean" else 1)
-    of_i, of_a = (up * -2 / area)[:, None], (up * score / area)[:, None]
-    by_p = of_i * t + of_a * (2 * p if squared else 1)
+        up = up * lambda_dice * grad_output / (size if reduction == "mean" else 1)
+    of_i, of_p, of_t = (np.where(counted, up * f, 0)[:, None] for f in (of_i, of_p, of_t))
+    by_p = of_i * t + of_p * (2 * p if squared else 1)
     if activation == "softmax":
         grad = p * (by_p - (p * by_p).sum(-1, keepdims=True))
     else:
         grad = by_p * (p * (1 - p) if activation == "sigmoid" else counts[..., None])
-    grad_target = of_i * p + of_a * (2 * t if squared else 1)
+    grad_target = of_i * p + of_t * (2 * t if squared else 1)
+    more = 0
+    if lambda_ce:
+        q = scale * ((1 - smoothing) * t + smoothing / classes * counts[..., None])
+        divisor = (scale * t).sum() if reduction == "mean" else 1
+        log_p = x - x.max(-1, keepdims=True) - np.log(e.sum(-1, keepdims=True))
+        more = lambda_ce * -np.where(q > 0, q * log_p, 0).sum() / divisor
+        grad = grad + lambda_ce * grad_output / divisor * (p * q.sum(-1, keepdims=True) - q)
     back = (g.reshape(outer, inner, classes).transpose(0, 2, 1) for g in (grad, grad_target))
-    return (losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()), *back
+    if reduction == "none":
+        return losses, *back
+    return lambda_dice * losses.sum() / (size if reduction == "mean" else 1) + more, *back
 
 
 def problem(shape, dtype, options, dense=None, seed=0):
@@ -100,7 +128,8 @@ def check(kernels, x, target, options, dtype, loss_dtype=None, laid_out=None):
     rng = np.random.default_rng(1)
     count = groups * (full[1] - options.get("first_class", 0))
     up = stored(rng.random(count) if options.get("reduction") == "none" else np.array(3.0), loss_dtype or dtype)
-    want, want_grad, want_grad_target = reference(exact(x).reshape(full), as_3d, grad_output=exact(up), **options)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of groups of which nothing counts
+        want, want_grad, want_grad_target = reference(exact(x).reshape(full), as_3d, grad_output=exact(up), **options)
     if loss_dtype:
         options = {**options, "loss_dtype": loss_dtype}
     got = kernels.dice_loss_forward(x, target, **options)
@@ -128,6 +157,8 @@ def test_value_and_gradient(kernels, shape, activation):
         if options.get("first_class") and shape[1] == 1:
             continue
         for dense in (None, "float32"):
+            if not together(options, activation, dense):
+                continue
             x, target, options_of_call = problem(shape, "float32", {**options, "activation": activation}, dense)
             check(kernels, x, target, options_of_call, "float32")
 
@@ -141,6 +172,8 @@ def test_dtypes(kernels, dtype, activation):
             x, target, options = problem(shape, dtype, options, dense)
             check(kernels, x, target, options, dtype)
             check(kernels, x, target, options, dtype, loss_dtype="float64" if dtype == "float64" else "float32")
+            if together({"lambda_ce": 1}, activation, dense):
+                check(kernels, x, target, {**options, "lambda_ce": 0.5, "smoothing": 0.1, "reduction": "sum"}, dtype)
 
 
 @pytest.mark.parametrize("shape", ((2, 3, 64), (2, 21, 65), (2, 5, 600)), ids=str)
@@ -150,6 +183,8 @@ def test_instruction_sets(isa, shape):
             for dense in (None, "float32"):
                 x, target, options = problem(shape, dtype, {"activation": activation, "groups": "outer"}, dense)
                 check(isa, x, target, options, dtype)
+                if together({"lambda_ce": 1}, activation, dense):
+                    check(isa, x, target, {**options, "lambda_ce": 1.0, "smoothing": 0.1}, dtype)
 
 
 @pytest.mark.parametrize("index", ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"))
@@ -178,6 +213,8 @@ def test_layouts(kernels, layout, dtype):
         laid_out = lay_out(x)
         other = np.zeros_like(x) if layout == "mixed" else lay_out(np.zeros_like(x))
         target = lay_out(target, "rows apart" if layout == "mixed" else layout) if dense else target
+        if not dense:
+            check(kernels, laid_out, target, {**options, "lambda_ce": 1.0}, dtype, laid_out=other)
         results = check(kernels, laid_out, target, options, dtype, laid_out=other)
         plain = check(kernels, x, np.ascontiguousarray(target), options, dtype)
         close(results[0], exact(plain[0]), dtype)
@@ -197,7 +234,7 @@ def test_the_same_bits_for_every_number_of_threads():
 def test_the_same_bits_for_every_schedule():
     emulated = pytest.importorskip("fastloss_emulated_numpy", reason="run `make test`")
     for shape in ((2, 4, 1100), *MANY):
-        x, target, options = problem(shape, "float32", {"groups": "outer", "weight": True})
+        x, target, options = problem(shape, "float32", {"groups": "outer", "weight": True, "lambda_ce": 1.0})
         bits = set()
         for seed in range(3 if SHORT else 10):
             emulated.set_seed(seed)
@@ -212,14 +249,14 @@ def test_pixels_that_are_left_out_may_hold_anything(kernels, shape):
     ignored = np.moveaxis(np.broadcast_to((target == -100).reshape(shape[0], shape[2], 1), (*shape[::2], 3)), 2, 1)
     for value in (np.nan, np.inf, -np.inf):
         dirty = np.where(ignored, np.float32(value), x)
-        for activation in ("softmax", "sigmoid", "none"):
-            of_activation = {**options, "activation": activation}
+        for activation, more in (("softmax", {}), ("sigmoid", {}), ("none", {}), ("softmax", {"lambda_ce": 1.0})):
+            of_activation = {**options, "activation": activation, **more}
             got = kernels.dice_loss_forward(dirty, target, **of_activation)
             grad = kernels.dice_loss_backward(dirty, target, got["saved"], np.float32([1.0]), **of_activation)["grad"]
             clean = kernels.dice_loss_forward(x, target, **of_activation)
             assert got["loss"] == clean["loss"] and (got["saved"] == clean["saved"]).all()
             assert (grad[ignored] == 0).all() and np.isfinite(grad).all()
-            assert activation != "softmax" or got["loss"] == want[0]
+            assert activation != "softmax" or more or got["loss"] == want[0]
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
@@ -230,6 +267,47 @@ def test_extreme_logits(kernels, dtype):
     for activation in ("softmax", "sigmoid"):
         with np.errstate(over="ignore"):
             check(kernels, x, target, {**options, "activation": activation}, dtype)
+    x[np.isinf(x)] = -1e4  # what has probability 0 has an infinite cross entropy
+    check(kernels, x, target, {**options, "lambda_ce": 1.0}, dtype, loss_dtype="float32")
+
+
+def test_a_row_that_is_nearly_certain(kernels):
+    """1 - p of the target's class and its logarithm keep their digits where p is 1."""
+    x, target, options = problem((1, 3, 64), "float32", {"lambda_dice": 0.0, "lambda_ce": 1.0})
+    target[:] = rng = np.random.default_rng(0).integers(0, 3, 64)
+    x[0, rng, np.arange(64)] += 25
+    loss, _, grad = check(kernels, x, target, options, "float32")
+    want, want_grad, _ = reference(exact(x), target, grad_output=3.0, **options)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-17)  # of float64's own p - 1
+
+
+def test_a_group_of_which_nothing_counts(kernels):
+    """It has loss 0 and is left out of the mean; where none counts, the mean is 0."""
+    for more in ({}, {"tversky": True, "gamma": 0.5}, {"smooth_nr": 0.0, "smooth_dr": 0.0, "skip_absent": True}):
+        for shape in ((3, 4, 8), (3, 4, 70)):
+            x, target, options = problem(shape, "float32", {"groups": "outer", **more})
+            target.reshape(3, -1)[1] = -100
+            got = check(kernels, x, target, options, "float32")
+            check(kernels, x, target, {**options, "reduction": "none"}, "float32")
+            others = [np.ascontiguousarray(a.reshape(3, -1)[::2]) for a in (x, target)]
+            two = (others[0].reshape(2, *shape[1:]), others[1].flatten())
+            assert got[0] == kernels.dice_loss_forward(*two, **{**options, "groups": 2})["loss"]
+            target[:] = -100
+            assert check(kernels, x, target, options, "float32")[0] == 0
+
+
+def test_all_is_right(kernels):
+    """The slope of (1 - TI)^gamma is infinite there for gamma < 1: it is taken as 0."""
+    x, target, options = problem((2, 3, 64), "float32", {"activation": "none", "tversky": True, "groups": "outer"})
+    target[target < 0] = 0
+    x = np.ascontiguousarray((target.reshape(2, 1, 64) == np.arange(3)[:, None]).astype("float32"))
+    for gamma in (0.5, 1.0, 2.0):
+        for smooth in (0.0, 0.25):
+            more = {**options, "gamma": gamma, "smooth_nr": smooth, "smooth_dr": smooth, "alpha": 0.3, "beta": 0.7}
+            got = kernels.dice_loss_forward(x, target, **more)
+            grad = kernels.dice_loss_backward(x, target, got["saved"], np.float32([1.0]), **more)["grad"]
+            assert got["loss"] == 0 and np.isfinite(grad).all() and (grad == 0).all() == (gamma != 1)
 
 
 def test_nothing_to_sum(kernels):

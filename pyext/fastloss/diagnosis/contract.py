@@ -122,6 +122,8 @@ def _reductions_at(s: Subject, prediction: Tensor, target: Tensor) -> Finding:
             divisors.add(float(weight.double().broadcast_to(none.shape).sum()))
     if not counted.all():
         divisors = (divisors - {float(none.numel())}) | {float(counted.sum())}
+        if 0 < none.dim() < target.dim() and len(none) == len(target):  # of samples or their regions, as Dice
+            divisors.add(none.numel() * float(counted.flatten(1).any(1).double().mean()))
     if not any(_close(total, mean * d) for d in divisors):
         return failed(
             f"'mean' is 'sum' divided by {total / mean if mean else math.nan:.6g}; "
@@ -421,7 +423,9 @@ def _weight_at(
     if what == "class" and labels_of(prediction, target) is None:
         return skipped("")
     ratio = call(3 * w) / weighted
-    if what != "positive" and not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
+    # Dice and cross entropy together: the first grows with the weights, the second divides by them.
+    both = 1 < ratio < 3 and _close(call(3 * w) - call(2 * w), call(2 * w) - weighted)
+    if what != "positive" and not both and not any(_close(ratio, r) for r in (1.0, 3.0, math.sqrt(3))):
         return fault(f"Three times the {option} costs {ratio:.6g} times (1 or 3 would make sense).", ratio=ratio)
     zeroed = w.clone()
     if what == "positive":

@@ -1,6 +1,7 @@
 """Dice loss: the overlap of predicted and true areas, class by class, without one-hot targets or stored probabilities.
 
-The mathematics is in ``csrc/rowwise/dice_loss.h``.
+And the rules of its family: Tversky's losses, dice with cross entropy. The mathematics is in
+``csrc/rowwise/dice_loss.h``.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,31 @@ from . import _rowwise
 
 _ACTIVATIONS = {None: 0, "softmax": 1, "sigmoid": 2}  # codes of the C++ enum Activation
 
+# Which of the family: what it makes of the sums. TVERSKY has the parameters alpha, beta, gamma; DICE_CE lambda_dice,
+# lambda_ce, label_smoothing.
+DICE, TVERSKY, DICE_CE = range(3)
+
+
+class Given(NamedTuple):
+    """The options that the family shares, as they are given."""
+
+    activation: str | None
+    ignore_index: int
+    batch: bool
+    squared: bool
+    smooth: float | None
+    smooth_nr: float
+    smooth_dr: float
+    include_background: bool
+    skip_absent: bool
+    reduction: str
+
 
 class Options(NamedTuple):
     """The operators' trailing arguments, in their order."""
 
+    loss: int
+    params: Sequence[float]
     activation: int
     batch: bool
     squared: bool
@@ -80,7 +102,7 @@ def _fake_loss(input: Any, target: Any, weight: Any, *options: Any) -> Any:
 @torch.library.register_fake("fastloss::dice_loss_forward")
 def _(input: Any, *rest: Any) -> Any:
     groups = 1 if Options(*rest[2:]).batch else input.shape[0]
-    return _fake_loss(input, *rest), input.new_empty([groups, input.shape[1], 2], dtype=torch.float64)
+    return _fake_loss(input, *rest), input.new_empty([3 * groups * input.shape[1] + 2], dtype=torch.float64)
 
 
 torch.library.register_fake("fastloss::dice_loss_value")(_fake_loss)
@@ -136,7 +158,8 @@ def dice_loss(
         include_background: False leaves class 0 out of the result (it remains part of the softmax).
         skip_absent: True: classes of which the target has nothing, in the sample or with ``batch`` in the batch, have
             loss 0 (they still count in the mean).
-        reduction: ``'none'`` | ``'mean'`` over samples and classes, divided by their number | ``'sum'``.
+        reduction: ``'none'`` | ``'mean'`` over samples and classes, divided by their number | ``'sum'``. A sample whose
+            pixels are all ignored has loss 0 and is left out of the mean.
 
     Returns:
         The loss: shape () or, for ``'none'``, (N, C), with ``batch`` (C); C - 1 without the background. In the input's
@@ -162,9 +185,9 @@ def dice_loss(
       ``to_onehot_y=True`` is a target of class indices (here one that needs no conversion); ``squared_pred`` is
       squared; ``batch``, ``smooth_nr``, ``smooth_dr``, ``include_background``, ``ignore_index`` and ``reduction`` have
       the same names. ``weight`` too, but without the background it still has C elements here; the first is not used.
-      Not copied: for K = 0 MONAI sums over samples and classes; for C = 1 it leaves out activation, weight or
-      include_background with a warning; its ``'none'`` appends dimensions of size 1. Not here: ``jaccard``,
-      ``soft_label``, ``other_act``.
+      Not copied: MONAI counts a sample whose pixels are all ignored in its mean, as if it were right; for K = 0 it
+      sums over samples and classes; for C = 1 it leaves out activation, weight or include_background with a warning;
+      its ``'none'`` appends dimensions of size 1. Not here: ``jaccard``, ``soft_label``, ``other_act``.
     - segmentation_models_pytorch: batch=True and skip_absent=True; ``smooth`` s is smooth_nr=2*s and smooth_dr=2*s (its
       ``eps`` bounds the denominator; smooth_dr, which is added to it, serves as well); mode ``'multiclass'`` is
       activation='softmax', ``'multilabel'`` and ``'binary'`` are 'sigmoid' with a floating target;
@@ -177,17 +200,42 @@ def dice_loss(
         return handle_torch_function(dice_loss, (input, target, weight), input, target, **options)
     if recording():
         return record("dice_loss", locals())
-    name = "dice_loss"
-    red = _arguments.reduction_code(reduction)
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{name}(): activation must be 'softmax', 'sigmoid' or None, got {activation!r}")
+    shared = Given(
+        activation,
+        ignore_index,
+        batch,
+        squared,
+        smooth,
+        smooth_nr,
+        smooth_dr,
+        include_background,
+        skip_absent,
+        reduction,
+    )
+    return run("dice_loss", input, target, weight, shared)
+
+
+def run(
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    given: Given,
+    loss: int = DICE,
+    params: Sequence[float] = (),
+) -> Tensor:
+    """A loss of the family, from its arguments as they are given; ``name`` is its function's."""
+    red = _arguments.reduction_code(given.reduction)
+    if given.activation not in _ACTIVATIONS:
+        raise ValueError(f"{name}(): activation must be 'softmax', 'sigmoid' or None, got {given.activation!r}")
     _arguments.require_tensor("input", input, name)
     _arguments.require_tensor("target", target, name)
     if weight is not None:
         _arguments.require_tensor("weight", weight, name)
-    ignore_index = _arguments.as_int(name, "ignore_index", ignore_index)
-    if smooth is not None:
-        smooth_nr = smooth_dr = _arguments.as_non_negative(name, "smooth", smooth)
+    ignore_index = _arguments.as_int(name, "ignore_index", given.ignore_index)
+    smooth_nr, smooth_dr = given.smooth_nr, given.smooth_dr
+    if given.smooth is not None:
+        smooth_nr = smooth_dr = _arguments.as_non_negative(name, "smooth", given.smooth)
     smooth_nr = _arguments.as_non_negative(name, "smooth_nr", smooth_nr)
     smooth_dr = _arguments.as_non_negative(name, "smooth_dr", smooth_dr)
     _arguments.require_supported_tensors(name, input, target, weight)
@@ -200,12 +248,12 @@ def dice_loss(
         )
     dtype = input.dtype
     if target.is_floating_point():
-        target = _floating_target(input, target, ignore_index)
+        target = _floating_target(name, input, target, ignore_index)
         dtype = torch.promote_types(dtype, target.dtype)
         if dtype is torch.float64:
             input = input.double()
     else:
-        target = _index_target(input, target)
+        target = _index_target(name, input, target)
     if weight is not None:
         _rowwise.check_weight(weight, input.shape[1], name)
         if weight.requires_grad and torch.is_grad_enabled():
@@ -214,54 +262,53 @@ def dice_loss(
                 "True; pass weight.detach(), or multiply the result of reduction='none'"
             )
         weight = weight.to(accum_dtype(input.dtype)).contiguous()
-    loss_dtype = DTYPE_CODES[_arguments.autocast_dtype(dtype, input.device)]
-    (loss,) = _engine(
-        (input, target, weight),
-        Options(
-            _ACTIVATIONS[activation],
-            bool(batch),
-            bool(squared),
-            bool(include_background),
-            bool(skip_absent),
-            smooth_nr,
-            smooth_dr,
-            ignore_index,
-            red,
-            loss_dtype,
-        ),
+    options = Options(
+        loss,
+        tuple(float(p) for p in params),
+        _ACTIVATIONS[given.activation],
+        bool(given.batch),
+        bool(given.squared),
+        bool(given.include_background),
+        bool(given.skip_absent),
+        smooth_nr,
+        smooth_dr,
+        ignore_index,
+        red,
+        DTYPE_CODES[_arguments.autocast_dtype(dtype, input.device)],
     )
+    (result,) = _engine((input, target, weight), options)
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
-    return loss
+    return result
 
 
-def _floating_target(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _floating_target(name: str, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     if target.dtype not in DTYPE_CODES:
-        raise RuntimeError(f"dice_loss(): target of dtype {target.dtype} is not supported; call target.to(input.dtype)")
+        raise RuntimeError(f"{name}(): target of dtype {target.dtype} is not supported; call target.to(input.dtype)")
     if target.shape != input.shape:
         raise ValueError(
-            f"dice_loss(): a floating target needs the input's shape {list(input.shape)}, got {list(target.shape)}; "
+            f"{name}(): a floating target needs the input's shape {list(input.shape)}, got {list(target.shape)}; "
             "class indices need an integer dtype: target.long()"
         )
     if ignore_index >= 0:
         raise RuntimeError(
-            "dice_loss(): ignore_index is not supported for floating point target; set input and target to 0 there, "
+            f"{name}(): ignore_index is not supported for floating point target; set input and target to 0 there, "
             "with activation=None"
         )
     return target
 
 
-def _index_target(input: Tensor, target: Tensor) -> Tensor:
+def _index_target(name: str, input: Tensor, target: Tensor) -> Tensor:
     classes = input.shape[1]
     if target.dtype is torch.bool or (classes == 1 and target.shape == input.shape):
         raise RuntimeError(
-            f"dice_loss(): a mask of dtype {target.dtype} as target: call target.to(input.dtype) for one label per "
+            f"{name}(): a mask of dtype {target.dtype} as target: call target.to(input.dtype) for one label per "
             "class and pixel, of the input's shape; integers are class indices, one per pixel"
         )
-    _rowwise.check_index_dtype(target, "dice_loss")
+    _rowwise.check_index_dtype(target, name)
     if target.dim() == input.dim() and target.shape[1] == 1:
         target = target.squeeze(1)
-    _rowwise.check_index_shapes(input, target, "dice_loss")
+    _rowwise.check_index_shapes(input, target, name)
     return _rowwise.index_target(target)
 
 

@@ -27,7 +27,7 @@ SPECS: dict[str, LossSpec] = {
     **row_maps.SPECS,
     **margins.SPECS,
     **row_losses.SPECS,
-    dice_loss.SPEC.name: dice_loss.SPEC,
+    **dice_loss.SPECS,
     **divergences.SPECS,
     **pointwise.SPECS,
     **torch_elementwise.SPECS,
