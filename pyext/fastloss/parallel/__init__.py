@@ -1,0 +1,6 @@
+"""Losses beyond one device: classes sharded over the ranks of a process group, on torch.distributed."""
+
+from .count import count
+from .cross_entropy import ParallelCrossEntropyLoss, cross_entropy
+
+__all__ = ["ParallelCrossEntropyLoss", "count", "cross_entropy"]
