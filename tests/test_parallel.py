@@ -62,8 +62,8 @@ def problem(seed, shape, dtype, soft=False, options=None):
     return x, target, options
 
 
-def whole(x, target, options, row_map="none", map_params=()):
-    """Loss (and statistics) and gradients in float64, of one process."""
+def whole(x, target, options, row_map="none", map_params=(), ones=False):
+    """Loss (and statistics) and gradients in float64, of one process; of rows times 1, 2, ... but for ``ones``."""
     x = x.to(torch.float64, copy=True).requires_grad_()
     options = {k: v.to(torch.float64, copy=True) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     leaves = [x]
@@ -77,7 +77,7 @@ def whole(x, target, options, row_map="none", map_params=()):
     else:
         result = fastloss.cross_entropy(x, target, **options)
     loss = result[0] if isinstance(result, tuple) else result
-    g = 1 + torch.arange(loss.numel(), dtype=loss.dtype).view(loss.shape)
+    g = torch.ones_like(loss) if ones else 1 + torch.arange(loss.numel(), dtype=loss.dtype).view(loss.shape)
     return result, torch.autograd.grad(loss, leaves, g)
 
 

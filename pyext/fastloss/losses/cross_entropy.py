@@ -545,6 +545,10 @@ def canonical(function: str, input: Any, target: Tensor, g: Given, row_map: int 
 
 def run(function: str, input: Tensor, target: Tensor, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
     """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says."""
+    if not torch.compiler.is_compiling() and _arguments.is_dtensor(input, target, g.weight, g.sample_weight):
+        from ..parallel import dtensor
+
+        return dtensor.run(function, input, target, g, row_map, map_a)
     tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_a)
     logits, target = tensors[:2]
     if logits.shape[1] == 0 and target.is_floating_point():  # nothing to sum over: 0, and 0 / 0 for the mean
