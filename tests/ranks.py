@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZE = 4
-_LIMIT = 100  # seconds for a job; far less than it takes, and more than the group's timeout
+_LIMIT = 60  # seconds for a job; far more than it takes, and more than the group's timeout
 
 
 class Collectives(TorchDispatchMode):
@@ -39,6 +39,7 @@ class Collectives(TorchDispatchMode):
 
 def _member(rank, size, store, pipe, timeout):
     torch.set_num_threads(1)
+    import faulthandler; faulthandler.dump_traceback_later(20)
     warnings.filterwarnings("ignore", message=".*barrier.*")
     dist.init_process_group(
         "gloo",

@@ -2,5 +2,6 @@
 
 from .count import count
 from .cross_entropy import ParallelCrossEntropyLoss, cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["ParallelCrossEntropyLoss", "count", "cross_entropy"]
+__all__ = ["ParallelCrossEntropyLoss", "count", "cross_entropy", "linear_cross_entropy"]
