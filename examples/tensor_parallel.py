@@ -79,7 +79,7 @@ def split(model: Model, mesh: DeviceMesh) -> Model:
 
 
 def batches(step: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Micro-batches of (tokens, labels) of all ranks; the same sequences again and again, so that they can be learnt."""
+    """Micro-batches of (tokens, labels) of all ranks, of three steps in turn, so that they can be learnt."""
     g = torch.Generator().manual_seed(step % 3)
     found = []
     for _ in range(MICRO_BATCHES):

@@ -39,7 +39,6 @@ class Collectives(TorchDispatchMode):
 
 def _member(rank, size, store, pipe, timeout):
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(20)
     warnings.filterwarnings("ignore", message=".*barrier.*")
     dist.init_process_group(
         "gloo",

@@ -1,8 +1,10 @@
 """fastloss.cross_entropy of DTensors, on gloo with 4 processes and a mesh of 2 x 2, against the whole."""
 
 import functools
+import importlib.util
 import itertools
 import warnings
+from pathlib import Path
 
 import fastloss
 import pytest
@@ -230,6 +232,30 @@ def sharded_weights(rank, group):
 
 def test_sharded_class_weights(team):
     team.run(sharded_weights, 4)
+
+
+@functools.cache
+def example():
+    path = Path(__file__).resolve().parent.parent / "examples" / "tensor_parallel.py"
+    spec = importlib.util.spec_from_file_location("tensor_parallel", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def trained(rank, group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    device = torch.device("cpu")
+    return example().train(5, device, mesh), example().train(5, device) if rank == 0 else None
+
+
+def test_the_example_trains_to_the_curve_of_one_process(team):
+    """Tensor parallelism of 2, FSDP2 over 2, two micro-batches with different numbers of targets."""
+    found = team.run(trained, 4)
+    alone = found[0][1]
+    assert alone[3] < alone[0] - 0.5  # it learns
+    for curve, _ in found:
+        torch.testing.assert_close(torch.tensor(curve), torch.tensor(alone), rtol=1e-4, atol=1e-4)
 
 
 def errors(rank, group):

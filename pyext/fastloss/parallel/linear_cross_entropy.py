@@ -157,7 +157,8 @@ def _backward(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> tuple[Ten
         operands = part, pick(target), class_weight, s
         by_logits, by_target, by_weight = gradients(call, layout, g, *operands, numbers, wanted)
         if grad_target is not None:
-            grad_target.view(ranks, mine, -1)[:, rows] = by_target.view(ranks, -1, target.shape[1])  # type: ignore[union-attr]
+            columns = target.shape[1]
+            grad_target.view(ranks, mine, columns)[:, rows] = by_target.view(ranks, rows.stop - begin, columns)  # type: ignore[union-attr]
         if grad_class_weight is not None:
             grad_class_weight += by_weight  # type: ignore[arg-type]
         if by_logits is None:
