@@ -176,3 +176,47 @@ def test_errors(team):
     for found in team.run(errors, 2):
         for (kind, message), (want, words) in zip(found, wants, strict=True):
             assert kind is want and words in message, (kind, message)
+
+
+def log_probs(rank, group, head, sequence=False):
+    """Log-probabilities and entropies, and their gradients: of both, and of each alone."""
+    ranks, dtype = dist.get_world_size(group), torch.float64
+    x, w, b, target, _ = head_problem(3, 12, 11, 6, dtype, False, {})
+    ends = cuts(11, ranks, 4)
+    here = slice(ends[rank], ends[rank + 1])
+    given = {"temperature": 0.7, "softcap": 3.0, "return_entropy": True}
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    z = torch.nn.functional.linear(*leaves)
+    wants = fastloss.token_log_probs(z, target, **given)
+    rows = slice(12 // ranks * rank, 12 // ranks * (rank + 1)) if sequence else slice(None)
+    if head:
+        mine = [t.clone().requires_grad_() for t in (x[rows], w[here], b[here])]
+        given["linear_bias_shard"] = mine[2]
+        found = parallel.linear_token_log_probs(
+            *mine[:2], target, group, memory_budget=100, sequence_parallel=sequence, **given
+        )
+        parts = (rows, here, here)
+    else:
+        leaves = [z]
+        mine = [z.detach()[:, here].clone().requires_grad_()]
+        found = parallel.token_log_probs(mine[0], target, group, **given)
+        parts = ((slice(None), here),)
+    g = torch.linspace(-1, 2, 12, dtype=dtype)
+    for of in ((0, 1), (0,), (1,)):
+        want = torch.autograd.grad(sum((g * wants[i]).sum() for i in of), leaves, retain_graph=True)
+        got = torch.autograd.grad(sum((g * found[i]).sum() for i in of), mine, retain_graph=True)
+        for a, c, part in zip(want, got, parts, strict=True):
+            torch.testing.assert_close(c, a[part])
+    for want, got in zip(wants, found, strict=True):
+        torch.testing.assert_close(got, want)
+    if not head:
+        half = parallel.token_log_probs(mine[0].bfloat16().view(3, 4, -1), target.view(3, 4), group)
+        assert half.dtype is torch.float32 and half.shape == (3, 4)
+        assert raised(parallel.token_log_probs, mine[0], target[:3], group)[0] is ValueError
+        assert raised(parallel.token_log_probs, mine[0], target, group, temperature=0.0)[0] is ValueError
+
+
+def test_log_probabilities_and_entropies(team):
+    team.run(log_probs, 3, False)
+    team.run(log_probs, 3, True)
+    team.run(log_probs, 2, True, True)

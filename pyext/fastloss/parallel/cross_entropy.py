@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from .. import _arguments, rows
 from .._autograd import accum_dtype, refuse_rehearsal
-from .._library import REDUCTIONS
+from .._library import REDUCTIONS, ops
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from ..losses import _rowwise
 from ..losses.cross_entropy import (
@@ -43,6 +43,7 @@ class Call(NamedTuple):
         options: of rows; total_classes is filled in when it is known.
         stats: whether arg-max and entropy are wanted.
         sharded_weight: the class weights are those of this rank's classes.
+        entropy: whether entropies, one of the statistics, have gradients.
     """
 
     function: str
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     options: RowOptions
     stats: bool
     sharded_weight: bool
+    entropy: bool = False
 
     def of(self, layout: Layout) -> RowOptions:
         """The options for so many classes."""
@@ -258,22 +260,29 @@ class ParallelCrossEntropy(Function):
         shape = _rowwise.row_shape(logits)
         m = merged(call, t, shape, logits.shape[1], lambda layout: numbers_of(call, layout, logits, target, weight))
         ctx.call, ctx.layout = call, m.layout
-        ctx.save_for_backward(logits, target, m.weight, sample_weight, m.row.saved)
-        if not call.stats:
-            return (m.row.loss,)
-        stats = statistics(m.row, target, m.best, call.options.ignore_index)
-        ctx.mark_non_differentiable(*stats)
-        return (m.row.loss, *stats)
+        ctx.save_for_backward(logits, target, m.weight, sample_weight, m.row.saved, m.row.entropy)
+        return results(ctx, call, m, target)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
-        logits, target, weight, sample_weight, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:4]
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits, target, weight, sample_weight, saved, entropy = ctx.saved_tensors
+        needs, by_entropy = ctx.needs_input_grad[1:4], grads[-1] if ctx.call.entropy else None
+        operands = logits, target, weight, sample_weight
         with torch.no_grad():
-            found = gradients(ctx.call, ctx.layout, grad_output, logits, target, weight, sample_weight, saved, needs)
+            found = gradients(ctx.call, ctx.layout, grads[0], *operands, saved, needs, entropy, by_entropy)
         if torch.is_grad_enabled():
             found = no_second_derivatives(ctx.call.function, found)
         return (None, *found, None, None)
+
+
+def results(ctx: Any, call: Call, m: Merged, target: Tensor) -> tuple[Tensor, ...]:
+    """What forward returns: loss and statistics."""
+    ctx.set_materialize_grads(False)
+    if not call.stats:
+        return (m.row.loss,)
+    stats = statistics(m.row, target, m.best, call.options.ignore_index)
+    ctx.mark_non_differentiable(*(stats[:-1] if call.entropy else stats))
+    return (m.row.loss, *stats)
 
 
 def no_second_derivatives(function: str, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -286,19 +295,30 @@ def no_second_derivatives(function: str, grads: Sequence[Tensor | None]) -> tupl
 def gradients(
     call: Call,
     layout: Layout,
-    grad_output: Tensor,
+    grad_output: Tensor | None,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     saved: Tensor,
     needs: Sequence[bool],
+    entropy: Tensor | None = None,
+    by_entropy: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """By this rank's logits, probabilities and class weights, as far as ``needs`` names them; no collective."""
+    """By this rank's logits, probabilities and class weights, as far as ``needs`` names them; no collective.
+
+    ``grad_output``, ``by_entropy``: the gradients by the loss and by the entropies, None: 0.
+    """
     o, place = call.of(layout), {"class_offset": layout.offset, "sample_weight": sample_weight}
     by_logits = by_target = by_weight = None
+    if grad_output is None:
+        if by_entropy is not None and needs[0]:
+            by_logits = _entropy_gradient(by_entropy, entropy, saved, logits, target, o)
+        return by_logits, by_target, by_weight
     if needs[0]:
         by_logits = rows.row_gradient(logits, target, saved, grad_output, o, weight=weight, **place)  # type: ignore[arg-type]
+        if by_entropy is not None:
+            by_logits += _entropy_gradient(by_entropy, entropy, saved, logits, target, o)
     if needs[1]:
         by_target = rows.row_gradient(  # type: ignore[call-arg]
             logits,
@@ -322,6 +342,20 @@ def gradients(
     return by_logits, by_target, by_weight
 
 
+def _entropy_gradient(
+    by_entropy: Tensor, entropy: Tensor | None, saved: Tensor, logits: Tensor, target: Tensor, o: RowOptions
+) -> Tensor:
+    """By the kernel of token_log_probs, to which no row has a target: the sum of all classes' exponentials is given as
+    that of the others."""
+    assert entropy is not None
+    ref, others, z_t = saved[:-2].view(3, -1)
+    own = torch.where(z_t == -torch.inf, 0.0, torch.exp(z_t - ref))
+    whole = torch.cat([ref, others + own, saved[-2:]])
+    none = torch.full_like(target, o.ignore_index)
+    given = whole, entropy.contiguous(), logits, none, o.ignore_index, o.softcap or 0.0, o.logit_scale
+    return ops.token_log_probs_backward(None, by_entropy.contiguous(), *given)  # type: ignore[no-any-return]
+
+
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -333,6 +367,7 @@ class Sharded(NamedTuple):
     weight_shard: Tensor | None = None
     row_map: str = "none"
     map_params: tuple[float, ...] = ()
+    entropy: bool = False
 
 
 def row_options(o: Options, loss_dtype: torch.dtype, row_map: str, map_params: tuple[float, ...]) -> RowOptions:
@@ -395,7 +430,7 @@ def checked(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded)
             loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
         weight = weight.to(accum_dtype(logits.dtype)).contiguous()
     o = row_options(c.options, loss_dtype, s.row_map, s.map_params)
-    call = Call(function, group, given, o, bool(g.return_stats), s.weight_shard is not None)
+    call = Call(function, group, given, o, bool(g.return_stats), s.weight_shard is not None, s.entropy)
     rows_shape = c.single_shape if c.single else _rowwise.row_shape(logits)
     if c.single and not unmade:
         logits = logits.unsqueeze(0)

@@ -32,7 +32,7 @@ from .cross_entropy import (
     merged,
     no_second_derivatives,
     numbers_of,
-    statistics,
+    results,
 )
 
 
@@ -108,25 +108,24 @@ class ParallelLinearCrossEntropy(Function):
                 lambda layout: _numbers(everything, weight, bias, call, head, t, layout),
             )
         ctx.call, ctx.head, ctx.layout = call, head, m.layout
-        ctx.save_for_backward(x, weight, bias, t.target, m.weight, t.sample_weight, m.row.saved)
-        if not call.stats:
-            return (m.row.loss,)
-        stats = statistics(m.row, t.target, m.best, call.options.ignore_index)
-        ctx.mark_non_differentiable(*stats)
-        return (m.row.loss, *stats)
+        ctx.save_for_backward(x, weight, bias, t.target, m.weight, t.sample_weight, m.row.saved, m.row.entropy)
+        return results(ctx, call, m, t.target)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad[2:5] + ctx.needs_input_grad[6:8]
+        by_entropy = grads[-1] if ctx.call.entropy else None
         with torch.no_grad(), torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            found: Sequence[Tensor | None] = _backward(ctx, grad_output, needs)
+            found: Sequence[Tensor | None] = _backward(ctx, grads[0], by_entropy, needs)
         if torch.is_grad_enabled():
             found = no_second_derivatives(ctx.call.function, found)
         return (None, None, *found[:3], None, *found[3:], None, None)
 
 
-def _backward(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    x, weight, bias, target, class_weight, sample_weight, saved = ctx.saved_tensors
+def _backward(
+    ctx: Any, grad_output: Tensor | None, by_entropy: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias, target, class_weight, sample_weight, saved, entropy = ctx.saved_tensors
     call, head, layout = ctx.call, ctx.head, ctx.layout
     everything = _all_rows(x, call, head).detach()
     count, features = everything.shape
@@ -150,12 +149,13 @@ def _backward(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> tuple[Ten
         x_rows = products.cast(pick(everything))
         part = z[: x_rows.shape[0]]
         products.logits(x_rows, part)
-        g = grad_output if grad_output.dim() == 0 else pick(grad_output)
+        g = grad_output if grad_output is None or grad_output.dim() == 0 else pick(grad_output)
+        h, by_h = (None, None) if by_entropy is None else (pick(entropy), pick(by_entropy))
         s = None if sample_weight is None else pick(sample_weight)
         numbers = torch.cat([*(pick(field) for field in per_row), ends])
         wanted = (any(needs[:3]), needs[3], needs[4])
         operands = part, pick(target), class_weight, s
-        by_logits, by_target, by_weight = gradients(call, layout, g, *operands, numbers, wanted)
+        by_logits, by_target, by_weight = gradients(call, layout, g, *operands, numbers, wanted, h, by_h)
         if grad_target is not None:
             columns = target.shape[1]
             grad_target.view(ranks, mine, columns)[:, rows] = by_target.view(ranks, rows.stop - begin, columns)  # type: ignore[union-attr]
