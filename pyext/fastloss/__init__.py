@@ -1,6 +1,7 @@
 """Fused, drop-in losses for PyTorch on CPU and CUDA. ``import fastloss`` and use the names of torch.nn.functional."""
 
 from . import _library  # noqa: F401  first: it checks the versions of Python and torch
+from . import parallel as parallel
 from . import plot as plot
 from . import rows as rows
 from ._version import __version__

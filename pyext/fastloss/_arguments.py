@@ -112,6 +112,12 @@ def require_tensor(name: str, value: Any, function: str) -> None:
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+def is_dtensor(*values: Any) -> bool:
+    """Whether one of them is a DTensor, of a module that nobody has imported as a rule."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(v, module.DTensor) for v in values)
+
+
 _NESTED = (
     "fastloss takes dense tensors; give the values of jagged ones, input.values() and target.values(), which hold the "
     "elements of all samples without padding (a mean is then over these), or torch.nested.to_padded_tensor with a mask"
@@ -136,7 +142,8 @@ def unsupported(*tensors: Tensor | None) -> str | None:
         if t.layout is not torch.strided:
             return f"layout {t.layout}: fastloss takes dense tensors; call .to_dense()"
         if type(t) not in _ORDINARY and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return f"tensor subclass {type(t).__name__}: fastloss takes plain tensors; convert it first"
+            remedy = "give this rank's part, .to_local()" if is_dtensor(t) else "convert it first"
+            return f"tensor subclass {type(t).__name__}: fastloss takes plain tensors; {remedy}"
     return None
 
 

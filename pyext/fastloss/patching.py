@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_overloaded_args, handle_torch_function
 
 from . import functional
-from ._arguments import unsupported
+from ._arguments import is_dtensor, unsupported
 from ._library import DTYPE_CODES
 
 _originals: dict[tuple[Any, str], Callable[..., Any]] = {}  # by module and name
@@ -44,8 +44,12 @@ _LACKING = tuple(
 )
 
 
-def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """None if fastloss takes a call with these arguments, else why not."""
+# Losses that know DTensors.
+_DISTRIBUTED = ("cross_entropy",)
+
+
+def takes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> str | None:
+    """None if fastloss takes a call of the loss ``name`` with these arguments, else why not."""
     first = kwargs.get("input")
     tensors = [a for a in (first, *args, *kwargs.values()) if isinstance(a, Tensor)]
     if not tensors:
@@ -55,6 +59,8 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
             return f"dtype {t.dtype}: fastloss takes float32, float64, float16 and bfloat16"
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace, whose graph is to run without fastloss"
+    if name in _DISTRIBUTED and is_dtensor(tensors[0]) and not torch.compiler.is_compiling():
+        tensors = [t.to_local() if is_dtensor(t) else t for t in tensors]  # type: ignore[attr-defined]
     return unsupported(*tensors)
 
 
@@ -175,7 +181,7 @@ def _behind(name: str, original: Callable[..., Any], ours: Callable[..., Any]) -
     def call(*args: Any, **kwargs: Any) -> Any:
         if _mode_active():  # it is shown this function, and calls it
             return original(*args, **kwargs)
-        reason = takes(args, kwargs)
+        reason = takes(args, kwargs, name)
         if _heeds_subclasses():
             overloaded = [a for a in (*args, *kwargs.values()) if _overrides(a)]
             if overloaded and (reason is not None or torch.compiler.is_compiling()):
@@ -282,11 +288,12 @@ def patch(report: bool = False) -> _Patched:
     """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``; and
     ``torchvision.ops.sigmoid_focal_loss``, where torchvision is imported already.
 
-    What fastloss does not take (complex, sparse, integer, float8; other devices; DTensor and other subclasses that see
-    operators) goes to torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run without Python.
-    Subclasses with a ``__torch_function__`` (fastai's TensorBase) handle the call as they do torch's: what they leave
-    to torch, fastloss takes. :func:`patch_report` says what happened. Names that were imported from torch.nn.functional
-    before (``from ... import cross_entropy``) keep pointing at torch's own, and cannot be pickled meanwhile.
+    What fastloss does not take (complex, sparse, integer, float8; other devices; subclasses that see operators, but for
+    DTensors in cross entropy) goes to torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run
+    without Python. Subclasses with a ``__torch_function__`` (fastai's TensorBase) handle the call as they do torch's:
+    what they leave to torch, fastloss takes. :func:`patch_report` says what happened. Names that were imported from
+    torch.nn.functional before (``from ... import cross_entropy``) keep pointing at torch's own, and cannot be pickled
+    meanwhile.
 
     A patch is in force until :func:`unpatch`, or until the ``with`` is left; of several that overlap, in threads or
     not, until the last is left::

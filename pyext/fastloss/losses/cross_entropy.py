@@ -573,6 +573,12 @@ def run(
 ) -> Any:
     """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says, the target's logit
     moved by ``margins``, an angle and a cosine."""
+    if not torch.compiler.is_compiling() and _arguments.is_dtensor(input, target, g.weight, g.sample_weight):
+        from ..parallel import dtensor
+
+        if margins != (0.0, 0.0):
+            raise NotImplementedError(f"{function}(): cosines as DTensor are not supported; pass input.full_tensor()")
+        return dtensor.run(function, input, target, g, row_map, map_a)
     tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_a, margins)
     logits, target = tensors[:2]
     if logits.shape[1] == 0 and target.is_floating_point():  # nothing to sum over: 0, and 0 / 0 for the mean

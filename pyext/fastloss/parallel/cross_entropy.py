@@ -1,0 +1,626 @@
+"""Cross entropy of logits whose classes are sharded over the ranks of a process group: function, module, autograd.
+
+Each rank reads its logits once and has three numbers per row (:func:`fastloss.rows.row_stats`). One all-gather brings
+those of all ranks to all ranks, who merge them in rank order and so have the same bits of the same loss. Backward reads
+the logits again and writes their gradient, without a collective. ``_exchange.py`` says what travels.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import _arguments, rows
+from .._autograd import accum_dtype, refuse_rehearsal
+from .._library import REDUCTIONS, ops
+from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
+from ..losses import _rowwise
+from ..losses.cross_entropy import (
+    CrossEntropyStats,
+    Given,
+    Options,
+    Unmade,
+    _class_dim,
+    _classes_second,
+    canonical,
+)
+from ..rows import MASS, RowLoss, RowOptions
+from . import _exchange
+from ._exchange import Bad, Layout, Part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_REDUCTION_NAMES = {code: name for name, code in REDUCTIONS.items()}
+
+
+class Call(NamedTuple):
+    """What a call is made with, beside tensors; the same on every rank.
+
+    Attributes:
+        options: of rows; total_classes is filled in when it is known.
+        stats: whether arg-max and entropy are wanted.
+        sharded_weight: the class weights are those of this rank's classes.
+        entropy: whether entropies, one of the statistics, have gradients.
+    """
+
+    function: str
+    group: "ProcessGroup"
+    given: Layout | None
+    options: RowOptions
+    stats: bool
+    sharded_weight: bool
+    entropy: bool = False
+
+    def of(self, layout: Layout) -> RowOptions:
+        """The options for so many classes."""
+        fields = dict(vars(self.options))
+        return RowOptions(**(fields | {"total_classes": layout.total}))
+
+
+class Operands(NamedTuple):
+    """logits [N, C_r, d1, ...], target, weight of all or of this rank's classes, sample_weight, normalizer."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    sample_weight: Tensor | None
+    normalizer: Tensor | None
+
+
+class Merged(NamedTuple):
+    """What all ranks have together.
+
+    Attributes:
+        row: loss, statistics, and what the gradient of each shard needs.
+        weight: of all classes. Of shards with probability targets it has zeros where the others' are, which are not
+            looked at.
+        best: the class that probabilities want most, with ``stats``.
+    """
+
+    layout: Layout
+    row: RowLoss
+    weight: Tensor | None
+    best: Tensor | None
+
+
+# ------------------------------------------------------------------------------------------------------- the numbers
+
+
+def _placed(weight: Tensor | None, call: Call, layout: Layout) -> Tensor | None:
+    """The weights of all classes, as far as this rank has them."""
+    if weight is None or not call.sharded_weight:
+        return weight
+    whole = weight.new_zeros([layout.total])
+    whole[layout.ranges()[layout.rank]] = weight
+    return whole
+
+
+def _gathered_weight(weight: Tensor, call: Call, layout: Layout) -> Tensor:
+    """The shards of the class weights, one after the other."""
+    padded = weight.new_zeros([max(layout.sizes)])
+    padded[: weight.shape[0]] = weight
+    shards = _exchange.gather(padded, call.group)
+    return torch.cat([shard[:n] for shard, n in zip(shards, layout.sizes, strict=True)])
+
+
+def _first_bad(target: Tensor, ignore_index: int, classes: int) -> Bad | None:
+    if target.is_floating_point() or not target.is_cpu:
+        return None
+    index = target.to(torch.int64).flatten()
+    bad = ((index < 0) | (index >= classes)) & (index != ignore_index)
+    if not bad.any():
+        return None
+    row = int(bad.nonzero()[0])
+    return Bad(row, int(index[row]))
+
+
+def _wanted(target: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """The largest probability of each row and its class, as numbers of the same dtype."""
+    if target.shape[1] == 0:
+        shape = [target.shape[0], *target.shape[2:]]
+        return target.new_full(shape, -torch.inf), target.new_full(shape, 0.0)
+    value, at = target.max(1)
+    return value, (at + offset).to(value.dtype)
+
+
+class Stacked(NamedTuple):
+    """How the numbers of a row are sent: without those that ranks can work out themselves."""
+
+    soft: bool
+    smooth: bool
+    stats: bool
+
+    @property
+    def fields(self) -> int:
+        """Numbers of a row."""
+        return 3 + (2 if self.soft else self.smooth) + 3 * self.stats + 2 * (self.stats and self.soft)
+
+    def packed(self, stats: Tensor, target: Tensor, layout: Layout) -> Tensor:
+        """Statistics [fields, N, d1, ...] as [numbers, rows]."""
+        if self.smooth and not self.soft:  # MASS is the sum of the rank's class weights
+            stats = torch.cat([stats[:MASS], stats[MASS + 1 :]])
+        if self.stats and self.soft:
+            stats = torch.cat([stats, torch.stack(_wanted(target.detach().to(stats.dtype), layout.offset))])
+        return stats.reshape(self.fields, -1)
+
+    def unpacked(
+        self, numbers: Tensor, shape: Sequence[int], weight: Tensor | None, layout: Layout
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Statistics of each rank, and the classes that probabilities want."""
+        numbers, best = numbers.reshape(*numbers.shape[:2], *shape), None
+        if self.stats and self.soft:
+            numbers, wanted = numbers[:, :-2], numbers[:, -2:]
+            first = wanted[:, 0].argmax(0, keepdim=True)
+            best = wanted[:, 1].gather(0, first)[0].to(torch.int64)
+        if not self.smooth or self.soft:
+            return list(numbers), best
+        found = []
+        for each, n, classes in zip(numbers, layout.sizes, layout.ranges(), strict=True):
+            mass = each.new_full([], n) if weight is None else weight[classes].double().sum().to(each.dtype)
+            found.append(torch.cat([each[:MASS], mass.expand(1, *shape), each[MASS:]]))
+        return found, best
+
+
+def numbers_of(call: Call, layout: Layout, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """What a rank sends about some rows, [numbers, rows]."""
+    stacked = stacked_for(call, target)
+    stats = rows.row_stats(
+        logits.detach(),
+        target.detach(),
+        call.of(layout),
+        class_offset=layout.offset,
+        weight=_placed(weight, call, layout),
+        best=call.stats,
+    )
+    return stacked.packed(stats, target, layout)
+
+
+def stacked_for(call: Call, target: Tensor) -> Stacked:
+    """How these numbers are sent."""
+    return Stacked(target.is_floating_point(), call.options.label_smoothing > 0, call.stats)
+
+
+def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: Any) -> Merged:
+    """All ranks' numbers as one loss. ``make(layout)``: this rank's, for rows of ``shape``; raises what all raise."""
+    target, o = t.target, call.options
+    stacked, like = stacked_for(call, target), t.logits
+    rows_count = 1
+    for n in shape:
+        rows_count *= n
+
+    def part(layout: Layout) -> Part:
+        if t.weight is not None and not call.sharded_weight and t.weight.shape[0] != layout.total:
+            raise RuntimeError(
+                f"{call.function}(): weight must be that of all {layout.total} classes, got {t.weight.shape[0]}; give "
+                "the weights of this rank's classes as weight_shard"
+            )
+        failed = None
+        if like.is_cuda and not target.is_floating_point():
+            index = target.to(torch.int64)
+            failed = (((index < 0) | (index >= layout.total)) & (index != o.ignore_index)).any()
+        return Part(make(layout), failed)
+
+    alike = _exchange.fingerprint(
+        vars(o), tuple(shape), stacked, t.normalizer is None, t.sample_weight is None, t.weight is None, like.dtype
+    )
+    layout, numbers, poison = _exchange.exchange(
+        call.function,
+        call.group,
+        classes,
+        call.given,
+        alike,
+        [stacked.fields, rows_count],
+        like,
+        part,
+        lambda layout: _first_bad(target, o.ignore_index, layout.total),
+    )
+    weight = _placed(t.weight, call, layout)
+    if weight is not None and call.sharded_weight and not stacked.soft:
+        assert t.weight is not None
+        weight = _gathered_weight(t.weight, call, layout)
+    stats, best = stacked.unpacked(numbers, shape, weight, layout)
+    row = rows.row_loss(
+        rows.merge_row_stats(stats),
+        target.detach(),
+        call.of(layout),
+        weight=weight,
+        sample_weight=t.sample_weight,
+        normalizer=t.normalizer,
+    )
+    if poison is not None:
+        row = row._replace(loss=row.loss + poison.to(row.loss.dtype))
+    return Merged(layout, row, weight, best)
+
+
+def statistics(row: RowLoss, target: Tensor, best: Tensor | None, ignore_index: int) -> CrossEntropyStats:
+    """As :func:`fastloss.cross_entropy` returns them."""
+    assert row.argmax is not None and row.entropy is not None
+    if best is not None:
+        accuracy = (row.argmax == best).float().mean()
+    else:
+        index = target.to(torch.int64)
+        counts = index != ignore_index
+        accuracy = ((counts & (row.argmax == index)).sum().double() / counts.sum()).float()
+    return CrossEntropyStats(row.lse, row.argmax, accuracy, row.entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+class ParallelCrossEntropy(Function):
+    """The loss, and the gradients by this rank's logits, probabilities and class weights."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *operands: Any) -> Any:
+        t = Operands(*operands)
+        logits, target, weight, sample_weight, _ = t
+        shape = _rowwise.row_shape(logits)
+        m = merged(call, t, shape, logits.shape[1], lambda layout: numbers_of(call, layout, logits, target, weight))
+        ctx.call, ctx.layout = call, m.layout
+        ctx.save_for_backward(logits, target, m.weight, sample_weight, m.row.saved, m.row.entropy)
+        return results(ctx, call, m, target)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits, target, weight, sample_weight, saved, entropy = ctx.saved_tensors
+        needs, by_entropy = ctx.needs_input_grad[1:4], grads[-1] if ctx.call.entropy else None
+        operands = logits, target, weight, sample_weight
+        with torch.no_grad():
+            found = gradients(ctx.call, ctx.layout, grads[0], *operands, saved, needs, entropy, by_entropy)
+        if torch.is_grad_enabled():
+            found = no_second_derivatives(ctx.call.function, found)
+        return (None, *found, None, None)
+
+
+def results(ctx: Any, call: Call, m: Merged, target: Tensor) -> tuple[Tensor, ...]:
+    """What forward returns: loss and statistics."""
+    ctx.set_materialize_grads(False)
+    if not call.stats:
+        return (m.row.loss,)
+    stats = statistics(m.row, target, m.best, call.options.ignore_index)
+    ctx.mark_non_differentiable(*(stats[:-1] if call.entropy else stats))
+    return (m.row.loss, *stats)
+
+
+def no_second_derivatives(function: str, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The same, which raise where somebody asks for their derivatives."""
+    message = f"{function}(): has no second derivatives, which would need what the other ranks know"
+    refuse = torch._C._functions.DelayedError(message, 1)
+    return tuple(None if g is None else refuse(g.detach().requires_grad_()) for g in grads)
+
+
+def gradients(
+    call: Call,
+    layout: Layout,
+    grad_output: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    saved: Tensor,
+    needs: Sequence[bool],
+    entropy: Tensor | None = None,
+    by_entropy: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """By this rank's logits, probabilities and class weights, as far as ``needs`` names them; no collective.
+
+    ``grad_output``, ``by_entropy``: the gradients by the loss and by the entropies, None: 0.
+    """
+    o, place = call.of(layout), {"class_offset": layout.offset, "sample_weight": sample_weight}
+    by_logits = by_target = by_weight = None
+    if grad_output is None:
+        if by_entropy is not None and needs[0]:
+            by_logits = _entropy_gradient(by_entropy, entropy, saved, logits, target, o)
+        return by_logits, by_target, by_weight
+    if needs[0]:
+        by_logits = rows.row_gradient(logits, target, saved, grad_output, o, weight=weight, **place)  # type: ignore[arg-type]
+        if by_entropy is not None:
+            by_logits += _entropy_gradient(by_entropy, entropy, saved, logits, target, o)
+    if needs[1]:
+        by_target = rows.row_gradient(  # type: ignore[call-arg]
+            logits,
+            target,
+            saved,
+            grad_output,
+            o,
+            weight=weight,
+            of_target=True,
+            **place,  # type: ignore[arg-type]
+        )
+    if needs[2]:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z), mapped
+        assert weight is not None
+        wide, plain = target.detach().to(weight.dtype), RowOptions(**(vars(o) | {"label_smoothing": 0.0}))
+        per_class = rows.row_gradient(logits, wide, saved, grad_output, plain, of_target=True, **place)  # type: ignore[arg-type]
+        p = wide * (1 - o.label_smoothing) + o.label_smoothing / o.total_classes
+        product = p * per_class
+        if o.zero_times_inf == "zero":
+            product = torch.where(p == 0, 0.0, product)
+        by_weight = product.sum([d for d in range(product.dim()) if d != 1])
+    return by_logits, by_target, by_weight
+
+
+def _entropy_gradient(
+    by_entropy: Tensor, entropy: Tensor | None, saved: Tensor, logits: Tensor, target: Tensor, o: RowOptions
+) -> Tensor:
+    """By the kernel of token_log_probs, to which no row has a target: the sum of all classes' exponentials is given as
+    that of the others."""
+    assert entropy is not None
+    ref, others, z_t = saved[:-2].view(3, -1)
+    own = torch.where(z_t == -torch.inf, 0.0, torch.exp(z_t - ref))
+    whole = torch.cat([ref, others + own, saved[-2:]])
+    none = torch.full_like(target, o.ignore_index)
+    given = whole, entropy.contiguous(), logits, none, o.ignore_index, o.softcap or 0.0, o.logit_scale
+    return ops.token_log_probs_backward(None, by_entropy.contiguous(), *given)  # type: ignore[no-any-return]
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+
+
+class Sharded(NamedTuple):
+    """What the functions of this package take beside the loss's own arguments."""
+
+    group: Any = None
+    shard_sizes: Sequence[int] | None = None
+    weight_shard: Tensor | None = None
+    row_map: str = "none"
+    map_params: tuple[float, ...] = ()
+    entropy: bool = False
+
+
+def row_options(o: Options, loss_dtype: torch.dtype, row_map: str, map_params: tuple[float, ...]) -> RowOptions:
+    """The operators' options as those of rows; how many classes there are is not known yet."""
+    return RowOptions(
+        total_classes=1,
+        reduction=_REDUCTION_NAMES[o.reduction],  # type: ignore[arg-type]
+        ignore_index=o.ignore_index,
+        label_smoothing=o.label_smoothing,
+        z_loss=o.z_loss,
+        softcap=o.softcap or None,
+        logit_scale=o.logit_scale,
+        row_map=row_map,
+        map_params=tuple(map_params),
+        all_ignored="zero" if o.flags & ALL_IGNORED_ZERO else "nan",
+        zero_times_inf="zero" if o.flags & ZERO_TIMES_INF else "nan",
+        loss_dtype=loss_dtype,
+    )
+
+
+class Checked(NamedTuple):
+    """A call as :class:`ParallelCrossEntropy` takes it; ``shape``: of the rows as the user has them."""
+
+    call: Call
+    operands: Operands
+    shape: Sequence[int]
+
+
+def checked(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded) -> Checked:
+    """torch's exceptions, as :func:`fastloss.cross_entropy` raises them; ``logits`` may be :class:`Unmade`."""
+    unmade = isinstance(logits, Unmade)
+    if not unmade:
+        _arguments.require_tensor("logits_shard", logits, function)
+    _arguments.require_tensor("target", target, function)
+    if not unmade:
+        _arguments.require_supported_tensors(function, logits, target, g.weight, g.sample_weight, s.weight_shard)
+    if g.weight is not None and s.weight_shard is not None:
+        raise ValueError(f"{function}(): give weight, of all classes, or weight_shard, of this rank's, but not both")
+    group = _exchange.process_group(function, s.group)
+    given = None if s.shard_sizes is None else _exchange.given_layout(function, s.shard_sizes, group)
+    soft = target.is_floating_point() and target.shape == logits.shape
+    if not unmade:
+        logits, target = _classes_second(logits, target, soft, _class_dim(function, g.class_dim))
+    if target.dtype is torch.uint64:  # what is no index is bad, on every rank
+        signed = target.view(torch.int64)
+        target = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
+    shape = list(logits.shape)
+    at = min(1, len(shape) - 1)
+    if shape and shape[at] == 0 and not soft:
+        shape[at] = 1  # an empty shard has targets nevertheless
+    stand_in = Unmade(tuple(shape), logits.dtype, logits.device)
+    weight = g.weight if s.weight_shard is None else s.weight_shard
+    if weight is not None:
+        _check_weight(function, weight, logits.shape[at], soft, sharded=s.weight_shard is not None)
+    c = canonical(function, stand_in, target, g._replace(weight=None, class_dim=None, inplace_grad=False))
+    _, target, _, sample_weight, normalizer = c.tensors
+    loss_dtype = c.loss_dtype
+    if weight is not None:
+        if soft and g.loss_dtype is None:
+            loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
+        weight = weight.to(accum_dtype(logits.dtype)).contiguous()
+    o = row_options(c.options, loss_dtype, s.row_map, s.map_params)
+    call = Call(function, group, given, o, bool(g.return_stats), s.weight_shard is not None, s.entropy)
+    rows_shape = c.single_shape if c.single else _rowwise.row_shape(logits)
+    if c.single and not unmade:
+        logits = logits.unsqueeze(0)
+    return Checked(call, Operands(logits, target, weight, sample_weight, normalizer), rows_shape)
+
+
+def _check_weight(function: str, weight: Tensor, classes: int, soft: bool, sharded: bool) -> None:
+    name = "weight_shard" if sharded else "weight"
+    _arguments.require_tensor(name, weight, function)
+    if not weight.is_floating_point() or weight.dim() != 1:
+        raise RuntimeError(
+            f"{function}(): {name} must be floating point of one dimension, got {weight.dtype} of shape "
+            f"{list(weight.shape)}"
+        )
+    if sharded and weight.shape[0] != classes:
+        raise RuntimeError(
+            f"{function}(): weight_shard must be that of this rank's {classes} classes, got {weight.shape[0]}; give "
+            "the weights of all classes as weight"
+        )
+    if weight.requires_grad and torch.is_grad_enabled() and not (soft and sharded):
+        raise RuntimeError(
+            f"{function}(): not differentiable with respect to argument '{name}'; pass it detached"
+            + ("" if not soft else ", or give the weights of this rank's classes as weight_shard, which are")
+        )
+
+
+# Collectives, and what a rank reads of the others: nothing that torch.compile could look into.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def run(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded) -> Any:
+    """The loss that ``function`` asks for."""
+    refuse_rehearsal(function)
+    call, operands, shape = checked(function, logits, target, g, s)
+    loss, *stats = ParallelCrossEntropy.apply(call, *operands)
+    if call.options.reduction == "none":
+        loss = loss.reshape(shape)
+    if not call.stats:
+        return loss
+    lse, argmax, accuracy, entropy = stats
+    return loss, CrossEntropyStats(lse.reshape(shape), argmax.reshape(shape), accuracy, entropy.reshape(shape))
+
+
+# -------------------------------------------------------------------------------------------------- function, module
+
+
+def cross_entropy(
+    logits_shard: Tensor,
+    target: Tensor,
+    group: Any = None,
+    *,
+    weight: Tensor | None = None,
+    weight_shard: Tensor | None = None,
+    ignore_index: int | Sequence[int] = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    row_map: str = "none",
+    map_params: tuple[float, ...] = (),
+    class_dim: int | None = None,
+    all_ignored: Literal["nan", "zero"] = "nan",
+    zero_times_inf: Literal["nan", "zero"] = "nan",
+    return_stats: bool = False,
+    loss_dtype: torch.dtype | None = None,
+    shard_sizes: Sequence[int] | None = None,
+) -> Any:
+    r""":func:`fastloss.cross_entropy` of logits whose classes are sharded over the ranks of a process group.
+
+    Rank 0 has the first classes, rank 1 those that follow, and so on; shards may have any sizes, 0 too. All ranks call
+    with the same arguments, but for their shards of logits, probabilities and class weights. All get the same loss, bit
+    for bit. Forward has one all-gather, of 12 bytes a row and rank for class indices (16 with smoothing, 20 for
+    probabilities, 12 more with ``return_stats``; twice as many in float64). Backward has none.
+
+    Args:
+        logits_shard: of this rank's classes, shape (C_r), (N, C_r) or (N, C_r, d1, ..., dK).
+        target: class indices among all classes, the same on every rank, shape (), (N) or (N, d1, ..., dK), or
+            probabilities of this rank's classes, shape of the logits. Probabilities may have gradients.
+        group: process group, or DeviceMesh of one dimension; None: the default group.
+        weight: of all classes, shape (C), the same on every rank; no gradient.
+        weight_shard: instead, those of this rank's classes, shape (C_r). Differentiable with probability targets. With
+            class indices a second all-gather brings the others' weights.
+        row_map, map_params: a function of each row's nll, see :func:`fastloss.rows.row_maps`: ``"focal", (gamma,)`` is
+            :func:`fastloss.focal_loss`.
+        shard_sizes: how many classes each rank has. None: ranks tell each other within the all-gather. A rank takes
+            what it has seen before, at first that all have as many; where that was wrong they do it again, so that the
+            first call with uneven shards has two all-gathers.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, class_dim,
+            all_ignored, zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
+
+    Returns:
+        The loss, or a pair (loss, stats), as :func:`fastloss.cross_entropy` of all classes. Gradients are those of this
+        rank's shard.
+
+    Raises:
+        IndexError: a rank's target is outside [0, C) and not ignore_index: raised on every rank. On CUDA by a later
+            call; until then the loss is nan.
+        ValueError: ranks were called with other options; ``shard_sizes`` that do not fit; arguments.
+        RuntimeError: another rank raised an exception while it read its logits; shapes and dtypes as torch.
+
+    Logits of which ranks have another number of rows end in an error of torch.distributed. There is no ``inplace_grad``
+    and no ``grad_in_forward``, since the gradient needs what the other ranks know. Second derivatives, forward mode and
+    torch.func are not served, and raise. torch.compile breaks its graph here.
+
+    Example::
+
+        >>> logits = hidden @ lm_head_shard.t()  # (N, C_r)
+        >>> fastloss.parallel.cross_entropy(logits, labels, tp_group).backward()
+    """
+    g = Given(
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        class_dim=class_dim,
+        all_ignored=all_ignored,
+        zero_times_inf=zero_times_inf,
+        return_stats=return_stats,
+        loss_dtype=loss_dtype,
+    )
+    s = Sharded(group, shard_sizes, weight_shard, row_map, map_params)
+    return run("parallel.cross_entropy", logits_shard, target, g, s)
+
+
+class ParallelCrossEntropyLoss(torch.nn.Module):
+    """:func:`cross_entropy` as a module.
+
+    Args:
+        group: as :func:`cross_entropy`.
+        weight: of all classes, a buffer.
+        options: what else :func:`cross_entropy` takes, by name; ``sample_weight`` and ``normalizer`` are arguments of
+            the call.
+
+    Example::
+
+        >>> fastloss.parallel.ParallelCrossEntropyLoss(tp_group, label_smoothing=0.1)(logits_shard, labels).backward()
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, group: Any = None, *, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        if unknown := options.keys() - _MODULE_OPTIONS:
+            raise TypeError(f"ParallelCrossEntropyLoss() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        self.register_buffer("weight", weight)
+        self.group, self.options = group, options
+
+    def extra_repr(self) -> str:
+        """The options given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def forward(
+        self,
+        logits_shard: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Any:
+        """The loss of this rank's logits, as :func:`cross_entropy`."""
+        return cross_entropy(
+            logits_shard,
+            target,
+            self.group,
+            weight=self.weight,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+
+_MODULE_OPTIONS = {
+    "weight_shard",
+    "ignore_index",
+    "reduction",
+    "label_smoothing",
+    "z_loss",
+    "softcap",
+    "logit_scale",
+    "row_map",
+    "map_params",
+    "class_dim",
+    "all_ignored",
+    "zero_times_inf",
+    "return_stats",
+    "loss_dtype",
+    "shard_sizes",
+}

@@ -1,0 +1,322 @@
+"""Cross entropy of DTensors: their placements say over which ranks the classes are sharded, and over which the rows.
+
+Each axis of the mesh may shard the classes (one axis at most), shard the rows, or replicate. The classes go to
+:func:`fastloss.parallel.cross_entropy`, with the group of that axis. Over the rows each rank has its share of the loss,
+divided by what all have to divide by; the sum over them is one number more. Logits in any other placement are
+redistributed first, with a warning.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import _arguments
+from .._arguments import is_dtensor
+from ..formulas import ROW_MAP_KINDS
+from ..losses import _rowwise
+from ..losses.cross_entropy import CrossEntropyStats, Given
+from ..losses.cross_entropy import run as run_whole
+from .count import summed
+from .cross_entropy import Sharded
+from .cross_entropy import run as run_sharded
+
+
+class Axes(NamedTuple):
+    """What the axes of a mesh do to logits.
+
+    Attributes:
+        mesh: of the logits.
+        logits, rows: placements of the logits, and of what has one element for each row.
+        classes: the axis that shards the classes, or None.
+        data: the axes that shard the rows.
+    """
+
+    mesh: Any
+    logits: tuple[Any, ...]
+    rows: tuple[Any, ...]
+    classes: int | None
+    data: tuple[int, ...]
+
+    @property
+    def replicated(self) -> list[Any]:
+        """The placements of what all ranks have."""
+        from torch.distributed.tensor import Replicate
+
+        return [Replicate()] * self.mesh.ndim
+
+
+def axes_of(logits: Any, class_dim: int) -> Axes:
+    """Those of logits as they are, or as they should be redistributed."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements: list[Any] = []
+    rows: list[Any] = []
+    data: list[int] = []
+    classes: int | None = None
+    for axis, placement in enumerate(logits.placements):
+        kept: Any = Replicate()
+        if type(placement) is Shard:  # neither a strided one nor a partial sum
+            dim = placement.dim % logits.dim()
+            if dim != class_dim or classes is None:
+                kept = Shard(dim)
+        placements.append(kept)
+        rows.append(Replicate())
+        if isinstance(kept, Shard):
+            if kept.dim == class_dim:
+                classes = axis
+            else:
+                data.append(axis)
+                rows[-1] = Shard(kept.dim - (kept.dim > class_dim))
+    return Axes(logits.device_mesh, tuple(placements), tuple(rows), classes, tuple(data))
+
+
+def _placed(value: Any, axes: Axes, placements: Sequence[Any]) -> Any:
+    """A DTensor of these placements; a plain tensor is what every rank has of the whole."""
+    from torch.distributed.tensor import DTensor
+
+    if not is_dtensor(value):
+        value = DTensor.from_local(value, axes.mesh, axes.replicated, run_check=False)
+    if tuple(value.placements) != tuple(placements):
+        value = value.redistribute(axes.mesh, placements)
+    return value
+
+
+def _local(value: Any, axes: Axes, placements: Sequence[Any], of_all_rows: bool = False) -> Any:
+    """This rank's part, differentiable; ``of_all_rows``: each rank's rows have a share in its gradient."""
+    from torch.distributed.tensor import Partial
+
+    if value is None:
+        return None
+    grads = [Partial() if of_all_rows and axis in axes.data else p for axis, p in enumerate(placements)]
+    return _placed(value, axes, placements).to_local(grad_placements=grads)
+
+
+class _SumOverRows(Function):
+    """The sum over the ranks along the mesh's axes. Each rank's share of the loss has the gradient of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, groups: Sequence[Any]) -> Tensor:
+        return sum_over(share, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def sum_over(value: Tensor, groups: Sequence[Any]) -> Tensor:
+    """Over the ranks of each group in turn."""
+    for group in groups:
+        value = summed(value, group)
+    return value
+
+
+class Denominators(NamedTuple):
+    """What the mean over all rows divides by, and the class weights that go with it."""
+
+    normalizer: Tensor
+    weight: Tensor | None
+
+
+def _counts(target: Tensor, ignored: Sequence[int]) -> Tensor:
+    return torch.stack([target.to(torch.int64) == i for i in ignored]).any(0).logical_not()
+
+
+def denominators(
+    target: Tensor, soft_rows: Sequence[int] | None, g: Given, ignored: Sequence[int], groups: Sequence[Any]
+) -> Denominators:
+    """Of rows that are sharded over ``groups``, from this rank's. ``soft_rows``: the shape of rows of probabilities.
+
+    The z-loss is divided by the count of the targets instead of their weights' sum, so that with both the weights are
+    multiplied by the ratio, see ``chunked.with_denominators``.
+    """
+    s = None if g.sample_weight is None else g.sample_weight.detach().double()
+    if soft_rows is not None:
+        shares = torch.ones(list(soft_rows), dtype=torch.float64, device=target.device) if s is None else s
+        return Denominators(sum_over(shares.sum(), groups), g.weight)
+    counts = _counts(target, ignored)
+    shares = torch.where(counts, 1.0 if s is None else s, 0.0).double()
+    if g.weight is None:
+        return Denominators(sum_over(shares.sum(), groups), None)
+    index = target.to(torch.int64)
+    index = torch.where((index >= 0) & (index < g.weight.shape[0]), index, 0)  # a bad one is reported later
+    weights = torch.where(counts, shares * g.weight.detach().double()[index], 0.0)
+    count, total = sum_over(torch.stack([shares.sum(), weights.sum()]), groups)
+    if not g.z_loss:
+        return Denominators(total, g.weight)
+    return Denominators(count, (g.weight.double() * (count / total)).to(g.weight.dtype))
+
+
+def _redistributed(function: str, logits: Any, axes: Axes) -> Any:
+    if tuple(logits.placements) == axes.logits:
+        return logits
+    _arguments.warn(
+        f"{function}(): logits in the placements {tuple(logits.placements)} are redistributed to {axes.logits}, which "
+        "moves logits between ranks: fastloss takes Shard of the classes over one axis of the mesh, Shard of the rows, "
+        "and Replicate. Give the layer before the loss such an output"
+    )
+    return logits.redistribute(axes.mesh, list(axes.logits))
+
+
+def _shard_sizes(classes: int, ranks: int) -> list[int]:
+    """Of each rank, as DTensor cuts an axis."""
+    each = -(-classes // ranks)
+    return [max(0, min(each, classes - r * each)) for r in range(ranks)]
+
+
+def _check(function: str, input: Any, target: Any, g: Given, class_dim: int) -> None:
+    if not is_dtensor(input):
+        raise NotImplementedError(
+            f"{function}(): target, weight or sample_weight is a DTensor, but input is not; make one of it with "
+            "DTensor.from_local(input, mesh, placements)"
+        )
+    _arguments.require_tensor("target", target, function)
+    mesh = input.device_mesh
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{function}(): this rank is not in the mesh of input, {mesh}")
+    others: Any = (("target", target), ("weight", g.weight), ("sample_weight", g.sample_weight))
+    for name, t in others:
+        if is_dtensor(t) and t.device_mesh != mesh:
+            raise ValueError(
+                f"{function}(): {name} is on another device mesh than input, {t.device_mesh} and {mesh}; redistribute "
+                "it, or give the whole as a plain tensor"
+            )
+    rows = [n for d, n in enumerate(input.shape) if d != class_dim]
+    if list(target.shape) not in (rows, list(input.shape)) and not (rows == [] and target.numel() == 1):
+        raise ValueError(
+            f"{function}(): input is a DTensor of shape {list(input.shape)}, of all ranks together, so that target "
+            f"needs shape {rows}, got {list(target.shape)}; what each rank has of it becomes one by "
+            "DTensor.from_local(target, mesh, placements)"
+        )
+    if g.inplace_grad:
+        raise ValueError(f"{function}(inplace_grad=True): not for DTensors; leave it out")
+
+
+def run(function: str, input: Any, target: Any, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
+    """The loss that ``function`` asks for, as a DTensor: replicated, or for ``'none'`` sharded as the rows are."""
+    from torch.distributed.tensor import DTensor
+
+    class_dim = (1 if input.dim() > 1 else 0) if g.class_dim is None else g.class_dim
+    if not -input.dim() <= class_dim < input.dim():
+        raise IndexError(f"Dimension out of range: class_dim is {class_dim}, but input has {input.dim()} dimensions")
+    class_dim %= input.dim()
+    _check(function, input, target, g, class_dim)
+    axes = axes_of(input, class_dim)
+    soft = target.is_floating_point() and target.shape == input.shape
+    rows_shape = torch.Size(n for d, n in enumerate(input.shape) if d != class_dim)
+    logits = _redistributed(function, input, axes).to_local(grad_placements=list(axes.logits))
+    target = _local(target if soft else target.reshape(rows_shape), axes, axes.logits if soft else axes.rows)
+    weight: Any = g.weight
+    over_classes: tuple[Any, ...] | None = None
+    if weight is not None:
+        over_classes = _class_placements(axes)
+        by_shard = axes.classes is not None and is_dtensor(weight) and tuple(weight.placements) == over_classes
+        over_classes = over_classes if by_shard or (soft and axes.classes is not None) else None
+        weight = _local(weight, axes, axes.replicated if over_classes is None else over_classes, of_all_rows=True)
+    normalizer: Any = g.normalizer
+    g = g._replace(
+        weight=weight,
+        sample_weight=_local(g.sample_weight, axes, axes.rows),
+        normalizer=normalizer.full_tensor() if is_dtensor(normalizer) else normalizer,
+        class_dim=class_dim,
+    )
+    groups = [axes.mesh.get_group(axis) for axis in axes.data]
+    ignored = _rowwise.ignore_indices(function, g.ignore_index)
+    local_rows = [n for d, n in enumerate(logits.shape) if d != class_dim]
+    if groups and g.reduction == "mean" and g.normalizer is None:
+        if over_classes is not None and not soft:  # their sum needs all of them
+            over_classes, g = None, g._replace(weight=_whole_weight(g.weight, axes, input.shape[class_dim]))
+        normalizer, weight = denominators(target, local_rows if soft else None, g, ignored, groups)
+        g = g._replace(normalizer=normalizer, weight=weight)
+    rounded = _rounded_later(logits, target, g, soft) if groups else None
+    if rounded is not None:
+        g = g._replace(loss_dtype=torch.float32)
+    if axes.classes is None:
+
+        def local() -> Any:
+            return run_whole(function, logits, target, g, row_map, map_a)
+
+    else:
+        group = axes.mesh.get_group(axes.classes)
+        sizes = _shard_sizes(input.shape[class_dim], axes.mesh.size(axes.classes))
+        shard = None
+        if over_classes is not None:
+            shard, g = g.weight, g._replace(weight=None)
+        kind, parameters = ROW_MAP_KINDS[row_map]
+        s = Sharded(group, sizes, shard, kind, (map_a,)[: len(parameters)])
+
+        def local() -> Any:
+            return run_sharded(function, logits, target, g, s)
+
+    per_row = g.reduction == "none"
+    result = local() if per_row or not logits.is_cpu else _or_all_raise(function, local, groups)
+    loss, stats = result if g.return_stats else (result, None)
+    if per_row:
+        loss = DTensor.from_local(loss, axes.mesh, axes.rows, run_check=False, **_whole_shape(rows_shape))
+    else:
+        loss = _SumOverRows.apply(loss, groups).to(rounded or loss.dtype) if groups else loss
+        loss = DTensor.from_local(loss, axes.mesh, axes.replicated, run_check=False)
+    if stats is None:
+        return loss
+    lse, argmax, entropy = (
+        DTensor.from_local(t, axes.mesh, axes.rows, run_check=False, **_whole_shape(rows_shape))
+        for t in (stats.lse, stats.argmax, stats.entropy)
+    )
+    counted = torch.ones(local_rows, dtype=torch.bool, device=logits.device) if soft else _counts(target, ignored)
+    n = counted.sum().double()
+    hits = torch.where(n > 0, stats.accuracy.double() * n, 0.0)
+    hits, n = sum_over(torch.stack([hits, n]), groups)
+    accuracy = DTensor.from_local((hits / n).float(), axes.mesh, axes.replicated, run_check=False)
+    return loss, CrossEntropyStats(lse, argmax, accuracy, entropy)
+
+
+def _rounded_later(logits: Tensor, target: Tensor, g: Given, soft: bool) -> torch.dtype | None:
+    """The 16-bit dtype to which the sum over the ranks is rounded, instead of each share of it; None: nothing is."""
+    dtype = logits.dtype
+    for t in (target, g.weight) if soft else ():
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    dtype = _arguments.autocast_dtype(dtype, logits.device)
+    return dtype if dtype in _arguments.HALVES and g.loss_dtype is None and g.reduction != "none" else None
+
+
+def _or_all_raise(function: str, local: Callable[[], Any], groups: Sequence[Any]) -> Any:
+    """What ``local`` returns, where it raises on no rank of the groups: the others would wait for a rank that did."""
+    result, error = None, None
+    try:
+        result = local()
+    except Exception as e:
+        error = e
+    failed = sum_over(torch.tensor([float(error is not None)]), groups) if groups else None
+    if error is not None:
+        raise error
+    if failed is not None and failed.item():
+        raise RuntimeError(f"{function}(): another rank of the mesh raised an exception; see there")
+    return result
+
+
+def _class_placements(axes: Axes) -> tuple[Any, ...]:
+    """Of class weights that are sharded as the classes are."""
+    from torch.distributed.tensor import Shard
+
+    return tuple(Shard(0) if axis == axes.classes else p for axis, p in enumerate(axes.replicated))
+
+
+def _whole_weight(shard: Any, axes: Axes, classes: int) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    placements, sizes = _class_placements(axes), torch.Size([classes])
+    placed = DTensor.from_local(shard.detach(), axes.mesh, placements, run_check=False, **_whole_shape(sizes))
+    return placed.full_tensor()  # type: ignore[no-any-return]
+
+
+def _whole_shape(shape: torch.Size) -> dict[str, Any]:
+    """DTensor would take shards to be equal otherwise."""
+    stride = [1]
+    for n in reversed(shape[1:]):
+        stride.insert(0, stride[0] * max(n, 1))
+    return {"shape": shape, "stride": tuple(stride[: len(shape)])}
+
+
+__all__ = ["run"]

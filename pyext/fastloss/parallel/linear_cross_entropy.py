@@ -1,0 +1,327 @@
+"""Cross entropy of a linear head whose classes are sharded over ranks, without the logits.
+
+Forward makes this rank's logits a chunk of rows at a time, takes their statistics and forgets them; one all-gather of
+the statistics of all rows follows. Backward makes each chunk again, now with what all ranks know, turns it into its
+gradient, and starts the sum over the ranks of the input's gradient before it computes the weight's, so that the sum of
+one chunk travels while the next is computed. Four products in all; ``head/chunked.py`` has them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import _arguments
+from .._autograd import accum_dtype, refuse_rehearsal
+from .._library import DTYPE_CODES, NONE
+from ..head import chunked
+from ..head.chunks import rows_per_chunk
+from ..head.linear_cross_entropy import _flattened, _integer, _logits_dtype
+from ..losses.cross_entropy import CrossEntropyStats, Given, Options, Unmade
+from . import _exchange
+from .cross_entropy import (
+    Call,
+    Operands,
+    Sharded,
+    checked,
+    gradients,
+    merged,
+    no_second_derivatives,
+    numbers_of,
+    results,
+)
+
+
+class Head(NamedTuple):
+    """How the logits are made.
+
+    Attributes:
+        dtype: of the logits, as linear would return them.
+        budget: bytes of a chunk's logits, or None.
+        gathered: the input is sharded over the rows as well, and gathered.
+    """
+
+    dtype: torch.dtype
+    budget: int | None
+    gathered: bool
+
+    def rows(self, rows: int, features: int, columns: int, device: torch.device) -> int:
+        """Of a chunk."""
+        held = chunked.chunk_dtype(device, self.dtype)
+        return rows_per_chunk(rows, features, columns, itemsize=held.itemsize, device=device.type, budget=self.budget)
+
+
+def _products(x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, needs: Sequence[bool]) -> Any:
+    operands = chunked.Operands(x, weight, bias, x, None, None, None)
+    o = chunked.HeadOptions(
+        *Options(NONE, DTYPE_CODES[torch.float32]),
+        rows=0,
+        max_rows=0,
+        logits_dtype=DTYPE_CODES[head.dtype],
+        accumulate=DTYPE_CODES[accum_dtype(head.dtype)],
+    )
+    return chunked._Products(operands, o, needs)
+
+
+def _all_rows(x: Tensor, call: Call, head: Head) -> Tensor:
+    """The input of all ranks where each has some of its rows."""
+    if not head.gathered:
+        return x
+    return _exchange.gather(x.detach().reshape(-1), call.group).view(-1, x.shape[1])
+
+
+def _numbers(
+    x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, head: Head, t: Operands, layout: Any
+) -> Tensor:
+    """What this rank sends of all rows, from logits a chunk at a time."""
+    products = _products(x, weight, bias, head, (False,) * 3)
+    step = head.rows(x.shape[0], x.shape[1], weight.shape[0], x.device)
+    z = x.new_empty([min(step, max(x.shape[0], 1)), weight.shape[0]], dtype=products.held)
+    found = []
+    for begin in range(0, max(x.shape[0], 1), step):
+        rows = slice(begin, min(begin + step, x.shape[0]))
+        part = z[: rows.stop - begin]
+        products.logits(products.cast(x[rows]), part)
+        found.append(numbers_of(call, layout, part, t.target[rows], t.weight))
+    return torch.cat(found, 1)
+
+
+class ParallelLinearCrossEntropy(Function):
+    """The loss, and the gradients by input, head, bias, probabilities and class weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any
+    ) -> Any:
+        t = Operands(*operands)
+        everything = _all_rows(x, call, head).detach()
+        with torch.autocast(x.device.type, enabled=False):
+            m = merged(
+                call,
+                t,
+                [everything.shape[0]],
+                weight.shape[0],
+                lambda layout: _numbers(everything, weight, bias, call, head, t, layout),
+            )
+        ctx.call, ctx.head, ctx.layout = call, head, m.layout
+        ctx.save_for_backward(x, weight, bias, t.target, m.weight, t.sample_weight, m.row.saved, m.row.entropy)
+        return results(ctx, call, m, t.target)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        needs = ctx.needs_input_grad[2:5] + ctx.needs_input_grad[6:8]
+        by_entropy = grads[-1] if ctx.call.entropy else None
+        with torch.no_grad(), torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            found: Sequence[Tensor | None] = _backward(ctx, grads[0], by_entropy, needs)
+        if torch.is_grad_enabled():
+            found = no_second_derivatives(ctx.call.function, found)
+        return (None, None, *found[:3], None, *found[3:], None, None)
+
+
+def _backward(
+    ctx: Any, grad_output: Tensor | None, by_entropy: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias, target, class_weight, sample_weight, saved, entropy = ctx.saved_tensors
+    call, head, layout = ctx.call, ctx.head, ctx.layout
+    everything = _all_rows(x, call, head).detach()
+    count, features = everything.shape
+    ranks = dist.get_world_size(call.group) if head.gathered else 1
+    mine = count // ranks  # rows of each rank's input
+    products = _products(everything, weight, bias, head, needs[:3])
+    # Every rank makes the same chunks, for each of which there is a collective.
+    step = max(1, head.rows(count, features, max(layout.sizes), x.device) // ranks)
+    z = x.new_empty([ranks * min(step, max(mine, 1)), weight.shape[0]], dtype=products.held)
+    per_row, ends = saved[:-2].view(-1, count), saved[-2:]
+    grad_x = x.new_empty([mine, features], dtype=products.held) if needs[0] else None
+    grad_target = torch.empty_like(target, memory_format=torch.contiguous_format) if needs[3] else None
+    grad_class_weight = torch.zeros_like(class_weight[layout.ranges()[layout.rank]]) if needs[4] else None
+    started = []
+    for begin in range(0, max(mine, 1), step):
+        rows = slice(begin, min(begin + step, mine))
+
+        def pick(whole: Tensor, rows: slice = rows) -> Tensor:  # of each rank's rows
+            return whole.view(ranks, mine, *whole.shape[1:])[:, rows].flatten(0, 1)
+
+        x_rows = products.cast(pick(everything))
+        part = z[: x_rows.shape[0]]
+        products.logits(x_rows, part)
+        g = grad_output if grad_output is None or grad_output.dim() == 0 else pick(grad_output)
+        h, by_h = (None, None) if by_entropy is None else (pick(entropy), pick(by_entropy))
+        s = None if sample_weight is None else pick(sample_weight)
+        numbers = torch.cat([*(pick(field) for field in per_row), ends])
+        wanted = (any(needs[:3]), needs[3], needs[4])
+        operands = part, pick(target), class_weight, s
+        by_logits, by_target, by_weight = gradients(call, layout, g, *operands, numbers, wanted, h, by_h)
+        if grad_target is not None:
+            columns = target.shape[1]
+            grad_target.view(ranks, mine, columns)[:, rows] = by_target.view(ranks, rows.stop - begin, columns)  # type: ignore[union-attr]
+        if grad_class_weight is not None:
+            grad_class_weight += by_weight  # type: ignore[arg-type]
+        if by_logits is None:
+            continue
+        if grad_x is not None:
+            partial = torch.empty_like(x_rows) if head.gathered else grad_x[rows]
+            if weight.shape[0]:
+                products.by_input(by_logits, partial)
+            else:
+                partial.zero_()
+            started.append((_start_sum(partial, grad_x[rows], call, head), partial))
+        products.by_weight_and_bias(by_logits, x_rows)
+    for work, _ in started:
+        work.wait()
+    found = grad_x, products.grad_weight, products.grad_bias, grad_target, grad_class_weight
+    dtypes = x, weight, bias, target, class_weight
+    return tuple(None if g is None else g.to(like.dtype) for g, like in zip(found, dtypes, strict=True))
+
+
+def _start_sum(partial: Tensor, out: Tensor, call: Call, head: Head) -> Any:
+    """The sum over the ranks of the gradient of a chunk's input, into ``out``: of this rank's rows, or of all."""
+    if not head.gathered:
+        return dist.all_reduce(partial, group=call.group, async_op=True)
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return reduce_scatter(out, partial, group=call.group, async_op=True)
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def run(
+    function: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    g: Given,
+    s: Sharded,
+    memory_budget: int | None,
+    sequence_parallel: bool,
+) -> Any:
+    """The loss that ``function`` asks for."""
+    refuse_rehearsal(function)
+    for name, t in (("input", input), ("linear_weight_shard", linear_weight), ("target", target)):
+        _arguments.require_tensor(name, t, function)
+    tensors = input, linear_weight, linear_bias, target, g.weight, g.sample_weight, s.weight_shard
+    _arguments.require_supported_tensors(function, *tensors)
+    if input.dim() < 1 or linear_weight.dim() != 2 or input.shape[-1] != linear_weight.shape[1]:
+        raise RuntimeError(
+            f"{function}(): input needs shape (..., D) and linear_weight_shard (C_r, D), got {list(input.shape)} and "
+            f"{list(linear_weight.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise RuntimeError(
+            f"{function}(): linear_bias_shard must be that of this rank's {linear_weight.shape[0]} classes, got shape "
+            f"{list(linear_bias.shape)}"
+        )
+    budget = None if memory_budget is None else _integer(function, "memory_budget", memory_budget, 1)
+    dtype = _logits_dtype(function, input, linear_weight, linear_bias)
+    head = Head(dtype, budget, sequence_parallel)
+    lead, features = list(input.shape[:-1]), input.shape[-1]
+    if sequence_parallel:
+        if not lead:
+            raise ValueError(f"{function}(sequence_parallel=True): input needs rows, shape (..., D), got {features}")
+        lead[0] *= dist.get_world_size(_exchange.process_group(function, s.group))
+    rows, single = math.prod(lead), input.dim() == 1
+    if len(lead) > 1:
+        target = _flattened(function, "target", target, lead)
+        if g.sample_weight is not None:
+            g = g._replace(sample_weight=_flattened(function, "sample_weight", g.sample_weight, lead))
+    classes = linear_weight.shape[0]
+    shape = (classes,) if single else (rows, classes)
+    unmade: Any = Unmade(shape, dtype, input.device)
+    call, operands, final = checked(function, unmade, target, g, s)
+    operands = operands._replace(logits=input.new_empty([0], dtype=dtype))
+    x = input.reshape(-1, features)
+    loss, *stats = ParallelLinearCrossEntropy.apply(call, head, x, linear_weight, linear_bias, *operands)
+    final = final if single else lead
+    if call.options.reduction == "none":
+        loss = loss.reshape(final)
+    if not call.stats:
+        return loss
+    lse, argmax, accuracy, entropy = stats
+    return loss, CrossEntropyStats(lse.reshape(final), argmax.reshape(final), accuracy, entropy.reshape(final))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight_shard: Tensor,
+    target: Tensor,
+    group: Any = None,
+    *,
+    linear_bias_shard: Tensor | None = None,
+    weight: Tensor | None = None,
+    weight_shard: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | Sequence[int] = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    row_map: str = "none",
+    map_params: tuple[float, ...] = (),
+    all_ignored: Literal["nan", "zero"] = "nan",
+    zero_times_inf: Literal["nan", "zero"] = "nan",
+    return_stats: bool = False,
+    loss_dtype: torch.dtype | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    memory_budget: int | None = None,
+    sequence_parallel: bool = False,
+) -> Any:
+    r""":func:`fastloss.linear_cross_entropy` with a head whose classes are sharded over the ranks of a process group.
+
+    The logits of this rank's classes are made a chunk of rows at a time, twice: for the statistics in forward, for the
+    gradients in backward. Nothing of their size is kept. Forward has the all-gather of
+    :func:`fastloss.parallel.cross_entropy`. Backward sums the input's gradient over the ranks, one all-reduce for each
+    chunk, which travels while the weight's gradient is computed: the gradient of ``input`` is the whole one, so nothing
+    else may sum it again (no ``copy_to_tensor_parallel_region`` before the head).
+
+    Args:
+        input: hidden states, the same on every rank, shape (D), (N, D) or (..., D).
+        linear_weight_shard: of this rank's classes, shape (C_r, D).
+        target: class indices among all classes, or probabilities of this rank's classes, shape (..., C_r).
+        group, weight, weight_shard, row_map, map_params, shard_sizes: as :func:`fastloss.parallel.cross_entropy`.
+        linear_bias_shard: shape (C_r).
+        memory_budget: as :func:`fastloss.linear_cross_entropy`; the same on every rank.
+        sequence_parallel: ``input`` has this rank's rows alone, equally many on each rank, in rank order along its
+            first dimension; ``target`` and ``sample_weight`` have those of all ranks. The input is gathered in forward
+            and again in backward, and its gradient scattered instead of summed everywhere.
+        reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, all_ignored,
+            zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
+
+    Returns:
+        The loss, or a pair (loss, stats). Gradients of weight and bias are those of this rank's shard, summed up in
+        float32 (float64 for float64) and rounded once; the input's is summed in the dtype of the logits.
+
+    Raises:
+        IndexError, ValueError, RuntimeError: as :func:`fastloss.parallel.cross_entropy`; shapes and dtypes of the head.
+
+    Second derivatives, forward mode and torch.func are not served, and raise.
+
+    Example::
+
+        >>> fastloss.parallel.linear_cross_entropy(hidden, lm_head_shard, labels, tp_group).backward()
+    """
+    g = Given(
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        all_ignored=all_ignored,
+        zero_times_inf=zero_times_inf,
+        return_stats=return_stats,
+        loss_dtype=loss_dtype,
+    )
+    s = Sharded(group, shard_sizes, weight_shard, row_map, map_params)
+    name = "parallel.linear_cross_entropy"
+    return run(name, input, linear_weight_shard, linear_bias_shard, target, g, s, memory_budget, sequence_parallel)

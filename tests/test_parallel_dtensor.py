@@ -1,0 +1,294 @@
+"""fastloss.cross_entropy of DTensors, on gloo with 4 processes and a mesh of 2 x 2, against the whole."""
+
+import functools
+import importlib.util
+import itertools
+import warnings
+from pathlib import Path
+
+import fastloss
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import Collectives, Team
+from test_parallel import OPTIONS, problem, raised, whole
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+R = Replicate()
+NAMES = ("data", "classes")
+
+
+@pytest.fixture(scope="module")
+def teams():
+    teams = [Team()]
+    yield teams
+    teams[-1].end()
+
+
+@pytest.fixture
+def team(teams):
+    if teams[-1].broken:
+        teams[-1].end()
+        teams.append(Team())
+    return teams[-1]
+
+
+@functools.cache
+def mesh_of(*shape):
+    return init_device_mesh("cpu", shape, mesh_dim_names=NAMES[-len(shape) :])
+
+
+def of_rows(placements, class_dim):
+    """Placements of what has one element for each row."""
+    found = []
+    for p in placements:
+        rows = isinstance(p, Shard) and p.dim != class_dim
+        found.append(Shard(p.dim - (p.dim > class_dim)) if rows else R)
+    return found
+
+
+def compare(rank, mesh, placements, shape, dtype, soft, options, plain, seed=0, class_dim=1):
+    """One call against one process. ``plain``: targets and weights are plain tensors of the whole."""
+    mesh = mesh_of(*mesh)
+    x, target, options = problem(seed, shape, dtype, soft, options)
+    want, grads = whole(x, target, options, ones=True)
+    if class_dim == -1:
+        x, grads = x.movedim(1, -1).contiguous(), [g.movedim(1, -1) if g.dim() > 1 else g for g in grads]
+        target = target.movedim(1, -1) if soft else target
+        options["class_dim"] = -1
+    at = class_dim % len(shape)
+    logits = distribute_tensor(x, mesh, placements).requires_grad_()
+    if not plain:
+        options = {
+            k: distribute_tensor(v, mesh, of_rows(placements, at) if k == "sample_weight" else [R] * mesh.ndim)
+            if isinstance(v, torch.Tensor)
+            else v
+            for k, v in options.items()
+        }
+        target = distribute_tensor(target, mesh, placements if soft else of_rows(placements, at))
+        if soft:
+            target.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fastloss.cross_entropy(logits, target, **options)
+    loss = result[0] if options.get("return_stats") else result
+    want_loss = want[0] if options.get("return_stats") else want
+    eps = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2.5e-2}[dtype]
+
+    def check(got, want, what):
+        torch.testing.assert_close(
+            got.double(),
+            want.double(),
+            rtol=eps,
+            atol=eps * max(want.abs().max().item(), 1e-30),
+            msg=lambda m: f"{what}: {m}",
+        )
+
+    assert isinstance(loss, DTensor)
+    check(loss.full_tensor(), want_loss, "loss")
+    loss.sum().backward()
+    assert logits.grad.placements == logits.placements
+    check(logits.grad.full_tensor(), grads[0], "gradient by logits")
+    if soft and not plain:
+        check(target.grad.full_tensor(), grads[1], "gradient by target")
+    if options.get("return_stats"):
+        for name in ("lse", "argmax", "accuracy", "entropy"):
+            check(getattr(result[1], name).full_tensor(), getattr(want[1], name), name)
+
+
+def compare_many(rank, group, cases):
+    for case in cases:
+        try:
+            compare(rank, **case)
+        except Exception as e:
+            raise AssertionError(f"{case}: {type(e).__name__}: {e}") from e
+
+
+PLACEMENTS = (
+    ((4,), [Shard(1)]),
+    ((4,), [Shard(0)]),
+    ((4,), [R]),
+    ((2, 2), [Shard(0), Shard(1)]),
+    ((2, 2), [Shard(1), Shard(0)]),
+    ((2, 2), [R, Shard(1)]),
+    ((2, 2), [Shard(0), R]),
+    ((2, 2), [Shard(0), Shard(0)]),
+)
+
+
+@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
+def test_any_mesh_gives_the_whole(team, soft):
+    """Sizes that the mesh does not divide, and more ranks than rows, too."""
+    cases, turn = [], itertools.cycle((torch.float64, torch.float32, torch.bfloat16))
+    options = [{k: v for k, v in o.items() if not soft or k != "ignore_index"} for o in OPTIONS.values()]
+    for seed, (each, (mesh, placements)) in enumerate(itertools.product(options, PLACEMENTS)):
+        shape = ((5, 11), (3, 6), (6, 13))[seed % 3]
+        case = {"mesh": mesh, "placements": placements, "shape": shape, "dtype": next(turn), "soft": soft}
+        cases.append(case | {"options": each, "plain": seed % 2 == 0, "seed": seed})
+    for placements in ([Shard(2), Shard(1)], [Shard(0), Shard(1)], [Shard(3), Shard(2)]):
+        case = {"mesh": (2, 2), "placements": placements, "shape": (3, 7, 5, 2), "dtype": torch.float64, "soft": soft}
+        cases.append(case | {"options": OPTIONS["smoothing and weights"], "plain": False})
+    for placements in ([Shard(0), Shard(2)], [Shard(1), Shard(2)], [R, Shard(2)]):
+        case = {"mesh": (2, 2), "placements": placements, "shape": (3, 7, 5), "dtype": torch.float64, "soft": soft}
+        cases.append(case | {"options": OPTIONS["statistics"], "plain": True, "class_dim": -1})
+    team.run(compare_many, 4, cases)
+
+
+def redistributed(rank, group):
+    """One warning, which names the placements; then the right result."""
+    mesh = mesh_of(2, 2)
+    x, target, _ = problem(3, (5, 8), torch.float64)
+    want = fastloss.cross_entropy(x, target)
+    for placements in ([Shard(1), Shard(1)], [Partial(), Shard(1)]):
+        logits = distribute_tensor(x, mesh, [R, Shard(1)])
+        if isinstance(placements[0], Partial):
+            logits = DTensor.from_local(logits.to_local() / 2, mesh, placements, run_check=False)
+        else:
+            logits = logits.redistribute(placements=placements)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = fastloss.cross_entropy(logits, target)
+        said = [w for w in caught if "redistributed" in str(w.message)]
+        assert len(said) == 1 and str(tuple(placements)) in str(said[0].message)
+        assert said[0].filename == __file__
+        torch.testing.assert_close(loss.full_tensor(), want)
+
+
+def test_other_placements_are_redistributed_with_a_warning(team):
+    team.run(redistributed, 4)
+
+
+def collectives(rank, group, placements, options):
+    mesh = mesh_of(2, 2)
+    x, target, options = problem(1, (8, 10), torch.float32, False, options)
+    logits, labels = distribute_tensor(x, mesh, placements), target
+    logits.requires_grad_()
+    with Collectives() as forward:
+        loss = fastloss.cross_entropy(logits, labels, **options)
+    with Collectives() as backward:
+        loss.backward()
+    return [n for _, n in forward.calls], backward.calls
+
+
+def test_what_travels(team):
+    """Over the classes the statistics of this rank's rows; over the rows one number for the mean, one for the sum."""
+    for forward, backward in team.run(collectives, 4, [Shard(0), Shard(1)], {}):
+        assert sorted(forward) == sorted([8, 56 + 4 * 12, 4, 4]) and backward == []
+    for forward, backward in team.run(collectives, 4, [R, Shard(1)], {"reduction": "sum"}):
+        assert forward == [56 + 8 * 12] and backward == []
+
+
+def patched(rank, group):
+    """torch's own names, within patch() and loss_parallel(), as torchtitan calls them."""
+    mesh, weight = mesh_of(4), torch.rand(10, generator=torch.Generator().manual_seed(2))
+    x, target, _ = problem(2, (2, 3, 10), torch.float32)
+    target = torch.randint(10, (2, 3), generator=torch.Generator().manual_seed(0))
+    leaf = x.clone().requires_grad_()
+    want = F.cross_entropy(leaf.flatten(0, 1).float(), target.flatten(0, 1), weight=weight)
+    want.backward()
+    logits = distribute_tensor(x, mesh, [Shard(2)]).requires_grad_()
+    with fastloss.patch(), loss_parallel():
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(0, 1), weight=weight)
+        loss.backward()
+        report = fastloss.patch_report()
+    assert report.served == {"cross_entropy": 1} and not report.declined
+    torch.testing.assert_close(loss.full_tensor(), want)
+    torch.testing.assert_close(logits.grad.full_tensor(), leaf.grad)
+    with fastloss.patch():  # a loss that does not know DTensors is torch's
+        F.mse_loss(logits, logits.detach())
+        assert "DTensor" in str(fastloss.patch_report())
+    loss = fastloss.focal_loss(distribute_tensor(x[0], mesh, [Shard(1)]), target[0], gamma=1.5)
+    torch.testing.assert_close(loss.full_tensor(), fastloss.focal_loss(x[0], target[0], gamma=1.5))
+
+
+def test_patch_and_loss_parallel(team):
+    team.run(patched, 4)
+
+
+def sharded_weights(rank, group):
+    """Class weights sharded like the classes, replicated and plain, with their gradient for probabilities."""
+    mesh = mesh_of(2, 2)
+    for placements in ([Shard(0), Shard(1)], [R, Shard(1)], [Shard(0), R]):
+        for soft in (False, True):
+            x, target, options = problem(6, (5, 9), torch.float64, soft, {"weight": True, "z_loss": 0.1})
+            want, grads = whole(x, target, options, ones=True)
+            logits = distribute_tensor(x, mesh, placements).requires_grad_()
+            for weight in (
+                distribute_tensor(options["weight"], mesh, [R, Shard(0)]),
+                distribute_tensor(options["weight"], mesh, [R, R]),
+                options["weight"].clone(),
+            ):
+                weight.requires_grad_(soft)
+                loss = fastloss.cross_entropy(logits, target, weight=weight, z_loss=0.1)
+                (grad, *others) = torch.autograd.grad(loss, [logits, weight] if soft else [logits])
+                torch.testing.assert_close(loss.full_tensor(), want)
+                torch.testing.assert_close(grad.full_tensor(), grads[0])
+                for by_weight in others:
+                    by_weight = by_weight.full_tensor() if isinstance(by_weight, DTensor) else by_weight
+                    torch.testing.assert_close(by_weight, grads[2])
+
+
+def test_sharded_class_weights(team):
+    team.run(sharded_weights, 4)
+
+
+@functools.cache
+def example():
+    path = Path(__file__).resolve().parent.parent / "examples" / "tensor_parallel.py"
+    spec = importlib.util.spec_from_file_location("tensor_parallel", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def trained(rank, group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    device = torch.device("cpu")
+    return example().train(5, device, mesh), example().train(5, device) if rank == 0 else None
+
+
+def test_the_example_trains_to_the_curve_of_one_process(team):
+    """Tensor parallelism of 2, FSDP2 over 2, two micro-batches with different numbers of targets."""
+    found = team.run(trained, 4)
+    alone = found[0][1]
+    assert alone[3] < alone[0] - 0.5  # it learns
+    for curve, _ in found:
+        torch.testing.assert_close(torch.tensor(curve), torch.tensor(alone), rtol=1e-4, atol=1e-4)
+
+
+def errors(rank, group):
+    mesh, x = mesh_of(2, 2), torch.zeros(4, 6)
+    logits = distribute_tensor(x, mesh, [Shard(0), Shard(1)])
+    target = torch.zeros(4, dtype=torch.long)
+    found = [
+        raised(fastloss.cross_entropy, logits, target[:2]),
+        raised(fastloss.cross_entropy, x, distribute_tensor(target, mesh, [R, R])),
+        raised(fastloss.cross_entropy, logits, target, inplace_grad=True),
+        raised(fastloss.cross_entropy, logits, distribute_tensor(target, mesh_of(4), [R])),
+        raised(fastloss.mse_loss, logits, logits),
+        raised(fastloss.parallel.cross_entropy, logits, target),
+    ]
+    bad = target.clone()
+    bad[3] = 6  # of the second half of the rows: the others are told
+    found.append(raised(fastloss.cross_entropy, logits, bad))
+    found.append(raised(fastloss.cross_entropy, distribute_tensor(x, mesh, [Shard(0), R]), bad))
+    assert fastloss.cross_entropy(logits, target).full_tensor().isfinite()
+    return found
+
+
+def test_errors(team):
+    wants = (
+        (ValueError, "DTensor.from_local(target"),
+        (NotImplementedError, "input is not"),
+        (ValueError, "inplace_grad"),
+        (ValueError, "another device mesh"),
+        (NotImplementedError, "to_local"),
+        (NotImplementedError, "to_local"),
+    )
+    for rank, found in enumerate(team.run(errors, 4)):
+        for (kind, message), (want, words) in zip(found, wants, strict=False):
+            assert kind is want and words in message, (kind, message)
+        for kind, message in found[-2:]:
+            assert kind is (IndexError if rank >= 2 else RuntimeError), message

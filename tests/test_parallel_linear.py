@@ -1,0 +1,222 @@
+"""A head whose classes are sharded over ranks (fastloss.parallel.linear_cross_entropy), on gloo, against the whole."""
+
+import itertools
+
+import fastloss
+import pytest
+import torch
+import torch.distributed as dist
+from fastloss import parallel
+from ranks import Collectives, Team
+from test_parallel import OPTIONS, close, cuts, problem, raised, same_bits
+
+
+@pytest.fixture(scope="module")
+def teams():
+    teams = [Team()]
+    yield teams
+    teams[-1].end()
+
+
+@pytest.fixture
+def team(teams):
+    if teams[-1].broken:
+        teams[-1].end()
+        teams.append(Team())
+    return teams[-1]
+
+
+def head_problem(seed, rows, classes, features, dtype, soft, options):
+    g = torch.Generator().manual_seed(100 + seed)
+    _, target, options = problem(seed, (rows, classes), dtype, soft, options)
+    x = torch.randn(rows, features, generator=g).to(dtype)
+    return (
+        x,
+        torch.randn(classes, features, generator=g).to(dtype),
+        torch.randn(classes, generator=g).to(dtype),
+        target,
+        options,
+    )
+
+
+def compare(rank, group, seed, rows, classes, dtype, kind, soft, options, bias, sequence, budget):
+    """One call against one process, with every gradient."""
+    ranks = dist.get_world_size(group)
+    x, w, b, target, options = head_problem(seed, rows, classes, 6, dtype, soft, options)
+    ends = cuts(classes, ranks, seed, kind)
+    here = slice(ends[rank], ends[rank + 1])
+    leaves = [t.double().clone().requires_grad_() for t in (x, w, b)]
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    labels = target.double().clone().requires_grad_() if soft else target
+    if soft:
+        leaves.append(labels)
+        if "weight" in wide:
+            wide["weight"] = wide["weight"].clone().requires_grad_()
+            leaves.append(wide["weight"])
+    z = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2] if bias else None)
+    want = fastloss.cross_entropy(z, labels, **wide)
+    want_loss = want[0] if options.get("return_stats") else want
+    g = 1 + torch.arange(want_loss.numel(), dtype=torch.float64).view(want_loss.shape)
+    grads = torch.autograd.grad(want_loss, leaves, g, allow_unused=True)
+
+    rows_here = slice(rows // ranks * rank, rows // ranks * (rank + 1)) if sequence else slice(None)
+    mine = [x[rows_here].clone(), w[here].clone(), b[here].clone()]
+    if soft:
+        target = target[:, here].clone()
+        mine.append(target)
+    if "weight" in options:
+        options["weight_shard"] = options.pop("weight")[here].clone()
+        if soft:
+            mine.append(options["weight_shard"])
+    for leaf in mine:
+        leaf.requires_grad_()
+    result = parallel.linear_cross_entropy(
+        mine[0],
+        mine[1],
+        target,
+        group,
+        linear_bias_shard=mine[2] if bias else None,
+        memory_budget=budget,
+        sequence_parallel=sequence,
+        **options,
+    )
+    loss = result[0] if options.get("return_stats") else result
+    close(loss, want_loss, dtype, "loss")
+    found = torch.autograd.grad(loss, mine, g.to(loss.dtype), allow_unused=True)
+    names = ("input", "head", "bias", "target", "weight")
+    for name, got, leaf, grad in zip(names, found, mine, grads, strict=False):
+        if grad is None:
+            assert name == "bias" and got is None
+            continue
+        part = grad[rows_here] if name == "input" else grad[:, here] if name == "target" else grad[here]
+        assert got.shape == leaf.shape and got.dtype == leaf.dtype
+        scale = grad.abs().max().view(1)
+        close(
+            torch.cat([got.double().flatten(), scale]), torch.cat([part.flatten(), scale]), dtype, f"gradient by {name}"
+        )
+    same_bits(group, loss, *([] if sequence else [found[0]]))
+    if options.get("return_stats"):
+        close(result[1].lse, want[1].lse, dtype, "lse")
+        close(result[1].entropy, want[1].entropy, torch.float16, "entropy")
+        assert result[1].argmax.shape == want[1].argmax.shape
+
+
+def compare_many(rank, group, cases):
+    for case in cases:
+        try:
+            compare(rank, group, **case)
+        except Exception as e:
+            raise AssertionError(f"{case}: {type(e).__name__}: {e}") from e
+
+
+@pytest.mark.parametrize("ranks", (2, 3, 4))
+@pytest.mark.parametrize("sequence", (False, True), ids=("whole rows", "sharded rows"))
+def test_shards_of_a_head_give_the_whole(team, ranks, sequence):
+    """Every option, in chunks of a few rows and in one."""
+    cases, kinds = [], itertools.cycle(("uneven", "equal", "empty"))
+    dtypes, budgets = itertools.cycle((torch.float64, torch.float32, torch.bfloat16)), itertools.cycle((200, None, 1))
+    for seed, (soft, options) in enumerate(itertools.product((False, True), OPTIONS.values())):
+        options = {k: v for k, v in options.items() if not soft or k != "ignore_index"}
+        case = {"seed": seed, "rows": 12, "classes": 13, "dtype": next(dtypes), "kind": next(kinds), "soft": soft}
+        cases.append(case | {"options": options, "bias": seed % 2 == 0, "sequence": sequence, "budget": next(budgets)})
+        next(budgets if seed % 3 == 0 else dtypes)
+    team.run(compare_many, ranks, cases)
+
+
+def collectives(rank, group, sequence):
+    ranks = dist.get_world_size(group)
+    x, w, _, target, _ = head_problem(0, 12, 5 * ranks, 6, torch.float32, False, {})
+    rows = slice(12 // ranks * rank, 12 // ranks * (rank + 1)) if sequence else slice(None)
+    x, w = x[rows].clone().requires_grad_(), w[5 * rank : 5 * rank + 5].clone().requires_grad_()
+    with Collectives() as forward:
+        loss = parallel.linear_cross_entropy(x, w, target, group, memory_budget=5 * 4 * 4, sequence_parallel=sequence)
+    with Collectives() as backward:
+        loss.backward()
+    return forward.calls, backward.calls
+
+
+def test_what_travels(team):
+    """Statistics in forward; in backward the input's gradient, a chunk of 4 rows at a time."""
+    statistics = ("allgather_base", 56 + 12 * 12)
+    for forward, backward in team.run(collectives, 2, False):
+        assert forward == [statistics]
+        assert backward == [("allreduce", 4 * 6 * 4)] * 3
+    for forward, backward in team.run(collectives, 2, True):
+        rows = ("allgather_base", 6 * 6 * 4)
+        assert forward == [rows, statistics]
+        assert backward[0] == rows and backward[1:] == [("reduce_scatter_base", 4 * 6 * 4)] * 3
+
+
+def errors(rank, group):
+    x, w, t = torch.zeros(2, 2, 6), torch.zeros(5, 6), torch.zeros(2, 2, dtype=torch.long)
+    bad = torch.full_like(t, 10 if rank else 0)
+    good = parallel.linear_cross_entropy(x, w, t, group, reduction="none")
+    assert good.shape == (2, 2)
+    one = parallel.linear_cross_entropy(x[0, 0], w, t[0, 0], group)
+    torch.testing.assert_close(one, good[0, 0])
+    return [
+        raised(parallel.linear_cross_entropy, x, w, bad, group),
+        raised(parallel.linear_cross_entropy, x, w[:, :4], t, group),
+        raised(parallel.linear_cross_entropy, x, w, t, group, linear_bias_shard=torch.zeros(4)),
+        raised(parallel.linear_cross_entropy, x, w, t[:1], group),
+        raised(parallel.linear_cross_entropy, x, w, t, group, memory_budget=0),
+        raised(parallel.linear_cross_entropy, x[0, 0], w, t[0, 0], group, sequence_parallel=True),
+    ]
+
+
+def test_errors(team):
+    wants = (
+        (IndexError, "Target 10 is out of bounds"),
+        (RuntimeError, "linear_weight_shard (C_r, D)"),
+        (RuntimeError, "linear_bias_shard"),
+        (RuntimeError, "target"),
+        (ValueError, "memory_budget"),
+        (ValueError, "input needs rows"),
+    )
+    for found in team.run(errors, 2):
+        for (kind, message), (want, words) in zip(found, wants, strict=True):
+            assert kind is want and words in message, (kind, message)
+
+
+def log_probs(rank, group, head, sequence=False):
+    """Log-probabilities and entropies, and their gradients: of both, and of each alone."""
+    ranks, dtype = dist.get_world_size(group), torch.float64
+    x, w, b, target, _ = head_problem(3, 12, 11, 6, dtype, False, {})
+    ends = cuts(11, ranks, 4)
+    here = slice(ends[rank], ends[rank + 1])
+    given = {"temperature": 0.7, "softcap": 3.0, "return_entropy": True}
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    z = torch.nn.functional.linear(*leaves)
+    wants = fastloss.token_log_probs(z, target, **given)
+    rows = slice(12 // ranks * rank, 12 // ranks * (rank + 1)) if sequence else slice(None)
+    if head:
+        mine = [t.clone().requires_grad_() for t in (x[rows], w[here], b[here])]
+        given["linear_bias_shard"] = mine[2]
+        found = parallel.linear_token_log_probs(
+            *mine[:2], target, group, memory_budget=100, sequence_parallel=sequence, **given
+        )
+        parts = (rows, here, here)
+    else:
+        leaves = [z]
+        mine = [z.detach()[:, here].clone().requires_grad_()]
+        found = parallel.token_log_probs(mine[0], target, group, **given)
+        parts = ((slice(None), here),)
+    g = torch.linspace(-1, 2, 12, dtype=dtype)
+    for of in ((0, 1), (0,), (1,)):
+        want = torch.autograd.grad(sum((g * wants[i]).sum() for i in of), leaves, retain_graph=True)
+        got = torch.autograd.grad(sum((g * found[i]).sum() for i in of), mine, retain_graph=True)
+        for a, c, part in zip(want, got, parts, strict=True):
+            torch.testing.assert_close(c, a[part])
+    for want, got in zip(wants, found, strict=True):
+        torch.testing.assert_close(got, want)
+    if not head:
+        half = parallel.token_log_probs(mine[0].bfloat16().view(3, 4, -1), target.view(3, 4), group)
+        assert half.dtype is torch.float32 and half.shape == (3, 4)
+        assert raised(parallel.token_log_probs, mine[0], target[:3], group)[0] is ValueError
+        assert raised(parallel.token_log_probs, mine[0], target, group, temperature=0.0)[0] is ValueError
+
+
+def test_log_probabilities_and_entropies(team):
+    team.run(log_probs, 3, False)
+    team.run(log_probs, 3, True)
+    team.run(log_probs, 2, True, True)
