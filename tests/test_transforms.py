@@ -645,8 +645,9 @@ def operator_calls(device):
             g = u if reduction == NONE else torch.full(x.shape[:row_dims], 2.0, device=device)
             for flags in (1, 3, *((7,) if third is not None else ())):
                 yield ops.pointwise_backward, (g, factor, *first, flags, *options)
-        for target, reduction in ((t, MEAN), (t, NONE), (p, SUM)):
-            options = (0, [], 1, False, True, True, False, 1e-5, 1e-5, -100, reduction, 0)
+        tversky, both = (1, [0.3, 0.7, 0.75]), (2, [1.0, 2.0, 0.1])
+        for target, reduction, kind in ((t, MEAN, (0, [])), (t, NONE, tversky), (p, SUM, tversky), (t, SUM, both)):
+            options = (*kind, 1, False, True, True, False, 1e-5, 1e-5, -100, reduction, 0)
             yield ops.dice_loss_value, (x, target, w, *options)
             yield ops.dice_loss_forward, (x, target, w, *options)
             saved = ops.dice_loss_forward(x, target, w, *options)[1]

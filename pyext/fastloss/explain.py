@@ -90,7 +90,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         loss(*args, **kwargs)
     if not steps:
         return Explanation("fastloss", device, "none", "composed of torch operations", 0, 0)
-    costs = [_cost(step) for step in steps]
+    read, written, allocated = (sum(column) for column in zip(*map(_cost, steps), strict=True))
     paths = dict.fromkeys(step.path for step in steps)
     kernels = dict.fromkeys(step.rules.regime(step.tensors, step.options, step.path) for step in steps)
     return Explanation(
@@ -98,8 +98,11 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         device,
         "; ".join(kernels),
         "; ".join(path.value for path in paths),
-        *(sum(column) for column in zip(*costs, strict=True)),
-        *(tuple(name for step in steps for name in _operators(step)[way]) for way in (0, 1)),
+        read,
+        written,
+        allocated,
+        forward=tuple(name for step in steps for name in _operators(step)[0]),
+        backward=tuple(name for step in reversed(steps) for name in _operators(step)[1]),
     )
 
 
