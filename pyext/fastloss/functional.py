@@ -7,6 +7,8 @@ from .losses.cross_entropy import cross_entropy
 from .losses.dice_loss import dice_loss
 from .losses.focal_loss import focal_loss
 from .losses.huber_loss import huber_loss
+from .losses.js_divergence_with_logits import js_divergence_with_logits
+from .losses.kl_divergence_with_logits import kl_divergence_with_logits
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
 from .losses.mse_loss import mse_loss
@@ -23,6 +25,8 @@ __all__ = [
     "dice_loss",
     "focal_loss",
     "huber_loss",
+    "js_divergence_with_logits",
+    "kl_divergence_with_logits",
     "l1_loss",
     "linear_cross_entropy",
     "log_cosh_loss",

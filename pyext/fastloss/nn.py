@@ -7,6 +7,8 @@ from .losses.cross_entropy import CrossEntropyLoss
 from .losses.dice_loss import DiceLoss
 from .losses.focal_loss import FocalLoss
 from .losses.huber_loss import HuberLoss
+from .losses.js_divergence_with_logits import JSDivergenceWithLogitsLoss
+from .losses.kl_divergence_with_logits import KLDivergenceWithLogitsLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
 from .losses.mse_loss import MSELoss
@@ -23,6 +25,8 @@ __all__ = [
     "DiceLoss",
     "FocalLoss",
     "HuberLoss",
+    "JSDivergenceWithLogitsLoss",
+    "KLDivergenceWithLogitsLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
