@@ -32,6 +32,8 @@ class Ran(TorchDispatchMode):
                 self.gradient_bytes += made[2].nbytes
             elif name in ("pointwise_plain_grad", "cross_entropy_plain_grad"):
                 self.gradient_bytes += made[1].nbytes
+            elif name == "divergence_grad":  # loss, gradients
+                self.gradient_bytes += made[1].nbytes + made[2].nbytes
             elif name == "pointwise_forward":  # loss, factor, gradients
                 self.gradient_bytes += sum(t.nbytes for t in made[2:])
         return results

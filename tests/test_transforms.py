@@ -655,6 +655,17 @@ def operator_calls(device):
             yield ops.dice_loss_backward, (g, x, target, w, saved, *options)
             if target is p:
                 yield ops.dice_loss_target_backward, (g, x, target, w, saved, *options)
+        rows_alike = torch.linspace(0.5, 2, t.numel(), device=device).view_as(t)
+        for kind, reduction, given, needs in ((0, MEAN, rows_alike, 2), (1, NONE, None, 3)):
+            options = (kind, 0.3, 2.0, 4.0, reduction, 0)
+            operands = (x, p, given, None if given is None else given.sum())
+            yield ops.divergence_value, (*operands, *options)
+            yield ops.divergence_forward, (*operands, *options)
+            if reduction != NONE:
+                yield ops.divergence_grad, (*operands, needs, *options)
+            saved = ops.divergence_forward(*operands, *options)[1]
+            g = rows_alike if reduction == NONE else torch.tensor(2.0, device=device)
+            yield ops.divergence_backward, (g, *operands, saved, needs, *options)
         saved, *_, entropy = ops.cross_entropy_forward_stats(x, t, NONE, 0, 1)[1:]
         u = torch.linspace(-1, 1, t.numel(), device=device).view_as(t)
         for by_log_prob, by_entropy in ((u, u), (u, None), (None, u)):

@@ -32,7 +32,9 @@ from .losses.gaussian_nll_loss import gaussian_nll_loss
 from .losses.generalized_cross_entropy import generalized_cross_entropy
 from .losses.hinge_embedding_loss import hinge_embedding_loss
 from .losses.huber_loss import huber_loss
+from .losses.js_divergence_with_logits import js_divergence_with_logits
 from .losses.kl_div import kl_div
+from .losses.kl_divergence_with_logits import kl_divergence_with_logits
 from .losses.l1_loss import l1_loss
 from .losses.log_cosh_loss import log_cosh_loss
 from .losses.mape_loss import mape_loss
@@ -74,7 +76,9 @@ __all__ = [
     "generalized_cross_entropy",
     "hinge_embedding_loss",
     "huber_loss",
+    "js_divergence_with_logits",
     "kl_div",
+    "kl_divergence_with_logits",
     "l1_loss",
     "linear_cross_entropy",
     "log_cosh_loss",

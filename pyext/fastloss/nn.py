@@ -34,7 +34,9 @@ from .losses.gaussian_nll_loss import GaussianNLLLoss
 from .losses.generalized_cross_entropy import GeneralizedCrossEntropyLoss
 from .losses.hinge_embedding_loss import HingeEmbeddingLoss
 from .losses.huber_loss import HuberLoss
+from .losses.js_divergence_with_logits import JSDivergenceWithLogitsLoss
 from .losses.kl_div import KLDivLoss
+from .losses.kl_divergence_with_logits import KLDivergenceWithLogitsLoss
 from .losses.l1_loss import L1Loss
 from .losses.log_cosh_loss import LogCoshLoss
 from .losses.mape_loss import MAPELoss
@@ -76,7 +78,9 @@ __all__ = [
     "GeneralizedCrossEntropyLoss",
     "HingeEmbeddingLoss",
     "HuberLoss",
+    "JSDivergenceWithLogitsLoss",
     "KLDivLoss",
+    "KLDivergenceWithLogitsLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
     "LogCoshLoss",
