@@ -61,6 +61,28 @@ TERMS = {
     ("capsule_margin_loss", 0.9, 0.1, 0.5): lambda x, t: capsule(x, t, 0.9, 0.1, 0.5),
     ("binary_cross_entropy_with_logits", 0.0): lambda x, t, w=1.0: binary_cross_entropy(x, t, w),
     ("binary_cross_entropy_with_logits", 0.2): lambda x, t, w=1.0: binary_cross_entropy(x, t, w, 0.2),
+    ("soft_margin_loss",): lambda x, t: softplus(-t * x),
+    ("hinge_embedding_loss", PARAM): lambda x, t: np.maximum(PARAM - x, 0) + x,  # of targets that are no signs
+    ("margin_ranking_loss", PARAM): lambda x, y: np.maximum(PARAM - (x - y), 0),
+    ("gaussian_nll_loss", EPSILON, 1): lambda x, t: (np.log(2 * np.pi) + (x - t) ** 2) / 2,
+    ("poisson_nll_loss", 0, 0, 20.0): lambda x, t: x - t * np.log(x + 20),
+}
+
+
+def unit(a):
+    return 0.25 + 0.5 / (1 + np.exp(-a))
+
+
+# The same of losses whose operands have a domain, with what brings them there.
+WITHIN = {
+    ("binary_cross_entropy",): (unit, unit, lambda x, t: -t * np.log(x) - (1 - t) * np.log1p(-x)),
+    ("kl_div", 0, PARAM): (np.array, unit, lambda x, t: PARAM * t * (np.log(t) - x)),
+    ("kl_div", 1, 1.0): (np.array, np.tanh, lambda x, t: np.exp(t) * (t - x)),
+    ("poisson_nll_loss", 1, 1, 0.0): (
+        np.tanh,
+        lambda t: 1.5 + np.abs(t),
+        lambda x, t: np.exp(x) - t * x + t * np.log(t) - t + np.log(2 * np.pi * t) / 2,
+    ),
 }
 TRIPLET = ("triplet_margin_loss", 2.0, 1.0, 1e-3, 0.0)
 FINISHED = {
@@ -85,7 +107,7 @@ def named(which):
 
 def test_every_loss_of_the_registry_is_tried(kernels):
     all_losses = {name: params for name, _, _, params in kernels.pointwise_losses()}
-    tried = {*TERMS, *FINISHED}
+    tried = {*TERMS, *WITHIN, *FINISHED}
     assert set(all_losses) == {which[0] for which in tried}
     assert all(len(which) - 1 == all_losses[which[0]] for which in tried)
 
@@ -117,12 +139,16 @@ def slopes(f, arrays, h=1e-6):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("which", TERMS, ids=str)
+@pytest.mark.parametrize("which", [*TERMS, *WITHIN], ids=str)
 def test_value_and_gradients(kernels, which, dtype):
     x, t = operands((3, 700), dtype)  # more than one vector per thread and a tail
+    if which in WITHIN:
+        of_x, of_t, f = WITHIN[which]
+        x, t = stored(of_x(exact(x)), dtype), stored(of_t(exact(t)), dtype)
+    else:
+        f = TERMS[which]
     a, b = exact(x), exact(t)
     out = kernels.pointwise_forward([x, t], grads=[True, True], **named(which))
-    f = TERMS[which]
     np.testing.assert_allclose(out["loss"], f(a, b).mean(), rtol=max(EPS[dtype] / 10, 1e-6))
     again = kernels.pointwise_backward(np.float64([1.0]), out["factor"].reshape(1), [x, t], **named(which))
     for k, (slope, smooth) in enumerate(slopes(f, (a, b))):
@@ -131,6 +157,27 @@ def test_value_and_gradients(kernels, which, dtype):
             tolerance = EPS[dtype] * np.abs(slope / a.size) + 1e-8 + (1e-7 if dtype == "float16" else 0)
             assert (difference <= tolerance).all()
         assert smooth.mean() > 0.99
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+def test_outside_of_the_domain(kernels, dtype, reduction):
+    """The CPU names the operand and the value; CUDA's kernels record the element and the value. A mask hides it."""
+    x, t = (stored(unit(exact(a)), dtype) for a in operands((2100,), dtype))
+    t[1803] = 1.5
+    bits, call = int(np.float64(1.5).view(np.int64)), {**named(("binary_cross_entropy",)), "reduction": reduction}
+    mask = np.arange(2100) != 1803
+    if hasattr(kernels, "take_bad_target"):
+        kernels.take_bad_target()
+        out = kernels.pointwise_forward([x, t], **call)
+        assert np.isnan(out["loss"]).sum() == 1 and kernels.take_bad_target() == (1803, bits)
+        kernels.pointwise_forward([x, t], mask=mask, **call)
+        assert kernels.take_bad_target() is None
+    else:
+        with pytest.raises(IndexError) as raised:
+            kernels.pointwise_forward([x, t], **call)
+        assert raised.value.args[1:] == (1, bits)
+        assert np.isfinite(kernels.pointwise_forward([x, t], mask=mask, **call)["loss"]).all()
 
 
 PATTERNS = {

@@ -32,7 +32,7 @@ struct PoissonNll : PlainLoss {
   static constexpr Jet<V, 2> of(const V (&operand)[2], const ParamsOf<V>& p) {
     const lane_t<V> zero = lane_t<V>(0), one = lane_t<V>(1), half = lane_t<V>(0.5);
     const V x = operand[0], t = operand[1];
-    V value, slope, by_t;
+    V value{}, slope{}, by_t{};
     if (p[0] != zero) {
       const V e = full_exp_of(x);
       value = e - t * x, slope = e - t, by_t = -x;

@@ -547,7 +547,8 @@ def _weighted_mean(
             return f"Sum with this {option}: {total:.8g} is not the sum of weight times loss."
     divisors = [float(each.numel()), float(factor.sum()), float(prediction.numel())]
     if what == "sample" and not s.task.classes:
-        divisors.append(divisors[1] * prediction[0].numel())
+        # A prediction may hold two numbers for each of the target's, a mean and a variance.
+        divisors += [divisors[1] * t[0].numel() for t in (prediction, target)]
     allowed = {total / d for d in divisors}
     if any(_close(found, a) for a in allowed):
         return ""
