@@ -66,9 +66,16 @@ constexpr V sqrt_of(V x) {
     return x;
   }
 }
+// What few calls need, out of line on the CPU: its code would keep that of the others from being inlined in their loop.
+#ifdef __CUDACC__
+#define FASTLOSS_RARE
+#else
+#define FASTLOSS_RARE __attribute__((noinline))
+#endif
+
 // a^p for a >= 0: 0 at 0, whatever p is. Its relative error is that of a float's rounding |p log a| times.
 template <class V>
-constexpr V power_of(V a, lane_t<V> p) {
+FASTLOSS_RARE constexpr V power_of(V a, lane_t<V> p) {
   using T = lane_t<V>;
   const T most = T(sizeof(T) == 8 ? 709 : 88);  // of exp_of
   const V z = p * log_of(a);
