@@ -423,6 +423,7 @@ def run(
         _arguments.require_tensor(name, t, function)
     if linear_bias is not None:
         _arguments.require_tensor("linear_bias", linear_bias, function)
+    _arguments.refuse_strided_nested(function, input, target)
     _check_shapes(function, input, linear_weight, linear_bias)
     _arguments.require_supported_tensors(function, input, linear_weight, linear_bias, target)
     others = ("linear_weight", linear_weight), ("linear_bias", linear_bias)
