@@ -119,8 +119,8 @@ LOSSES: dict[str, list[Entry]] = {
     ],
 }
 
-# (loss, property) -> what the finding is: "real", of the loss; "sound", true but meant so; "false", of the tool. A '*' is
-# any loss of a library, or any at all.
+# (loss, property) -> what the finding is: "real", of the loss; "sound", true but meant so; "false", of the tool. A '*'
+# is any loss of a library, or any at all.
 JUDGED: dict[tuple[str, str], str] = {
     ("*", "ignored targets"): "real: ignored targets are counted by the mean, or leave it nan where all are",
     ("torch.*", "ignored targets"): "sound: torch documents nan for a mean over no target",
