@@ -7,6 +7,8 @@
 #              OUT=folder for the results, SKIP="build sweep" leaves stages out (bench/gpu_run.sh says which there are)
 # make format  clang-format and ruff over everything
 # make docs    runs the code of the pages in docs/questions and writes what it prints and draws
+# make check-libraries   fastloss.check over the losses of public libraries, as far as they are installed in .venv or in
+#              LIBRARIES=folder; each finding must have been judged in docs/check_libraries.md
 # make clean   removes what was built, but for .venv
 #
 # Parts of make test, by themselves: make build, lint, test-python, abi-audit, cuda-report (registers and spills of the
@@ -41,7 +43,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 PY_FILES := setup.py pyext tests tools $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-head asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel format clean
+.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-head asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel check-libraries format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -173,6 +175,9 @@ wheel: build/dist/.built
 # The wheel under other torch versions; TORCH_VERSIONS="2.10.0 2.14.1" chooses.
 test-wheel: build/dist/.built
 	$(PY) tools/test_wheel.py build/dist/fastloss-*.whl $(TORCH_VERSIONS)
+
+check-libraries: build/extension-here
+	PYTHONPATH="$(if $(LIBRARIES),pyext:$(LIBRARIES),pyext)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) tools/check_libraries.py
 
 format: $(VENV)/test.stamp
 	ruff check --fix $(PY_FILES)

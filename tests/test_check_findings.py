@@ -69,6 +69,18 @@ class Around(torch.nn.Module):
         return self.inner(p, t)
 
 
+def lovasz_softmax(p, t, weight=None):
+    """A loss for each class, of that class against the rest, in which every place has a part (Berman et al., 2018)."""
+    foreground = F.one_hot(t, p.shape[1]).movedim(-1, 1).flatten(2).to(p.dtype)
+    errors, order = (p.softmax(1).flatten(2) - foreground).abs().sort(2, descending=True)
+    of_class = foreground.gather(2, order)
+    all_of_it = of_class.sum(2, keepdim=True)
+    jaccard = 1 - (all_of_it - of_class.cumsum(2)) / (all_of_it + (1 - of_class).cumsum(2))
+    slope = torch.cat([jaccard[..., :1], jaccard[..., 1:] - jaccard[..., :-1]], 2)
+    each = (errors * slope).sum(2).mean(0)
+    return (each if weight is None else each * weight).mean()
+
+
 class OneAgainstTheRest(torch.nn.Module):
     def __init__(self, weight=None):
         super().__init__()
@@ -165,6 +177,7 @@ SOUND = {
     "weight of a column": (OneAgainstTheRest(), "classification", {}),
     "weight of a column, given": (torch.nn.MultiLabelSoftMarginLoss(weight=torch.tensor([1.0, 2, 3])), "binary", {}),
     "weight of a region": (Regions(), "segmentation", {}),
+    "weight of a region that all places share": (lovasz_softmax, "segmentation", {}),
     "weight used from a buffer": (FromABuffer(WEIGHT), "classification", {}),
     "weight of a module that cannot be rebuilt": (NeverRebuilt(1, WEIGHT), "classification", {}),
     "buffer that is no option": (OtherName(), "classification", {}),
@@ -185,6 +198,18 @@ def test_sound_losses_have_no_failure(name):
     warned = {*report.named("warning")} - {"optimum", "autocast", "kept for backward", "half precision"}
     allowed = {"finite", "ignored targets"} if "CE" in name or "target" in name or "ignored" in name else set()
     assert warned <= allowed, report
+
+
+def test_a_weight_of_the_predicted_class_is_found_in_regions_too():
+    """Where places meet, it is excused only if classes count that nobody predicts."""
+
+    def of_predicted(p, t, weight=None):
+        each = F.cross_entropy(p, t, reduction="none")
+        each = each * (1 + each.detach().mean((1, 2), keepdim=True))  # places of a sample meet
+        return (each if weight is None else each * weight[p.argmax(1)]).mean()
+
+    finding = report_on(of_predicted, "segmentation")["weights"]
+    assert finding.status == "failure" and "weight" in finding.evidence
 
 
 def test_what_samples_that_meet_are_told():

@@ -98,6 +98,45 @@ def test_weights_of_probabilities_that_want_a_gradient(device):
     assert said.backward == ("cross_entropy_backward", "cross_entropy_target_backward")
 
 
+HEADS = {
+    "plain": {},
+    "summed": {"reduction": "sum"},
+    "each": {"reduction": "none"},
+    "smoothed": {"label_smoothing": 0.1, "reduction": "sum"},
+    "statistics": {"return_stats": True},
+    "in backward": {"grad_in_forward": False},
+    "probabilities": {"soft": True},
+    "probabilities, each": {"soft": True, "reduction": "none"},
+}
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("gradient", (True, False))
+def test_heads(options, gradient, device):
+    """Operators of a chunk, as often as there are chunks; nothing is computed to say so."""
+    options = dict(options)
+    soft = options.pop("soft", False)
+    x, w = (torch.randn(n, 6, device=device, requires_grad=gradient) for n in (10, 5))
+    t = torch.rand(10, 5, device=device, requires_grad=gradient) if soft else torch.arange(10, device=device) % 5
+    whole = "one chunk of 10 rows"
+    for chunks, more in ((1, {}), (5, {"memory_budget": 2 * 5 * 4})):
+        with Ran() as ran:
+            said = fastloss.explain(fastloss.linear_cross_entropy, x, w, t, **options, **more)
+        assert ran.names == [] and said.handled_by == "fastloss"
+        assert (whole if chunks == 1 else "5 chunks of 2 rows") in said.kernel
+        with Ran() as forward:
+            loss = fastloss.linear_cross_entropy(x, w, t, **options, **more)
+        loss = loss[0] if "return_stats" in options else loss
+        assert forward.names == list(said.forward) * chunks, said
+        if gradient:
+            with Ran() as backward:
+                loss.backward(torch.ones_like(loss) * 0.5)
+            fused = "forward" in said.gradient.partition(",")[0]
+            assert backward.names == list(said.backward) * (1 if fused else chunks), said
+        else:
+            assert said.backward == () and said.bytes_allocated == 0
+
+
 def test_hooks_transforms_and_recorders(device):
     x, t = torch.randn(5, 7, device=device, requires_grad=True), torch.randn(5, 7, device=device)
     assert fastloss.explain(fastloss.mse_loss, x, t).gradient == Path.FUSED.value

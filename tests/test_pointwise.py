@@ -802,6 +802,94 @@ def test_operators_refuse_wrong_arguments():
         ops.pointwise_backward(torch.ones(2), torch.ones(1).double(), x, x, 0, 1, 0, 1)
 
 
+# ------------------------------------------------------------------------------------ a parameter for each element
+
+KNOTS = {"huber_loss": "delta", "smooth_l1_loss": "beta"}
+knots = pytest.mark.parametrize(("name", "knot"), KNOTS.items())
+
+
+@knots
+@reductions
+def test_a_parameter_for_each_element(name, knot, reduction, device):
+    """Values and gradients of each row are those of the kernel with that row's number."""
+    loss = getattr(fastloss, name)
+    x, t = pair(4, 5, device=device)
+    w = torch.linspace(0.5, 2, 20, device=device, dtype=x.dtype).view(4, 5)
+    mask = torch.arange(20, device=device).view(4, 5) % 3 != 1
+    each = torch.tensor([0.1, 0.5, 1.0, 3.0], device=device, dtype=x.dtype)
+    for options in ({}, {"weight": w}, {"mask": mask}, {"weight": w, "mask": mask}):
+        got = loss(x, t, reduction=reduction, **{knot: each.view(4, 1)}, **options)
+        rows = [
+            loss(x[i], t[i], reduction="none", **{knot: float(each[i])}, **{k: v[i] for k, v in options.items()})
+            for i in range(4)
+        ]
+        rows, by_weight = torch.stack(rows), "weight" in options and name == "smooth_l1_loss"
+        counted = (options.get("weight", torch.ones_like(w)) if by_weight else 1.0) * options.get("mask", mask | True)
+        want = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / counted.sum()}[reduction]
+        torch.testing.assert_close(got, want)
+        for a, b in zip(gradients(got, x), gradients(want, x), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@knots
+def test_derivatives_with_a_parameter_for_each_element(name, knot, device):
+    """By prediction, target and the parameter, twice, and along with torch.func."""
+    loss = getattr(fastloss, name)
+    x, t = pair(4, 5, device=device)
+    each = torch.tensor([[0.1], [0.5], [1.0], [3.0]], device=device, dtype=x.dtype, requires_grad=True)
+    t.requires_grad_()
+    call = lambda x, t, each: loss(x, t, reduction="sum", **{knot: each})  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, t, each), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, (x, t, each))
+    by_row = torch.func.vmap(torch.func.grad(call))(x.detach(), t.detach(), each.detach())
+    torch.testing.assert_close(by_row, gradients(call(x, t, each), x, g=torch.ones_like(x).sum() / 20)[0])
+
+
+@knots
+def test_dtypes_and_errors_of_a_parameter_for_each_element(name, knot, device):
+    loss = getattr(fastloss, name)
+    x, t = pair(4, 5, device=device, dtype=torch.float16)
+    assert loss(x, t, **{knot: torch.ones(5, device=device, dtype=torch.float64)}).dtype is torch.float16
+    wide = loss(x.detach() * 1e4, t, reduction="none", **{knot: torch.ones(5, device=device)})
+    assert torch.isfinite(wide).all()
+    with pytest.raises(ValueError, match=rf"{knot} of shape \[4\]"):
+        loss(x, t, **{knot: torch.ones(4, device=device)})
+    wrong = torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0], device=device)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match=f"values for {knot}"):
+            loss(x, t, **{knot: wrong})
+    else:
+        assert loss(x, t, reduction="none", **{knot: wrong}).isnan().any(0).tolist() == [
+            False,
+            False,
+            True,
+            False,
+            False,
+        ]
+
+
+def test_smooth_l1_with_betas_of_0_is_l1_there(device):
+    x = torch.tensor([0.0, 2.0, INF, 0.5, -INF], device=device, requires_grad=True)
+    beta = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0], device=device)
+    loss = fastloss.smooth_l1_loss(x, torch.zeros_like(x), beta=beta, reduction="none")
+    assert loss.tolist() == [0.0, 2.0, INF, 0.125, INF]
+    assert gradients(loss, x, g=torch.ones_like(loss))[0].tolist() == [0.0, 1.0, 1.0, 0.5, -1.0]
+
+
+@knots
+def test_recorded_programs_with_a_parameter_for_each_element(name, knot, device):
+    loss = getattr(fastloss, name)
+    x, t = pair(4, 5, device=device)
+    each = torch.tensor([[0.1], [0.5], [1.0], [3.0]], device=device, dtype=x.dtype)
+    program = torch.jit.trace(lambda x, t, each: loss(x, t, **{knot: each}), (x, t, each))
+    for rows in (4, 2):
+        arguments = x[:rows].detach().requires_grad_(), t[:rows], each[:rows]
+        got, want = program(*arguments), loss(*arguments[:2], **{knot: arguments[2]})
+        torch.testing.assert_close((got, gradients(got, arguments[0])), (want, gradients(want, arguments[0])))
+    compiled = torch.compile(lambda x: loss(x, t, **{knot: each}), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled(x), x), gradients(loss(x, t, **{knot: each}), x))
+
+
 # ------------------------------------------------------------------------------------------------------------- modules
 
 

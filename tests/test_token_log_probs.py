@@ -421,16 +421,101 @@ def test_linear_no_logits_in_memory(function, device):
     assert memory.peak < budget + 4 * weight.nbytes + 4 * input.nbytes + 200 * rows < logits / 2
 
 
-def test_linear_second_derivatives_and_transforms_are_refused():
+def second_derivative(loss, *wanted):
+    grads = torch.autograd.grad(loss, wanted, create_graph=True)
+    return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), wanted)
+
+
+@pytest.mark.parametrize("options", ({}, {"softcap": 2.0, "temperature": 0.7}), ids=str)
+def test_linear_second_derivatives(options, device):
+    """Chunk by chunk, against those of the logits; so are transforms and forward mode."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+        for shape in ((5, 3), (4, 3), (4,))
+    )
+    index = torch.tensor([0, 1, -100, 3, 2], device=device)
+    factors = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, device=device)
+
+    def of_head(x, w, b):
+        both = fastloss.linear_token_log_probs(x, w, index, bias=b, return_entropy=True, memory_budget=130, **options)
+        return sum((t * factors).sum() for t in both)
+
+    def of_logits(x, w, b):
+        both = fastloss.token_log_probs(torch.nn.functional.linear(x, w, b), index, return_entropy=True, **options)
+        return sum((t * factors).sum() for t in both)
+
+    torch.testing.assert_close(
+        second_derivative(of_head(x, w, b), x, w, b), second_derivative(of_logits(x, w, b), x, w, b)
+    )
+    assert torch.autograd.gradcheck(of_head, (x, w, b), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(of_head, (x, w, b))
+    assert torch.autograd.gradgradcheck(
+        lambda x, w: fastloss.linear_token_log_probs(x, w, index, memory_budget=130, **options), (x, w)
+    )
+    values = x.detach(), w.detach(), b.detach()
+    torch.testing.assert_close(torch.func.hessian(of_head)(*values), torch.func.hessian(of_logits)(*values))
+    by_row = torch.func.vmap(
+        torch.func.grad(lambda x, i: fastloss.linear_token_log_probs(x, values[1], i, **options).sum())
+    )(values[0].unsqueeze(1), index.unsqueeze(1))
+    whole = fastloss.linear_token_log_probs(x, w, index, **options).sum()
+    torch.testing.assert_close(by_row.squeeze(1), torch.autograd.grad(whole, x)[0])
+
+
+def test_kl_second_derivatives(device):
+    generator = torch.Generator().manual_seed(0)
+    x, w, teacher, matrix = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in ((5, 3), (4, 3), (5, 2), (4, 2))
+    )
+    x.requires_grad_()
+    w.requires_grad_()
+
+    def of_heads(x, w):
+        return fastloss.linear_kl_divergence(
+            x, w, teacher, matrix, temperature=1.3, memory_budget=500, reduction="none"
+        )
+
+    def of_logits(x, w):
+        log_p = ((teacher @ matrix.t()) / 1.3).log_softmax(1)
+        return torch.nn.functional.kl_div(
+            (x @ w.t() / 1.3).log_softmax(1), log_p, log_target=True, reduction="none"
+        ).sum(1)
+
+    torch.testing.assert_close(
+        second_derivative(of_heads(x, w).sum(), x, w), second_derivative(of_logits(x, w).sum(), x, w)
+    )
+    assert torch.autograd.gradcheck(of_heads, (x, w), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(of_heads, (x, w))
+    hessian = torch.func.hessian(lambda x: of_heads(x, w.detach()).sum())(x.detach())
+    torch.testing.assert_close(hessian, torch.func.hessian(lambda x: of_logits(x, w.detach()).sum())(x.detach()))
+    # The teacher is a constant, in forward mode as well.
+    _, tangent = torch.func.jvp(
+        lambda t: fastloss.linear_kl_divergence(x.detach(), w.detach(), t, matrix),
+        (teacher,),
+        (torch.ones_like(teacher),),
+    )
+    assert tangent == 0
+
+
+def test_linear_second_derivatives_without_logits_in_memory(device):
+    rows, tokens, budget = 1024, 4096, 1 << 21
+    input = torch.randn(rows, 2, device=device, requires_grad=True)
+    weight = torch.randn(tokens, 2, device=device, requires_grad=True)
+    index = torch.randint(tokens, (rows,), device=device)
+    for call in (
+        lambda: fastloss.linear_token_log_probs(input, weight, index, memory_budget=budget),
+        lambda: fastloss.linear_kl_divergence(input, weight, input, weight + 1, memory_budget=budget),
+    ):
+        with measured(device) as memory:
+            second_derivative(call().sum(), input, weight)
+        assert memory.peak < rows * tokens * 4  # one tensor of logits
+
+
+def test_linear_recorded_programs_are_refused():
     input, weight, _, index = head(bias=False)
-    log_prob = fastloss.linear_token_log_probs(input, weight, index)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice .*token_log_probs"):
-        torch.autograd.grad(log_prob.sum(), input, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"not under torch.func.*token_log_probs"):
-        torch.func.grad(lambda x: fastloss.linear_token_log_probs(x, weight, index).sum())(input)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        kl = fastloss.linear_kl_divergence(input, weight, input, weight + 1)
-        torch.autograd.grad(kl, input, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"not under torch.export.*token_log_probs"):
+        torch.jit.trace(lambda x: fastloss.linear_token_log_probs(x, weight, index), (input,))
 
 
 def test_linear_autocast_and_compile(device):

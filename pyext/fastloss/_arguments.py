@@ -119,8 +119,12 @@ def is_dtensor(*values: Any) -> bool:
 
 
 _NESTED = (
-    "fastloss takes dense tensors; give the values of jagged ones, input.values() and target.values(), which hold the "
-    "elements of all samples without padding (a mean is then over these), or torch.nested.to_padded_tensor with a mask"
+    "give the values of jagged ones, input.values() and target.values(), which hold the elements of all samples "
+    "without padding (a mean is then over these), or torch.nested.to_padded_tensor with a mask"
+)
+_STRIDED_NESTED = (
+    "these have the strided layout; elementwise losses and cross entropies take the jagged one: "
+    "torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged). Or torch.nested.to_padded_tensor with a mask"
 )
 
 
@@ -138,7 +142,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
             if kind == "cuda" and not cuda_built() and not isinstance(t, FakeTensor):
                 return "CUDA tensors: this build of fastloss has no CUDA kernels (see python -m fastloss info)"
         if t.is_nested:
-            return f"nested tensors: {_NESTED}"
+            return f"nested tensors: {_NESTED if t.layout is torch.jagged else _STRIDED_NESTED}"
         if t.layout is not torch.strided:
             return f"layout {t.layout}: fastloss takes dense tensors; call .to_dense()"
         if type(t) not in _ORDINARY and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -151,6 +155,12 @@ def require_supported_tensors(function: str, *tensors: Tensor | None) -> None:
     reason = unsupported(*tensors)
     if reason is not None:
         raise NotImplementedError(f"{function}(): not for {reason}. fastloss.patch() leaves such calls to torch.")
+
+
+def refuse_strided_nested(function: str, *tensors: Tensor) -> None:
+    """Before anybody asks for their shape, which they have not."""
+    if any(t.is_nested and t.layout is torch.strided for t in tensors):
+        require_supported_tensors(function, *tensors)
 
 
 def require_same_device(function: str, first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:

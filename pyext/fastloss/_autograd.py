@@ -215,6 +215,17 @@ def rehearsal() -> Iterator[list[Step]]:
         _steps = before
 
 
+def rehearsing() -> bool:
+    """Whether a loss that makes its own autograd is to report a step instead of computing."""
+    return _steps is not None
+
+
+def report_step(step: Step) -> None:
+    """Such a step."""
+    assert _steps is not None
+    _steps.append(step)
+
+
 def refuse_rehearsal(function: str) -> None:
     """Of a function that no engine serves: better no explanation than a wrong one."""
     if _steps is not None:

@@ -34,6 +34,7 @@ _TYPES: dict[Any, str] = {
     bool: "bool",
     bool | None: "bool?",
     float: "float",
+    float | Tensor: "float",  # by element: the loss records itself otherwise
     float | None: "float?",
     int: "SymInt",
     int | None: "SymInt?",

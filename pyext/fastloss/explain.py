@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import Path, Step, rehearsal
+from ._nested import is_jagged
 from .head.lazy_head import is_lazy, lazy_head
 from .losses.cross_entropy import cross_entropy
 from .patching import takes
@@ -63,7 +64,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 
     Returns:
         An :class:`Explanation`. ``handled_by`` is ``"torch: <reason>"`` for inputs that :func:`fastloss.patch` would
-        leave to torch (a direct call raises for them, but for sparse probabilities, which it makes dense).
+        leave to torch (a direct call raises for them, but for sparse probabilities, which it makes dense). Of jagged
+        nested tensors, which :func:`fastloss.patch` leaves to torch as well, it is about the direct call.
 
     Example::
 
@@ -82,7 +84,8 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     device = "none" if first is None else str(first.device)
     if device.startswith("cuda") and torch.cuda.is_available():
         device += f" ({torch.cuda.get_device_name(device)})"
-    reason = takes(tuple(args), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)})
+    given_tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+    reason = None if any(map(is_jagged, given)) else takes(tuple(args), given_tensors)
     if reason is not None:
         theirs = hasattr(F, getattr(loss, "__name__", "")) or isinstance(loss, torch.nn.Module)
         return Explanation(f"{'torch' if theirs else 'nobody'}: {reason}", device, "torch's own", "torch's own", 0, 0)

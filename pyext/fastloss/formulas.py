@@ -59,6 +59,22 @@ def huber_loss(x: Tensor, t: Tensor, delta: float = 1.0) -> Tensor:
     return torch.where(a <= delta, 0.5 * d**2, delta * (a - 0.5 * delta))
 
 
+def smooth_l1_loss_of_betas(x: Tensor, t: Tensor, beta: Tensor) -> Tensor:
+    """:func:`smooth_l1_loss` with a beta for each element; nan where that is negative."""
+    d = x - t
+    near, a = d.abs() < beta, d.abs()
+    square = torch.where(near, d, 0.0) ** 2 / torch.where(near, beta, 1.0)
+    return torch.where(near, 0.5 * square, torch.where(beta < 0, torch.nan, a - 0.5 * beta))
+
+
+def huber_loss_of_deltas(x: Tensor, t: Tensor, delta: Tensor) -> Tensor:
+    """:func:`huber_loss` with a delta for each element; nan where that is not positive."""
+    d = x - t
+    near, a = d.abs() <= delta, d.abs()
+    square = torch.where(near, d, 0.0) ** 2
+    return torch.where(delta > 0, torch.where(near, 0.5 * square, delta * (a - 0.5 * delta)), torch.nan)
+
+
 def log_cosh_loss(x: Tensor, t: Tensor) -> Tensor:
     """log cosh (x - t), as log1p(2 sinh((x - t) / 2)^2), which keeps small residuals, and |x - t| - log 2 far away."""
     d = x - t
@@ -244,6 +260,13 @@ FORMULAS: dict[str, Formula] = {
     "capsule_margin_loss": Formula(capsule_margin_loss, ("m_plus", "m_minus", "down_weight")),
     "cosine_embedding_loss": Formula(_cosine_embedding_terms, ("margin",), _cosine_embedding_finish),
     "triplet_margin_loss": Formula(_triplet_terms, ("norm", "margin", "eps", "swap"), _triplet_finish),
+}
+
+
+# Of losses whose parameter is an operand, a number for each element: no kernel takes these.
+BY_ELEMENT: dict[str, Formula] = {
+    "smooth_l1_loss": Formula(smooth_l1_loss_of_betas),
+    "huber_loss": Formula(huber_loss_of_deltas),
 }
 
 

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode, _get_overloaded_args, handle_torc
 from . import functional
 from ._arguments import is_dtensor, unsupported
 from ._library import DTYPE_CODES
+from .head import lazy_log_probs
+from .head.lazy import Lazy
 
 _originals: dict[tuple[Any, str], Callable[..., Any]] = {}  # by module and name
 _lock = threading.RLock()
@@ -184,6 +186,9 @@ def _behind(name: str, original: Callable[..., Any], ours: Callable[..., Any]) -
         reason = takes(args, kwargs, name)
         if _heeds_subclasses():
             overloaded = [a for a in (*args, *kwargs.values()) if _overrides(a)]
+            if any(isinstance(a, Lazy) for a in overloaded):  # it knows, and calls fastloss or torch
+                served.add()
+                return handle_torch_function(original, overloaded, *args, **kwargs)
             if overloaded and (reason is not None or torch.compiler.is_compiling()):
                 # torch's own function would hand over what it finds under its name, which is this one.
                 _decline(name, reason or "a tensor subclass under torch.compile")
@@ -223,8 +228,8 @@ _holders: set["_Patched"] = set()  # the patch is in force while there is one
 class _Patched:
     """What :func:`patch` returns: as a context manager it ends its hold on the patch when the block is left."""
 
-    def __init__(self, report: bool) -> None:
-        self.report, self._entered = report, 0
+    def __init__(self, report: bool, log_softmax: bool) -> None:
+        self.report, self.log_softmax, self._entered = report, log_softmax, 0
 
     def __enter__(self) -> "_Patched":
         with _lock:
@@ -239,6 +244,66 @@ class _Patched:
             self._entered -= 1
             if not self._entered:
                 _release(self)
+
+
+# log_softmax of torch.nn.functional, torch and Tensor, which inherits it: what stood there, or None for nothing.
+_HOLDERS = ((F, "log_softmax"), (torch, "log_softmax"), (Tensor, "log_softmax"))
+_log_softmaxes: list[Callable[..., Any] | None] = []
+
+
+def _lazily(holder: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """log_softmax that is lazy where that pays."""
+    bind = _functional_log_softmax if holder is F else _log_softmax
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].numel() >= lazy_log_probs.LEAST:
+            try:
+                input, dim, dtype = bind(*args, **kwargs)
+            except TypeError:  # out=, names of dimensions, mistakes
+                return original(*args, **kwargs)
+            lazy = lazy_log_probs.log_softmax(input, dim, dtype)
+            if lazy is not None:
+                return lazy
+        return original(*args, **kwargs)
+
+    call.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
+    return call
+
+
+def _functional_log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> tuple[Any, ...]:
+    return input, dim, dtype
+
+
+def _log_softmax(input: Any, dim: Any, dtype: Any = None) -> tuple[Any, ...]:
+    return input, dim, dtype
+
+
+def _report_log_softmax(made_by: str | None) -> None:
+    if "log_softmax" not in _served:  # of a patch that has ended
+        return
+    if made_by is None:
+        _served["log_softmax"].add()
+    else:
+        _decline("log_softmax", f"{made_by} needs all log-probabilities")
+
+
+def _hold_log_softmax() -> None:
+    _served["log_softmax"], _declined["log_softmax"] = _Tally(), {}
+    lazy_log_probs.report = _report_log_softmax
+    for holder, name in _HOLDERS:
+        original = getattr(holder, name)
+        _log_softmaxes.append(original if name in vars(holder) else None)
+        setattr(holder, name, _lazily(holder, original))
+
+
+def _release_log_softmax() -> None:
+    for (holder, name), original in zip(_HOLDERS, _log_softmaxes, strict=True):
+        if original is None:
+            delattr(holder, name)
+        else:
+            setattr(holder, name, original)
+    _log_softmaxes.clear()
 
 
 def _hold(holder: _Patched) -> None:
@@ -257,6 +322,8 @@ def _hold(holder: _Patched) -> None:
         for name in _LACKING:
             if hasattr(F, name):
                 _replace([F], name, _counting(name, getattr(F, name)))
+    if holder.log_softmax and not _log_softmaxes:
+        _hold_log_softmax()
     _holders.add(holder)
 
 
@@ -278,13 +345,15 @@ def _release(holder: _Patched) -> None:
     _holders.remove(holder)
     if holder.report:
         print(patch_report())
+    if _log_softmaxes and not any(other.log_softmax for other in _holders):
+        _release_log_softmax()
     if not _holders:
         while _originals:
             (module, name), original = _originals.popitem()
             setattr(module, name, original)
 
 
-def patch(report: bool = False) -> _Patched:
+def patch(report: bool = False, *, log_softmax: bool = False) -> _Patched:
     """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``; and
     ``torchvision.ops.sigmoid_focal_loss``, where torchvision is imported already.
 
@@ -304,8 +373,19 @@ def patch(report: bool = False) -> _Patched:
     Args:
         report: print :func:`patch_report` at the end (of the block, at :func:`unpatch` or of the program), and count
             calls of losses that fastloss has not too.
+        log_softmax: make ``log_softmax`` of torch, torch.nn.functional and Tensor lazy as well, for logits of 2**20
+            elements and more and of two dimensions and more (others: torch's, at once). Its result keeps the logits;
+            ``gather`` of a class, ``nll_loss``, ``sum`` and ``mean`` over the classes (or over everything), of itself
+            or of its product with targets, are then computed from these, and are the only tensors in memory. Any other
+            operation gets the log-probabilities, made by torch, once. Logits that change in place in between raise.
+
+    Example, label smoothing by hand without a tensor of log-probabilities::
+
+        >>> with fastloss.patch(log_softmax=True):
+        ...     logp = F.log_softmax(logits, dim=-1)
+        ...     loss = -0.9 * logp.gather(-1, labels[:, None]).mean() - 0.1 * logp.mean()
     """
-    holder = _Patched(report)
+    holder = _Patched(report, bool(log_softmax))
     with _lock:
         _hold(holder)
     return holder

@@ -109,6 +109,25 @@ def composed(logits: Tensor, index: Tensor, o: Options) -> tuple[Tensor, ...]:
     return log_prob, -(p * torch.where(p == 0, 0.0, log_p)).sum(1)
 
 
+def composed_gradient(
+    grad_log_prob: Tensor, grad_entropy: Tensor | None, logits: Tensor, index: Tensor, o: Options
+) -> Tensor:
+    """:func:`gradient` of torch operations, in the accumulation type, for logits [N, C, d1, ...]."""
+    z = logits.to(accum_dtype(logits.dtype)) * o.logit_scale
+    slope: Any = o.logit_scale
+    if o.softcap:
+        t = torch.tanh(z / o.softcap)
+        z, slope = o.softcap * t, o.logit_scale * (1 - t * t)
+    log_p, p = torch.log_softmax(z, 1), torch.softmax(z, 1)
+    counts = (index != o.ignore_index).unsqueeze(1)
+    chosen = torch.zeros_like(p).scatter(1, torch.where(counts, index.unsqueeze(1), 0).long(), 1.0)
+    grad = torch.where(counts, grad_log_prob.unsqueeze(1), 0.0) * (chosen - p)
+    if grad_entropy is not None:
+        log_p = torch.where(p == 0, 0.0, log_p)
+        grad = grad - grad_entropy.unsqueeze(1) * p * (log_p - (p * log_p).sum(1, keepdim=True))
+    return grad * slope
+
+
 class TokenLogProbs(Function):
     """Log-probabilities and, where wanted, entropies; their gradient by the kernel, second derivatives composed."""
 

@@ -512,7 +512,31 @@ def _acts_on_its_own(
 
     own, off = without(0), labels == 0
     left, *others = (float(g[off].abs().sum()) for g in (own, *(without(c) for c in range(1, len(w)))))
-    return left < 0.999 * min(others)
+    return left < 0.999 * min(others) or _weighs_a_region(s, option, bare, w, prediction, target, labels)
+
+
+def _weighs_a_region(
+    s: Subject, option: str, bare: dict[str, Any], w: Tensor, prediction: Tensor, target: Tensor, labels: Tensor
+) -> bool:
+    """Of a loss of regions (Lovasz-softmax): whether a class's weight is that of its region, which the other classes
+    share places with. It is where the places of a sample depend on each other, and it counts for a class that has
+    places and is predicted nowhere, which a weight of predicted classes does not."""
+    if prediction.dim() < 3:
+        return False
+    elsewhere = prediction.clone()
+    elsewhere.view(*prediction.shape[:2], -1)[:, :, 1:] = prediction.reshape(*prediction.shape[:2], -1)[:, :, 1:].flip(
+        1
+    )
+    first, other = (
+        s.gradient(p, target, **bare).reshape(*prediction.shape[:2], -1)[..., 0] for p in (prediction, elsewhere)
+    )
+    if _close(float((first - other).abs().max()) + 1, 1.0, 1e-9):
+        return False
+    nowhere, zeroed = prediction.clone(), w.clone()
+    nowhere[:, 0] = prediction.min() - 3
+    zeroed[0] = 0
+    values = [s.value(nowhere, target, **{**bare, option: x}) for x in (w, zeroed)]
+    return bool((labels == 0).any()) and not _close(*values)
 
 
 def _weighted_mean(

@@ -4,31 +4,27 @@
 to logits before the loss (:data:`_RULES`) gives another one; a cross entropy becomes :func:`linear_cross_entropy`;
 anything else gets the logits themselves, made once and kept.
 
-Each is two things at once. Its *form* says what it is in terms of hidden states, for the fused loss. Its *origin*, the
-one that it was derived from and the operation that did it, says how torch would have made it, so that views share
-memory with what they are views of, and rounding is torch's.
+Each is two things at once. Its *form* says what it is in terms of hidden states, for the fused loss; its origin says
+how torch would have made it (:mod:`fastloss.head.lazy`).
 """
 
-import contextlib
 import math
 import sys
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .._arguments import HALVES, autocast_dtype, legacy_reduction
 from ..losses.cross_entropy import CrossEntropyStats, cross_entropy
+from .lazy import DisableTorchFunction, Lazy, Rules, autocast, rules_of
 from .linear_cross_entropy import linear_cross_entropy
 
 _TORCHS_CROSS_ENTROPY = F.cross_entropy
-_DisableTorchFunction = torch._C.DisableTorchFunctionSubclass
 
 
 class LazyHeadWarning(UserWarning):
@@ -87,19 +83,6 @@ class Form:
         return (z if self.cap is None else self.cap * torch.tanh(z)).movedim(-1, self.classes)
 
 
-@contextlib.contextmanager
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast to ``dtype``, or none at all."""
-    if device.type not in ("cpu", "cuda") or (dtype is None and not torch.is_autocast_enabled(device.type)):
-        yield
-    elif dtype is None:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        with torch.autocast(device.type, dtype=dtype):
-            yield
-
-
 class _Origin(torch.autograd.Function):
     """Makes the tensor, which has no memory, and its place in the graph.
 
@@ -119,7 +102,7 @@ class _Origin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         again = torch.is_grad_enabled()
-        with torch.enable_grad(), _autocast(ctx.operands[0].device, None):
+        with torch.enable_grad(), autocast(ctx.operands[0].device, None):
             operands = [
                 t if t is None or again else t.detach().requires_grad_(needed)
                 for t, needed in zip(ctx.operands, ctx.needs_input_grad[1:], strict=True)
@@ -130,47 +113,16 @@ class _Origin(torch.autograd.Function):
         return (None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:]))
 
 
-class LazyLogits(Tensor):
+class LazyLogits(Lazy):
     """Logits that are made when somebody looks. See the module."""
 
+    _rules: ClassVar[Rules] = {}
     _form: Form
     _hidden: Tensor
     _weight: Tensor
     _bias: Tensor | None
     _state: HeadState
     _step: Step
-    _parent: "LazyLogits | None"
-    _how: Callable[[Tensor], Tensor]
-    _made: Tensor | None
-    _value: Tensor | None
-    _hooks: "list[Callable[[Tensor], Any]]"
-    _with_grad: bool
-    _versions: list[tuple[Tensor, int]]
-    _family: "list[weakref.ref[LazyLogits]]"
-
-    # ------------------------------------------------------------------------------------------------ what others call
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with _DisableTorchFunction():
-                return func(*args, **kwargs)
-        rule = _RULES.get(func)
-        if rule is not None:
-            result = rule(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return _look(func, args, kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's own type is that of a function
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        def plain(x: Any) -> Any:
-            return x.value(func.__name__) if isinstance(x, LazyLogits) else x
-
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     # ------------------------------------------------------------------------------------------------ how it is made
 
@@ -189,42 +141,10 @@ class LazyLogits(Tensor):
         hidden, weight, bias = operands or (self._hidden, self._weight, self._bias)
         return _new(form, hidden, weight, bias, self._state, self._step, self, how)
 
-    @property
-    def looked_at(self) -> bool:
-        """Whether the logits that this one comes from were made. From then on they are what counts: they may have been
-        changed in place."""
-        return bool(self._made is not None or self._hooks or (self._parent is not None and self._parent.looked_at))
-
-    def make(self, operation: str) -> Tensor:
-        """The logits, differentiable; the same tensor each time."""
-        if self._made is None:
-            self._announce(operation)
-            if self._parent is None:
-                self.require_unchanged()
-            base = self if self._parent is None else self._parent.make(operation)
-            with torch.set_grad_enabled(self._with_grad), _autocast(self._hidden.device, None):
-                self._made = self._how(base)
-            for hook in self._hooks:
-                if self._made.requires_grad:
-                    hook(self._made)
-        return self._made
-
-    def value(self, operation: str) -> Tensor:
-        """The logits for an operator below autograd, whose place in the graph is this tensor's own."""
-        if self._made is not None:
-            return self._made.detach()
-        if self._value is None:
-            self._announce(operation)
-            if self._parent is None:
-                self.require_unchanged()
-            with torch.no_grad(), _autocast(self._hidden.device, None):
-                self._value = self._how(self if self._parent is None else self._parent.value(operation))
-        return self._value
-
     def _announce(self, operation: str) -> None:
-        if not self._root().noted:
-            self._root().noted = True
-            with _DisableTorchFunction():
+        if not self.root().noted:
+            self.root().noted = True
+            with DisableTorchFunction():
                 shape, dtype, size = list(self.shape), self.dtype, self.numel() * self.element_size() / 2**20
             where = self._state.say(
                 operation,
@@ -233,11 +153,6 @@ class LazyLogits(Tensor):
                 "model its ordinary head back.",
             )
             self._step.made.append(where)
-
-    noted = False  # of a root: whether it has been said that its logits are made
-
-    def _root(self) -> "LazyLogits":
-        return self if self._parent is None else self._parent._root()
 
     def require_unchanged(self) -> None:
         """Raises if hidden states or weight are no longer what they were in the head's forward."""
@@ -268,70 +183,14 @@ def _new(
 ) -> LazyLogits:
     lazy = cast(LazyLogits, _Origin.apply(form, hidden, weight, bias))
     lazy._form, lazy._hidden, lazy._weight, lazy._bias = form, hidden, weight, bias
-    lazy._state, lazy._step, lazy._parent, lazy._how = state, step, parent, how
-    lazy._made = lazy._value = None
-    lazy._hooks, lazy._with_grad = [], torch.is_grad_enabled()
-    if parent is None:
-        operands = (hidden, weight) if bias is None else (hidden, weight, bias)
-        lazy._versions = [(t, 0 if t.is_inference() else t._version) for t in operands]
-        lazy._family = []
-    else:
-        lazy._versions, lazy._family = parent._versions, parent._family
-    lazy._family.append(weakref.ref(lazy))
+    lazy._state, lazy._step = state, step
+    lazy.begin((hidden, weight) if bias is None else (hidden, weight, bias), parent, how)
     return lazy
-
-
-def _look(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Calls it with the logits made."""
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":  # of a property
-        name = getattr(getattr(func, "__self__", None), "__name__", name)
-    if _may_write(name, kwargs):  # what torch would have copied by now must be copied before
-        for x in tree_leaves((args, kwargs)):
-            for relative in x._family if isinstance(x, LazyLogits) else ():
-                if (alive := relative()) is not None:
-                    alive.make(name)
-    made = [tree_map(lambda x: x.make(name) if isinstance(x, LazyLogits) else x, x) for x in (args, kwargs)]
-    if getattr(F, name, None) is not func and getattr(func, "__module__", "") == "torch.nn.functional":
-        func = getattr(F, name, func)  # fastloss.patch() may serve it
-    return func(*made[0], **made[1])
-
-
-_SHARING = {"__setitem__", "data", "data_ptr", "numpy", "untyped_storage", "storage", "__dlpack__", "__array__"}
-
-
-def _may_write(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether it writes to its tensor, or hands out the memory."""
-    dunder = name.endswith("__")
-    return (
-        name in _SHARING or "out" in kwargs or (name.startswith("__i") and dunder) or (name[-1] == "_" and not dunder)
-    )
 
 
 # ---------------------------------------------------------------------------------------- what leaves logits unmade
 
-_PROPERTIES = """_base _version device dtype grad_fn is_cpu is_cuda is_ipu is_leaf is_maia is_meta is_mkldnn is_mps
-    is_mtia is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim
-    output_nr requires_grad retains_grad shape"""
-_METHODS = """__len__ dim element_size get_device has_names is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_same_size is_shared is_signed ndimension nelement numel size storage_offset stride"""
-_METADATA: set[Any] = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split() if hasattr(Tensor, name)}
-_METADATA |= {getattr(holder, n) for n in _METHODS.split() for holder in (Tensor, torch) if hasattr(holder, n)}
-_RULES: dict[Any, Callable[..., Any]] = {}
-
-
-def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers for Tensor's methods and torch's functions of these names. A rule gets the function and its arguments;
-    NotImplemented makes the logits."""
-
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
-        for holder in (Tensor, torch):
-            for name in names:
-                if hasattr(holder, name):
-                    _RULES[getattr(holder, name)] = rule
-        return rule
-
-    return register
+_rule = rules_of(LazyLogits._rules)
 
 
 def _row_major(x: Any) -> bool:
@@ -341,7 +200,7 @@ def _row_major(x: Any) -> bool:
 
 def _reshaped(func: Any, x: LazyLogits, shape: list[int]) -> Any:
     """``x`` in another shape, if its last axis stays the classes'."""
-    with _DisableTorchFunction():
+    with DisableTorchFunction():
         total, classes = x.numel(), x.shape[-1]
     if -1 in shape:
         others = -math.prod(shape)
@@ -373,7 +232,7 @@ def _view_as(func: Any, x: Any, other: Any) -> Any:
 def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     if not _row_major(x):
         return NotImplemented
-    with _DisableTorchFunction():
+    with DisableTorchFunction():
         shape = list(x.shape)
     start, end = start_dim % len(shape), end_dim % len(shape)
     return _reshaped(Tensor.reshape, x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]])
@@ -383,7 +242,7 @@ def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
 def _squeeze(func: Any, x: Any, dim: Any = None) -> Any:
     if not _row_major(x) or not isinstance(dim, int):
         return NotImplemented
-    with _DisableTorchFunction():
+    with DisableTorchFunction():
         shape = list(x.shape)
     if func.__name__ == "unsqueeze":
         shape.insert(dim % (len(shape) + 1), 1)
@@ -425,7 +284,7 @@ def _detach(func: Any, x: Any) -> Any:
 def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return NotImplemented
-    with _DisableTorchFunction():
+    with DisableTorchFunction():
         device, current = x.device, x.dtype
     name = func.__name__
     rest: Any
@@ -437,7 +296,7 @@ def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             if name != "to" and (len(args) != 1 or kwargs or not isinstance(args[0], (torch.dtype, Tensor))):
                 return NotImplemented
             if args and isinstance(args[0], LazyLogits):
-                with _DisableTorchFunction():
+                with DisableTorchFunction():
                     args = (args[0].device, args[0].dtype, *args[1:])
             to, dtype, _, rest = torch._C._nn._parse_to(*args, **kwargs)
         else:
@@ -567,7 +426,7 @@ def _register_hook(func: Any, x: Any, hook: Any) -> Any:
     if x._made is not None:
         return x._made.register_hook(hook)
     x._hooks.append(lambda made: made.register_hook(hook))
-    with _DisableTorchFunction():
+    with DisableTorchFunction():
         return x.register_hook(hook)
 
 
@@ -608,7 +467,7 @@ def _loss(
         return NotImplemented
     form, hidden, dims = x._form, x._hidden, x._hidden.dim()
     axis = 0 if dims == 1 else 1 if class_dim is None else class_dim % dims
-    with _DisableTorchFunction():
+    with DisableTorchFunction():
         rows, dtype = [n for i, n in enumerate(x.shape) if i != form.classes], x.dtype
         soft = target.shape == x.shape
     if axis != form.classes or not (soft or list(target.shape) == rows) or 0 in (*rows, *hidden.shape):
@@ -646,7 +505,7 @@ def _loss(
     if soft:
         target = target.movedim(form.classes, -1).reshape(-1, x._weight.shape[0])
     # A loss that is to be float32 over logits of 16 bits: what autocast does.
-    with _autocast(hidden.device, hidden.dtype if hidden.dtype in HALVES and wanted not in HALVES else None):
+    with autocast(hidden.device, hidden.dtype if hidden.dtype in HALVES and wanted not in HALVES else None):
         result = linear_cross_entropy(
             flat,
             x._weight,
@@ -670,4 +529,4 @@ def _loss(
     return loss, CrossEntropyStats(lse.reshape(rows), argmax.reshape(rows), accuracy, entropy.reshape(rows))
 
 
-_RULES[_TORCHS_CROSS_ENTROPY] = _RULES[cross_entropy] = _loss
+LazyLogits._rules[_TORCHS_CROSS_ENTROPY] = LazyLogits._rules[cross_entropy] = _loss

@@ -21,6 +21,9 @@ from .._autograd import (
     Grads,
     Needs,
     Path,
+    Rules,
+    Step,
+    Tensors,
     accum_dtype,
     attach,
     batched_by_legacy,
@@ -29,10 +32,12 @@ from .._autograd import (
     keeps_graph,
     opaque,
     recording,
+    rehearsing,
+    report_step,
     saved_tensor_hooks_active,
     transforms_active,
 )
-from .._library import DTYPE_CODES, DTYPES, NONE, ops
+from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, ops
 from .._recorded import not_scriptable
 from ..losses import _rowwise
 from ..losses.cross_entropy import STATS, CrossEntropyStats, Given, Unmade, canonical, engine, rules
@@ -257,10 +262,72 @@ def _is_abstract(t: Operands) -> bool:
     return any(x is not None and (x.is_meta or type(x) not in ordinary) for x in t)
 
 
+class _HeadRules(Rules):
+    """What :func:`fastloss.explain` asks of a head; its autograd is above."""
+
+    name, tensors, wants, options = "linear_cross_entropy", _TENSORS, WANTS, HeadOptions
+
+    def regime(self, tensors: Tensors, o: HeadOptions, path: Path) -> str:
+        rows = tensors[0].shape[0]
+        count = max(1, -(-rows // o.rows))
+        dtype = str(chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])).removeprefix("torch.")
+        chunks = "one chunk" if count == 1 else f"{count} chunks"
+        return f"torch's products and cross entropy, {chunks} of {min(o.rows, rows)} rows of logits in {dtype}"
+
+    def operators(
+        self, path: Path, tensors: Tensors, o: HeadOptions, needs: Needs
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Of a chunk, but for the last that scale."""
+        normalizer = tensors[6] if o.reduction != MEAN else True
+        of_rows = (None, *tensors[3:6], normalizer)
+        value, _ = rules.operators(Path.VALUE, of_rows, o.of_rows(), needs)
+        if not any(needs[3:]):
+            gradients: tuple[str, ...] = ("cross_entropy_forward_inplace",)
+        else:  # by probabilities or class weights as well
+            path_of_rows = (any(needs[:3]), needs[3], needs[4])
+            forward, backward = rules.operators(Path.RECOMPUTE, of_rows, o.of_rows(), path_of_rows)
+            gradients = (*forward, *backward)
+        if path is Path.FUSED:
+            return gradients, ("scale_grad_",) * sum(needs)
+        return value, gradients if any(needs) else ()
+
+    def gradient_bytes(self, tensors: Tensors, o: HeadOptions, needs: Needs) -> int:
+        """Of a chunk, whose logits become their gradient, and of the operands."""
+        if not any(needs):
+            return 0
+        held = chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])
+        chunk = min(o.rows, max(tensors[0].shape[0], 1)) * tensors[1].shape[0] * held.itemsize
+        sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
+        rest = sum(tensors[i].nbytes for i in (0, 3, 4) if needs[i])
+        return chunk + sums + rest
+
+
+_head_rules = _HeadRules()
+
+
+def _path(wanted: bool, half: bool, o: HeadOptions, in_forward: bool | None) -> Path:
+    return choose(
+        wanted=wanted,
+        transformed=transforms_active(),
+        forward_mode=forward_ad._current_level >= 0,
+        fusable=o.reduction != NONE,
+        deferred=saved_tensor_hooks_active(),
+        in_forward=not (half or DTYPES[o.logits_dtype] is torch.float16) if in_forward is None else in_forward,
+        in_place=False,
+    )
+
+
 def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor, ...]:
     """Loss and statistics, by the path that the engine would take for logits."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t[:WANTS])
     half = any(x is not None and x.requires_grad and x.dtype is torch.float16 for x in t[:WANTS])
+    needs = tuple(wanted and x is not None and x.requires_grad for x in t[:WANTS])
+    if rehearsing():
+        report_step(Step(_head_rules, _path(wanted, half, o, in_forward), t, o, needs))
+        nothing = torch.zeros((), dtype=DTYPES[o.loss_dtype], device=t.input.device)
+        rows = torch.zeros((), dtype=torch.int64, device=t.input.device).expand(chunked.row_shape(t))
+        loss = nothing.expand(rows.shape) if o.reduction == NONE else nothing
+        return (loss, rows, rows, nothing, rows) if o.flags & STATS else (loss,)
     if transforms_active():
         return _opaque_composed(*t, *o)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0:
@@ -270,18 +337,10 @@ def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor,
         # A recorded program may be run with other wishes than it was recorded with.
         fused = wanted and compiling and not recording() and o.reduction != NONE
         fused = fused and (not half if in_forward is None else in_forward)
-        needs = [fused and x is not None and x.requires_grad for x in t[:WANTS]]
-        loss, *rest = chunked.forward_operator(*t, *o, chunked.as_bits(needs))
+        made = [fused and needed for needed in needs]
+        loss, *rest = chunked.forward_operator(*t, *o, chunked.as_bits(made))
         return (loss, *rest[:4]) if o.flags & STATS else (loss,)
-    path = choose(
-        wanted=wanted,
-        transformed=False,
-        forward_mode=False,
-        fusable=o.reduction != NONE,
-        deferred=saved_tensor_hooks_active(),
-        in_forward=not (half or DTYPES[o.logits_dtype] is torch.float16) if in_forward is None else in_forward,
-        in_place=False,
-    )
+    path = _path(wanted, half, o, in_forward)
     if path is Path.VALUE:
         result = chunked.loss_and_gradients(t, o, [False] * WANTS)
         assert result.loss is not None
@@ -423,6 +482,7 @@ def run(
         _arguments.require_tensor(name, t, function)
     if linear_bias is not None:
         _arguments.require_tensor("linear_bias", linear_bias, function)
+    _arguments.refuse_strided_nested(function, input, target)
     _check_shapes(function, input, linear_weight, linear_bias)
     _arguments.require_supported_tensors(function, input, linear_weight, linear_bias, target)
     others = ("linear_weight", linear_weight), ("linear_bias", linear_bias)

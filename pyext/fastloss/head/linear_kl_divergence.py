@@ -4,21 +4,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from .. import _arguments
-from .._autograd import accum_dtype
+from .._autograd import Grads, accum_dtype, differentiated_again
 from .._library import MEAN, NONE
 from .linear_token_log_probs import (
     add_gradients,
     autocast,
     check_budget,
     check_head,
+    head_gradients,
     logits_of,
     ranges,
-    refuse_second_derivative,
-    refuse_transforms,
+    refuse_recorders,
     rows_at_a_time,
+    transformed,
+    with_derivatives,
 )
 
 _INSTEAD = "torch.nn.functional.kl_div on the two log_softmax"
@@ -58,7 +60,22 @@ class _LinearKLDivergence(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         student_hidden, student_weight, teacher_hidden, teacher_weight = ctx.saved_tensors
-        refuse_second_derivative("linear_kl_divergence", _INSTEAD, grad_output, student_hidden, student_weight)
+        with torch.no_grad():
+            found = _LinearKLDivergence._gradients(ctx, grad_output)
+        if differentiated_again(grad_output, student_hidden, student_weight):
+            needs = tuple(g is not None for g in found)
+            shared = (teacher_weight, ctx.temperature, needs)
+            parts = (
+                (grad_output[rows], student_hidden[rows], student_weight, teacher_hidden[rows], *shared)
+                for rows in ranges(student_hidden.shape[0], ctx.at_a_time)
+            )
+            found = with_derivatives(found, parts, _chunk_gradients)
+        return (*found, None, None, None, None)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_output: Tensor) -> Grads:
+        """By the student's hidden states and weight."""
+        student_hidden, student_weight, teacher_hidden, teacher_weight = ctx.saved_tensors
         by_hidden, by_weight = ctx.needs_input_grad[:2]
         wide = accum_dtype(student_hidden.dtype)
         grad_hidden = torch.empty_like(student_hidden) if by_hidden else None
@@ -70,7 +87,44 @@ class _LinearKLDivergence(Function):
             grad *= (grad_output[rows] / ctx.temperature).unsqueeze(1)
             add_gradients(grad.to(x.dtype), x, student_weight, rows, grad_hidden, grad_weight)
         grad_weight = None if grad_weight is None else grad_weight.to(student_weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight
+
+
+def _chunk_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float,
+    needs: tuple[bool, ...],
+) -> Grads:
+    """By the student's hidden states and weight, of torch operations."""
+    wide = accum_dtype(x.dtype)
+    p = (logits_of(x, weight, None).to(wide) / temperature).softmax(1)
+    p_teacher = (logits_of(teacher_hidden, teacher_weight, None).to(wide) / temperature).softmax(1)
+    grad = (p - p_teacher) * (grad_output / temperature).unsqueeze(1)
+    return head_gradients(grad, x, weight, needs)
+
+
+def _composed(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float,
+    at_a_time: int,
+) -> Tensor:
+    """Rows for transforms and forward mode, whose reverse mode keeps the logits of all chunks."""
+    found, wide = [], accum_dtype(student_hidden.dtype)
+    for rows in ranges(student_hidden.shape[0], at_a_time):
+        log_s = (logits_of(student_hidden[rows], student_weight, None).to(wide) / temperature).log_softmax(1)
+        with forward_ad._set_fwd_grad_enabled(False):  # the teacher has no tangent
+            teacher = logits_of(teacher_hidden[rows], teacher_weight, None).to(wide) / temperature
+            log_t, p = teacher.log_softmax(1).detach(), teacher.softmax(1).detach()
+        kl = torch.where(p == 0, 0.0, p * (log_t - log_s)).sum(1)
+        found.append(kl + (kl.clamp(min=0) - kl).detach())
+    return torch.cat(found)
 
 
 def linear_kl_divergence(
@@ -105,8 +159,10 @@ def linear_kl_divergence(
 
     Raises:
         ValueError, RuntimeError, TypeError: shapes, dtypes, devices and numbers that do not fit.
-        NotImplementedError: under torch.func, forward mode, torch.export and torch.jit.trace. A second derivative is a
-            RuntimeError. Both would need the logits in memory.
+        NotImplementedError: under torch.export and torch.jit.trace.
+
+    Second derivatives make each chunk again. Under torch.func and forward mode the logits are made in chunks as well,
+    but reverse mode then keeps them.
 
     >>> linear_kl_divergence(torch.ones(2, 3), torch.eye(4, 3), torch.ones(2, 5), torch.eye(4, 5))
     tensor(0.0726)
@@ -123,7 +179,7 @@ def linear_kl_divergence(
     _arguments.require_supported_tensors(function, *named.values())
     first, *others = named.items()
     _arguments.require_same_device(function, first, *others)
-    refuse_transforms(function, _INSTEAD)
+    refuse_recorders(function, _INSTEAD)
     code = _arguments.reduction_code(reduction)
     temperature = _arguments.as_float(function, "temperature", temperature)
     if not 0 < temperature < float("inf"):
@@ -147,7 +203,8 @@ def linear_kl_divergence(
     if rows:
         flat = s_hidden.reshape(-1, s_hidden.shape[-1]), s_weight
         teacher = t_hidden.detach().reshape(-1, t_hidden.shape[-1]), t_weight.detach()
-        kl = _LinearKLDivergence.apply(*flat, *teacher, temperature, at_a_time).reshape(shape)
+        run = _composed if transformed() else _LinearKLDivergence.apply
+        kl = run(*flat, *teacher, temperature, at_a_time).reshape(shape)
     else:
         kl = (s_hidden.sum() * s_weight.sum() * 0).to(wide).expand(shape)
     return kl if code == NONE else kl.mean() if code == MEAN else kl.sum()  # type: ignore[no-any-return]

@@ -1,17 +1,27 @@
 """Log-probabilities and entropies from hidden states: the logits of some rows at a time, made again in backward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from .. import _arguments, errors
-from .._autograd import accum_dtype, differentiated_again, recording, refuse_rehearsal, transforms_active
+from .._autograd import (
+    Grads,
+    accum_dtype,
+    attach,
+    batched_by_legacy,
+    differentiated_again,
+    recording,
+    refuse_rehearsal,
+    transforms_active,
+)
 from .._library import DTYPE_CODES
 from ..losses import _rowwise
-from ..token_log_probs import IGNORE_INDEX, Options, check_index, gradient, options, values
+from ..token_log_probs import IGNORE_INDEX, Options, check_index, composed, composed_gradient, gradient, options, values
 from .chunks import LEAST_BUDGET
 
 
@@ -68,7 +78,7 @@ def check_budget(function: str, memory_budget: Any) -> int | None:
 
 def check_range(function: str, index: Tensor, tokens: int, ignore_index: int) -> None:
     """On the CPU all rows are looked at before the first chunk: a chunk's kernel would count from its own first row."""
-    if index.is_cuda or torch.compiler.is_compiling() or index.is_meta:
+    if index.is_cuda or torch.compiler.is_compiling() or index.is_meta or transforms_active():
         return
     bad = (index != ignore_index) & ((index < 0) | (index >= tokens))
     if bad.any():
@@ -89,23 +99,44 @@ def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
     return tuple(None if t is None else t.to(dtype) for t in (hidden, *others))
 
 
-def refuse_transforms(function: str, instead: str) -> None:
-    """What chunks of rows do not do is said, not done in some other way that would make the logits."""
+def refuse_recorders(function: str, instead: str) -> None:
+    """Their programs would hold the number of chunks of this call."""
     refuse_rehearsal(function)
-    if transforms_active() or forward_ad._current_level >= 0 or recording():
+    if recording():
         raise NotImplementedError(
-            f"{function}(): not under torch.func, forward mode, torch.export or torch.jit.trace, which would need the "
-            f"logits in memory; use {instead} there"
+            f"{function}(): not under torch.export and torch.jit.trace, which would record this call's sizes; use "
+            f"{instead} there"
         )
 
 
-def refuse_second_derivative(function: str, instead: str, *tensors: Tensor | None) -> None:
-    """In a backward pass: its result has no derivative."""
-    if differentiated_again(*tensors):
-        raise RuntimeError(
-            f"{function}() cannot be differentiated twice (create_graph=True), which would need the logits in memory; "
-            f"use {instead} there"
-        )
+def transformed() -> bool:
+    """Whether torch.func or forward mode is active: the formula is then differentiated as they ask."""
+    return transforms_active() or forward_ad._current_level >= 0
+
+
+def with_derivatives(grads: Grads, parts: Iterable[tuple[Any, ...]], of_chunk: Callable[..., Grads]) -> Grads:
+    """The same gradients, of rows and then of what all rows share, with the derivatives of their formula.
+
+    Args:
+        grads: made by the kernels.
+        parts: the arguments of ``of_chunk``, chunk by chunk.
+        of_chunk: these gradients, composed of torch operations. It is run now, and again when the chunk's turn comes in
+            the backward pass: between the two nothing of the logits' size is kept.
+    """
+    found = []
+    for part in parts:
+        if batched_by_legacy(*(t for t in part if isinstance(t, Tensor))):
+            found.append(of_chunk(*part))
+        else:
+            found.append(checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False))
+    whole: list[Tensor | None] = []
+    for i, value in enumerate(grads):
+        if value is None:
+            whole.append(None)
+        else:
+            column: list[Any] = [chunk[i] for chunk in found]
+            whole.append(attach(value, torch.cat(column) if i == 0 else torch.stack(column).sum(0)))
+    return tuple(whole)
 
 
 _INSTEAD = "fastloss.token_log_probs(torch.nn.functional.linear(input, weight, bias), index)"
@@ -124,9 +155,31 @@ class _LinearTokenLogProbs(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, weight, bias, index, entropy, *saved = ctx.saved_tensors
-        refuse_second_derivative("linear_token_log_probs", _INSTEAD, *grads, input, weight, bias)
+        input, weight, bias, index = ctx.saved_tensors[:4]
         by_log_prob, by_entropy = (*grads, None)[:2]
+        with torch.no_grad():
+            found = _LinearTokenLogProbs._gradients(ctx, by_log_prob, by_entropy)
+        if differentiated_again(*grads, input, weight, bias):
+            parts = (
+                (
+                    by_log_prob[rows],
+                    None if by_entropy is None else by_entropy[rows],
+                    input[rows],
+                    weight,
+                    bias,
+                    index[rows],
+                    ctx.options,
+                    tuple(g is not None for g in found),
+                )
+                for rows in ranges(input.shape[0], ctx.at_a_time)
+            )
+            found = with_derivatives(found, parts, _chunk_gradients)
+        return (*found, None, None, None)
+
+    @staticmethod
+    def _gradients(ctx: Any, by_log_prob: Tensor, by_entropy: Tensor | None) -> Grads:
+        """By input, weight and bias, by the kernels."""
+        input, weight, bias, index, entropy, *saved = ctx.saved_tensors
         wide = accum_dtype(input.dtype)
         by_input, by_weight, by_bias = ctx.needs_input_grad[:3]
         grad_input = torch.empty_like(input) if by_input else None
@@ -148,10 +201,42 @@ class _LinearTokenLogProbs(Function):
             grad_input,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
         )
+
+
+def _chunk_gradients(
+    by_log_prob: Tensor,
+    by_entropy: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    o: Options,
+    needs: tuple[bool, ...],
+) -> Grads:
+    """By input, weight and bias, of torch operations."""
+    grad = composed_gradient(by_log_prob, by_entropy, logits_of(x, weight, bias), index, o)
+    return head_gradients(grad, x, weight, needs)
+
+
+def head_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> Grads:
+    """What the gradient by logits, in the accumulation type, gives for hidden states, weight and bias."""
+    wide = grad.dtype
+    return (
+        torch.mm(grad, weight.to(wide)) if needs[0] else None,
+        torch.mm(grad.t(), x.to(wide)) if needs[1] else None,
+        *((grad.sum(0) if needs[2] else None,) if len(needs) > 2 else ()),
+    )
+
+
+def _composed(
+    input: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, o: Options, at_a_time: int
+) -> tuple[Tensor, ...]:
+    """Results for transforms and forward mode, whose reverse mode keeps the logits of all chunks."""
+    chunks = [
+        composed(logits_of(input[rows], weight, bias), index[rows], o) for rows in ranges(input.shape[0], at_a_time)
+    ]
+    return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
 
 
 def add_gradients(
@@ -207,8 +292,10 @@ def linear_token_log_probs(
     Raises:
         IndexError: as :func:`fastloss.token_log_probs`.
         ValueError, RuntimeError, TypeError: shapes, dtypes, devices and numbers that do not fit.
-        NotImplementedError: under torch.func, forward mode, torch.export and torch.jit.trace. A second derivative is a
-            RuntimeError. Both would need the logits in memory.
+        NotImplementedError: under torch.export and torch.jit.trace.
+
+    Second derivatives make each chunk again. Under torch.func and forward mode the logits are made in chunks as well,
+    but reverse mode then keeps them.
 
     >>> linear_token_log_probs(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))
     tensor([-1.3863, -1.3863])
@@ -220,7 +307,7 @@ def linear_token_log_probs(
         _arguments.require_tensor("bias", bias, function)
     _arguments.require_supported_tensors(function, input, weight, index, bias)
     _arguments.require_same_device(function, ("input", input), ("weight", weight), ("index", index), ("bias", bias))
-    refuse_transforms(function, _INSTEAD)
+    refuse_recorders(function, _INSTEAD)
     o = options(function, temperature, softcap, return_entropy, ignore_index)
     memory_budget = check_budget(function, memory_budget)
     hidden, matrix, offset = autocast(input, weight, bias)
@@ -243,7 +330,8 @@ def linear_token_log_probs(
     if rows == 0:  # nothing to look at, but something to differentiate
         nothing = (hidden.sum() * matrix.sum() * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)
         return (nothing, nothing.clone()) if return_entropy else nothing
-    results = _LinearTokenLogProbs.apply(flat, matrix, offset, index.reshape(-1), o, at_a_time)
+    run = _composed if transformed() else _LinearTokenLogProbs.apply
+    results = run(flat, matrix, offset, index.reshape(-1), o, at_a_time)
     if errors.immediate_errors() and input.is_cuda:
         errors.check_errors()
     results = tuple(t.reshape(rows_shape) for t in results)

@@ -14,14 +14,16 @@ Operands are never copied to be broadcast or made contiguous: the kernels take s
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _arguments, errors, formulas
-from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, batched_by_legacy
+from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, batched_by_legacy, functorch_active
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, direct, loop_vmap, ops
+from .._recorded import record, recordable, recording
 
 
 class _Kind(NamedTuple):
@@ -358,15 +360,18 @@ _USUAL_OPTIONS = {
 def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[float] = ()) -> Tensor | None:
     """The loss where :func:`check` would find nothing to say or do: the common call, for the sake of small inputs. None
     where it might."""
-    if not (
-        type(input) is type(target) is Tensor
-        and type(reduction) is str
-        and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
-        and input.dtype is target.dtype
-        and input.shape == target.shape
-        and input.layout is target.layout is torch.strided
-        and input.dim() <= MAX_DIMS
-    ):
+    try:
+        if not (
+            type(input) is type(target) is Tensor
+            and type(reduction) is str
+            and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
+            and input.dtype is target.dtype
+            and input.shape == target.shape
+            and input.layout is target.layout is torch.strided
+            and input.dim() <= MAX_DIMS
+        ):
+            return None
+    except RuntimeError:  # strided nested tensors have no shape
         return None
     o = _USUAL_OPTIONS.get((loss, reduction, input.dtype))
     if o is None:
@@ -410,6 +415,7 @@ def check(
     for name, t in (("weight", weight), ("sample_weight", sample_weight), ("mask", mask)):
         if t is not None:
             require(function, name, t)
+    _arguments.refuse_strided_nested(function, input, target)
     if target.shape != input.shape and not broadcasts:
         _arguments.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -579,6 +585,47 @@ def pointwise_loss(
     if further is not None:
         x = with_further(function, x, further)
     return run_checked(x, name, params)
+
+
+def is_by_element(parameter: Any) -> TypeGuard[Tensor]:
+    """Whether a loss's parameter is a tensor of numbers, or one that is to have a gradient."""
+    return isinstance(parameter, Tensor) and (parameter.dim() > 0 or parameter.requires_grad)
+
+
+@recordable
+def loss_by_element(
+    input: Tensor,
+    target: Tensor,
+    parameter: Tensor,
+    function: str,
+    name: str,
+    reduction: str,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """A loss whose parameter ``name`` is a tensor, which broadcasts to the loss's shape: of torch operations."""
+    if recording():
+        return record("loss_by_element", locals())
+    huber = function == "huber_loss"
+    x = check(
+        function, input, target, reduction, weight, sample_weight, mask,
+        torch_weight=huber, mean_counts=huber, keeps_input_dtype=huber,
+    )  # fmt: skip
+    dtype = x.dtype
+    x = with_further(function, x, {name: parameter})
+    known = parameter.is_cpu and not (
+        torch.compiler.is_compiling() or functorch_active() or isinstance(parameter, FakeTensor)
+    )
+    least = "positive" if huber else "0 or more"
+    if known and not ((parameter > 0) if huber else (parameter >= 0)).all():
+        kind = "non-positive" if huber else "negative"
+        raise RuntimeError(
+            f"{function} does not support {kind} values for {name}: each must be {least}, got {parameter}"
+        )
+    tensors = (x.input, x.target, *x.further, x.weight, x.mask)
+    o = Options(NUMBERS[function], x.reduction, DTYPE_CODES[dtype], 0, x.weight_denominator)
+    return formulas.pointwise(formulas.BY_ELEMENT[function], tensors, {}, o).to(dtype)
 
 
 def loss_of_groups(

@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, direct, loop_vmap, ops
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
@@ -295,16 +296,19 @@ _USUAL_OPTIONS = {
 def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
     """The loss where nothing else is given and :func:`run` would find nothing to say or do: the common call, for small
     inputs' sake. None where it might."""
-    if not (
-        type(input) is type(target) is Tensor
-        and type(reduction) is str
-        and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
-        and target.dtype is torch.int64
-        and input.dim() == 2
-        and target.dim() == 1
-        and input.shape[0] == target.shape[0] != 0 != input.shape[1]
-        and input.layout is target.layout is torch.strided
-    ):
+    try:
+        if not (
+            type(input) is type(target) is Tensor
+            and type(reduction) is str
+            and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
+            and target.dtype is torch.int64
+            and input.dim() == 2
+            and target.dim() == 1
+            and input.shape[0] == target.shape[0] != 0 != input.shape[1]
+            and input.layout is target.layout is torch.strided
+        ):
+            return None
+    except RuntimeError:  # strided nested tensors have no shape
         return None
     o = _USUAL_OPTIONS.get((reduction, input.dtype))
     if o is None or (input.is_cuda and errors.immediate_errors()):
@@ -486,6 +490,7 @@ def canonical(
     for name, t in (("weight", weight), ("sample_weight", sample_weight)):
         if t is not None:
             _arguments.require_tensor(name, t, function)
+    _arguments.refuse_strided_nested(function, *((target,) if unmade else (input, target)))
     given = input
     soft = input.shape == target.shape
     if soft and target.layout is not torch.strided and target.is_floating_point():

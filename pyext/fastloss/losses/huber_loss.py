@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
-from ._pointwise import pointwise_loss
+from ._pointwise import is_by_element, loss_by_element, pointwise_loss
 
 
 @recordable
@@ -14,7 +15,7 @@ def huber_loss(
     input: Tensor,
     target: Tensor,
     reduction: str = "mean",
-    delta: float = 1.0,
+    delta: float | Tensor = 1.0,
     weight: Tensor | None = None,
     *,
     sample_weight: Tensor | None = None,
@@ -30,7 +31,9 @@ def huber_loss(
         target: true values; another shape is broadcast, with torch's warning, and without a copy.
         reduction: ``'none'`` | ``'mean'`` (divided by the count of elements, whatever the weights, as torch does) |
             ``'sum'``.
-        delta: where the two parts meet, positive.
+        delta: where the two parts meet, positive. A tensor of one for each element or, of shape (N, 1, ...), sample is
+            broadcast to the loss's shape and differentiable; the loss is then composed of torch operations, with
+            their time and memory. Wrong values of it raise on the CPU and give nan elsewhere.
         weight: weight of each element, in the input's size, differentiable.
         sample_weight: weight of each sample, shape (N) for input (N, ...), any floating dtype, no gradient; multiplies
             ``weight``.
@@ -58,8 +61,10 @@ def huber_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
-    if recording():
+    if recording() and not is_by_element(delta):
         return record("huber_loss", locals())
+    if is_by_element(delta):
+        return loss_by_element(input, target, delta, "huber_loss", "delta", reduction, weight, sample_weight, mask)
     delta = _arguments.as_float("huber_loss", "delta", delta)
     if not delta > 0:
         raise RuntimeError(f"huber_loss does not support non-positive values for delta. delta is {delta}")

@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
 from .._autograd import accum_dtype
 from .._library import MEAN, NONE, REDUCTIONS
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 from ._pointwise import Operands, pointwise_loss

@@ -5,9 +5,10 @@ The mathematics is in ``csrc/rowwise/row_losses.h``.
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from . import _row_loss
 
@@ -60,6 +61,7 @@ def multi_margin_loss(
         raise ValueError(f"weight must be one-dimensional, with an element for each class, got {list(weight.shape)}")
     _arguments.require_tensor("input", input, name)
     _arguments.require_tensor("target", target, name)
+    _arguments.refuse_strided_nested(name, input, target)
     if input.dim() == 0:
         input = input.reshape(1)  # a row of one class
     classes, rows = input.shape[min(input.dim() - 1, 1)], list(input.shape[:1]) if input.dim() > 1 else [1]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from . import _row_loss
 

@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
-from ._pointwise import pointwise_loss
+from ._pointwise import is_by_element, loss_by_element, pointwise_loss
 
 
 @recordable
@@ -16,7 +17,7 @@ def smooth_l1_loss(
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
-    beta: float = 1.0,
+    beta: float | Tensor = 1.0,
     *,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -32,7 +33,9 @@ def smooth_l1_loss(
         target: true values; another shape is broadcast, with torch's warning, and without a copy.
         size_average, reduce: deprecated in torch; they override ``reduction``, with a warning.
         reduction: ``'none'`` | ``'mean'`` (divided by the count, or by the sum of the weights) | ``'sum'``.
-        beta: where the two parts meet, not negative.
+        beta: where the two parts meet, not negative. A tensor of one for each element or, of shape (N, 1, ...), sample
+            is broadcast to the loss's shape and differentiable; the loss is then composed of torch operations, with
+            their time and memory. Wrong values of it raise on the CPU and give nan elsewhere.
         weight: weight of each element, broadcast to the loss's shape, any floating dtype.
         sample_weight: weight of each sample, shape (N) for input (N, ...); multiplies ``weight``.
         mask: boolean, broadcast to the loss's shape; True marks the elements that count, see :func:`fastloss.l1_loss`.
@@ -61,10 +64,12 @@ def smooth_l1_loss(
             sample_weight=sample_weight,
             mask=mask,
         )
-    if recording():
+    if recording() and not is_by_element(beta):
         return record("smooth_l1_loss", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
+    if is_by_element(beta):
+        return loss_by_element(input, target, beta, "smooth_l1_loss", "beta", reduction, weight, sample_weight, mask)
     beta = _arguments.as_float("smooth_l1_loss", "beta", beta)
     if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta. beta is {beta}; it must be >= 0")
