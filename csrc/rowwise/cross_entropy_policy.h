@@ -20,8 +20,8 @@
 //                         element), warps along the classes
 //
 // General instantiations serve what is rare: float64, probability targets, label smoothing, softcap and
-// logit_scale, row maps, margins, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid out
-// differently from the logits.
+// logit_scale, row maps, margins, argmax and accuracy, rows on two axes that cannot be walked as one, gradients laid
+// out differently from the logits.
 #pragma once
 #include <cmath>
 #include <cstddef>
