@@ -6,15 +6,30 @@ import torch
 
 ELEMENTWISE = (
     "binary_cross_entropy_with_logits",
+    "charbonnier_loss",
+    "hinge_embedding_loss",
     "huber_loss",
     "l1_loss",
     "log_cosh_loss",
+    "mape_loss",
     "mse_loss",
+    "poisson_nll_loss",
     "relative_l1_loss",
     "rmse_loss",
+    "sigmoid_focal_loss",
+    "smape_loss",
     "smooth_l1_loss",
+    "soft_margin_loss",
 )
-OF_ROWS = ("cross_entropy", "focal_loss", "multi_margin_loss", "nll_loss")
+OF_ROWS = (
+    "cross_entropy",
+    "focal_loss",
+    "generalized_cross_entropy",
+    "multi_margin_loss",
+    "nll_loss",
+    "poly1_loss",
+    "token_scaled_cross_entropy",
+)
 LENGTHS = (2, 4, 0, 1)
 reductions = pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 

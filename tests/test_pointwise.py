@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastloss._library import ops
+from fastloss.losses._pointwise import NUMBERS
 from fastloss.testing import SPECS, assert_close, check_gradients
 from fastloss.testing.pointwise import LOSSES
 
@@ -781,25 +782,25 @@ def test_errors_of_options(call, kind, words, device):
 
 def test_operators_refuse_wrong_arguments():
     """They are private, but wrong pointers would be worse than wrong results."""
-    x = torch.ones(3, 4)
-    ops.pointwise_forward(x, x, 0, 1, 0, 0)
+    x, l1 = torch.ones(3, 4), NUMBERS["l1_loss"]
+    ops.pointwise_forward(x, x, l1, 1, 0, 0)
     for bad in (
-        (x, x[0], 0, 1, 0, 0),
+        (x, x[0], l1, 1, 0, 0),
         (x, x, 99, 1, 0, 0),
-        (x, x, 0, 1, 9, 0),
-        (x, x, 0, 1, 0, 4),  # the gradient of an operand that is not there
-        (x, x, 0, 0, 0, 1),  # a gradient in forward is for reductions
-        (x, x, 0, 1, 0, 0, [0.5]),
-        (x, x, 0, 1, 0, 0, [], None, None, x[0]),
-        (x, x, 0, 1, 0, 0, [], None, None, None, x),
-        (x, x, 0, 1, 0, 0, [], None, None, None, None, 3),
+        (x, x, l1, 1, 9, 0),
+        (x, x, l1, 1, 0, 4),  # the gradient of an operand that is not there
+        (x, x, l1, 0, 0, 1),  # a gradient in forward is for reductions
+        (x, x, l1, 1, 0, 0, [0.5]),
+        (x, x, l1, 1, 0, 0, [], None, None, x[0]),
+        (x, x, l1, 1, 0, 0, [], None, None, None, x),
+        (x, x, l1, 1, 0, 0, [], None, None, None, None, 3),
     ):
         with pytest.raises((RuntimeError, ValueError)):
             ops.pointwise_forward(*bad)
     with pytest.raises((RuntimeError, ValueError)):
-        ops.pointwise_plain_grad(x, x, 0, 0, 0)  # a gradient in forward is for reductions
+        ops.pointwise_plain_grad(x, x, l1, 0, 0)  # a gradient in forward is for reductions
     with pytest.raises((RuntimeError, ValueError)):
-        ops.pointwise_backward(torch.ones(2), torch.ones(1).double(), x, x, 0, 1, 0, 1)
+        ops.pointwise_backward(torch.ones(2), torch.ones(1).double(), x, x, l1, 1, 0, 1)
 
 
 # ------------------------------------------------------------------------------------ a parameter for each element

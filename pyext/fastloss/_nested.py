@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ._arguments import require_tensor
 
-_OF_ROWS = ("cross_entropy", "focal_loss", "multi_margin_loss", "nll_loss")
+_OF_ROWS = (
+    "cross_entropy",
+    "focal_loss",
+    "generalized_cross_entropy",
+    "multi_margin_loss",
+    "nll_loss",
+    "poly1_loss",
+    "token_scaled_cross_entropy",
+)
 _mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 

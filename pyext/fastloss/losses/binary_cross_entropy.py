@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
 from .._library import DTYPE_CODES
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 from ._pointwise import Operands
@@ -86,6 +87,7 @@ def _checked(
     """The operands in one shape, after torch's exceptions in torch's order."""
     _pointwise.require(_NAME, "target", target)
     _pointwise.require(_NAME, "input", input)
+    _arguments.refuse_strided_nested(_NAME, input, target)
     if target.shape != input.shape:
         raise ValueError(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}) is "

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss, require
 
@@ -65,6 +66,7 @@ def sigmoid_focal_loss(
     params = (float(alpha), float(_arguments.as_non_negative(name, "gamma", gamma)))
     require(name, "inputs", inputs)
     require(name, "targets", targets)
+    _arguments.refuse_strided_nested(name, inputs, targets)
     if inputs.shape != targets.shape:
         raise ValueError(f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})")
     return pointwise_loss(name, inputs, targets, reduction, weight, sample_weight, mask, params=params)

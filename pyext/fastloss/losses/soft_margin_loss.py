@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from ._pointwise import pointwise_loss
 
@@ -52,7 +53,10 @@ def soft_margin_loss(
         return record("soft_margin_loss", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
-    if isinstance(input, Tensor) and isinstance(target, Tensor) and input.shape != target.shape:
+    both = isinstance(input, Tensor) and isinstance(target, Tensor)
+    if both:
+        _arguments.refuse_strided_nested("soft_margin_loss", input, target)
+    if both and input.shape != target.shape:
         shape = torch.broadcast_shapes(input.shape, target.shape)
         if shape != input.shape:
             raise RuntimeError(

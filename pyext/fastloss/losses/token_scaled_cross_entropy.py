@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
+from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
 from .cross_entropy import ROW_MAPS, given, run
