@@ -16,22 +16,6 @@ from ranks import Collectives, Team
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
 
 
-@pytest.fixture(scope="module")
-def teams():
-    teams = [Team()]
-    yield teams
-    teams[-1].end()
-
-
-@pytest.fixture
-def team(teams):
-    """One for all tests; a new one after a test in which a process ended or did not answer."""
-    if teams[-1].broken:
-        teams[-1].end()
-        teams.append(Team())
-    return teams[-1]
-
-
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
@@ -461,6 +445,10 @@ def wrong_arguments(rank, group):
     loss = parallel.cross_entropy(logits, t, group)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     found.append(raised(lambda: grad.sum().backward()))
+    found.append(raised(torch.func.grad(lambda x: parallel.cross_entropy(x, t, group)), x))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        found.append(raised(parallel.cross_entropy, dual, t, group))
     return found
 
 
@@ -477,6 +465,8 @@ def test_wrong_arguments(team):
         (RuntimeError, "label_smoothing"),
         (ValueError, "map_params"),
         (RuntimeError, "no second derivatives"),
+        (RuntimeError, "setup_context"),
+        (RuntimeError, "jvp"),
     )
     for found in team.run(wrong_arguments, 2):
         for (kind, message), (want_kind, words) in zip(found, want, strict=True):

@@ -10,7 +10,7 @@ import fastloss
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import Collectives, Team
+from ranks import Collectives
 from test_parallel import OPTIONS, problem, raised, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -18,21 +18,6 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 R = Replicate()
 NAMES = ("data", "classes")
-
-
-@pytest.fixture(scope="module")
-def teams():
-    teams = [Team()]
-    yield teams
-    teams[-1].end()
-
-
-@pytest.fixture
-def team(teams):
-    if teams[-1].broken:
-        teams[-1].end()
-        teams.append(Team())
-    return teams[-1]
 
 
 @functools.cache

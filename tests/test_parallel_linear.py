@@ -7,23 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fastloss import parallel
-from ranks import Collectives, Team
+from ranks import Collectives
 from test_parallel import OPTIONS, close, cuts, problem, raised, same_bits
-
-
-@pytest.fixture(scope="module")
-def teams():
-    teams = [Team()]
-    yield teams
-    teams[-1].end()
-
-
-@pytest.fixture
-def team(teams):
-    if teams[-1].broken:
-        teams[-1].end()
-        teams.append(Team())
-    return teams[-1]
 
 
 def head_problem(seed, rows, classes, features, dtype, soft, options):

@@ -329,8 +329,8 @@ def run_linear(
 
     if not is_dtensor(linear_weight):
         raise NotImplementedError(
-            f"{function}(): input, target or another operand is a DTensor, but linear_weight is not; make one of it with "
-            "DTensor.from_local(linear_weight, mesh, placements)"
+            f"{function}(): input, target or another operand is a DTensor, but linear_weight is not; make one of it "
+            "with DTensor.from_local(linear_weight, mesh, placements)"
         )
     if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
         raise RuntimeError(
