@@ -226,6 +226,8 @@ def special(rank, group):
         torch.testing.assert_close(loss.float(), torch.tensor(value), equal_nan=True)
         (grad,) = torch.autograd.grad(loss, shard)
         assert (grad == 0).all()
+        got = parallel.cross_entropy(shard, nothing, group, all_ignored=all_ignored, return_stats=True)
+        torch.testing.assert_close(got[1].accuracy, torch.tensor(value), equal_nan=True)
     assert parallel.cross_entropy(shard, nothing, group, ignore_index=[3, -100], normalizer=2).item() == 0
 
     x = torch.tensor([[-inf, -inf, 1, 2], [-inf] * 4, [0, nan, 1, 2], [0, inf, 1, 2], [inf, 0, 1, -inf]])
@@ -234,8 +236,9 @@ def special(rank, group):
     shard = x[:, ends[rank] : ends[rank + 1]].clone().requires_grad_()
     leaf = x.clone().requires_grad_()
     want = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
-    got = parallel.cross_entropy(shard, target, group, reduction="none")
+    got, stats = parallel.cross_entropy(shard, target, group, reduction="none", return_stats=True)
     torch.testing.assert_close(got, want, equal_nan=True)
+    torch.testing.assert_close(stats.lse, x.logsumexp(1), equal_nan=True)
 
     # One class of one rank has the probability of all: nothing of it is lost.
     x = torch.zeros(2, 4 * ranks)

@@ -304,7 +304,10 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
     n = counted.sum().double()
     hits = torch.where(n > 0, stats.accuracy.double() * n, 0.0)
     hits, n = sum_over(torch.stack([hits, n]), groups)
-    accuracy = DTensor.from_local((hits / n).float(), axes.mesh, axes.replicated, run_check=False)
+    share = (hits / n).float()
+    if g.all_ignored == "zero" and not p.soft:
+        share = torch.where(n > 0, share, 0.0)
+    accuracy = DTensor.from_local(share, axes.mesh, axes.replicated, run_check=False)
     return loss, CrossEntropyStats(lse, argmax, accuracy, entropy)
 
 
