@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import fastloss
 import pytest
+import ranks
 import torch
 from fastloss._library import cuda_built
 
@@ -90,3 +91,19 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def teams():
+    teams = [ranks.Team()]
+    yield teams
+    teams[-1].end()
+
+
+@pytest.fixture
+def team(teams):
+    """Processes with a gloo group, see ranks.py: the same for all tests, but new after one that failed."""
+    if teams[-1].broken:
+        teams[-1].end()
+        teams.append(ranks.Team())
+    return teams[-1]

@@ -16,22 +16,6 @@ from ranks import Collectives, Team
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
 
 
-@pytest.fixture(scope="module")
-def teams():
-    teams = [Team()]
-    yield teams
-    teams[-1].end()
-
-
-@pytest.fixture
-def team(teams):
-    """One for all tests; a new one after a test in which a process ended or did not answer."""
-    if teams[-1].broken:
-        teams[-1].end()
-        teams.append(Team())
-    return teams[-1]
-
-
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
@@ -242,6 +226,8 @@ def special(rank, group):
         torch.testing.assert_close(loss.float(), torch.tensor(value), equal_nan=True)
         (grad,) = torch.autograd.grad(loss, shard)
         assert (grad == 0).all()
+        got = parallel.cross_entropy(shard, nothing, group, all_ignored=all_ignored, return_stats=True)
+        torch.testing.assert_close(got[1].accuracy, torch.tensor(value), equal_nan=True)
     assert parallel.cross_entropy(shard, nothing, group, ignore_index=[3, -100], normalizer=2).item() == 0
 
     x = torch.tensor([[-inf, -inf, 1, 2], [-inf] * 4, [0, nan, 1, 2], [0, inf, 1, 2], [inf, 0, 1, -inf]])
@@ -250,8 +236,9 @@ def special(rank, group):
     shard = x[:, ends[rank] : ends[rank + 1]].clone().requires_grad_()
     leaf = x.clone().requires_grad_()
     want = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
-    got = parallel.cross_entropy(shard, target, group, reduction="none")
+    got, stats = parallel.cross_entropy(shard, target, group, reduction="none", return_stats=True)
     torch.testing.assert_close(got, want, equal_nan=True)
+    torch.testing.assert_close(stats.lse, x.logsumexp(1), equal_nan=True)
 
     # One class of one rank has the probability of all: nothing of it is lost.
     x = torch.zeros(2, 4 * ranks)
@@ -461,6 +448,10 @@ def wrong_arguments(rank, group):
     loss = parallel.cross_entropy(logits, t, group)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     found.append(raised(lambda: grad.sum().backward()))
+    found.append(raised(torch.func.grad(lambda x: parallel.cross_entropy(x, t, group)), x))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        found.append(raised(parallel.cross_entropy, dual, t, group))
     return found
 
 
@@ -477,6 +468,8 @@ def test_wrong_arguments(team):
         (RuntimeError, "label_smoothing"),
         (ValueError, "map_params"),
         (RuntimeError, "no second derivatives"),
+        (RuntimeError, "setup_context"),
+        (RuntimeError, "jvp"),
     )
     for found in team.run(wrong_arguments, 2):
         for (kind, message), (want_kind, words) in zip(found, want, strict=True):

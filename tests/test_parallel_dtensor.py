@@ -10,7 +10,7 @@ import fastloss
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import Collectives, Team
+from ranks import Collectives
 from test_parallel import OPTIONS, problem, raised, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -18,21 +18,6 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 R = Replicate()
 NAMES = ("data", "classes")
-
-
-@pytest.fixture(scope="module")
-def teams():
-    teams = [Team()]
-    yield teams
-    teams[-1].end()
-
-
-@pytest.fixture
-def team(teams):
-    if teams[-1].broken:
-        teams[-1].end()
-        teams.append(Team())
-    return teams[-1]
 
 
 @functools.cache
@@ -234,6 +219,45 @@ def test_sharded_class_weights(team):
     team.run(sharded_weights, 4)
 
 
+def linear(rank, group, soft):
+    """linear_cross_entropy with a DTensor as its weight: classes over one axis, rows over the other, or neither."""
+    mesh, dtype = mesh_of(2, 2), torch.float64
+    g = torch.Generator().manual_seed(3)
+    cases = (
+        ([R, Shard(0)], [R, R], True),
+        ([R, Shard(0)], [Shard(0), R], False),
+        ([Shard(0), R], [R, Shard(0)], False),
+        ([R, R], [Shard(0), R], False),
+        ([R, Shard(0)], [Shard(0), Shard(0)], False),  # rows over the axis of the classes are gathered
+    )
+    for (seed, (of_weight, of_input, plain)), options in itertools.product(
+        enumerate(cases), ({}, OPTIONS["rows"], OPTIONS["everything"], OPTIONS["statistics"])
+    ):
+        x, w, b = (torch.randn(*shape, generator=g, dtype=dtype) for shape in ((7, 5), (9, 5), (9,)))
+        _, target, options = problem(seed, (7, 9), dtype, soft, options)
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        want = fastloss.linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **options)
+        mine = [distribute_tensor(t, mesh, p) for t, p in zip((x, w, b), (of_input, of_weight, of_weight), strict=True)]
+        if plain:
+            mine[0] = x.clone()
+        for leaf in mine:
+            leaf.requires_grad_()
+        got = fastloss.linear_cross_entropy(*mine[:2], target, linear_bias=mine[2], memory_budget=300, **options)
+        if options.get("return_stats"):
+            for name in ("lse", "accuracy"):
+                torch.testing.assert_close(getattr(got[1], name).full_tensor(), getattr(want[1], name))
+            got, want = got[0], want[0]
+        torch.testing.assert_close(got.full_tensor(), want)
+        grads = torch.autograd.grad(want.sum(), leaves)
+        for a, c in zip(torch.autograd.grad(got.sum(), mine), grads, strict=True):
+            torch.testing.assert_close(a.full_tensor() if isinstance(a, DTensor) else a, c)
+
+
+@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
+def test_a_head_that_is_a_dtensor(team, soft):
+    team.run(linear, 4, soft)
+
+
 @functools.cache
 def example():
     path = Path(__file__).resolve().parent.parent / "examples" / "tensor_parallel.py"
@@ -270,6 +294,12 @@ def errors(rank, group):
         raised(fastloss.mse_loss, logits, logits),
         raised(fastloss.parallel.cross_entropy, logits, target),
     ]
+    hidden, head = torch.zeros(4, 3), distribute_tensor(torch.zeros(6, 3), mesh, [R, Shard(0)])
+    found += [
+        raised(fastloss.linear_cross_entropy, distribute_tensor(hidden, mesh, [R, R]), torch.zeros(6, 3), target),
+        raised(fastloss.linear_cross_entropy, hidden, head, target, max_rows=3),
+        raised(fastloss.linear_cross_entropy, hidden, head, target[:2]),
+    ]
     bad = target.clone()
     bad[3] = 6  # of the second half of the rows: the others are told
     found.append(raised(fastloss.cross_entropy, logits, bad))
@@ -286,6 +316,9 @@ def test_errors(team):
         (ValueError, "another device mesh"),
         (NotImplementedError, "to_local"),
         (NotImplementedError, "to_local"),
+        (NotImplementedError, "linear_weight is not"),
+        (NotImplementedError, "max_rows"),
+        (ValueError, "DTensor.from_local(target"),
     )
     for rank, found in enumerate(team.run(errors, 4)):
         for (kind, message), (want, words) in zip(found, wants, strict=False):

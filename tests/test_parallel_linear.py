@@ -7,23 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fastloss import parallel
-from ranks import Collectives, Team
+from ranks import Collectives
 from test_parallel import OPTIONS, close, cuts, problem, raised, same_bits
-
-
-@pytest.fixture(scope="module")
-def teams():
-    teams = [Team()]
-    yield teams
-    teams[-1].end()
-
-
-@pytest.fixture
-def team(teams):
-    if teams[-1].broken:
-        teams[-1].end()
-        teams.append(Team())
-    return teams[-1]
 
 
 def head_problem(seed, rows, classes, features, dtype, soft, options):
@@ -129,7 +114,8 @@ def collectives(rank, group, sequence):
     rows = slice(12 // ranks * rank, 12 // ranks * (rank + 1)) if sequence else slice(None)
     x, w = x[rows].clone().requires_grad_(), w[5 * rank : 5 * rank + 5].clone().requires_grad_()
     with Collectives() as forward:
-        loss = parallel.linear_cross_entropy(x, w, target, group, memory_budget=5 * 4 * 4, sequence_parallel=sequence)
+        options = {"memory_budget": 5 * 4 * 4, "sequence_parallel": sequence, "shard_sizes": [5] * ranks}
+        loss = parallel.linear_cross_entropy(x, w, target, group, **options)
     with Collectives() as backward:
         loss.backward()
     return forward.calls, backward.calls

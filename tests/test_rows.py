@@ -198,6 +198,7 @@ def test_rows_that_are_not_finite(device):
     result, grad, _ = in_shards(x, target, {}, o, [0, 2, 4], g)
     torch.testing.assert_close(result.loss, loss, equal_nan=True)
     torch.testing.assert_close(grad, by_logits, equal_nan=True)
+    torch.testing.assert_close(result.lse, x.logsumexp(1), equal_nan=True)
 
 
 def test_all_rows_ignored(device):

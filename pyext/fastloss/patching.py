@@ -47,7 +47,7 @@ _LACKING = tuple(
 
 
 # Losses that know DTensors.
-_DISTRIBUTED = ("cross_entropy",)
+_DISTRIBUTED = ("cross_entropy", "linear_cross_entropy")
 
 
 def takes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> str | None:
@@ -61,7 +61,7 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> str 
             return f"dtype {t.dtype}: fastloss takes float32, float64, float16 and bfloat16"
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace, whose graph is to run without fastloss"
-    if name in _DISTRIBUTED and is_dtensor(tensors[0]) and not torch.compiler.is_compiling():
+    if name in _DISTRIBUTED and is_dtensor(*tensors[:2]) and not torch.compiler.is_compiling():
         tensors = [t.to_local() if is_dtensor(t) else t for t in tensors]  # type: ignore[attr-defined]
     return unsupported(*tensors)
 

@@ -380,6 +380,7 @@ def row_loss(
         argmax = stats[BEST_AT].to(torch.int64)
         own = torch.where(e_t > 0, e_t * (z_t - ref), 0.0)
         entropy = log_sum - (stats[EXP_DOT] + own) / (others + e_t)
+    lse = torch.where(stats[REF].isinf(), stats[REF], lse)  # as logsumexp has it; the loss of such a row is nan
     return RowLoss(
         loss.to(o.loss_dtype_for(stats)), torch.cat([*(f.reshape(-1) for f in saved), ends]), lse, argmax, entropy
     )

@@ -478,6 +478,11 @@ def run(
     map_a: float = 0.0,
 ) -> Any:
     """The loss that ``function`` asks for, each row's nll mapped as ``row_map`` says; see ``cross_entropy.run``."""
+    tensors = input, linear_weight, linear_bias, target, g.weight, g.sample_weight
+    if not torch.compiler.is_compiling() and _arguments.is_dtensor(*tensors):
+        from ..parallel.dtensor import run_linear
+
+        return run_linear(function, input, linear_weight, linear_bias, target, g, c, ignore_index, row_map, map_a)
     for name, t in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         _arguments.require_tensor(name, t, function)
     if linear_bias is not None:

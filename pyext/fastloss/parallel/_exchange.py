@@ -280,8 +280,9 @@ def _raise_what_is_late(function: str, group: "ProcessGroup") -> None:
 
 def _poison(headers: Tensor) -> Tensor:
     """nan where :func:`_agreed` or :func:`_raise_for_others` would raise, else 0: without waiting for the device."""
-    alike = headers[:, (SIZES, OPTIONS)] == headers[0, (SIZES, OPTIONS)]  # each has made sure of its own size
-    fine = alike.all(1) & (headers[:, FAILED] == FINE)
+    fine = headers[:, FAILED] == FINE
+    for column in (SIZES, OPTIONS):  # of sizes each rank has made sure of its own
+        fine &= headers[:, column] == headers[0, column]
     return torch.where(fine.all(), 0.0, torch.nan)
 
 

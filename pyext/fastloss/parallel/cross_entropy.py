@@ -235,15 +235,17 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
     return Merged(layout, row, weight, best)
 
 
-def statistics(row: RowLoss, target: Tensor, best: Tensor | None, ignore_index: int) -> CrossEntropyStats:
+def statistics(row: RowLoss, target: Tensor, best: Tensor | None, o: RowOptions) -> CrossEntropyStats:
     """As :func:`fastloss.cross_entropy` returns them."""
     assert row.argmax is not None and row.entropy is not None
     if best is not None:
         accuracy = (row.argmax == best).float().mean()
     else:
         index = target.to(torch.int64)
-        counts = index != ignore_index
+        counts = index != o.ignore_index
         accuracy = ((counts & (row.argmax == index)).sum().double() / counts.sum()).float()
+        if o.all_ignored == "zero":
+            accuracy = torch.where(counts.any(), accuracy, 0.0)
     return CrossEntropyStats(row.lse, row.argmax, accuracy, row.entropy)
 
 
@@ -280,7 +282,7 @@ def results(ctx: Any, call: Call, m: Merged, target: Tensor) -> tuple[Tensor, ..
     ctx.set_materialize_grads(False)
     if not call.stats:
         return (m.row.loss,)
-    stats = statistics(m.row, target, m.best, call.options.ignore_index)
+    stats = statistics(m.row, target, m.best, call.options)
     ctx.mark_non_differentiable(*(stats[:-1] if call.entropy else stats))
     return (m.row.loss, *stats)
 

@@ -16,12 +16,15 @@ from torch.autograd import Function
 from .. import _arguments
 from .._arguments import is_dtensor
 from ..formulas import ROW_MAP_KINDS
+from ..head.linear_cross_entropy import _logits_dtype
+from ..head.linear_cross_entropy import run as run_head
 from ..losses import _rowwise
 from ..losses.cross_entropy import CrossEntropyStats, Given
 from ..losses.cross_entropy import run as run_whole
 from .count import summed
 from .cross_entropy import Sharded
 from .cross_entropy import run as run_sharded
+from .linear_cross_entropy import run as run_sharded_head
 
 
 class Axes(NamedTuple):
@@ -166,27 +169,23 @@ def _shard_sizes(classes: int, ranks: int) -> list[int]:
     return [max(0, min(each, classes - r * each)) for r in range(ranks)]
 
 
-def _check(function: str, input: Any, target: Any, g: Given, class_dim: int) -> None:
-    if not is_dtensor(input):
-        raise NotImplementedError(
-            f"{function}(): target, weight or sample_weight is a DTensor, but input is not; make one of it with "
-            "DTensor.from_local(input, mesh, placements)"
-        )
+def _check(function: str, placed: Any, target: Any, g: Given, class_dim: int, shape: torch.Size) -> None:
+    """``placed``: on whose mesh the others have to be; ``shape``: of the logits."""
     _arguments.require_tensor("target", target, function)
-    mesh = input.device_mesh
+    mesh = placed.device_mesh
     if mesh.get_coordinate() is None:
-        raise ValueError(f"{function}(): this rank is not in the mesh of input, {mesh}")
+        raise ValueError(f"{function}(): this rank is not in the mesh, {mesh}")
     others: Any = (("target", target), ("weight", g.weight), ("sample_weight", g.sample_weight))
     for name, t in others:
         if is_dtensor(t) and t.device_mesh != mesh:
             raise ValueError(
-                f"{function}(): {name} is on another device mesh than input, {t.device_mesh} and {mesh}; redistribute "
+                f"{function}(): {name} is on another device mesh, {t.device_mesh} instead of {mesh}; redistribute "
                 "it, or give the whole as a plain tensor"
             )
-    rows = [n for d, n in enumerate(input.shape) if d != class_dim]
-    if list(target.shape) not in (rows, list(input.shape)) and not (rows == [] and target.numel() == 1):
+    rows = [n for d, n in enumerate(shape) if d != class_dim]
+    if list(target.shape) not in (rows, list(shape)) and not (rows == [] and target.numel() == 1):
         raise ValueError(
-            f"{function}(): input is a DTensor of shape {list(input.shape)}, of all ranks together, so that target "
+            f"{function}(): the logits of all ranks together have shape {list(shape)}, so that target "
             f"needs shape {rows}, got {list(target.shape)}; what each rank has of it becomes one by "
             "DTensor.from_local(target, mesh, placements)"
         )
@@ -196,88 +195,208 @@ def _check(function: str, input: Any, target: Any, g: Given, class_dim: int) -> 
 
 def run(function: str, input: Any, target: Any, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
     """The loss that ``function`` asks for, as a DTensor: replicated, or for ``'none'`` sharded as the rows are."""
-    from torch.distributed.tensor import DTensor
-
+    if not is_dtensor(input):
+        raise NotImplementedError(
+            f"{function}(): target, weight or sample_weight is a DTensor, but input is not; make one of it with "
+            "DTensor.from_local(input, mesh, placements)"
+        )
     class_dim = (1 if input.dim() > 1 else 0) if g.class_dim is None else g.class_dim
     if not -input.dim() <= class_dim < input.dim():
         raise IndexError(f"Dimension out of range: class_dim is {class_dim}, but input has {input.dim()} dimensions")
     class_dim %= input.dim()
-    _check(function, input, target, g, class_dim)
+    _check(function, input, target, g, class_dim, input.shape)
     axes = axes_of(input, class_dim)
     soft = target.is_floating_point() and target.shape == input.shape
     rows_shape = torch.Size(n for d, n in enumerate(input.shape) if d != class_dim)
     logits = _redistributed(function, input, axes).to_local(grad_placements=list(axes.logits))
     target = _local(target if soft else target.reshape(rows_shape), axes, axes.logits if soft else axes.rows)
+    local_rows = [n for d, n in enumerate(logits.shape) if d != class_dim]
+
+    def local(g: Given, s: Sharded | None) -> Any:
+        g = g._replace(class_dim=class_dim)
+        return (
+            run_whole(function, logits, target, g, row_map, map_a)
+            if s is None
+            else run_sharded(function, logits, target, g, s)
+        )
+
+    p = Problem(function, axes, input.shape[class_dim], rows_shape, local_rows, soft, logits.dtype, (row_map, map_a))
+    return _solved(p, target, g, local)
+
+
+class Problem(NamedTuple):
+    """What there is to say of a loss of DTensors beside its operands.
+
+    Attributes:
+        function: its name.
+        axes: of the mesh.
+        classes: of all ranks.
+        rows_shape, local_rows: the shapes of what has one element for each row, of all ranks and of this one.
+        soft: targets are probabilities.
+        dtype: of the logits.
+        row_map: number and parameter.
+    """
+
+    function: str
+    axes: Axes
+    classes: int
+    rows_shape: torch.Size
+    local_rows: Sequence[int]
+    soft: bool
+    dtype: torch.dtype
+    row_map: tuple[int, float]
+
+
+def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharded | None], Any]) -> Any:
+    """The loss, from ``local``, which computes that of this rank's rows.
+
+    ``target``: this rank's. ``local`` takes this rank's weights and, where classes are sharded, over which group.
+    """
+    from torch.distributed.tensor import DTensor
+
+    axes = p.axes
     weight: Any = g.weight
     over_classes: tuple[Any, ...] | None = None
     if weight is not None:
         over_classes = _class_placements(axes)
         by_shard = axes.classes is not None and is_dtensor(weight) and tuple(weight.placements) == over_classes
-        over_classes = over_classes if by_shard or (soft and axes.classes is not None) else None
+        over_classes = over_classes if by_shard or (p.soft and axes.classes is not None) else None
         weight = _local(weight, axes, axes.replicated if over_classes is None else over_classes, of_all_rows=True)
     normalizer: Any = g.normalizer
     g = g._replace(
         weight=weight,
         sample_weight=_local(g.sample_weight, axes, axes.rows),
         normalizer=normalizer.full_tensor() if is_dtensor(normalizer) else normalizer,
-        class_dim=class_dim,
     )
     groups = [axes.mesh.get_group(axis) for axis in axes.data]
-    ignored = _rowwise.ignore_indices(function, g.ignore_index)
-    local_rows = [n for d, n in enumerate(logits.shape) if d != class_dim]
+    ignored = _rowwise.ignore_indices(p.function, g.ignore_index)
     if groups and g.reduction == "mean" and g.normalizer is None:
-        if over_classes is not None and not soft:  # their sum needs all of them
-            over_classes, g = None, g._replace(weight=_whole_weight(g.weight, axes, input.shape[class_dim]))
-        normalizer, weight = denominators(target, local_rows if soft else None, g, ignored, groups)
+        if over_classes is not None and not p.soft:  # their sum needs all of them
+            over_classes, g = None, g._replace(weight=_whole_weight(g.weight, axes, p.classes))
+        normalizer, weight = denominators(target, p.local_rows if p.soft else None, g, ignored, groups)
         g = g._replace(normalizer=normalizer, weight=weight)
-    rounded = _rounded_later(logits, target, g, soft) if groups else None
+    rounded = _rounded_later(p, target, g) if groups else None
     if rounded is not None:
         g = g._replace(loss_dtype=torch.float32)
-    if axes.classes is None:
-
-        def local() -> Any:
-            return run_whole(function, logits, target, g, row_map, map_a)
-
-    else:
-        group = axes.mesh.get_group(axes.classes)
-        sizes = _shard_sizes(input.shape[class_dim], axes.mesh.size(axes.classes))
-        shard = None
-        if over_classes is not None:
-            shard, g = g.weight, g._replace(weight=None)
-        kind, parameters = ROW_MAP_KINDS[row_map]
-        s = Sharded(group, sizes, shard, kind, (map_a,)[: len(parameters)])
-
-        def local() -> Any:
-            return run_sharded(function, logits, target, g, s)
+    s: Sharded | None = None
+    if axes.classes is not None:
+        kind, parameters = ROW_MAP_KINDS[p.row_map[0]]
+        sizes = _shard_sizes(p.classes, axes.mesh.size(axes.classes))
+        shard = None if over_classes is None else g.weight
+        g = g._replace(weight=None) if over_classes is not None else g
+        s = Sharded(axes.mesh.get_group(axes.classes), sizes, shard, kind, p.row_map[1:][: len(parameters)])
 
     per_row = g.reduction == "none"
-    result = local() if per_row or not logits.is_cpu else _or_all_raise(function, local, groups)
+    result = local(g, s) if per_row or not target.is_cpu else _or_all_raise(p.function, lambda: local(g, s), groups)
     loss, stats = result if g.return_stats else (result, None)
     if per_row:
-        loss = DTensor.from_local(loss, axes.mesh, axes.rows, run_check=False, **_whole_shape(rows_shape))
+        loss = DTensor.from_local(loss, axes.mesh, axes.rows, run_check=False, **_whole_shape(p.rows_shape))
     else:
         loss = _SumOverRows.apply(loss, groups).to(rounded or loss.dtype) if groups else loss
         loss = DTensor.from_local(loss, axes.mesh, axes.replicated, run_check=False)
     if stats is None:
         return loss
     lse, argmax, entropy = (
-        DTensor.from_local(t, axes.mesh, axes.rows, run_check=False, **_whole_shape(rows_shape))
+        DTensor.from_local(t, axes.mesh, axes.rows, run_check=False, **_whole_shape(p.rows_shape))
         for t in (stats.lse, stats.argmax, stats.entropy)
     )
-    counted = torch.ones(local_rows, dtype=torch.bool, device=logits.device) if soft else _counts(target, ignored)
+    counted = torch.ones(list(p.local_rows), device=target.device) if p.soft else _counts(target, ignored)
     n = counted.sum().double()
     hits = torch.where(n > 0, stats.accuracy.double() * n, 0.0)
     hits, n = sum_over(torch.stack([hits, n]), groups)
-    accuracy = DTensor.from_local((hits / n).float(), axes.mesh, axes.replicated, run_check=False)
+    share = (hits / n).float()
+    if g.all_ignored == "zero" and not p.soft:
+        share = torch.where(n > 0, share, 0.0)
+    accuracy = DTensor.from_local(share, axes.mesh, axes.replicated, run_check=False)
     return loss, CrossEntropyStats(lse, argmax, accuracy, entropy)
 
 
-def _rounded_later(logits: Tensor, target: Tensor, g: Given, soft: bool) -> torch.dtype | None:
+# ------------------------------------------------------------------------------------------------------- linear heads
+
+
+def run_linear(
+    function: str,
+    input: Any,
+    linear_weight: Any,
+    linear_bias: Any,
+    target: Any,
+    g: Given,
+    c: Any,
+    ignore_index: Any,
+    row_map: int,
+    map_a: float,
+) -> Any:
+    """:func:`run` of ``linear(input, linear_weight, linear_bias)``: the weight's placements say who has which classes,
+    the input's who has which rows."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not is_dtensor(linear_weight):
+        raise NotImplementedError(
+            f"{function}(): input, target or another operand is a DTensor, but linear_weight is not; make one of it "
+            "with DTensor.from_local(linear_weight, mesh, placements)"
+        )
+    if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
+        raise RuntimeError(
+            f"{function}(): for DTensors input needs shape (..., D) and linear_weight (C, D), got {list(input.shape)} "
+            f"and {list(linear_weight.shape)}"
+        )
+    mesh, last = linear_weight.device_mesh, input.dim() - 1
+    over_classes, of_input, logits, data = [], [], [], []
+    classes: int | None = None
+    given = input.placements if is_dtensor(input) else [Replicate()] * mesh.ndim
+    for axis, (w, x) in enumerate(zip(linear_weight.placements, given, strict=True)):
+        by_class = classes is None and type(w) is Shard and w.dim % 2 == 0
+        by_row = not by_class and type(x) is Shard and x.dim % input.dim() != last
+        classes = axis if by_class else classes
+        over_classes.append(Shard(0) if by_class else Replicate())
+        of_input.append(Shard(x.dim % input.dim()) if by_row else Replicate())
+        logits.append(Shard(last) if by_class else of_input[-1])
+        if by_row:
+            data.append(axis)
+    axes = Axes(mesh, tuple(logits), tuple(of_input), classes, tuple(data))
+    if tuple(linear_weight.placements) != tuple(over_classes):
+        _arguments.warn(
+            f"{function}(): linear_weight in the placements {tuple(linear_weight.placements)} is redistributed to "
+            f"{tuple(over_classes)}, which moves it between ranks: fastloss takes Shard(0) over one axis of the mesh, "
+            "and Replicate"
+        )
+    rows_shape = input.shape[:-1]
+    shape = torch.Size((*rows_shape, linear_weight.shape[0]))
+    _check(function, linear_weight, target, g, last, shape)
+    if classes is not None and not c.options is c.accumulate_in is c.max_rows is None:
+        raise NotImplementedError(
+            f"{function}(): options, accumulate_in and max_rows are not for a head whose classes are sharded; give "
+            "memory_budget"
+        )
+    soft = target.is_floating_point() and target.shape == shape
+    if soft and ignore_index is not None:
+        raise RuntimeError(
+            "ignore_index cannot be specified when target contains probabilities; give the rows to leave out a "
+            "sample_weight of 0"
+        )
+    # Gathering the input over the axis of the classes is what a column-parallel layer does too.
+    x = _local(input, axes, of_input)
+    w = _local(linear_weight, axes, over_classes, of_all_rows=True)
+    bias = _local(linear_bias, axes, over_classes, of_all_rows=True)
+    target = _local(target if soft else target.reshape(rows_shape), axes, axes.logits if soft else axes.rows)
+
+    def local(g: Given, s: Sharded | None) -> Any:
+        if s is None:
+            return run_head(function, x, w, bias, target, g, c, ignore_index, row_map, map_a)
+        return run_sharded_head(function, x, w, bias, target, g, s, c.memory_budget, False)
+
+    g = g._replace(ignore_index=-100 if ignore_index is None else ignore_index)
+    dtype = _logits_dtype(function, x, w, bias)
+    p = Problem(function, axes, shape[-1], rows_shape, x.shape[:-1], soft, dtype, (row_map, map_a))
+    return _solved(p, target, g, local)
+
+
+def _rounded_later(p: Problem, target: Tensor, g: Given) -> torch.dtype | None:
     """The 16-bit dtype to which the sum over the ranks is rounded, instead of each share of it; None: nothing is."""
-    dtype = logits.dtype
-    for t in (target, g.weight) if soft else ():
+    dtype = p.dtype
+    for t in (target, g.weight) if p.soft else ():
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    dtype = _arguments.autocast_dtype(dtype, logits.device)
+    dtype = _arguments.autocast_dtype(dtype, target.device)
     return dtype if dtype in _arguments.HALVES and g.loss_dtype is None and g.reduction != "none" else None
 
 
@@ -319,4 +438,4 @@ def _whole_shape(shape: torch.Size) -> dict[str, Any]:
     return {"shape": shape, "stride": tuple(stride[: len(shape)])}
 
 
-__all__ = ["run"]
+__all__ = ["run", "run_linear"]
