@@ -44,9 +44,9 @@ struct PlaneShared {
   }
 };
 
-// Of 256 threads; more registers would leave room for one.
+// Of 256 threads; more registers would leave room for one. From sm_100 on two of them would spill.
 constexpr int plane_blocks_per_multiprocessor(bool general, bool wide, size_t element_bytes) {
-  return general && (wide || element_bytes == 8) ? 1 : 2;
+  return general && (wide || element_bytes == 8 || kWideParts > 1) ? 1 : 2;
 }
 
 template <class T, bool kGeneral, Pass kPass, bool kWide>

@@ -10,7 +10,7 @@
 //
 // A row is walked for the largest logits and the sums of exponentials, for its value (and the gradient by q's logits of
 // kl), and for other gradients, back from its end. The first walk reads from memory. The others find the row in the L2:
-// long rows have blocks of 768 threads, of which a multiprocessor holds one, so that few rows are under way.
+// long rows have blocks of 512 threads, of which a multiprocessor holds one, so that few rows are under way.
 //
 // Dtypes are told apart at run time, once per access; A is what is computed with.
 #pragma once
@@ -25,7 +25,7 @@ namespace fastloss {
 constexpr int kDivergenceThreads = 256;
 constexpr int kDivergenceMaxBlocks = 4096;
 template <class A>
-constexpr int kDivergenceMostThreads = sizeof(A) == 8 ? 256 : 768;  // of a block, so that registers suffice
+constexpr int kDivergenceMostThreads = sizeof(A) == 8 ? 256 : 512;  // of a block, so that registers suffice
 template <class A>
 constexpr int kPairRun = sizeof(A) == 8 ? 1 : 4;  // classes that a thread takes together
 constexpr int kPairSums = 4;
