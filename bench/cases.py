@@ -173,7 +173,9 @@ def _token_log_probs(x: torch.Tensor, target: torch.Tensor, reduction: str = "me
 
 def _kl(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     s, t = F.log_softmax(x, 1), F.log_softmax(target, 1)
-    return F.kl_div(s, t, log_target=True, reduction="batchmean" if reduction == "mean" else reduction)
+    if reduction != "mean":
+        return F.kl_div(s, t, log_target=True, reduction=reduction)
+    return F.kl_div(s, t, log_target=True, reduction="batchmean") / x[0, 0].numel()
 
 
 def _js(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:

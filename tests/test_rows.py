@@ -114,8 +114,9 @@ def in_shards(x, target, tensors, o, ends, g, best=False):
     return result, gradient(False), gradient(True) if target.is_floating_point() else None
 
 
-def tolerance(dtype, want):
+def tolerance(dtype, want, factor=1):
     eps = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    eps *= factor
     scale = want.abs().max().item() if want.numel() else 0
     return {"rtol": eps, "atol": eps * scale + (2.0**-24 if dtype is torch.float16 else 0)}
 
@@ -134,7 +135,9 @@ def test_any_split_gives_the_whole(dtype, features, soft, layout, device):
             assert result.loss.dtype == loss.dtype and by_shards.dtype == dtype
             accum = torch.float64 if dtype is torch.float64 else torch.float32
             torch.testing.assert_close(result.loss, loss, **tolerance(accum, loss), equal_nan=True)
-            torch.testing.assert_close(by_shards, by_logits, **tolerance(dtype, by_logits), equal_nan=True)
+            # e^-l has l times the rounding of l.
+            near = tolerance(dtype, by_logits, 5 if "row_map" in features else 1)
+            torch.testing.assert_close(by_shards, by_logits, **near, equal_nan=True)
             if soft:
                 torch.testing.assert_close(target_by_shards, by_target, **tolerance(dtype, by_target))
 

@@ -1,7 +1,8 @@
 """Fused, drop-in losses for PyTorch on CPU and CUDA. ``import fastloss`` and use the names of torch.nn.functional."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import _library  # noqa: F401  first: it checks the versions of Python and torch
-from . import parallel as parallel
 from . import plot as plot
 from . import rows as rows
 from ._version import __version__
@@ -162,3 +163,15 @@ __all__ = [
     "tversky_loss",
     "unpatch",
 ]
+
+if TYPE_CHECKING:
+    from . import parallel as parallel
+else:
+
+    def __getattr__(name: str) -> Any:
+        """``fastloss.parallel``, imported when it is asked for: torch.distributed brings torch.compile with it."""
+        if name == "parallel":
+            from importlib import import_module
+
+            return import_module(".parallel", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

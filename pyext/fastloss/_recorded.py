@@ -26,7 +26,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # An argument's annotation, and its type in an operator's schema.
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
-    Tensor | float: "Tensor",
     Tensor | None: "Tensor?",
     Tensor | float | None: "Tensor?",
     str: "str",
@@ -34,7 +33,6 @@ _TYPES: dict[Any, str] = {
     bool: "bool",
     bool | None: "bool?",
     float: "float",
-    float | Tensor: "float",  # by element: the loss records itself otherwise
     float | None: "float?",
     int: "SymInt",
     int | None: "SymInt?",
@@ -44,7 +42,9 @@ _TYPES: dict[Any, str] = {
 }
 
 
-def _type(annotation: Any) -> str:
+def _type(annotation: Any, default: Any) -> str:
+    if annotation == Tensor | float:  # an operand, or a parameter: of a tensor there the loss records itself otherwise
+        return "Tensor" if default is inspect.Parameter.empty else "float"
     if get_origin(annotation) is Literal:
         annotation = type(get_args(annotation)[0])
     return _TYPES[annotation]
@@ -110,7 +110,7 @@ def recordable(function: _F) -> _F:
     """Defines the operator of a loss, from its signature. The loss itself calls :func:`record`."""
     name, parameters = function.__name__, dict(inspect.signature(function).parameters)
     rest = parameters.pop(_OPTIONS, None)
-    types = {argument: _type(p.annotation) for argument, p in parameters.items()}
+    types = {argument: _type(p.annotation, p.default) for argument, p in parameters.items()}
     if name == "cross_entropy":
         _defaults.update({argument: p.default for argument, p in parameters.items()})
     if rest is not None:

@@ -56,8 +56,6 @@ TERMS = {
     ("relative_l1_loss", PARAM, 1): lambda x, t: relative_l1(x, t, PARAM, True),
     ("charbonnier_loss", PARAM): lambda x, t: np.sqrt((x - t) ** 2 + PARAM**2),
     ("quantile_loss",): lambda x, t, q=1.0: np.maximum(q * (t - x), (1 - q) * (x - t)),
-    ("sigmoid_focal_loss", 0.75, 2.0): lambda x, t: focal(x, t, 0.75, 2.0),
-    ("asymmetric_loss", 1.0, 4.0, 0.05): lambda x, t: asymmetric(x, t, 1.0, 4.0, 0.05),
     ("capsule_margin_loss", 0.9, 0.1, 0.5): lambda x, t: capsule(x, t, 0.9, 0.1, 0.5),
     ("binary_cross_entropy_with_logits", 0.0): lambda x, t, w=1.0: binary_cross_entropy(x, t, w),
     ("binary_cross_entropy_with_logits", 0.2): lambda x, t, w=1.0: binary_cross_entropy(x, t, w, 0.2),
@@ -76,6 +74,8 @@ def unit(a):
 # The same of losses whose operands have a domain, with what brings them there.
 WITHIN = {
     ("binary_cross_entropy",): (unit, unit, lambda x, t: -t * np.log(x) - (1 - t) * np.log1p(-x)),
+    ("sigmoid_focal_loss", 0.75, 2.0): (np.array, unit, lambda x, t: focal(x, t, 0.75, 2.0)),
+    ("asymmetric_loss", 1.0, 4.0, 0.05): (np.array, unit, lambda x, t: asymmetric(x, t, 1.0, 4.0, 0.05)),
     ("kl_div", 0, PARAM): (np.array, unit, lambda x, t: PARAM * t * (np.log(t) - x)),
     ("kl_div", 1, 1.0): (np.array, np.tanh, lambda x, t: np.exp(t) * (t - x)),
     ("poisson_nll_loss", 1, 1, 0.0): (

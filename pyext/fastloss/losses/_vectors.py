@@ -21,12 +21,11 @@ def checked(
     _arguments.require_supported_tensors(function, *every.values())
     if any(t.device != given[0].device for t in every.values()):
         return None
-    shapes = {t.shape for t in given}
     if any(t.dtype not in DTYPE_CODES for t in given) or not 1 <= given[0].dim() <= _pointwise.MAX_DIMS:
         return None
-    if len(shapes) == 1:
+    if all(t.shape == given[0].shape for t in given):  # of sizes that a recorder knows by name no set can be made
         return given
-    if len({t.dim() for t in given}) > 1 or len({t.shape[-1] for t in given}) > 1:
+    if any(t.dim() != given[0].dim() or t.shape[-1] != given[0].shape[-1] for t in given):
         return None
     try:
         return list(torch.broadcast_tensors(*given))

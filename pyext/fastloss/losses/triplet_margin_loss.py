@@ -64,7 +64,8 @@ def triplet_margin_loss(
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
     code = _arguments.reduction_code(reduction)
-    margin, p, eps = (_arguments.as_float(name, *named) for named in (("margin", margin), ("p", p), ("eps", eps)))
+    margin, p = _arguments.as_float(name, "margin", margin), _arguments.as_float(name, "p", p)
+    eps = _arguments.as_float(name, "eps", eps)
     if margin <= 0:
         raise ValueError(f"margin must be greater than 0, got {margin}")
     vectors = _vectors.checked(name, {"anchor": anchor, "positive": positive, "negative": negative})
