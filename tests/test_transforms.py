@@ -684,6 +684,9 @@ def operator_calls(device):
         if "return_stats" in called.arguments:
             arguments = _recorded.arguments_of(spec.name, {**called.arguments, "return_stats": True})
             yield getattr(ops, f"{spec.name}_stats_recorded"), tuple(arguments)
+    x, t = torch.randn(3, 4, device=device, requires_grad=True), torch.randn(3, 4, device=device)
+    delta = torch.rand(3, 1, device=device) + 0.5
+    yield ops.loss_by_element_recorded, (x, t, delta, "huber_loss", "delta", "mean", None, None, None)
 
 
 def test_opcheck(device):
