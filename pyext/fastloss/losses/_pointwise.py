@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, batched_by_legacy, functorch_active
@@ -615,7 +614,7 @@ def loss_by_element(
     dtype = x.dtype
     x = with_further(function, x, {name: parameter})
     known = parameter.is_cpu and not (
-        torch.compiler.is_compiling() or functorch_active() or isinstance(parameter, FakeTensor)
+        torch.compiler.is_compiling() or functorch_active() or type(parameter) not in (Tensor, torch.nn.Parameter)
     )
     least = "positive" if huber else "0 or more"
     if known and not ((parameter > 0) if huber else (parameter >= 0)).all():
