@@ -120,9 +120,10 @@ py::list backward(const py::array& grad_output, const py::array& factor, const P
 using Layout = std::tuple<std::string, std::vector<int64_t>, int>;  // dtype, strides, bytes past a multiple of 64
 py::dict config(const std::vector<int64_t>& sizes, const std::vector<Layout>& operands,
                 const std::vector<Layout>& grads, bool weight, bool mask, const std::string& reduction, int row_dims,
-                int sums, bool is_backward) {
+                int sums, bool streams, bool is_backward) {
   PointwiseArgs a;
   a.sums = sums;
+  a.streams = streams;
   a.dim = int(sizes.size());
   a.row_dims = row_dims;
   a.cols = 1;
@@ -188,7 +189,8 @@ void bind_pointwise(py::module_& m) {
       "reduction"_a = "mean", "row_dims"_a = 0, "weight"_a = none, "mask"_a = none, "weight_denominator"_a = 0.0,
       "grads"_a = std::vector<bool>{true, true}, "A list of the gradients wanted.");
   m.def("pointwise_config", &config, "sizes"_a, "operands"_a, py::kw_only(), "grads"_a, "weight"_a = false,
-        "mask"_a = false, "reduction"_a = "mean", "row_dims"_a = 0, "sums"_a = 1, "is_backward"_a = false,
+        "mask"_a = false, "reduction"_a = "mean", "row_dims"_a = 0, "sums"_a = 1, "streams"_a = true,
+        "is_backward"_a = false,
         "The CUDA launch of a call whose operands and gradients are (dtype, strides, bytes past a multiple of 64).");
 }
 

@@ -60,7 +60,6 @@ TERMS = {
     ("binary_cross_entropy_with_logits", 0.0): lambda x, t, w=1.0: binary_cross_entropy(x, t, w),
     ("binary_cross_entropy_with_logits", 0.2): lambda x, t, w=1.0: binary_cross_entropy(x, t, w, 0.2),
     ("soft_margin_loss",): lambda x, t: softplus(-t * x),
-    ("hinge_embedding_loss", PARAM): lambda x, t: np.maximum(PARAM - x, 0) + x,  # of targets that are no signs
     ("margin_ranking_loss", PARAM): lambda x, y: np.maximum(PARAM - (x - y), 0),
     ("gaussian_nll_loss", EPSILON, 1): lambda x, t: (np.log(2 * np.pi) + (x - t) ** 2) / 2,
     ("poisson_nll_loss", 0, 0, 20.0): lambda x, t: x - t * np.log(x + 20),
@@ -76,6 +75,8 @@ WITHIN = {
     ("binary_cross_entropy",): (unit, unit, lambda x, t: -t * np.log(x) - (1 - t) * np.log1p(-x)),
     ("sigmoid_focal_loss", 0.75, 2.0): (np.array, unit, lambda x, t: focal(x, t, 0.75, 2.0)),
     ("asymmetric_loss", 1.0, 4.0, 0.05): (np.array, unit, lambda x, t: asymmetric(x, t, 1.0, 4.0, 0.05)),
+    # Of targets that are no signs.
+    ("hinge_embedding_loss", PARAM): (np.array, unit, lambda x, t: np.maximum(PARAM - x, 0) + x),
     ("kl_div", 0, PARAM): (np.array, unit, lambda x, t: PARAM * t * (np.log(t) - x)),
     ("kl_div", 1, 1.0): (np.array, np.tanh, lambda x, t: np.exp(t) * (t - x)),
     ("poisson_nll_loss", 1, 1, 0.0): (
@@ -269,7 +270,11 @@ def triplet(operands, q, margin, eps, swap):
     takes = (other < far) if swap else np.zeros(far.shape, bool)
     hinge = margin + near - np.where(takes, other, far)
     on, far_on, other_on = hinge > 0, (hinge > 0) & ~takes, (hinge > 0) & takes
-    grads = [on * by_near - far_on * by_far, -on * by_near - other_on * by_other, far_on * by_far + other_on * by_other]
+    grads = [
+        on * by_near - far_on * by_far,
+        -1.0 * on * by_near - other_on * by_other,
+        far_on * by_far + other_on * by_other,
+    ]
     return np.maximum(hinge, 0)[:, 0], grads
 
 
@@ -603,15 +608,17 @@ def test_policy_by_sweeps(kernels):
         if rng.random() < 0.3:
             operands.append(layout(others[1], 0))
         grads = [layout("same", offsets[2])] if rng.random() < 0.5 else []
-        weight, mask = rng.random(2) < 0.2
+        weight, mask, streams = rng.random(3) < (0.2, 0.2, 0.8)
         sums = int(rng.integers(1, 5))
         c = kernels.pointwise_config(sizes, operands, grads=grads, weight=weight, mask=mask, reduction=reduction,
-                                     row_dims=row_dims, sums=sums, is_backward=is_backward)  # fmt: skip
+                                     row_dims=row_dims, sums=sums, streams=streams,
+                                     is_backward=is_backward)  # fmt: skip
         rows = int(np.prod(sizes[:row_dims]))
         cols = int(np.prod(sizes[row_dims:]))
         dense = [o for o in (*operands, *grads) if o[1] == contiguous(sizes) or len(sizes) == 1 or np.prod(sizes) == 1]
         plain = (
-            rows == 1 and reduction != "none" and not (weight or mask) and len(operands) == 2 and dtype != "float64"
+            streams and rows == 1 and reduction != "none" and dtype != "float64"
+            and not (weight or mask) and len(operands) == 2
             and len(dense) == len(operands) + len(grads) and len({o[0] for o in dense}) == 1
             and all(o[2] % 16 == 0 for o in dense)
         )  # fmt: skip
