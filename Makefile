@@ -43,7 +43,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 PY_FILES := setup.py pyext tests tools $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-head asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel check-libraries format clean
+.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-further judge-head asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel check-libraries format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -92,7 +92,7 @@ build/asan/.built: $(SOURCES) $(NUMPY_SOURCES) $(VENV)/test.stamp
 # ---- tests
 # Builds and Python tests use all processors by themselves, one after the other. The rest, which has one thread each, runs
 # side by side, the longest first; what a part prints appears when it is done.
-SIDE_BY_SIDE := $(if $(WITH_CUDA),emulated-tsan emulated-asan) judge-losses asan judge-head \
+SIDE_BY_SIDE := judge-further $(if $(WITH_CUDA),emulated-tsan emulated-asan) judge-losses asan judge-head \
   $(if $(WITH_CUDA),cuda-report) abi-audit
 test: lint test-builds test-python
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j$(JOBS) --output-sync=target $(SIDE_BY_SIDE)
@@ -137,17 +137,18 @@ abi-audit: build/extension-full
 cuda-report: build/extension-full
 	$(PY) tools/cuda_report.py build/core-cuda
 
-# Torch's own test material against fastloss, which accepts two things that torch refuses. Of the head the quick form: the
-# whole one takes longer than all of the others.
+# Torch's own test material against fastloss, which accepts two things that torch refuses. Of the head, and of the losses that
+# came last, the quick form: the whole ones take longer than all else.
 JUDGE := ../shared/judges/opinfo_judge.py
 JUDGED_losses := cross_entropy,nll_loss,l1_loss,mse_loss,smooth_l1_loss,huber_loss,binary_cross_entropy_with_logits,$\
-multi_margin_loss,binary_cross_entropy,kl_div,gaussian_nll_loss,poisson_nll_loss,soft_margin_loss,hinge_embedding_loss,$\
-margin_ranking_loss,cosine_embedding_loss,triplet_margin_loss,multilabel_soft_margin_loss
+multi_margin_loss
+JUDGED_further := binary_cross_entropy,kl_div,gaussian_nll_loss,poisson_nll_loss,soft_margin_loss,hinge_embedding_loss,$\
+margin_ranking_loss,cosine_embedding_loss,triplet_margin_loss,multilabel_soft_margin_loss --quick
 JUDGED_head := linear_cross_entropy --quick
 # It calls losses of three arguments with two in these of torch's older tests; torch's own fail them too.
 UNFAIR := $(foreach loss,CosineEmbeddingLoss TripletMarginLoss MarginRankingLoss,--allow "common_nn:$(loss)_no_batch_dim")
-judge: judge-losses judge-head
-judge-losses judge-head: judge-%: build/extension-full $(VENV)/test.stamp
+judge: judge-losses judge-further judge-head
+judge-losses judge-further judge-head: judge-%: build/extension-full $(VENV)/test.stamp
 	@if [ -f $(JUDGE) ]; then \
 	  $(PY) $(JUDGE) fastloss --allow "errors:int32 target" --allow "errors:weight dtype" $(UNFAIR) --ops $(JUDGED_$*); \
 	else echo "$@: not run, there is no $(JUDGE)"; fi
