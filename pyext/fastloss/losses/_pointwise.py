@@ -426,7 +426,7 @@ def check(
     _arguments.require_same_device(function, (names[0], input), *others)
     if target.shape != input.shape:
         try:
-            torch.broadcast_tensors(input, target)
+            torch.broadcast_tensors(*((target, input) if broadcasts else (input, target)))  # torch names them so
         except RuntimeError as error:
             raise RuntimeError(
                 f"{error}. {function}(): {names[0]} of size {list(input.shape)} and {names[1]} of size "
