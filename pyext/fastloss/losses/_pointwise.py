@@ -40,6 +40,8 @@ NUMBERS = {kind.name: i for i, kind in enumerate(KINDS)}
 OPERANDS, MAX_DIMS = 4, 24
 _FINISHES = [formulas.FORMULAS[kind.name].finish is not None for kind in KINDS]
 _CACHED = 1 << 20  # elements
+# Of these torch says first what size the target has, where the sizes do not fit.
+_TARGET_FIRST = ("hinge_embedding_loss", "kl_div", "poisson_nll_loss")
 
 
 class Options(NamedTuple):
@@ -426,7 +428,7 @@ def check(
     _arguments.require_same_device(function, (names[0], input), *others)
     if target.shape != input.shape:
         try:
-            torch.broadcast_tensors(*((target, input) if broadcasts else (input, target)))  # torch names them so
+            torch.broadcast_tensors(*((target, input) if function in _TARGET_FIRST else (input, target)))
         except RuntimeError as error:
             raise RuntimeError(
                 f"{error}. {function}(): {names[0]} of size {list(input.shape)} and {names[1]} of size "
