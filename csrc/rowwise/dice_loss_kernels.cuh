@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kDiceThreads, 4) dice_loss_sums_kernel(const D
       if (lane == 0) sums[3 * a.classes * step] += double(rows_nll);
     }
   }
-  if (counted) p.counted[group] = 1;
+  if (group_sum(counted ? 1.0f : 0.0f, kWarp) > 0 && lane == 0) atomicAdd(&p.counted[group], 1u);
   if (!p.shared) return;
   block_barrier();
   for (int64_t i = threadIdx.x; i < sets; i += blockDim.x) {
