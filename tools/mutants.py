@@ -161,7 +161,9 @@ def environment(module: Path, mutant: int) -> dict[str, str]:
 TESTS = (
     ("test_cuda_on_cpu", ""),
     ("test_cuda_extremes", ""),
-    ("test_pointwise_core", " and (value or vectors)"),
+    ("test_pointwise_core", " and value and not float16"),
+    ("test_pointwise_core", " and value and float16"),
+    ("test_pointwise_core", " and vectors and not count"),
     ("test_pointwise_core", " and (several or weights or layouts or count)"),
     ("test_pointwise_core", " and not (value or vectors or several or weights or layouts or count)"),
     ("test_dice_core", ""),
