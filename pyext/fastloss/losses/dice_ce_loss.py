@@ -1,11 +1,11 @@
 """Dice loss and cross entropy of the same logits, in one pass. The mathematics is in ``csrc/rowwise/dice_loss.h``."""
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import not_scriptable, record, recordable, recording
+from .._recorded import record, recordable, recording
+from ._dice_module import DiceModule
 from .cross_entropy import cross_entropy
 from .dice_loss import DICE, DICE_CE, Given, run
 
@@ -107,12 +107,10 @@ def dice_ce_loss(
     return factors[0] * dice + factors[1] * cross_entropy(input, target, weight, **options)
 
 
-class DiceCELoss(torch.nn.Module):
+class DiceCELoss(DiceModule):
     """:func:`dice_ce_loss` as a module. The weight is a buffer."""
 
-    weight: Tensor | None
-
-    __prepare_scriptable__ = not_scriptable
+    function = staticmethod(dice_ce_loss)
 
     def __init__(
         self,
@@ -131,29 +129,4 @@ class DiceCELoss(torch.nn.Module):
         skip_absent: bool = False,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.lambda_dice, self.lambda_ce, self.label_smoothing = lambda_dice, lambda_ce, label_smoothing
-        self.ignore_index, self.batch, self.squared = ignore_index, batch, squared
-        self.smooth, self.smooth_nr, self.smooth_dr = smooth, smooth_nr, smooth_dr
-        self.include_background, self.skip_absent, self.reduction = include_background, skip_absent, reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits (N, C, ...) against class indices or probabilities; as :func:`dice_ce_loss`."""
-        return dice_ce_loss(
-            input,
-            target,
-            self.weight,
-            lambda_dice=self.lambda_dice,
-            lambda_ce=self.lambda_ce,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            batch=self.batch,
-            squared=self.squared,
-            smooth=self.smooth,
-            smooth_nr=self.smooth_nr,
-            smooth_dr=self.smooth_dr,
-            include_background=self.include_background,
-            skip_absent=self.skip_absent,
-            reduction=self.reduction,
-        )
+        super().__init__(weight, locals())

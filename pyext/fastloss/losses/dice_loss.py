@@ -14,8 +14,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
-from .._recorded import not_scriptable, record, recordable, recording
+from .._recorded import record, recordable, recording
 from . import _rowwise
+from ._dice_module import DiceModule
 
 _ACTIVATIONS = {None: 0, "softmax": 1, "sigmoid": 2}  # codes of the C++ enum Activation
 
@@ -312,12 +313,10 @@ def _index_target(name: str, input: Tensor, target: Tensor) -> Tensor:
     return _rowwise.index_target(target)
 
 
-class DiceLoss(torch.nn.Module):
+class DiceLoss(DiceModule):
     """:func:`dice_loss` as a module. The weight is a buffer."""
 
-    weight: Tensor | None
-
-    __prepare_scriptable__ = not_scriptable
+    function = staticmethod(dice_loss)
 
     def __init__(
         self,
@@ -334,26 +333,4 @@ class DiceLoss(torch.nn.Module):
         skip_absent: bool = False,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.activation, self.ignore_index, self.batch, self.squared = activation, ignore_index, batch, squared
-        self.smooth, self.smooth_nr, self.smooth_dr = smooth, smooth_nr, smooth_dr
-        self.include_background, self.skip_absent, self.reduction = include_background, skip_absent, reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of an input (N, C, ...) against class indices or a floating target; as :func:`dice_loss`."""
-        return dice_loss(
-            input,
-            target,
-            self.weight,
-            activation=self.activation,
-            ignore_index=self.ignore_index,
-            batch=self.batch,
-            squared=self.squared,
-            smooth=self.smooth,
-            smooth_nr=self.smooth_nr,
-            smooth_dr=self.smooth_dr,
-            include_background=self.include_background,
-            skip_absent=self.skip_absent,
-            reduction=self.reduction,
-        )
+        super().__init__(weight, locals())

@@ -3,12 +3,12 @@
 The mathematics is in ``csrc/rowwise/dice_loss.h``.
 """
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _arguments
-from .._recorded import not_scriptable, record, recordable, recording
+from .._recorded import record, recordable, recording
+from ._dice_module import DiceModule
 from .dice_loss import TVERSKY, Given, run
 
 
@@ -81,12 +81,10 @@ def tversky_loss(
     return run(name, input, target, weight, shared, TVERSKY, (alpha, beta, 1.0))
 
 
-class TverskyLoss(torch.nn.Module):
+class TverskyLoss(DiceModule):
     """:func:`tversky_loss` as a module. The weight is a buffer."""
 
-    weight: Tensor | None
-
-    __prepare_scriptable__ = not_scriptable
+    function = staticmethod(tversky_loss)
 
     def __init__(
         self,
@@ -104,28 +102,4 @@ class TverskyLoss(torch.nn.Module):
         skip_absent: bool = False,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.alpha, self.beta = alpha, beta
-        self.activation, self.ignore_index, self.batch = activation, ignore_index, batch
-        self.smooth, self.smooth_nr, self.smooth_dr = smooth, smooth_nr, smooth_dr
-        self.include_background, self.skip_absent, self.reduction = include_background, skip_absent, reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of an input (N, C, ...) against class indices or a floating target; as :func:`tversky_loss`."""
-        return tversky_loss(
-            input,
-            target,
-            self.weight,
-            alpha=self.alpha,
-            beta=self.beta,
-            activation=self.activation,
-            ignore_index=self.ignore_index,
-            batch=self.batch,
-            smooth=self.smooth,
-            smooth_nr=self.smooth_nr,
-            smooth_dr=self.smooth_dr,
-            include_background=self.include_background,
-            skip_absent=self.skip_absent,
-            reduction=self.reduction,
-        )
+        super().__init__(weight, locals())
