@@ -171,18 +171,21 @@ def _token_log_probs(x: torch.Tensor, target: torch.Tensor, reduction: str = "me
     return token_objective(log_prob, -(log_p.exp() * log_p).sum(-1), reduction)
 
 
-def _kl(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    s, t = F.log_softmax(x, 1), F.log_softmax(target, 1)
+def _divergence(log_q: torch.Tensor, log_p: torch.Tensor, reduction: str) -> torch.Tensor:
+    """KL(p || q) as torch has it; its mean is one over rows."""
     if reduction != "mean":
-        return F.kl_div(s, t, log_target=True, reduction=reduction)
-    return F.kl_div(s, t, log_target=True, reduction="batchmean") / x[0, 0].numel()
+        return F.kl_div(log_q, log_p, log_target=True, reduction=reduction)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") / log_q[0, 0].numel()
+
+
+def _kl(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    return _divergence(F.log_softmax(x, 1), F.log_softmax(target, 1), reduction)
 
 
 def _js(x: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     s, t = F.log_softmax(x, 1), F.log_softmax(target, 1)
     m = torch.logaddexp(s, t) - 0.6931471805599453
-    how = "batchmean" if reduction == "mean" else reduction
-    return (F.kl_div(m, t, log_target=True, reduction=how) + F.kl_div(m, s, log_target=True, reduction=how)) / 2
+    return (_divergence(m, t, reduction) + _divergence(m, s, reduction)) / 2
 
 
 _COMPOSED: dict[str, Loss] = {
