@@ -345,29 +345,25 @@ inline void for_each_vector(const Chunk<T, kOperands>& chunk, DoubleSum<T>* sums
           [i](T* p, vec<T> v, bool past) { past ? stream(p + i, v) : store(p + i, v); });
     };
     for (; i + 4 * kStep <= n; i += 4 * kStep) {
-      const auto a = at(i), b = at(i + kStep), c = at(i + 2 * kStep), d = at(i + 3 * kStep);
-      unrolled<kSums>([&](auto j) {
-        constexpr int k = decltype(j)::value;
-        sums[k].add((a.value[k] + b.value[k]) + (c.value[k] + d.value[k]));
-      });
-    }
-    for (; i + kStep <= n; i += kStep) {
-      const auto a = at(i);
-      unrolled<kSums>([&](auto j) { sums[decltype(j)::value].add(a.value[decltype(j)::value]); });
+      vec<T> four[4][kSums > 0 ? kSums : 1];
+      for (int k = 0; k < 4; ++k) {  // short bodies are unrolled by the compiler, long ones are compiled once
+        const auto a = at(i + k * kStep);
+        for (int j = 0; j < kSums; ++j) four[k][j] = a.value[j];
+      }
+      for (int j = 0; j < kSums; ++j) sums[j].add((four[0][j] + four[1][j]) + (four[2][j] + four[3][j]));
     }
   };
   if constexpr (kWrites)  // no faster with more streams than it has
     whole_vectors(constant<false>{});
   else
     chunk.far ? whole_vectors(constant<true>{}) : whole_vectors(constant<false>{});
-  if (i < n) {
-    const auto a = body([i, n](const T* p, T fill) { return load_tail(p + i, n - i, fill); },
-                        [i, n](T* p, vec<T> v, bool) { store_tail(p + i, n - i, v); });
-    const auto is_inside = iota<T>() < T(n - i);
-    unrolled<kSums>([&](auto j) {
-      constexpr int k = decltype(j)::value;
-      sums[k].add(is_inside ? a.value[k] : vec<T>{});
-    });
+  for (; i < n; i += kStep) {
+    const int64_t rest = min_of(n - i, kStep);
+    const auto a =
+        body([i, rest](const T* p, T fill) { return rest == kStep ? load(p + i) : load_tail(p + i, rest, fill); },
+             [i, rest](T* p, vec<T> v, bool) { rest == kStep ? store(p + i, v) : store_tail(p + i, rest, v); });
+    const auto is_inside = iota<T>() < T(rest);
+    for (int j = 0; j < kSums; ++j) sums[j].add(is_inside ? a.value[j] : vec<T>{});
   }
 }
 
@@ -386,8 +382,7 @@ struct Results {
 
 // The loss over a chunk: sums m f_j, with kWide of values taken in double; writes m f and sum_j scale_j m df_j/dx_k.
 template <class Loss, class T, int kWant, bool kWide>
-__attribute__((noinline)) void evaluate_as(const Chunk<T, Loss::operands>& c, const PointwiseArgs& a,
-                                           Results<Loss, T>& r) {
+inline void evaluate_body(const Chunk<T, Loss::operands>& c, const PointwiseArgs& a, Results<Loss, T>& r) {
   constexpr int kSums = Loss::sums, kGrads = kWant & kWantGrads ? Loss::operands : kWant & kWantFirstGrad ? 1 : 0;
   static_assert(!kWide || (Loss::residual && kSums == 1), "wide values are those of one residual");
   struct Values {
@@ -426,6 +421,21 @@ __attribute__((noinline)) void evaluate_as(const Chunk<T, Loss::operands>& c, co
     return result;
   });
   unrolled<kSums>([&](auto j) { r.sums[decltype(j)::value] = sums[decltype(j)::value].total(); });
+}
+
+// Without a call in its loop, which would take vectors and constants from their registers.
+template <class Loss, class T, int kWant, bool kWide>
+__attribute__((noinline, flatten)) void evaluate_flat(const Chunk<T, Loss::operands>& c, const PointwiseArgs& a,
+                                                      Results<Loss, T>& r) {
+  evaluate_body<Loss, T, kWant, kWide>(c, a, r);
+}
+// In double, which fewer use, as the compiler likes: that takes it half the time.
+template <class Loss, class T, int kWant, bool kWide>
+inline void evaluate_as(const Chunk<T, Loss::operands>& c, const PointwiseArgs& a, Results<Loss, T>& r) {
+  if constexpr (sizeof(T) == 4)
+    evaluate_flat<Loss, T, kWant, kWide>(c, a, r);
+  else
+    evaluate_body<Loss, T, kWant, kWide>(c, a, r);
 }
 
 // The same; of a wide loss in float, values are taken in double only where the sum shows that some may have overflowed

@@ -455,6 +455,12 @@ class Engine:
 _scale_grad_ = direct(ops.scale_grad_)
 
 
+def _is_one(scale: Tensor) -> bool:
+    """Whether it is the 1 that ``loss.backward()`` begins with, where a look costs nothing: the operator would look as
+    well, but its call is what a small loss spends its time on."""
+    return type(scale) is Tensor and scale.is_cpu and not scale.dim() and scale.item() == 1.0
+
+
 def _version(t: Tensor | None) -> int | None:
     """Tells whether a tensor has been changed in place since; tensors of inference mode, which cannot be, have none."""
     return None if t is None or t.is_inference() else t._version
@@ -476,9 +482,10 @@ def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
         if not keeps_graph():
             ctx.held = None
             if not (torch.is_grad_enabled() or _is_batched(grad_output) or _is_batched_by_legacy(grad_output)):
-                for g in grads:
-                    if g is not None:
-                        _scale_grad_(g, scale)
+                if not _is_one(scale):
+                    for g in grads:
+                        if g is not None:
+                            _scale_grad_(g, scale)
                 return (None, *grads) + (None,) * (count - len(grads))
         grads += (None,) * (rules.wants - len(grads))
         with torch.no_grad():
