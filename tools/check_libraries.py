@@ -156,6 +156,7 @@ JUDGED: dict[tuple[str, str], str] = {
     ("monai.DiceFocalLoss", "reductions"): "real: 'sum' takes means over the places first",
     ("monai.FocalLoss", "reductions"): "real: 'sum' takes means over the places first, and says so",
     ("monai.FocalLoss", "weights"): "real: of one channel the weight is left out, without a word",
+    ("monai.LocalNormalizedCrossCorrelationLoss", "optimum"): "sound: a correlation of windows has other minima, too",
     ("monai.NACLLoss", "reductions"): "real: its second part is a mean whatever the reduction",
     ("monai.NACLLoss", "no leak between samples"): "real: its second part is a mean whatever the reduction",
     (

@@ -335,6 +335,9 @@ def _checked_options(function: str, g: Given) -> Given:
         raise ValueError(f"all_ignored must be 'nan' or 'zero', got {g.all_ignored!r}")
     if g.zero_times_inf not in ("nan", "zero"):
         raise ValueError(f"zero_times_inf must be 'nan' or 'zero', got {g.zero_times_inf!r}")
+    given_floats = type(g.label_smoothing) is type(g.z_loss) is type(g.logit_scale) is float
+    if given_floats and label_smoothing is g.label_smoothing and softcap is class_dim is None:  # as a rule
+        return g
     return g._replace(
         label_smoothing=float(label_smoothing),
         z_loss=float(z_loss),
