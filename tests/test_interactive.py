@@ -221,7 +221,7 @@ def in_browser(page, script, folder):
     flags = ["--headless", "--no-sandbox", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     flags += ["--disable-component-update", "--disable-quic", "--host-resolver-rules=MAP * ~NOTFOUND"]
     flags += ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", f"--user-data-dir={folder / page.stem}"]
-    flags += ["--window-size=1200,700", "--timeout=30000", "--virtual-time-budget=20000", "--dump-dom"]
+    flags += ["--window-size=1000,560", "--timeout=30000", "--virtual-time-budget=6000", "--dump-dom"]
     done = subprocess.run([BROWSER, *flags, opened.as_uri()], capture_output=True, text=True, timeout=120)
     said = re.search('<pre id="said">(.*?)</pre>', done.stdout)
     assert said, done.stderr[-2000:]

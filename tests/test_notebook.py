@@ -1,7 +1,10 @@
 """What a notebook shows of reports, explanations and comparisons: text that is escaped, readable on light and dark."""
 
+import pickle
 import re
+import sys
 import xml.etree.ElementTree
+from types import SimpleNamespace
 
 import fastloss
 import pytest
@@ -30,7 +33,11 @@ def show(kind):
         return fastloss.explain(torch.randn(64, 1000, requires_grad=True), torch.zeros(64, dtype=torch.long))
     pytest.importorskip("scipy")
     losses = {HOSTILE: F.l1_loss, "other": F.mse_loss}
-    return fastloss.compare(losses, lambda loss, seed: torch.rand(()) + (loss is F.l1_loss), higher_is_better=False)
+    return fastloss.compare(
+        losses,
+        lambda loss, seed: torch.rand(2)[int(loss is F.l1_loss)] + 2 * (loss is F.l1_loss),
+        higher_is_better=False,
+    )
 
 
 @pytest.mark.parametrize("kind", ["report", "explanation", "comparison"])
@@ -53,10 +60,27 @@ def test_what_a_notebook_shows(kind):
         assert [f"{what:<12}{text}" for what, text in rows] == str(shown).splitlines()
     else:
         assert [row[0] for row in rows] == ["loss", HOSTILE, "other", "difference", f"{HOSTILE} - other"]
-        assert shown.winner == "other" and "other is better" in page
+        assert shown.winner == "other" and "other is better than &lt;script&gt;" in page
     # Colours of the page around it, but for those that are readable on both.
     colors = set(re.findall(r"(?<![\w-])(?:color|background)[^:;]*:\s*([^;\"]+)", page))
     assert colors <= set(COLORS.values())
+
+
+def test_a_figure_is_shown_once(monkeypatch):
+    """The inline backend shows what is open at a cell's end; as the cell's value it must not be shown a second time."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    shown = []
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=shown.append))
+    assert not hasattr(fastloss.plot.curves(F.l1_loss, "regression", points=5), "_ipython_display_")
+    monkeypatch.setattr(matplotlib, "get_backend", lambda: "module://matplotlib_inline.backend_inline")
+    figure = fastloss.plot.curves(F.l1_loss, "regression", points=5)
+    assert shown == [] and matplotlib.pyplot.fignum_exists(figure.number)
+    figure._ipython_display_()
+    assert shown == [figure] and not hasattr(figure, "_ipython_display_")
+    assert not matplotlib.pyplot.fignum_exists(figure.number)
+    pickle.dumps(fastloss.plot.curves(F.l1_loss, "regression", points=5))
+    matplotlib.pyplot.close("all")
 
 
 def luminance(color):

@@ -26,11 +26,15 @@ class _NoBar:
         pass
 
 
-def progress_bar(label: str, total: int, show: bool | None = None) -> Any:
-    """A tqdm of so many steps, for a ``with`` block, after which it is gone; by default on a terminal only."""
+def progress_bar(label: str, total: int, show: bool | None = None, delay: float | None = None) -> Any:
+    """A tqdm of so many steps, for a ``with`` block, after which it is gone; by default on a terminal only.
+
+    ``delay``: seconds before it appears, :data:`DELAY` by default; 0 where a step is long.
+    """
     if sys.stderr.isatty() if show is None else show:
         with contextlib.suppress(ImportError):
             tqdm = importlib.import_module("tqdm.auto").tqdm
             # miniters=0: update(0) shows that something is going on.
-            return tqdm(desc=label, total=total, delay=DELAY, miniters=0, leave=False, dynamic_ncols=True)
+            delay = DELAY if delay is None else delay
+            return tqdm(desc=label, total=total, delay=delay, miniters=0, leave=False, dynamic_ncols=True)
     return _NoBar()

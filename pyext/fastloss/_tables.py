@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 #: Of a status. Notebooks are light or dark and do not say which: the contrast is above 4 with white and with #111111.
 COLORS = {"failure": "#d9402f", "warning": "#a86b00", "note": "#70767c", "pass": "#208a4c", "skipped": "#70767c"}
 _CELL = "text-align:left;vertical-align:top;padding:.25em 1em .25em 0;border-top:1px solid rgba(128,128,128,.4);"
-_CELL += "white-space:pre-line;overflow-wrap:anywhere"
+_CELL += "white-space:pre-line;overflow-wrap:break-word;font-size:inherit"
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

@@ -42,7 +42,7 @@ class Difference:
         a, b: the names.
         seeds: those with which both came to a finite result; all else is over these.
         values: the differences, in their order.
-        mean, deviation: of the differences; nan of no seed, and the deviation of one.
+        mean, deviation: mean and standard deviation; nan of no seed, and the deviation of one.
         low, high: confidence interval of the mean, by Student's t. All intervals of a comparison hold together with its
             confidence (Bonferroni). nan where there is no spread to judge by.
         p: of the paired t test, two-sided; nan where there is no spread to judge by.
@@ -104,7 +104,7 @@ class Comparison:
         """What the runs show, in words."""
         told = [d.verdict for d in self.differences if d.better]
         if self.winner:
-            return f"{self.winner} is better than {'the other' if len(self.values) == 2 else 'every other'}."
+            return f"{told[0]}." if len(told) == 1 else f"{self.winner} is better than every other."
         if told:
             return f"No winner. Told apart: {'; '.join(told)}."
         if len(self.seeds) == 1:
@@ -210,7 +210,7 @@ class Comparison:
     def _headers(self) -> tuple[list[str], list[str]]:
         interval = f"{100 * (1 - self.alpha):g} % interval"
         return (
-            ["loss", "mean", "deviation", "least", "most", "runs"],
+            ["loss", "mean", "std", "min", "max", "runs"],
             ["difference", "mean", interval, "p", "corrected", "verdict"],
         )
 
@@ -371,7 +371,7 @@ def compare(
     store = _Store(None if results is None else Path(results), header)
     todo = [(seed, name) for seed in chosen for name in losses if (name, seed) not in store.runs]
     errors: dict[str, dict[int, str]] = {name: {} for name in losses}
-    with progress_bar("", len(todo), progress) as bar:
+    with progress_bar("", len(todo), progress, delay=0) as bar:
         for seed, name in todo:
             bar.set_description(f"{name}, seed {seed}")
             loss = losses[name]
@@ -577,8 +577,8 @@ def _differences(
         row |= {"low": math.nan, "high": math.nan, "p": math.nan}
         if len(d) > 1 and not any(d):
             row |= {"low": 0.0, "high": 0.0, "p": 1.0}
-        elif len(d) > 1 and deviation <= 1e-12 * max(map(abs, first + second)):
-            row["deviation"] = 0.0  # but for rounding
+        elif len(d) > 1 and deviation <= 1e-6 * max(map(abs, first + second)):
+            row["deviation"] = 0.0  # but for float32's rounding
         elif len(d) > 1:
             test = _scipy_stats().ttest_rel(first, second)
             low, high = test.confidence_interval(1 - alpha / len(pairs))

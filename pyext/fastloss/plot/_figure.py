@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -23,4 +24,13 @@ def finish(figure: Any, save: str | Path | None) -> Any:
     """Write the figure, if asked to, and hand it over."""
     if save is not None:
         figure.figure.savefig(save)  # of a part, the whole
+    if hasattr(figure, "number") and "inline" in importlib.import_module("matplotlib").get_backend():
+        figure._ipython_display_ = functools.partial(_show_once, figure)
     return figure
+
+
+def _show_once(figure: Any) -> None:
+    """What a notebook calls to show a figure: closed, the cell's value is not shown again at the cell's end."""
+    del figure._ipython_display_  # from now on it is shown as every other
+    importlib.import_module("IPython.display").display(figure)
+    pyplot().close(figure)
