@@ -234,7 +234,7 @@ def landscape(measured: Landscape, scale: Scale) -> Any:
         zaxis_title=scale.name,
         zaxis_type="log" if scale.log else "linear",
         aspectmode="cube",
-        camera={"eye": {"x": -1.15, "y": -1.75, "z": 1.15}, "center": {"x": 0, "y": 0, "z": -0.15}},
+        camera={"eye": {"x": -1.15, "y": -1.75, "z": 1.15}, "center": {"x": 0, "y": 0, "z": -0.25}},
     )
     figure.update_layout(
         title={"text": html.escape(measured.title)},
