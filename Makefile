@@ -32,8 +32,8 @@ GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 BUILD_NEEDS := setuptools wheel cmake ninja numpy torch
-DEMO_NEEDS := scikit-learn matplotlib
-TEST_NEEDS := pytest pytest-xdist hypothesis expecttest mypy ruff clang-format pybind11 \
+DEMO_NEEDS := scikit-learn matplotlib tqdm
+TEST_NEEDS := pytest pytest-xdist hypothesis expecttest mypy ruff clang-format pybind11 plotly scipy \
   $(if $(WITH_CUDA),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
 SOURCES := $(shell find csrc -path csrc/numpy -prune -o -name '*.[ch]*' -print -o -name '*.cu*' -print) \

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "pictures"
-OTHERS = [ROOT / "docs" / name for name in ("cross_entropy_symbol_by_symbol.md", "log_probabilities.md")]
+OTHERS = [ROOT / "docs" / name for name in ("compare.md", "cross_entropy_symbol_by_symbol.md", "log_probabilities.md")]
 PAGES = (*sorted((ROOT / "docs" / "questions").glob("*.md")), *OTHERS)
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.M | re.S)
 

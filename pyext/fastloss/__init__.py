@@ -6,6 +6,7 @@ from . import _library  # noqa: F401  first: it checks the versions of Python an
 from . import plot as plot
 from . import rows as rows
 from ._version import __version__
+from .compare import Comparison, compare
 from .diagnosis import check
 from .errors import check_errors, set_error_mode
 from .explain import explain
@@ -66,6 +67,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CapsuleMarginLoss",
     "CharbonnierLoss",
+    "Comparison",
     "CosFaceLoss",
     "CosineDistanceLoss",
     "CosineEmbeddingLoss",
@@ -115,6 +117,7 @@ __all__ = [
     "charbonnier_loss",
     "check",
     "check_errors",
+    "compare",
     "cosface_loss",
     "cosine_distance_loss",
     "cosine_embedding_loss",

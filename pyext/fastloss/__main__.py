@@ -8,6 +8,7 @@
 ``fastloss check --help`` and so on say the rest.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -28,8 +29,14 @@ def code_for(major: int, minor: int, archs: list[str]) -> str:
     return f"not usable: rebuild with FASTLOSS_CUDA_ARCHS={major}{minor}"
 
 
-def info() -> int:
+def info(argv: Sequence[str]) -> int:
     """Print what this build contains, what this machine can use of it, and why not the rest."""
+    argparse.ArgumentParser(
+        prog="python -m fastloss info",
+        description="Say what this build contains, what this machine can use of it, and why not the rest: versions, "
+        "instruction sets, CUDA kernels. A report of a fault should have it.",
+        epilog="example: python -m fastloss info > info.txt",
+    ).parse_args(argv)
     import torch
 
     from . import _library
@@ -73,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, by default that of the command line; the exit status."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["help"]
     if command == "info":
-        return info()
+        return info(rest)
     if command == "demo":
         from .demo import main as demo
 
@@ -86,8 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .plot._command import main as plot
 
         return plot(rest)
-    print(__doc__)
-    return 0 if command in ("help", "-h", "--help") else 2
+    if command in ("help", "-h", "--help"):
+        print(__doc__)
+        return 0
+    print(f"fastloss: there is no command {command!r}\n\n{__doc__}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ._progress import progress_bar
+from ._tables import text_table
+
 AMPLIFICATION = 1000
 RARE_DIGITS = (1, 4, 8)
 DTYPES = (torch.float32, torch.float64)
@@ -65,21 +68,6 @@ class Run:
     checkpoints: list[dict[str, torch.Tensor]] = field(default_factory=list)  # at the beginning, and with the batches
     model: torch.nn.Module | None = None
     metric: str = ""
-
-
-class Progress:
-    """A line that keeps rewriting itself on a terminal, and two lines per training elsewhere."""
-
-    def __init__(self, label: str, steps: int) -> None:
-        self.label, self.steps, self.tty = label, steps, sys.stdout.isatty()
-
-    def step(self, done: int, loss: float) -> None:
-        if self.tty and (done % 8 == 0 or done == self.steps):
-            bar = "#" * (24 * done // self.steps)
-            end = "\n" if done == self.steps else ""
-            print(f"\r{self.label:<49} [{bar:<24}] {done:>4}/{self.steps}  loss {loss:<9.4g}", end=end, flush=True)
-        elif not self.tty and 2 * done // self.steps != 2 * (done - 1) // self.steps:
-            print(f"{self.label:<49} step {done:>4}/{self.steps}  loss {loss:.4g}", flush=True)
 
 
 def _split(
@@ -150,20 +138,22 @@ def train(task: Task, loss_fn: Loss, dtype: torch.dtype, steps: int, seed: int, 
     optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9)
     x = task.inputs.to(dtype)
     y = task.target if task.target.dtype == torch.int64 else task.target.to(dtype)
-    run, progress = Run(checkpoints=[copy.deepcopy(model.state_dict())], model=model), Progress(label, steps)
-    for step in range(1, steps + 1):
-        rows = torch.randint(len(x), (task.batch,), generator=generator).to(x.device)
-        output, target = model(x[rows]), y[rows]
-        output = output.squeeze(1) if task.outputs == 1 else output
-        loss = loss_fn(output, target)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        run.losses.append(loss.item())
-        if step % max(1, steps // 20) == 0:
-            run.batches.append((output.detach(), target))
-            run.checkpoints.append(copy.deepcopy(model.state_dict()))
-        progress.step(step, run.losses[-1])
+    run = Run(checkpoints=[copy.deepcopy(model.state_dict())], model=model)
+    with progress_bar(label, steps) as bar:
+        for step in range(1, steps + 1):
+            rows = torch.randint(len(x), (task.batch,), generator=generator).to(x.device)
+            output, target = model(x[rows]), y[rows]
+            output = output.squeeze(1) if task.outputs == 1 else output
+            loss = loss_fn(output, target)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            run.losses.append(loss.item())
+            if step % max(1, steps // 20) == 0:
+                run.batches.append((output.detach(), target))
+                run.checkpoints.append(copy.deepcopy(model.state_dict()))
+            bar.update()
+    print(f"{label:<49} {steps} steps, last loss {run.losses[-1]:.4g}", flush=True)
     with torch.no_grad():
         run.metric = task.metric(model)
     return run
@@ -196,13 +186,6 @@ def difference(a: list[float], b: list[float]) -> float:
 
 def limit(dtype: torch.dtype) -> float:
     return AMPLIFICATION * torch.finfo(dtype).eps
-
-
-def table(rows: list[list[str]]) -> str:
-    """Left-aligned columns; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def plot(results: list[tuple[Task, dict[torch.dtype, tuple[Run, Run]]]], path: str) -> None:
@@ -303,7 +286,12 @@ def main(argv: Sequence[str] | None = None, ours: Any = None) -> int:
 
     ``ours`` is the namespace under test, fastloss by default; tests pass one with a planted mistake.
     """
-    parser = argparse.ArgumentParser(prog="python -m fastloss demo", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastloss demo",
+        description="Train on real data, once with torch's losses and once with fastloss, and draw what happened: "
+        "the curves must be the same but for rounding. Then time and memory where logits are large.",
+        epilog="example: python -m fastloss demo --out demo.png --steps 100",
+    )
     parser.add_argument("--out", default="fastloss-demo.png", help="where the curves go (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps per run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -365,10 +353,10 @@ def _run(args: argparse.Namespace, ours: Any, device: torch.device) -> int:
             name = task.name if dtype == DTYPES[0] else ""
             verdict = "ok" if same else "DIFFERS"
             check.append([name, str(dtype).removeprefix("torch."), f"{apart:.1e}", f"{limit(dtype):.1e}", verdict])
-    print(f"\n{table(summary)}\n")
+    print(f"\n{text_table(summary)}\n")
     print("Time in the loss: value and gradient of one batch in float32, median, the two taking turns. Batches this")
     print("small measure the cost of the call; large ones come below.\n")
-    print(f"{table(check)}\n")
+    print(f"{text_table(check)}\n")
     print("Largest difference between the two training curves, relative to the largest loss; the limit is what")
     print(f"rounding, amplified {AMPLIFICATION}-fold by training, may come to.")
     plot(results, args.out)

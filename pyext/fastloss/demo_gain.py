@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tables import text_table
+
 VOCABULARY, TOKENS = 1 << 14, 250_000
 WIDTH, SEQUENCES, LENGTH = 128, 16, 128
 SEGMENTATION = (2, 21, 512, 512)
@@ -267,10 +269,8 @@ def plot(courses: dict[str, Course], path: str) -> None:
 
 def run(ours: Any, device: torch.device, seed: int, steps: int, path: str) -> bool:
     """Trains, prints, draws; whether the curves are the same but for rounding."""
-    from .demo import table
-
     print(f"Segmentation: value and gradient for logits {SEGMENTATION}, class weights, ignore_index=255.\n")
-    print(table([["loss by", "time", "", "allocated"], *_rows(segmentation(ours, device), lambda c: c.seconds)]))
+    print(text_table([["loss by", "time", "", "allocated"], *_rows(segmentation(ours, device), lambda c: c.seconds)]))
     text = numbered(words(Path(sysconfig.get_path("stdlib")), TOKENS), VOCABULARY)
     torch.manual_seed(seed)
     model = Model(VOCABULARY, WIDTH).to(device)
@@ -278,7 +278,7 @@ def run(ours: Any, device: torch.device, seed: int, steps: int, path: str) -> bo
     print(f"{VOCABULARY} words, so {SEQUENCES * LENGTH * VOCABULARY * 4 / 2**20:.0f} MiB of logits; {steps} steps.\n")
     courses = train(ways_of(ours), text, model, steps, seed)
     header = ["loss by", "last loss", "a step", "head and loss", "", "allocated there"]
-    print(table([header, *_rows(courses, lambda c: c.head_seconds)]))
+    print(text_table([header, *_rows(courses, lambda c: c.head_seconds)]))
     worst = apart(courses)
     print(f"\nLargest difference between the curves: {worst:.1e} of the first loss (limit {LIMIT:.0e}).")
     plot(courses, path)

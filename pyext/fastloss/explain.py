@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._autograd import Path, Step, rehearsal
 from ._nested import is_jagged
+from ._tables import html_table
 from .head.lazy_head import is_lazy, lazy_head
 from .losses.cross_entropy import cross_entropy
 from .patching import takes
@@ -17,7 +18,7 @@ from .patching import takes
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` returns; ``print`` it.
+    """What :func:`explain` returns; ``print`` it, or let a notebook show it.
 
     Attributes:
         handled_by: ``"fastloss"``, or ``"torch: <reason>"``.
@@ -40,17 +41,23 @@ class Explanation:
     forward: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, str]]:
         mib = 1 / 2**20
-        return (
-            f"handled by  {self.handled_by}\n"
-            f"device      {self.device}\n"
-            f"kernel      {self.kernel}\n"
-            f"gradient    {self.gradient}\n"
-            f"bytes       {self.bytes_read * mib:.1f} MiB read, {self.bytes_written * mib:.1f} MiB written at least, "
-            f"{self.bytes_allocated * mib:.1f} MiB allocated for gradients\n"
-            f"operators   {', '.join(self.forward) or 'none'}; backward: {', '.join(self.backward) or 'none'}"
-        )
+        moved = f"{self.bytes_read * mib:.1f} MiB read, {self.bytes_written * mib:.1f} MiB written at least"
+        return [
+            ("handled by", self.handled_by),
+            ("device", self.device),
+            ("kernel", self.kernel),
+            ("gradient", self.gradient),
+            ("bytes", f"{moved}, {self.bytes_allocated * mib:.1f} MiB allocated for gradients"),
+            ("operators", f"{', '.join(self.forward) or 'none'}; backward: {', '.join(self.backward) or 'none'}"),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{what:<12}{text}" for what, text in self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), colors={})
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:

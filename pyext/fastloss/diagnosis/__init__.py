@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Collection
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._progress import progress_bar
 from . import calculus, contract, plain_call
 from .calculus import _line
 from .report import Curve, Finding, Report, failed, skipped
@@ -62,7 +62,8 @@ def check(
         compile: also try torch.compile: True traces forward and backward into a graph (a second or two), 'inductor'
             generates code for it, too (several seconds, needs a C++ compiler).
         seed: of the random inputs.
-        progress: name the property being examined on stderr; by default on a terminal, after a second.
+        progress: a bar of tqdm on stderr, where that is installed, that names the property being examined; by default
+            on a terminal, after a second.
 
     Returns:
         A :class:`Report`. If the loss cannot be called with such inputs, it has one failure, named ``call``.
@@ -106,12 +107,11 @@ def check(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the inputs are tiny: a second thread would mostly wait for the first
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), progress_bar("", len(properties), progress) as bar:
             warnings.simplefilter("ignore")
-            _run(subject, report, properties, lambda text: _Progress(began, text, progress))
+            _run(subject, report, properties, bar)
     finally:
         torch.set_num_threads(threads)
-        _Progress.clear()
     for f in report.findings:
         if f.name in NOTES and f.name not in require and f.status == "warning":
             f.status = "note"
@@ -121,13 +121,9 @@ def check(
     return report
 
 
-def _run(
-    subject: Subject,
-    report: Report,
-    properties: dict[str, Callable[[Subject], Finding]],
-    tick: Callable[[str], _Progress],
-) -> None:
+def _run(subject: Subject, report: Report, properties: dict[str, Callable[[Subject], Finding]], bar: Any) -> None:
     """Examine the properties that can be, and note what explains several findings at once."""
+    subject.tick = lambda: bar.update(0)  # with every call of the loss, as a property may take long
     fault = plain_call.examine(subject)
     if fault is not None:
         report.findings = [fault]
@@ -142,9 +138,10 @@ def _run(
         properties = {k: v for k, v in properties.items() if k in ("finite", "optimum", "inputs untouched")}
     if subject.effort < 1:
         report.notes.append(f"A call takes {1e3 * subject.cost:.3g} ms: examined with fewer points and steps.")
-    for i, (name, examine) in enumerate(properties.items()):
-        subject.tick = tick(f"[{i + 1}/{len(properties)}] {name}")
+    for name, examine in properties.items():
+        bar.set_description(name, refresh=False)
         report.findings.append(replace(_examine(subject, examine), name=name))
+        bar.update()
     if subject.differentiable and subject.rounds_to is not None:
         report.notes.append("Values are rounded inside (see precision): other findings may be consequences of that.")
     if "repeatable" in report.named("failure"):
@@ -176,32 +173,6 @@ def _join(findings: list[Finding]) -> None:
         if what and not f.same_as:
             f.same_as = raised.get(what[0], "")
             raised.setdefault(what[0], f.name)
-
-
-class _Progress:
-    """Called with every call of the loss: after a second, says on stderr which property is examined."""
-
-    shown = 0  # characters on the terminal's line
-
-    def __init__(self, began: float, text: str, wanted: bool | None) -> None:
-        self.began, self.text = began, text
-        self.wanted = sys.stderr.isatty() if wanted is None else wanted
-
-    def __call__(self) -> None:
-        if not self.wanted or time.perf_counter() - self.began < 1:
-            return
-        self.wanted = False
-        if sys.stderr.isatty():
-            print(f"\r{self.text:<{_Progress.shown}}", end="", file=sys.stderr, flush=True)
-            _Progress.shown = len(self.text)
-        else:
-            print(self.text, file=sys.stderr, flush=True)
-
-    @staticmethod
-    def clear() -> None:
-        if _Progress.shown:
-            print("\r" + " " * _Progress.shown + "\r", end="", file=sys.stderr, flush=True)
-            _Progress.shown = 0
 
 
 def _examine(subject: Subject, examine: Callable[[Subject], Finding]) -> Finding:

@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     kinds = "\n".join(f"  {name:<22}{what}" for name, what in KINDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m fastloss check",
-        description="Examine a loss (prediction, target) -> tensor.",
+        description="Examine a loss (prediction, target) -> tensor:\nis its gradient right, finite and useful, is its "
+        "value least where the prediction is right, …\nExit status 0: no failure, 1: failures, 2: it could not be run.",
         epilog=f"kinds:\n{kinds}\n\nexample: python -m fastloss check torch.nn.functional:huber_loss --kind regression",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._tables import html_table
+
 STATUSES = ("failure", "warning", "note", "pass", "skipped")
 _COLORS = {"failure": "#c0392b", "warning": "#b9770e", "note": "#566573", "pass": "#1e8449", "skipped": "#707b7c"}
 
@@ -86,7 +88,7 @@ class Curve:
 
 @dataclass
 class Report:
-    """All findings. True in a boolean context when there is no failure; ``print`` shows a table."""
+    """All findings. True in a boolean context when there is no failure; ``print`` and notebooks show a table."""
 
     loss: str
     task: str
@@ -132,17 +134,25 @@ class Report:
         marks = {"failure": "FAIL", "warning": "warn", "note": "note", "pass": "ok", "skipped": "-"}
         for f in sorted(self.findings, key=lambda f: STATUSES.index(f.status)):
             head = f"{marks[f.status]:<4}  {f.name:<{width}}  "
-            text = [f.evidence, f.why]
-            if f.same_as:
-                text = [f"{f.evidence} The same cause as {f.same_as}."]
-            elif f.example is not None and f.bad:
-                text.append("Shown by: " + ", ".join(f"{k} = {_short(v, f.dtype)}" for k, v in f.example.items()))
-            for part in filter(None, text):
+            for part in _explained(f):
                 lines += textwrap.wrap(
                     part, columns, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
                 )
                 head = " " * len(head)
         return "\n".join([*lines, "", self._summary()])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: faults and notes, and the rest folded away."""
+        marked = self.named("failure") + self.named("warning") + self.named("note")
+        rows = {f.name: [f.status, f.name, "\n".join(_explained(f))] for f in self.findings}
+        rest = [row for name, row in rows.items() if name not in marked]
+        title = f"{self.loss} on {self.task}: {self._summary()}"
+        notes = [f"{self.inputs} (seed {self.seed}, {self.seconds:.1f} s)", *self.notes]
+        more = f"<details><summary>{len(rest)} more properties</summary>{html_table(rest)}</details>" if rest else ""
+        return (
+            f"<div><b>{html.escape(title)}</b></div>{''.join(f'<div>{html.escape(note)}</div>' for note in notes)}"
+            f"{html_table([rows[name] for name in marked]) if marked else ''}{more}"
+        )
 
     def to_json(self, indent: int | None = 2) -> str:
         """Everything but the curves, as JSON; numbers that JSON lacks are the strings 'nan', 'inf' and '-inf'."""
@@ -188,6 +198,16 @@ _STYLE = (
     + "@media(max-width:40em){tr,td,th{display:block;width:auto;border:0;padding:.1em 0}tr{border-top:1px solid #ddd;"
     "padding:.5em 0}.status{float:right;width:auto}}"
 )
+
+
+def _explained(f: Finding) -> list[str]:
+    """A finding in words, a paragraph each."""
+    if f.same_as:
+        return [f"{f.evidence} The same cause as {f.same_as}."]
+    text = [f.evidence, f.why]
+    if f.example is not None and f.bad:
+        text.append("Shown by: " + ", ".join(f"{k} = {_short(v, f.dtype)}" for k, v in f.example.items()))
+    return [part for part in text if part]
 
 
 def _code(value: Any, dtype: str) -> str:

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Parse, draw, write; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fastloss plot",
-        description="Draw losses.",
+        description="Draw the value and the gradient of losses, as a picture or as a page that answers to the mouse.",
         epilog="example: python -m fastloss plot curves fastloss:huber_loss fastloss:l1_loss --save robust.png",
     )
     parser.add_argument("what", choices=["curves"], help="value and gradient along one logit or residual")
@@ -29,7 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--vary", type=int, default=0, help="which class, or entry of the prediction (default: 0)")
     parser.add_argument("--span", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of the logit or residual")
     parser.add_argument("--dtype", choices=["float64", "float32", "float16", "bfloat16"], default="float64")
-    parser.add_argument("--save", metavar="PICTURE.png", default="curves.png", help="default: %(default)s")
+    parser.add_argument(
+        "--save", metavar="PICTURE.png", default="curves.png", help="or .svg, .pdf, .html, … (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
         curves(

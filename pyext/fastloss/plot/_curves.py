@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,8 @@ from torch import Tensor
 from ..diagnosis.plain_call import callable_loss, guess, name_of
 from ..diagnosis.subject import NoGradientError, Subject
 from ..diagnosis.tasks import KINDS, Task, make_task
+from . import _interactive
 from ._figure import COLORS, DASHES, finish, pyplot
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Loss = Callable[..., Any]
 Point = tuple[float, float, float | None]  # x, value, gradient
@@ -44,7 +43,7 @@ def curves(
     title: str | None = None,
     save: str | Path | None = None,
     figure: Any = None,
-) -> Figure:
+) -> Any:
     """Draw losses and their gradients as functions of one logit (classification) or residual (regression).
 
     Jumps of value or gradient are found by bisection: the line ends there, with a dot on either side, and a dot at the
@@ -65,19 +64,24 @@ def curves(
         dtype: of the prediction, and of a floating target: float64 shows the mathematics, float16 what overflows. A
             loss that raises for float64 is given float32.
         title: above the picture.
-        save: a path to write to; the suffix says the format.
+        save: a path to write to; the suffix says the format. ``.html`` makes a page that needs no other file and no
+            network, where the mouse shows values and a click in the legend hides a loss; plotly draws it.
         figure: a matplotlib Figure or SubFigure to draw in, instead of a new one.
 
     Returns:
-        A figure of pyplot with two axes, value and gradient; ``matplotlib.pyplot.close(figure)`` frees it.
+        A figure of pyplot with two axes, value and gradient; ``matplotlib.pyplot.close(figure)`` frees it. With a path
+        that ends in ``.html`` a ``plotly.graph_objects.Figure``.
 
     Raises:
-        ImportError: no matplotlib.
+        ImportError: no matplotlib (``fastloss[plot]``), or for ``.html`` no plotly (``fastloss[interactive]``).
         TypeError: a loss cannot be called.
-        ValueError: losses, kind, at, vary, span or points mean nothing.
+        ValueError: losses, kind, at, vary, span or points mean nothing, or ``figure`` comes with ``.html``.
         RuntimeError: a loss raises; the message names it.
     """
-    plt = pyplot()
+    page = _interactive.is_page(save)
+    if page and figure is not None:
+        raise ValueError("figure= is one of matplotlib's, which save='….html' does not use: leave one of them out")
+    plt = _interactive.graph_objects() if page else pyplot()  # before the work, not after it
     named = _named(losses)
     if at is None:
         task = make_task(kind, classes) if kind else guess(next(iter(named.values())), classes, None)[0]
@@ -113,13 +117,22 @@ def curves(
         xlabel = f"{what}  (target {float(target.flatten()[min(vary, target.numel() - 1)]):g})"
     if task.name in _LINKS:
         xlabel += f"; the loss gets {_LINKS[task.name]} of it"
+    names = ("value", f"gradient: d value / d {what}")
+    drawn = {
+        label + ("" if any(p[2] is not None for p in line[0]) else " (no gradient)"): (
+            _parts(*line, 1),
+            _parts(*line, 2),
+        )
+        for label, line in lines.items()
+    }
+    if page:
+        return _interactive.write(_interactive.curves(drawn, names, xlabel, (low, high), title), save)
     if figure is None:
         figure = plt.figure(figsize=(9.5, 4.2), layout="constrained", dpi=110)
     axes = figure.subplots(1, 2)
-    for axis, column, name in zip(axes, (1, 2), ("value", f"gradient: d value / d {what}"), strict=True):
-        for i, (label, line) in enumerate(lines.items()):
-            without = "" if any(p[2] is not None for p in line[0]) else " (no gradient)"
-            _draw(axis, label + without, *line, column, i)
+    for axis, column, name in zip(axes, (0, 1), names, strict=True):
+        for i, (label, parts) in enumerate(drawn.items()):
+            _draw(axis, label, parts[column], i)
         axis.set(title=name, xlabel=xlabel, xlim=(low, high))
         axis.margins(y=0.08)
         axis.grid(alpha=0.25)
@@ -231,32 +244,49 @@ def _gaps(
     return gaps, ends
 
 
-def _draw(
-    axis: Any, label: str, points: list[Any], gaps: list[list[tuple[float, float]]], column: int, nth: int
-) -> None:
-    color, dashes = COLORS[nth % len(COLORS)], DASHES[nth % len(DASHES)]
-    drawn = [(p[0], p[column]) for p in points if p[column] is not None]
+@dataclass
+class Parts:
+    """What is drawn of a loss in one of the two pictures.
+
+    Attributes:
+        xy: the line; y is nan where it is interrupted.
+        dots: on either side of a jump, and a value in between.
+        bars: (from, to, name) of points that are ``'nan'``, ``'+inf'`` or ``'-inf'``.
+    """
+
+    xy: list[tuple[float, float]]
+    dots: list[tuple[float, float]]
+    bars: list[tuple[float, float, str]] = field(default_factory=list)
+
+
+#: The height of a bar for the first loss, and by how much that of the next differs, in parts of the axis.
+HEIGHTS = {"nan": (0.5, -0.07), "+inf": (0.96, -0.07), "-inf": (0.04, 0.07)}
+
+
+def _parts(points: list[Any], gaps: list[list[tuple[float, float]]], column: int) -> Parts:
+    points = [(p[0], p[column]) for p in points if p[column] is not None]
     breaks = [((low + high) / 2, math.nan) for low, high in gaps[column - 1]]
-    xy = sorted([(x, y if math.isfinite(y) else math.nan) for x, y in drawn] + breaks)
-    axis.plot(*zip(*xy, strict=True) if xy else ((), ()), color=color, linestyle=dashes, linewidth=1.8, label=label)
     edges = {x for pair in gaps[column - 1] for x in pair}
-    dots = [(x, y) for x, y in drawn if x in edges and math.isfinite(y)]
-    if dots:
-        axis.plot(*zip(*dots, strict=True), "o", color=color, markersize=3.5, zorder=3)
-    # Runs of points that are not finite in the same way: a bar from the first to the last, at a height of its own.
-    run: list[float] = []
-    for i, (x, y) in enumerate(drawn):
-        if math.isfinite(y):
-            continue
-        run.append(x)
-        if i + 1 < len(drawn) and str(drawn[i + 1][1]) == str(y):
-            continue
-        if math.isnan(y):
-            name, marker, height = "nan", "x", 0.5 - 0.07 * nth
-        else:
-            name, marker, height = ("+inf", "^", 0.96 - 0.07 * nth) if y > 0 else ("-inf", "v", 0.04 + 0.07 * nth)
+    parts = Parts(
+        sorted([(x, y if math.isfinite(y) else math.nan) for x, y in points] + breaks),
+        [(x, y) for x, y in points if x in edges and math.isfinite(y)],
+    )
+    for name, run in itertools.groupby(points, lambda p: "" if math.isfinite(p[1]) else f"{p[1]:+}".replace("+n", "n")):
+        if name:
+            xs = [x for x, _ in run]
+            parts.bars.append((xs[0], xs[-1], name))
+    return parts
+
+
+def _draw(axis: Any, label: str, parts: Parts, nth: int) -> None:
+    color, dashes = COLORS[nth % len(COLORS)], DASHES[nth % len(DASHES)]
+    xy = zip(*parts.xy, strict=True) if parts.xy else ((), ())
+    axis.plot(*xy, color=color, linestyle=dashes, linewidth=1.8, label=label)
+    if parts.dots:
+        axis.plot(*zip(*parts.dots, strict=True), "o", color=color, markersize=3.5, zorder=3)
+    for first, last, name in parts.bars:
+        height = HEIGHTS[name][0] + HEIGHTS[name][1] * nth
         where = {"color": color, "transform": axis.get_xaxis_transform()}
-        axis.plot((run[0], x), (height, height), linewidth=7, alpha=0.3, solid_capstyle="butt", **where)
-        axis.plot((run[0] + x) / 2, height, marker, markersize=7, **where)
-        axis.text((run[0] + x) / 2, height, f"   {name}", va="center", **where)
-        run = []
+        axis.plot((first, last), (height, height), linewidth=7, alpha=0.3, solid_capstyle="butt", **where)
+        axis.plot((first + last) / 2, height, {"nan": "x", "+inf": "^", "-inf": "v"}[name], markersize=7, **where)
+        axis.text((first + last) / 2, height, f"   {name}", va="center", **where)

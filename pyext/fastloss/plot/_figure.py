@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,13 @@ def finish(figure: Any, save: str | Path | None) -> Any:
     """Write the figure, if asked to, and hand it over."""
     if save is not None:
         figure.figure.savefig(save)  # of a part, the whole
+    if hasattr(figure, "number") and "inline" in importlib.import_module("matplotlib").get_backend():
+        figure._ipython_display_ = functools.partial(_show_once, figure)
     return figure
 
 
-class Progress:
-    """A bar on stderr that appears after a second; by default on a terminal only."""
-
-    def __init__(self, label: str, total: int, show: bool | None) -> None:
-        self.label, self.total, self.done, self.began = label, total, 0, time.perf_counter()
-        self.show, self.drawn = sys.stderr.isatty() if show is None else show, 0.0
-
-    def step(self) -> None:
-        self.done += 1
-        now = time.perf_counter()
-        if self.show and now - self.began > 1 and (now - self.drawn > 0.1 or self.done == self.total):
-            bar, self.drawn = "#" * (30 * self.done // self.total), now
-            left = (now - self.began) / self.done * (self.total - self.done)
-            text = f"\r{self.label} [{bar:<30}] {self.done}/{self.total}, {left:.0f} s left "
-            print(text, end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.drawn:
-            print(file=sys.stderr)
+def _show_once(figure: Any) -> None:
+    """What a notebook calls to show a figure: closed, the cell's value is not shown again at the cell's end."""
+    del figure._ipython_display_  # from now on it is shown as every other
+    importlib.import_module("IPython.display").display(figure)
+    pyplot().close(figure)

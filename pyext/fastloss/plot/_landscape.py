@@ -7,17 +7,45 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._figure import COLORS, Progress, finish, pyplot
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .._progress import progress_bar
+from . import _interactive
+from ._figure import COLORS, finish, pyplot
 
 Direction = dict[str, Tensor]
+
+
+@dataclass
+class Scale:
+    """How losses become heights and colours.
+
+    Attributes:
+        low, high: the least and the largest finite loss, some room around them if they are equal.
+        log: whether the scale is logarithmic.
+        levels: 25, from low to high, where contours lie.
+        not_finite: how many losses are not, in words; empty if all are.
+    """
+
+    low: float
+    high: float
+    log: bool
+    levels: list[float]
+    not_finite: str
+
+    @property
+    def name(self) -> str:
+        return "loss (logarithmic)" if self.log else "loss"
+
+    def shade(self, loss: float) -> float:
+        """What is linear in the picture."""
+        return math.log10(loss) if self.log else loss
+
+    def text(self, loss: float) -> str:
+        return f"{loss:{'.2g' if self.log else '.4g'}}"
 
 
 @dataclass
@@ -45,24 +73,35 @@ class Landscape:
     path: Tensor | None = None
     path_value: Tensor | None = None
 
-    def draw(self, *, log: bool | None = None, save: str | Path | None = None) -> Figure:
+    def _scale(self, log: bool | None) -> Scale:
+        """``log`` as for :func:`landscape`."""
+        value = self.value
+        finite = value[value.isfinite()]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+        if log and low <= 0:
+            warnings.warn(f"log=True, but the least loss is {low:g}: the scale is linear", stacklevel=4)
+        log = low > 0 and (log if log is not None else high > 30 * low)
+        if high - low <= 1e-12 * max(abs(low), abs(high)):  # flat: one colour, no lines
+            low, high, log = low - 0.5, high + 0.5, False
+        parts = [i / 24 for i in range(1, 24)]
+        between = [low * (high / low) ** t if log else low + (high - low) * t for t in parts]
+        kinds = {"nan": value.isnan(), "+inf": value == math.inf, "-inf": value == -math.inf}
+        counts = ", ".join(f"{int(mask.sum())} {name}" for name, mask in kinds.items() if mask.any())
+        text = f"not finite: {counts} of {value.numel()}" if counts else ""
+        return Scale(low, high, log, [low, *between, high], text)
+
+    def draw(self, *, log: bool | None = None, save: str | Path | None = None) -> Any:
         """Contours and surface side by side; arguments and figure as :func:`landscape`."""
+        if _interactive.is_page(save):
+            return _interactive.write(_interactive.landscape(self, self._scale(log)), save)
         plt = pyplot()
         import numpy as np
         from matplotlib import colors, patheffects, ticker
         from matplotlib.patches import Patch
 
+        scale = self._scale(log)
+        low, high, log, levels = scale.low, scale.high, scale.log, scale.levels
         value = self.value.numpy()
-        finite = value[np.isfinite(value)]
-        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-        if log and low <= 0:
-            warnings.warn(f"log=True, but the least loss is {low:g}: the scale is linear", stacklevel=3)
-        log = low > 0 and (log if log is not None else high > 30 * low)
-        if high - low <= 1e-12 * max(abs(low), abs(high)):  # flat: one colour, no lines
-            low, high, log = low - 0.5, high + 0.5, False
-        levels = np.geomspace(low, high, 25) if log else np.linspace(low, high, 25)
-        levels[0], levels[-1] = low, high
-        digits = ".2g" if log else ".4g"
         shown = np.ma.masked_invalid(value)
         norm = colors.LogNorm(low, high) if log else colors.Normalize(low, high)
         figure = plt.figure(figsize=(11, 5.2), layout="constrained", dpi=110)
@@ -70,20 +109,16 @@ class Landscape:
         left.set_facecolor("#e0e0e0")
         left.patch.set(hatch="xxx", edgecolor="#a0a0a0")
         handles: list[Any] = []
-        if len(finite):
+        some = bool(self.value.isfinite().any())
+        if some:
             filled = left.contourf(self.a, self.b, shown, levels, norm=norm, cmap="viridis")
             lines = left.contour(self.a, self.b, shown, levels[2:-1:4], norm=norm, colors="white", linewidths=0.7)
-            left.clabel(lines, fmt=lambda v: f"{v:{digits}}", fontsize=7.5)
-            bar = figure.colorbar(filled, ax=left, label="loss (logarithmic)" if log else "loss", pad=0.02)
-            bar.set_ticks([float(v) for v in levels[::4]], labels=[f"{v:{digits}}" for v in levels[::4]])
+            left.clabel(lines, fmt=scale.text, fontsize=7.5)
+            bar = figure.colorbar(filled, ax=left, label=scale.name, pad=0.02)
+            bar.set_ticks(levels[::4], labels=[scale.text(v) for v in levels[::4]])
             bar.ax.yaxis.set_minor_locator(ticker.NullLocator())
-        if len(finite) < value.size:
-            kinds = {"nan": np.isnan(value), "+inf": value == math.inf, "-inf": value == -math.inf}
-            text = ", ".join(f"{mask.sum()} {name}" for name, mask in kinds.items() if mask.any())
-            patch = Patch(
-                facecolor="#e0e0e0", edgecolor="#a0a0a0", hatch="xxx", label=f"not finite: {text} of {value.size}"
-            )
-            handles.append(patch)
+        if scale.not_finite:
+            handles.append(Patch(facecolor="#e0e0e0", edgecolor="#a0a0a0", hatch="xxx", label=scale.not_finite))
         edge = [patheffects.withStroke(linewidth=3.2, foreground="black")]
         if self.path is not None:
             style = {"color": "white", "linewidth": 1.4, "markersize": 4.5, "path_effects": edge}
@@ -98,7 +133,7 @@ class Landscape:
         def height(z: Any) -> Any:  # matplotlib has no logarithmic axis in space
             return np.log10(np.where(np.isfinite(z), z, np.nan)) if log else np.where(np.isfinite(z), z, np.nan)
 
-        if len(finite):
+        if some:
             x, y = np.meshgrid(self.a, self.b)
             face = plt.get_cmap("viridis")(norm(shown))
             right.plot_surface(x, y, height(value), facecolors=face, rcount=200, ccount=200, linewidth=0, shade=False)
@@ -107,7 +142,7 @@ class Landscape:
         if math.isfinite(self.center):
             right.plot([0], [0], [height(self.center)], "*", zorder=5, **mark)
         right.set(xlabel=self.labels[0].split(":")[0], ylabel=self.labels[1].split(":")[0], title="surface")
-        right.set_zlabel("loss (logarithmic)" if log else "loss", labelpad=8)
+        right.set_zlabel(scale.name, labelpad=8)
         for axis in (right.xaxis, right.yaxis, right.zaxis):
             axis.set_major_locator(ticker.MaxNLocator(5))
             axis.set_tick_params(labelsize=8)
@@ -132,7 +167,7 @@ def landscape(
     log: bool | None = None,
     progress: bool | None = None,
     save: str | Path | None = None,
-) -> Figure:
+) -> Any:
     """Draw the loss on a plane through the model's parameters, as contours and as a surface.
 
     After Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets" (2018,
@@ -157,18 +192,20 @@ def landscape(
             path ends at the model. They are put into one matrix, [checkpoints, parameters] in float64.
         seed: of the random directions and of what the model draws.
         log: logarithmic scale; by default where the largest finite loss is more than 30 times the least, above zero.
-        progress: a bar on stderr; by default on a terminal, after a second.
-        save: a path to write to; the suffix says the format.
+        progress: a bar of tqdm on stderr, where that is installed; by default on a terminal, after a second.
+        save: a path to write to; the suffix says the format. ``.html`` makes a page that needs no other file and no
+            network, where the mouse turns the surface and shows values; plotly draws it.
 
     Returns:
         A figure of pyplot; ``matplotlib.pyplot.close(figure)`` frees it. Points that are not finite are hatched and
-        counted in the legend. :func:`measure_landscape` returns the numbers instead.
+        counted in the legend. With a path that ends in ``.html`` a ``plotly.graph_objects.Figure``.
+        :func:`measure_landscape` returns the numbers instead.
 
     Raises:
-        ImportError: no matplotlib.
+        ImportError: no matplotlib (``fastloss[plot]``), or for ``.html`` no plotly (``fastloss[interactive]``).
         TypeError, ValueError: an argument means nothing; the message names it. The model's and the loss's own errors.
     """
-    pyplot()  # before the work, not after it
+    _interactive.graph_objects() if _interactive.is_page(save) else pyplot()  # before the work, not after it
     measured = measure_landscape(
         model, loss, batch, points=points, extent=extent, checkpoints=checkpoints, seed=seed, progress=progress
     )
@@ -221,7 +258,7 @@ def measure_landscape(
     inputs, target = batch
     buffers = dict(model.named_buffers())
     devices = {t.device.index for t in (*weights.values(), *buffers.values()) if t.device.type == "cuda"}
-    bar = Progress("loss landscape", points**2 + (0 if path is None else len(path)) + 1, progress)
+    bar = progress_bar("loss landscape", points**2 + (0 if path is None else len(path)) + 1, progress)
 
     def evaluate(row: Direction, alpha: float) -> float:
         """The loss at row + alpha * directions[0], on copies: functional_call leaves the model alone."""
@@ -235,19 +272,16 @@ def measure_landscape(
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss must return one number, got {got}: reduce it, with reduction='mean' for example")
-        bar.step()
+        bar.update()
         return float(value)
 
     def row(beta: float) -> Direction:
         return {n: torch.add(w, directions[1][n], alpha=beta) for n, w in weights.items()}
 
-    try:
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices), device_type="cuda"):
-            center = evaluate(weights, 0.0)
-            value = [[evaluate(line, alpha) for alpha in a.tolist()] for line in map(row, b.tolist())]
-            path_value = None if path is None else [evaluate(row(beta), alpha) for alpha, beta in path.tolist()]
-    finally:
-        bar.close()
+    with bar, torch.no_grad(), torch.random.fork_rng(sorted(devices), device_type="cuda"):
+        center = evaluate(weights, 0.0)
+        value = [[evaluate(line, alpha) for alpha in a.tolist()] for line in map(row, b.tolist())]
+        path_value = None if path is None else [evaluate(row(beta), alpha) for alpha, beta in path.tolist()]
     name = getattr(loss, "__name__", None) or type(loss).__name__
     return Landscape(
         a,
