@@ -2,7 +2,8 @@
 //
 // Row path: classes contiguous and not few, vectors along the classes. A row is walked in chunks: once for the maxima
 // and the sums of exponentials, which brings it from memory into L2, once for the value, and the gradient by q's logits
-// of kl at the same time, and once more for other gradients, whose sums the second walk has found. Tile path: anything
+// of kl at the same time, and once more for other gradients, whose sums the second walk has found. The exponentials of
+// the first walk, of which there are two for each pair of logits, are kept for the others. Tile path: anything
 // else, rows laid out as [classes, rows], a few classes at a time, vectors along the rows, the same walks.
 //
 // Logits of all dtypes become T on the way into a chunk or a tile, so the kernel is compiled for float and double
@@ -16,6 +17,7 @@ namespace fastloss {
 namespace FASTLOSS_ISA {
 
 constexpr int64_t kPairChunk = 1024, kPairTileRows = 64, kPairTileClasses = 128;
+constexpr int64_t kPairKeptBytes = 131072;  // of either operand's exponentials in a row, at most
 
 // What all rows of a call share beside PairCall.
 template <class T>
@@ -108,8 +110,8 @@ struct PairSum {
   T max = -kInf<T>;
   double sum = 0;
 
-  // `from`: where the logits came from, `size` bytes each.
-  void add(const T* x, int64_t n, T inv_temperature, const char* from, int64_t size) {
+  // `from`: where the logits came from, `size` bytes each. The exponentials go to `kept`, if it is given.
+  __attribute__((flatten)) void add(const T* x, int64_t n, T inv_temperature, const char* from, int64_t size, T* kept) {
     vec<T> top = splat(max);
     for_vectors<T>(0, n, [&](int64_t i, int64_t m) {
       read_ahead(from + i * size);
@@ -119,8 +121,11 @@ struct PairSum {
     if (above > max) sum *= double(exp_of_scalar((max - ref) * inv_temperature));
     max = above;
     vec<T> part{};
-    for_vectors<T>(0, n,
-                   [&](int64_t i, int64_t m) { part += exp_of((load_n(x + i, m, -kInf<T>) - ref) * inv_temperature); });
+    for_vectors<T>(0, n, [&](int64_t i, int64_t m) {
+      const vec<T> e = exp_of((load_n(x + i, m, -kInf<T>) - ref) * inv_temperature);
+      if (kept) store(kept + i, e);
+      part += e;
+    });
     sum += sum_lanes<double>(widen(part));
   }
 };
@@ -138,15 +143,35 @@ struct PairPlace {
 struct PairSums {
   double value = 0, by_p = 0, by_q = 0, excess = 0;
 };
+// The exponentials of a row, e^((x - ref[chunk]) / T), and the largest logit up to the end of each chunk.
+template <class T>
+struct PairKept {
+  Scratch<T> exps, ref;
+
+  explicit PairKept(int64_t classes)
+      : exps(round_up(classes, kLanes<T>)), ref((classes + kPairChunk - 1) / kPairChunk) {}
+  // What makes probabilities of those of the chunk that begins with class c.
+  T scale(int64_t c, T max, T log_sum, T inv_temperature) {
+    return exp_of_scalar((ref[c / kPairChunk] - max) * inv_temperature - log_sum);
+  }
+};
 template <class T>
 struct PairRooms {
   Scratch<T> p{kPairChunk}, q{kPairChunk}, grad_p{kPairChunk}, grad_q{kPairChunk};
+  const bool keeps;
+  PairKept<T> kept_p, kept_q;
+
+  explicit PairRooms(const PairPass<T>& pass)
+      : keeps(!pass.backward && pass.a.classes * int64_t(sizeof(T)) <= kPairKeptBytes),
+        kept_p(keeps ? pass.a.classes : 0),
+        kept_q(keeps ? pass.a.classes : 0) {}
 };
 
 // One walk along a row: the sums over its classes; the gradients that are asked for, with the sums that they lack.
 template <class T>
-inline PairSums walk_pair(const PairPass<T>& pass, const PairPlace& at, const PairRow<T>& row, T mean_p, T mean_q,
-                          bool sums, bool by_p, bool by_q, PairRooms<T>& room) {
+__attribute__((flatten)) inline PairSums walk_pair(const PairPass<T>& pass, const PairPlace& at, const PairRow<T>& row,
+                                                   T mean_p, T mean_q, bool sums, bool by_p, bool by_q,
+                                                   PairRooms<T>& room) {
   const DivergenceArgs& a = pass.a;
   const PairCall<T> k = pass.k;
   const T factor = by_p || by_q ? pass.factor(at.row) : T(0);
@@ -160,9 +185,16 @@ inline PairSums walk_pair(const PairPass<T>& pass, const PairPlace& at, const Pa
     const T* x_q = load_chunk(a.q, at.q + c, n, room.q.get());
     const char *from_p = address_of(a.p, at.p + c), *from_q = address_of(a.q, at.q + c);
     vec<T> value{}, sum_p{}, sum_q{}, excess{};
+    const T scale_p = room.keeps ? room.kept_p.scale(c, row.max_p, row.log_sum_p, k.inv_temperature) : T(0);
+    const T scale_q = room.keeps ? room.kept_q.scale(c, row.max_q, row.log_sum_q, k.inv_temperature) : T(0);
+    const auto terms = [&](int64_t i, vec<T> p, vec<T> q) {
+      if (!room.keeps) return pair_terms(p, q, r, k);
+      const T *exp_p = room.kept_p.exps.get() + c + i, *exp_q = room.kept_q.exps.get() + c + i;
+      return pair_terms(p, q, load(exp_p) * scale_p, load(exp_q) * scale_q, r, k);
+    };
     for_vectors<T>(0, n, [&](int64_t i, int64_t m) {
       if (pass.backward) read_ahead(from_p + i * size_p), read_ahead(from_q + i * size_q);
-      const PairTerms<vec<T>> t = pair_terms(load_n(x_p + i, m, -kInf<T>), load_n(x_q + i, m, -kInf<T>), r, k);
+      const PairTerms<vec<T>> t = terms(i, load_n(x_p + i, m, -kInf<T>), load_n(x_q + i, m, -kInf<T>));
       if (sums) value += t.value, sum_p += t.by_p, sum_q += t.by_q, excess += t.excess;
       if (by_p) store(room.grad_p.get() + i, factor * (t.by_p - t.p * mean_p));
       if (by_q) store(room.grad_q.get() + i, factor * (t.by_q - t.q * mean_q));
@@ -192,7 +224,7 @@ template <class T>
 inline void pair_row_path(const PairPass<T>& pass, int64_t begin, int64_t end) {
   const DivergenceArgs& a = pass.a;
   const bool by_p = a.p.grad, by_q = a.q.grad, soon = by_q && !pass.k.js && !pass.backward;
-  PairRooms<T> room;
+  PairRooms<T> room(pass);
   for (int64_t b = begin; b < end; ++b) {
     const PairPlace at(a, b);
     if (pass.weight_of(b) == T(0)) {
@@ -211,8 +243,12 @@ inline void pair_row_path(const PairPass<T>& pass, int64_t begin, int64_t end) {
     const int64_t size_p = size_of(a.p.type), size_q = size_of(a.q.type);
     for (int64_t c = 0; c < a.classes; c += kPairChunk) {
       const int64_t n = min_of(kPairChunk, a.classes - c);
-      p.add(load_chunk(a.p, at.p + c, n, room.p.get()), n, pass.k.inv_temperature, address_of(a.p, at.p + c), size_p);
-      q.add(load_chunk(a.q, at.q + c, n, room.q.get()), n, pass.k.inv_temperature, address_of(a.q, at.q + c), size_q);
+      T* const exps_p = room.keeps ? room.kept_p.exps.get() + c : nullptr;
+      T* const exps_q = room.keeps ? room.kept_q.exps.get() + c : nullptr;
+      const T inv_t = pass.k.inv_temperature;
+      p.add(load_chunk(a.p, at.p + c, n, room.p.get()), n, inv_t, address_of(a.p, at.p + c), size_p, exps_p);
+      q.add(load_chunk(a.q, at.q + c, n, room.q.get()), n, inv_t, address_of(a.q, at.q + c), size_q, exps_q);
+      if (room.keeps) room.kept_p.ref[c / kPairChunk] = p.max, room.kept_q.ref[c / kPairChunk] = q.max;
     }
     const PairRow<narrow<T>> wide =
         pair_row(p.max - narrow<T>{}, T(p.sum) - narrow<T>{}, q.max - narrow<T>{}, T(q.sum) - narrow<T>{});

@@ -75,13 +75,12 @@ struct PairTerms {
   V excess;  // q - p, whose sum is 0 but for what is rounded in log_ratio
 };
 
+// Of the logits and the probabilities of a class.
 template <class V>
-FASTLOSS_HD PairTerms<V> pair_terms(V x_p, V x_q, const PairRow<V>& r, const PairCall<lane_t<V>>& k) {
+FASTLOSS_HD PairTerms<V> pair_terms(V x_p, V x_q, V p, V q, const PairRow<V>& r, const PairCall<lane_t<V>>& k) {
   using T = lane_t<V>;
   const V d = ((x_p - x_q) - (r.max_p - r.max_q)) * k.inv_temperature - r.log_ratio;  // infinite, or nan, for -inf
-  const V p = exp_of((x_p - r.max_p) * k.inv_temperature - r.log_sum_p);
-  const V q = exp_of((x_q - r.max_q) * k.inv_temperature - r.log_sum_q);
-  const V size = d < V{} ? -d : d, gap = d * d * decay_series(d), loss = gap - d;  // e^-d - 1 + d, e^-d - 1
+  const V size = d < V{} ? -d : d, gap = d * d * decay_series(d), loss = gap - d;     // e^-d - 1 + d, e^-d - 1
   const auto close = size < V{} + T(0.5);
   const V excess = close ? p * loss : q - p;
   if (!k.js) {
@@ -99,6 +98,13 @@ FASTLOSS_HD PairTerms<V> pair_terms(V x_p, V x_q, const PairRow<V>& r, const Pai
   const V t = (T(1) - k.beta) * loss;
   const V near = -p * ((T(1) - k.beta) * (gap + loss * d) + t * t * mixture_series(t));
   return {size < V{} + T(0.25) ? near : by_p + by_q, p, q, by_p, by_q, excess};
+}
+
+template <class V>
+FASTLOSS_HD PairTerms<V> pair_terms(V x_p, V x_q, const PairRow<V>& r, const PairCall<lane_t<V>>& k) {
+  const V p = exp_of((x_p - r.max_p) * k.inv_temperature - r.log_sum_p);
+  const V q = exp_of((x_q - r.max_q) * k.inv_temperature - r.log_sum_q);
+  return pair_terms(x_p, x_q, p, q, r, k);
 }
 
 // x - log(1 + x), about x^2 / 2.
