@@ -504,6 +504,36 @@ def test_compiled_whole_gives_ordinary_logits_without_a_break(data):
     assert_same_step(plain, torch.compile(lazy, fullgraph=True, backend="aot_eager"), data)
 
 
+@pytest.mark.parametrize("inside", (True, False))
+def test_compiled_whole_with_a_break(inside, data):
+    """The loss in the model, or outside."""
+    torch._dynamo.reset()
+    plain, _ = pair(flat if inside else lambda z, t: z)
+    lazy = fastloss.lazy_head(copy.deepcopy(plain), "lm_head", compiled=True, options=CHUNKS)
+    models = [plain, torch.compile(lazy, backend="aot_eager")]
+    if not inside:
+        models = [Outside(model) for model in models]
+    for _ in range(2):
+        assert_same_step(*models, data)
+        assert fastloss.lazy_head.report(lazy).fused
+        for model in models:
+            model.zero_grad()
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compiled=True"):
+        torch.compile(lazy, backend="aot_eager", fullgraph=True)(*data)
+
+
+class Outside(nn.Module):
+    """The loss of a model that returns logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t):
+        return flat(self.model(x, t), t)
+
+
 def test_compiled_body(data):
     plain, lazy = pair(flat)
     lazy.body.compile(fullgraph=True, backend="aot_eager")

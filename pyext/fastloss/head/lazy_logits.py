@@ -50,6 +50,7 @@ class HeadState:
 
     evaluation: bool
     options: Any
+    compiled: bool = False
     step: Step | None = None
     said: set[tuple[str, str, int]] = field(default_factory=set)
 
