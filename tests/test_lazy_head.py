@@ -106,9 +106,38 @@ UNMADE = {
     "rows by mask": lambda z, t: F.cross_entropy(z[t != -100], t[t != -100]),
     "row by number": lambda z, t: F.cross_entropy(z[0, 1:], t[0, 1:]) + F.cross_entropy(z[1][2], t[1][2]),
     "squeezed": lambda z, t: F.cross_entropy(z.unsqueeze(0).squeeze(0).view_as(z).flatten(0, 1), t.view(-1)),
+    "log-probabilities": lambda z, t: (
+        -picked(F.log_softmax(z, -1), t).mean() + picked(z.log_softmax(2)[:, 1:], t[:, 1:]).sum()
+    ),
+    "nll of log-probabilities": lambda z, t: F.nll_loss(torch.log_softmax(z / 2, -1).view(-1, V), t.view(-1)),
+    "label smoothing by hand": lambda z, t: -(F.log_softmax(z, -1).mean(-1).sum() + F.log_softmax(z, -1).sum() / 7),
+    "entropy": lambda z, t: entropy(F.log_softmax(z * 2, -1)).mean(),
+    "entropy of some rows at a time": lambda z, t: torch.cat(
+        [entropy(p.log_softmax(-1)) for p in z.view(-1, V).split(5)]
+    ).sum(),
+    "row by row": lambda z, t: sum(F.cross_entropy(row, labels) for row, labels in zip(z, t, strict=True)),
+    "split in unequal parts": lambda z, t: sum(
+        F.cross_entropy(part.transpose(1, 2), labels)
+        for part, labels in zip(z.split([2, T - 2], 1), t.split([2, T - 2], 1), strict=True)
+    ),
+    "tokens": lambda z, t: sum(part.sum() for part in token_log_probs(3 * torch.tanh(z / 2), t, temperature=0.7)),
+    "tokens, capped": lambda z, t: token_log_probs(z * 0.5 + torch.ones(V), t, softcap=1.5)[0].mean(),
+    "weighed by accuracy": lambda z, t: flat(z, t) * (z.argmax(-1) == t).sum() * (z.argmax(2, keepdim=True) < 9).sum(),
     "patched": lambda z, t: patched(z, t),
     "patched module": lambda z, t: patched(z, t, label_smoothing=0.1),
 }
+
+
+def picked(log_p, t):
+    return log_p.gather(-1, t.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(log_p):
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def token_log_probs(z, t, **options):
+    return fastloss.token_log_probs(z, t, return_entropy=True, **options)
 
 
 def patched(z, t, **options):
@@ -261,8 +290,8 @@ def test_anything_else_makes_them_and_says_so(operation, data):
 def test_they_are_made_once_and_can_be_read_afterwards(data):
     plain, lazy = pair(flat)
     plain(*data), lazy(*data).backward()
-    with pytest.warns(fastloss.LazyHeadWarning, match="argmax"):
-        torch.testing.assert_close(lazy.logits.argmax(-1), plain.logits.argmax(-1))
+    with pytest.warns(fastloss.LazyHeadWarning, match="topk"):
+        torch.testing.assert_close(lazy.logits.topk(2), plain.logits.topk(2))
     with Large(B * T * V) as large:
         assert lazy.logits.detach().view(-1, V).tolist() == lazy.logits.view(-1, V).tolist()
     assert not [name for name, _ in large.found if "mm" in name or "linear" in name]
@@ -473,6 +502,36 @@ def test_a_head_that_becomes_unfit_gives_ordinary_logits(data):
 def test_compiled_whole_gives_ordinary_logits_without_a_break(data):
     plain, lazy = pair(flat)
     assert_same_step(plain, torch.compile(lazy, fullgraph=True, backend="aot_eager"), data)
+
+
+@pytest.mark.parametrize("inside", (True, False))
+def test_compiled_whole_with_a_break(inside, data):
+    """The loss in the model, or outside."""
+    torch._dynamo.reset()
+    plain, _ = pair(flat if inside else lambda z, t: z)
+    lazy = fastloss.lazy_head(copy.deepcopy(plain), "lm_head", compiled=True, options=CHUNKS)
+    models = [plain, torch.compile(lazy, backend="aot_eager")]
+    if not inside:
+        models = [Outside(model) for model in models]
+    for _ in range(2):
+        assert_same_step(*models, data)
+        assert fastloss.lazy_head.report(lazy).fused
+        for model in models:
+            model.zero_grad()
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compiled=True"):
+        torch.compile(lazy, backend="aot_eager", fullgraph=True)(*data)
+
+
+class Outside(nn.Module):
+    """The loss of a model that returns logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t):
+        return flat(self.model(x, t), t)
 
 
 def test_compiled_body(data):

@@ -115,7 +115,15 @@ PICKED = (
     everything,
     first_tokens,
 )
-WEIGHED = (timm_soft_target, product_of_everything)
+
+
+def entropy(x, target):
+    """TRL, entropy_from_logits."""
+    logps = F.log_softmax(x, dim=-1)
+    return -(torch.exp(logps) * logps).sum(-1).mean()
+
+
+WEIGHED = (timm_soft_target, product_of_everything, entropy)
 
 
 def detection_kl(x, target):
@@ -123,16 +131,17 @@ def detection_kl(x, target):
     return F.kl_div(F.log_softmax(x / 3, dim=1), target, reduction="none").mean(1).sum() * 9
 
 
-def entropy(x, target):
-    logps = F.log_softmax(x, dim=-1)
-    return -(torch.exp(logps) * logps).sum(-1).mean()
-
-
 def picked_by_index(x, target):
     return -F.log_softmax(x, -1)[torch.arange(ROWS, device=x.device), target.argmax(-1)].sum()
 
 
-MADE = (detection_kl, entropy, picked_by_index)
+def certainty(x, target):
+    """Sums of probabilities, and of entropies over everything."""
+    logps = F.log_softmax(x, dim=-1)
+    return (logps.exp() * logps).mean() + (logps.exp() ** 2).sum()
+
+
+MADE = (detection_kl, certainty, picked_by_index)
 
 
 def inputs(function, device, dtype=torch.float64, rows=ROWS, classes=CLASSES):
@@ -302,7 +311,7 @@ def test_logits_that_change_before_they_are_used_raise(device, always):
     x, t = inputs(pixels, device)
     t = t.clamp(min=0).unsqueeze(1)
     with fastloss.patch(log_softmax=True):
-        for use in (lambda logp: logp.gather(1, t), torch.exp, lambda logp: logp.sum(1)):
+        for use in (lambda logp: logp.gather(1, t), lambda logp: logp.exp().sum(1), lambda logp: logp.sum(1)):
             z = x * 1
             logp = z.log_softmax(1)
             z.mul_(2)

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastloss._library import ops
-from fastloss.head.linear_token_log_probs import ranges, rows_at_a_time
+from fastloss.head.chunks import rows_within
+from fastloss.head.linear_token_log_probs import ranges
 from test_memory import measured
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -568,12 +569,12 @@ def test_linear_without_rows():
     assert not weight.grad.any()
 
 
-def test_rows_at_a_time():
+def test_ranges_cover_the_rows():
     for rows in (1, 7, 4096):
         for bytes_of_a_row in (1, 1000, 1 << 30):
-            for budget in (None, 1, 1 << 16):
-                n = rows_at_a_time(rows, bytes_of_a_row, 0, budget)
-                assert 1 <= n <= rows and (n == 1 or n * bytes_of_a_row <= (budget or 64 << 20))
+            for budget in (1, 1 << 16, 64 << 20):
+                n = rows_within(budget, rows, bytes_of_a_row, "cpu")
+                assert 1 <= n <= rows and (n == 1 or n * bytes_of_a_row <= budget)
                 covered = [i for s in ranges(rows, n) for i in range(rows)[s]]
                 assert covered == list(range(rows))
 

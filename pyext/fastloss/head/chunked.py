@@ -210,6 +210,22 @@ def chunk_dtype(device: torch.device, logits_dtype: torch.dtype) -> torch.dtype:
     return logits_dtype if device.type != "cpu" or _FAST_ON_CPU.get(logits_dtype, True) else torch.float32
 
 
+def add_product(total: Tensor, grad: Tensor, x: Tensor, beta: int = 1) -> None:
+    """``total`` [C, features] = beta * total + grad^T x, in the dtype of ``total``.
+
+    A GPU adds products of 16 bits to sums in float32. Elsewhere the operands are converted, a block at a time.
+    """
+    if total.dtype is grad.dtype:
+        torch.addmm(total, grad.t(), x, beta=beta, out=total)
+    elif grad.is_cuda and total.dtype is torch.float32 and not torch.compiler.is_compiling():
+        torch.addmm(total, grad.t(), x, out_dtype=torch.float32, beta=beta, out=total)
+    else:
+        wide, step = x.to(total.dtype), max(1, _BLOCK // max(1, max(x.shape) * total.element_size()))
+        for begin in range(0, total.shape[0], step):
+            part, g = total[begin : begin + step], grad[:, begin : begin + step].t()
+            torch.addmm(part, g.to(total.dtype), wide, beta=beta, out=part)
+
+
 class _Products:
     """The three products of a chunk. Operands are rounded to the logits' dtype, as linear would under autocast; a copy
     in another dtype is made of a block of the weight at a time."""
@@ -256,23 +272,9 @@ class _Products:
         """Adds grad^T x, and the sums of the columns of grad."""
         if self.grad_bias is not None:
             self.grad_bias.add_(grad.sum(0, dtype=self.grad_bias.dtype))
-        total, beta = self.grad_weight, 0 if self.first else 1
-        if total is None:
-            return
+        if self.grad_weight is not None:
+            add_product(self.grad_weight, grad, x, beta=0 if self.first else 1)
         self.first = False
-        if total.dtype is grad.dtype:
-            torch.addmm(total, grad.t(), x, beta=beta, out=total)
-            return
-        step = max(1, _BLOCK // max(1, max(x.shape) * total.element_size()))
-        narrow = grad.is_cuda and total.dtype is torch.float32  # its products of 16 bits can be stored in 32
-        wide = x if narrow else x.to(total.dtype)
-        for begin in range(0, total.shape[0], step):
-            g, part = grad[:, begin : begin + step].t(), total[begin : begin + step]
-            if narrow:
-                product = torch.mm(g, x, out_dtype=total.dtype)
-                part.copy_(product) if beta == 0 else part.add_(product)
-            else:
-                torch.addmm(part, g.to(total.dtype), wide, beta=beta, out=part)
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -487,6 +489,7 @@ __all__ = [
     "Operands",
     "Result",
     "accuracy",
+    "add_product",
     "as_bits",
     "as_logits",
     "backward_operator",

@@ -13,13 +13,29 @@ def default_budget(rows: int, features: int, itemsize: int) -> int:
     return max(rows * features * itemsize, LEAST_BUDGET)
 
 
+def rows_within(budget: int, rows: int, bytes_of_a_row: int, device: str) -> int:
+    """Rows of a chunk: as many as the budget holds, but at least one, in whole tiles, and chunks of equal size, for a
+    short last one feeds its products badly.
+
+    >>> rows_within(1 << 26, 100, 1 << 20, "cpu")
+    64
+    """
+    most = max(1, budget // max(1, bytes_of_a_row))
+    if most >= rows:
+        return max(rows, 1)
+    tile = min(_tile(device), most)
+    most -= most % tile
+    chunks = -(-rows // most)
+    equal = -(-rows // chunks)
+    return min(most, -(-equal // tile) * tile)
+
+
 def rows_per_chunk(
     rows: int, features: int, columns: int, *, itemsize: int, device: str, budget: int | None = None
 ) -> int:
-    """Rows of a chunk.
+    """Rows of a chunk of logits.
 
-    Every chunk reads the whole weight for three products, so that few large chunks are fast: as many rows as the budget
-    holds. Chunks are then made equal, for a short last one feeds its products badly.
+    Every chunk reads the whole weight for its products, so that few large chunks are fast: see :func:`rows_within`.
 
     Args:
         rows, features: of the input.
@@ -33,14 +49,7 @@ def rows_per_chunk(
     4096
     """
     budget = default_budget(rows, features, itemsize) if budget is None else budget
-    most = max(1, budget // max(1, columns * itemsize))
-    if most >= rows:
-        return max(rows, 1)
-    tile = min(_tile(device), most)
-    most -= most % tile
-    chunks = -(-rows // most)
-    equal = -(-rows // chunks)
-    return min(most, -(-equal // tile) * tile)
+    return rows_within(budget, rows, columns * itemsize, device)
 
 
-__all__ = ["LEAST_BUDGET", "default_budget", "rows_per_chunk"]
+__all__ = ["LEAST_BUDGET", "default_budget", "rows_per_chunk", "rows_within"]

@@ -52,7 +52,7 @@ class Lazy(Tensor):
         if func in METADATA:
             with DisableTorchFunction():
                 return func(*args, **kwargs)
-        rule = cls._rules.get(func)
+        rule = cls._rules.get(func) or cls._rules.get(getattr(func, "__wrapped__", None))  # patch() wraps log_softmax
         if rule is not None:
             result = rule(func, *args, **kwargs)
             if result is not NotImplemented:

@@ -1,7 +1,7 @@
 """One line that gives any language model a head whose logits are not made: see :class:`LazyHead`."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._library import DTYPE_CODES
+from .lazy import Lazy
 from .lazy_logits import HeadState, LazyLogits, Step
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -49,9 +50,9 @@ class Report:
 
 def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
     """What a lazy head does in place of ``torch.nn.Linear.forward``."""
-    if torch.compiler.is_compiling():
-        return type(head).forward(head, input)
     state: HeadState = getattr(head, _STATE)
+    if torch.compiler.is_compiling():
+        return type(head).forward(head, input) if _outside is None or not state.compiled else _outside(head, input)
     reason, urgent = _why_plain(head, state, input)
     if reason is not None:
         state.step = Step(plain=reason)
@@ -78,6 +79,20 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
         return logits
     with _Returning(logits):
         return type(head).forward(head, input)
+
+
+_outside: Callable[[torch.nn.Linear, Tensor], Tensor] | None = None
+
+
+def _break_graphs() -> None:
+    """Has torch.compile leave alone what a lazy head that asks for it does, and what becomes of its logits. Done on
+    demand, since it imports the compiler."""
+    global _outside
+    if _outside is None:
+        _outside = torch.compiler.disable(_forward, reason="the logits of fastloss.lazy_head(compiled=True) are lazy")
+        Lazy.__torch_function__ = classmethod(  # type: ignore[method-assign,assignment]
+            torch.compiler.disable(Lazy.__torch_function__.__func__)  # type: ignore[attr-defined]
+        )
 
 
 class _Returning(TorchFunctionMode):
@@ -221,6 +236,7 @@ class LazyHead:
         head: str | torch.nn.Module | None = None,
         *,
         evaluation: bool = False,
+        compiled: bool = False,
         options: Any = None,
     ) -> Model:
         """Give the model an output head whose logits are not made until somebody looks.
@@ -238,6 +254,8 @@ class LazyHead:
                 models of transformers have.
             evaluation: also in evaluation mode and without gradients, where the head gives ordinary logits otherwise
                 (generation wants them).
+            compiled: also under torch.compile of the whole model, whose graph then breaks at the head; what follows
+                runs eagerly. False: ordinary logits there, and no break.
             options: passed to :func:`fastloss.linear_cross_entropy`.
 
         Returns:
@@ -249,8 +267,8 @@ class LazyHead:
                 ``torch.nn.Linear``; nothing is changed then.
             ValueError: no such head. TypeError: ``model`` is no module.
 
-        Under torch.compile the head gives ordinary logits, without a graph break. Compile the body instead
-        (``model.model.compile()``): head and loss then stay outside.
+        Instead of ``compiled=True`` the body alone can be compiled (``model.model.compile()``): head and loss then stay
+        outside.
 
         Example::
 
@@ -264,7 +282,9 @@ class LazyHead:
         reason = _unfit(found, sharded=any(_is_fsdp(m) for m in model.modules()))
         if reason is not None:
             raise NotImplementedError(f"lazy_head(): the head cannot be lazy: {reason}. The model was left as it is.")
-        found.__dict__[_STATE] = HeadState(evaluation, options)
+        if compiled:
+            _break_graphs()
+        found.__dict__[_STATE] = HeadState(evaluation, options, compiled)
         # Not a bound method: those of an instance cannot be pickled or copied with it.
         found.__dict__["forward"] = functools.partial(_forward, cast(torch.nn.Linear, found))
         if not hasattr(type(model), "__enter__"):

@@ -1,14 +1,16 @@
-"""Log-softmax that is not made until somebody looks: what ``fastloss.patch(log_softmax=True)`` puts behind torch's.
+"""Log-softmax that is not made until somebody looks: what ``fastloss.patch(log_softmax=True)`` puts behind torch's, and
+what the logits of a lazy head have without it.
 
 Programs take ``log_softmax`` and then pick a class, or weigh the classes and sum. :class:`LazyLogProbs` keeps the
 logits and becomes :func:`fastloss.cross_entropy` of them: for ``gather`` of a class, ``nll_loss``, ``sum`` and ``mean``
-over the classes, of itself or of its product with targets. Anything else gets the log-probabilities, as torch makes
-them, once.
+over the classes, of itself or of its product with targets. The sum of its product with its own exponential is an
+entropy, :func:`fastloss.token_log_probs`'s. Anything else gets the log-probabilities, as torch makes them, once.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,9 @@ from .._autograd import accum_dtype, functorch_active
 from .._library import DTYPE_CODES
 from ..losses.cross_entropy import cross_entropy
 from ..losses.nll_loss import nll_loss
+from ..token_log_probs import token_log_probs
 from .lazy import Lazy, Rules, autocast, rules_of
+from .lazy_logits import LazyLogits
 
 # Below so many logits the log-probabilities are made at once: a tensor subclass costs more than it saves.
 LEAST = 1 << 20
@@ -34,12 +38,26 @@ report: Callable[[str | None], Any] = lambda made_by: None  # noqa: E731
 
 @dataclass(frozen=True)
 class Form:
-    """``sign * log_softmax(logits, classes)`` in ``dtype``, times ``targets`` where there are some."""
+    """``sign`` times log_softmax(logits, classes) in ``dtype``, or its exponential, or the product of the two; times
+    ``targets`` where there are some."""
 
     classes: int
     dtype: torch.dtype
     sign: int = 1
     targets: Tensor | None = None
+    kind: Literal["log p", "p", "p log p"] = "log p"
+
+    def of(self, logits: Tensor, targets: Tensor | None) -> Tensor:
+        """The tensor that this is the form of."""
+        log_p = _LOG_SOFTMAX(logits, self.classes, self.dtype)
+        result = log_p if self.kind == "log p" else log_p.exp() if self.kind == "p" else log_p.exp() * log_p
+        result = self.sign * result
+        return result if targets is None else result * targets
+
+
+def _made(logits: Tensor) -> Tensor:
+    """Those of a lazy head, made."""
+    return logits.make("log_softmax") if isinstance(logits, Lazy) else logits
 
 
 class _Origin(torch.autograd.Function):
@@ -57,12 +75,12 @@ class _Origin(torch.autograd.Function):
         again = torch.is_grad_enabled()
         wanted = ctx.needs_input_grad[1:]
         with torch.enable_grad(), autocast(grad.device, None):
+            logits, targets = ctx.operands
             operands = [
                 t if t is None or again else t.detach().requires_grad_(needed)
-                for t, needed in zip(ctx.operands, wanted, strict=True)
+                for t, needed in zip((_made(logits), targets), wanted, strict=True)
             ]
-            log_p = ctx.form.sign * _LOG_SOFTMAX(operands[0], ctx.form.classes, ctx.form.dtype)
-            result = log_p if operands[1] is None else log_p * operands[1]
+            result = ctx.form.of(*operands)
             inputs = [t for t, needed in zip(operands, wanted, strict=True) if needed]
             found = iter(torch.autograd.grad(result, inputs, grad, create_graph=again))
         return (None, *(next(found) if needed else None for needed in wanted))
@@ -109,11 +127,25 @@ class LazyLogProbs(Lazy):
         report(None)
         return cast(Tensor, result)
 
+    def entropy(self) -> Tensor:
+        """Of each row, in the dtype of the log-probabilities."""
+        self.require_unchanged()
+        logits, axis = self._logits, self._form.classes
+        logits = logits.permute([*(i for i in range(logits.dim()) if i != axis), axis])
+        index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        with autocast(logits.device, None):
+            _, entropy = token_log_probs(logits, index, return_entropy=True)
+        report(None)
+        return cast(Tensor, entropy.to(self._form.dtype))
+
 
 def _new(form: Form, logits: Tensor, parent: LazyLogProbs | None, how: Callable[[Tensor], Tensor]) -> LazyLogProbs:
     lazy = cast(LazyLogProbs, _Origin.apply(form, logits, form.targets))
     lazy._form, lazy._logits = form, logits
     lazy.begin((logits,), parent, how)
+    if parent is None and isinstance(logits, Lazy):  # made before somebody writes to the logits
+        lazy._family = logits._family
+        lazy._family.append(weakref.ref(lazy))
     if form.targets is not None:
         lazy._versions = [*lazy._versions, (form.targets, form.targets._version)]
     return lazy
@@ -121,6 +153,8 @@ def _new(form: Form, logits: Tensor, parent: LazyLogProbs | None, how: Callable[
 
 def log_softmax(input: Any, dim: Any, dtype: Any) -> Any:
     """A lazy one, or None where torch should make it at once."""
+    if isinstance(input, LazyLogits):
+        return _of_lazy_logits(input, dim, dtype)
     if (
         torch.compiler.is_compiling()  # which cannot trace what follows
         or (type(input) is not Tensor and type(input) is not torch.nn.Parameter)
@@ -141,15 +175,38 @@ def log_softmax(input: Any, dim: Any, dtype: Any) -> Any:
         or torch._C._len_torch_dispatch_stack()
     ):
         return None
+    return _begun(input, dim % input.dim(), dtype)
+
+
+def _begun(input: Tensor, axis: int, dtype: torch.dtype | None) -> LazyLogProbs:
     result = dtype or (autocast_dtype(input.dtype, input.device) if input.is_cuda else input.dtype)
     logits = input if torch.is_grad_enabled() else input.detach()
-    axis = dim % input.dim()
-    return _new(
-        Form(axis, result),
-        logits,
-        None,
-        lambda _: _LOG_SOFTMAX(logits, axis, None if result is logits.dtype else result),
-    )
+    wanted = None if result is logits.dtype else result
+    return _new(Form(axis, result), logits, None, lambda _: _LOG_SOFTMAX(_made(logits), axis, wanted))
+
+
+def _of_lazy_logits(x: LazyLogits, dim: Any, dtype: Any) -> LazyLogProbs | None:
+    """Of a lazy head's, whatever their size: with them unmade the log-probabilities are a loss from hidden states."""
+    axis, dims = x._form.classes, x.dim()
+    if x.looked_at or type(dim) is not int or dims < 2 or not -dims <= dim < dims or dim % dims != axis:
+        return None
+    if not (dtype is None or dtype is x.dtype or (dtype is torch.float32 and x.dtype in HALVES)):
+        return None
+    return _begun(x, axis, dtype)
+
+
+def _functional(func: Any, input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    lazy = _of_lazy_logits(input, dim, dtype)
+    return NotImplemented if lazy is None else lazy
+
+
+def _method(func: Any, input: Any, dim: Any, dtype: Any = None) -> Any:
+    lazy = _of_lazy_logits(input, dim, dtype)
+    return NotImplemented if lazy is None else lazy
+
+
+LazyLogits._rules[F.log_softmax] = _functional
+LazyLogits._rules[torch.log_softmax] = LazyLogits._rules[Tensor.log_softmax] = _method
 
 
 # -------------------------------------------------------------------------------------------- what leaves them unmade
@@ -158,8 +215,10 @@ _rule = rules_of(LazyLogProbs._rules)
 
 
 def _lazy(x: Any, *, bare: bool = True) -> bool:
-    """Whether it is a lazy one that nobody has looked at; ``bare``: without targets."""
-    return isinstance(x, LazyLogProbs) and not x.looked_at and (not bare or x._form.targets is None)
+    """Whether it is a lazy one that nobody has looked at; ``bare``: log-probabilities, without targets."""
+    if not isinstance(x, LazyLogProbs) or x.looked_at:
+        return False
+    return not bare or (x._form.targets is None and x._form.kind == "log p")
 
 
 @_rule("neg", "negative", "__neg__")
@@ -167,9 +226,24 @@ def _neg(func: Any, x: Any) -> Any:
     return x.derive(torch.neg, sign=-x._form.sign) if _lazy(x, bare=False) else NotImplemented
 
 
+@_rule("exp")
+def _exp(func: Any, x: Any) -> Any:
+    return x.derive(torch.exp, kind="p") if _lazy(x) and x._form.sign == 1 else NotImplemented
+
+
+def _entropies(p: Any, log_p: Any) -> Any:
+    """The product of probabilities and log-probabilities of the same logits."""
+    same = p._logits is log_p._logits and p._form.dtype is log_p._form.dtype and p._form.classes == log_p._form.classes
+    if not same or p.looked_at or p._form.kind != "p" or not _lazy(log_p):
+        return NotImplemented
+    return p.derive(lambda made: made * log_p.make("mul"), kind="p log p", sign=p._form.sign * log_p._form.sign)
+
+
 @_rule("mul", "multiply", "__mul__", "__rmul__")
 def _mul(func: Any, x: Any, other: Any) -> Any:
-    """With a number for each class of each row."""
+    """With a number for each class of each row, or with its own exponential."""
+    if isinstance(x, LazyLogProbs) and isinstance(other, LazyLogProbs):
+        return _entropies(x, other) if x._form.kind == "p" else _entropies(other, x)
     if not isinstance(x, LazyLogProbs):
         x, other = other, x
     if not _lazy(x) or type(other) is not Tensor or not other.is_floating_point() or other.is_inference():
@@ -327,17 +401,28 @@ def _reduced(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype
     if dim is not None and dim % logits.dim() != form.classes:
         return NotImplemented
     classes = logits.shape[form.classes]
-    if classes == 0 or logits.numel() == 0:
+    if classes == 0 or logits.numel() == 0 or form.kind == "p":
         return NotImplemented
+    if form.kind == "p log p":
+        if dim is None or func.__name__ == "mean":
+            return NotImplemented
+        entropy = -form.sign * x.entropy()
+        entropy = entropy if dtype is None else entropy.to(dtype)
+        return entropy.unsqueeze(form.classes) if keepdim else entropy
     # Without targets each class counts 1, or 1 / C of a mean.
     share = 1.0 / classes if func.__name__ == "mean" else 1.0
     weigh = 1.0
-    if form.targets is None:
-        targets = logits.new_full((), share, dtype=form.dtype).expand(logits.shape)
-    else:
-        targets, weigh = form.targets, share
     reduction = "none" if dim is not None else "sum" if func.__name__ == "sum" else "mean"
-    loss = x.loss(targets, reduction=reduction)
+    if form.targets is not None:
+        loss, weigh = x.loss(form.targets, reduction=reduction), share
+    elif isinstance(logits, LazyLogits):  # smoothed all the way, without a target for each class
+        rows = [n for i, n in enumerate(logits.shape) if i != form.classes]
+        target = torch.zeros(rows, dtype=torch.int64, device=logits.device)
+        loss = x.loss(target, reduction=reduction, label_smoothing=1.0, ignore_index=_NO_INDEX)
+        weigh = share * classes
+    else:
+        targets = logits.new_full((), share, dtype=form.dtype).expand(logits.shape)
+        loss = x.loss(targets, reduction=reduction)
     loss = loss if form.sign < 0 else -loss
     loss = loss * weigh if weigh != 1 else loss
     loss = loss if dtype is None else loss.to(dtype)

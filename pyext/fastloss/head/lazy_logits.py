@@ -8,10 +8,11 @@ Each is two things at once. Its *form* says what it is in terms of hidden states
 how torch would have made it (:mod:`fastloss.head.lazy`).
 """
 
+import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from .._arguments import HALVES, autocast_dtype, legacy_reduction
 from ..losses.cross_entropy import CrossEntropyStats, cross_entropy
+from ..token_log_probs import IGNORE_INDEX, token_log_probs
 from .lazy import DisableTorchFunction, Lazy, Rules, autocast, rules_of
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_token_log_probs import linear_token_log_probs
 
 _TORCHS_CROSS_ENTROPY = F.cross_entropy
 
@@ -47,6 +50,7 @@ class HeadState:
 
     evaluation: bool
     options: Any
+    compiled: bool = False
     step: Step | None = None
     said: set[tuple[str, str, int]] = field(default_factory=set)
 
@@ -344,6 +348,36 @@ def _getitem(func: Any, x: Any, key: Any) -> Any:
     )
 
 
+def _pieces(x: Any, dim: Any, ends: Sequence[int]) -> Any:
+    """Slices of rows that end there."""
+    before, found = (slice(None),) * (dim % x._hidden.dim()), []
+    for begin, end in zip((0, *ends), ends, strict=False):
+        key = (*before, slice(begin, end))
+        found.append(x[key])
+    return tuple(found)
+
+
+@_rule("split")
+def _split(func: Any, x: Any, split_size: Any, dim: Any = 0) -> Any:
+    if not _row_major(x) or not isinstance(dim, int) or dim % x._hidden.dim() == x._form.classes:
+        return NotImplemented
+    rows = x._hidden.shape[dim]
+    if isinstance(split_size, int):
+        if split_size < 1 or rows == 0:
+            return NotImplemented
+        return _pieces(x, dim, [min(end, rows) for end in range(split_size, rows + split_size, split_size)])
+    ends = list(itertools.accumulate(split_size))
+    return _pieces(x, dim, ends) if ends and ends[-1] == rows and min(split_size) >= 0 else NotImplemented
+
+
+@_rule("unbind")
+def _unbind(func: Any, x: Any, dim: Any = 0) -> Any:
+    """Of iteration too."""
+    if not _row_major(x) or dim != 0 or x._form.classes == 0:
+        return NotImplemented
+    return tuple(x[i] for i in range(x._hidden.shape[0]))
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -457,9 +491,10 @@ def _loss(
     inplace_grad: bool = False,  # there is nothing whose memory it could take
     grad_in_forward: bool | None = None,
     zero_times_inf: str = "nan",
+    counted: bool = True,
     **ours: Any,
 ) -> Any:
-    """A cross entropy of lazy logits is one of hidden states and weight."""
+    """A cross entropy of lazy logits is one of hidden states and weight. ``counted``: in the report, as a loss."""
     x, others = input, (target, weight, sample_weight)
     if not isinstance(x, LazyLogits) or any(isinstance(t, LazyLogits) for t in others) or x.looked_at:
         return NotImplemented
@@ -516,11 +551,10 @@ def _loss(
             label_smoothing=label_smoothing,
             **ours,
         )
-    x._step.fused += 1
-    # The logits, their copies, log-probabilities and these's gradient.
-    x._step.bytes_not_allocated += math.prod(rows) * x._weight.shape[0] * wanted.itemsize * (form.copies + 2)
+    if counted:
+        _count(x, wanted)
     loss, stats = result if return_stats else (result, None)
-    loss = loss.to(wanted)
+    loss = loss.to(ours.get("loss_dtype") or wanted)
     if reduction == "none":
         loss = loss.reshape(rows)
     if stats is None:
@@ -529,4 +563,76 @@ def _loss(
     return loss, CrossEntropyStats(lse.reshape(rows), argmax.reshape(rows), accuracy, entropy.reshape(rows))
 
 
+def _count(x: LazyLogits, dtype: torch.dtype) -> None:
+    """One more loss in the report, without logits, their copies, log-probabilities and these's gradient."""
+    with DisableTorchFunction():
+        size = x.numel() * dtype.itemsize
+    x._step.fused += 1
+    x._step.bytes_not_allocated += size * (x._form.copies + 2)
+
+
 LazyLogits._rules[_TORCHS_CROSS_ENTROPY] = LazyLogits._rules[cross_entropy] = _loss
+
+
+def _token_log_probs(
+    func: Any,
+    logits: Any,
+    index: Any,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+) -> Any:
+    """Log-probabilities and entropies from hidden states and weight."""
+    x = logits
+    if not _row_major(x) or x.looked_at or isinstance(index, LazyLogits) or 0 in x._hidden.shape:
+        return NotImplemented
+    form = x._form
+    wide = form.dtype is x._hidden.dtype or (form.dtype is torch.float32 and x._hidden.dtype in HALVES)
+    if not wide or form.scale <= 0 or (form.cap is not None and softcap is not None):
+        return NotImplemented
+    x.require_unchanged()
+    # c tanh(s z / c) / T is c' tanh(z / c') / T' with c' = c / s and T' = T / s.
+    temperature = temperature / form.scale
+    if form.cap is not None:
+        softcap, temperature = 1 / form.scale, temperature / form.cap
+    elif softcap is not None:
+        softcap = softcap / form.scale
+    chunk = getattr(x._state.options, "batch_chunk_size", None)
+    budget = 2 * chunk * x._weight.shape[0] * x._hidden.element_size() if chunk else None
+    with autocast(x._hidden.device, None):
+        result = linear_token_log_probs(
+            x._hidden,
+            x._weight,
+            index,
+            bias=x._bias,
+            temperature=temperature,
+            softcap=softcap,
+            return_entropy=return_entropy,
+            memory_budget=budget,
+            ignore_index=ignore_index,
+        )
+    _count(x, form.dtype)
+    return result
+
+
+LazyLogits._rules[token_log_probs] = _token_log_probs
+
+
+@_rule("argmax")
+def _argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    """Which class is largest, as for an accuracy."""
+    if not isinstance(x, LazyLogits) or x.looked_at or not isinstance(dim, int):
+        return NotImplemented
+    axis, dims = x._form.classes, x._hidden.dim()
+    if not -dims <= dim < dims or dim % dims != axis:
+        return NotImplemented
+    with DisableTorchFunction():
+        rows = [n for i, n in enumerate(x.shape) if i != axis]
+    target = torch.zeros(rows, dtype=torch.int64, device=x._hidden.device)
+    with torch.no_grad():
+        found = _loss(cross_entropy, x, target, reduction="sum", class_dim=axis, return_stats=True, counted=False)
+    if found is NotImplemented:
+        return NotImplemented
+    return found[1].argmax.unsqueeze(axis) if keepdim else found[1].argmax

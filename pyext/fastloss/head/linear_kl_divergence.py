@@ -9,16 +9,16 @@ from torch.autograd import Function, forward_ad
 from .. import _arguments
 from .._autograd import Grads, accum_dtype, differentiated_again
 from .._library import MEAN, NONE
+from .chunks import rows_within
 from .linear_token_log_probs import (
     add_gradients,
     autocast,
-    check_budget,
+    budget_of,
     check_head,
     head_gradients,
     logits_of,
     ranges,
     refuse_recorders,
-    rows_at_a_time,
     transformed,
     with_derivatives,
 )
@@ -184,7 +184,6 @@ def linear_kl_divergence(
     temperature = _arguments.as_float(function, "temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"{function}(): temperature must be positive and finite, got {temperature}")
-    memory_budget = check_budget(function, memory_budget)
     s_hidden, s_weight, t_hidden, t_weight = autocast(*named.values())
     assert s_hidden is not None and s_weight is not None and t_hidden is not None and t_weight is not None
     check_head(function, ("student_hidden", "student_weight"), s_hidden, s_weight)
@@ -199,7 +198,8 @@ def linear_kl_divergence(
     shape = s_hidden.shape[:-1]
     rows, wide = shape.numel(), accum_dtype(s_hidden.dtype)
     bytes_of_a_row = 6 * s_weight.shape[0] * wide.itemsize  # logits, their softmax, and a temporary, of both
-    at_a_time = rows_at_a_time(rows, bytes_of_a_row, s_hidden.nbytes, memory_budget)
+    budget = budget_of(function, memory_budget, s_hidden)
+    at_a_time = rows_within(budget, rows, bytes_of_a_row, s_hidden.device.type)
     if rows:
         flat = s_hidden.reshape(-1, s_hidden.shape[-1]), s_weight
         teacher = t_hidden.detach().reshape(-1, t_hidden.shape[-1]), t_weight.detach()

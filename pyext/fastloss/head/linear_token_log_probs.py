@@ -22,18 +22,8 @@ from .._autograd import (
 from .._library import DTYPE_CODES
 from ..losses import _rowwise
 from ..token_log_probs import IGNORE_INDEX, Options, check_index, composed, composed_gradient, gradient, options, values
-from .chunks import LEAST_BUDGET
-
-
-def rows_at_a_time(rows: int, bytes_of_a_row: int, hidden_bytes: int, memory_budget: int | None) -> int:
-    """How many rows of logits are in memory at once: as many as the budget holds, but at least one. The default budget
-    is the size of the hidden states, or 64 MiB, whichever is more.
-
-    >>> rows_at_a_time(4096, 1 << 20, 0, None)
-    64
-    """
-    budget = max(hidden_bytes, LEAST_BUDGET) if memory_budget is None else memory_budget
-    return max(1, min(rows, budget // max(bytes_of_a_row, 1)))
+from .chunked import add_product
+from .chunks import default_budget, rows_within
 
 
 def ranges(rows: int, at_a_time: int) -> Iterator[slice]:
@@ -66,10 +56,10 @@ def check_head(function: str, names: tuple[str, str], hidden: Tensor, weight: Te
         )
 
 
-def check_budget(function: str, memory_budget: Any) -> int | None:
-    """A positive number of bytes, or None."""
+def budget_of(function: str, memory_budget: Any, hidden: Tensor) -> int:
+    """Bytes that may be in memory at once, by default those of the hidden states, or 64 MiB if that is more."""
     if memory_budget is None:
-        return None
+        return default_budget(hidden.shape[:-1].numel(), hidden.shape[-1], hidden.element_size())
     memory_budget = _arguments.as_int(function, "memory_budget", memory_budget)
     if memory_budget <= 0:
         raise ValueError(f"{function}(): memory_budget must be a positive number of bytes, got {memory_budget}")
@@ -253,7 +243,7 @@ def add_gradients(
     if grad_hidden is not None:
         grad_hidden[rows] = torch.mm(grad, weight)
     if grad_weight is not None:
-        grad_weight.addmm_(grad.t().to(grad_weight.dtype), hidden.to(grad_weight.dtype))
+        add_product(grad_weight, grad, hidden)
     if grad_bias is not None:
         grad_bias.add_(grad.sum(0, dtype=grad_bias.dtype))
 
@@ -309,10 +299,10 @@ def linear_token_log_probs(
     _arguments.require_same_device(function, ("input", input), ("weight", weight), ("index", index), ("bias", bias))
     refuse_recorders(function, _INSTEAD)
     o = options(function, temperature, softcap, return_entropy, ignore_index)
-    memory_budget = check_budget(function, memory_budget)
     hidden, matrix, offset = autocast(input, weight, bias)
     assert hidden is not None and matrix is not None
     check_head(function, ("input", "weight"), hidden, matrix)
+    budget = budget_of(function, memory_budget, hidden)
     if offset is not None and (offset.dtype is not hidden.dtype or offset.shape != matrix.shape[:1]):
         raise ValueError(
             f"{function}(): bias must have the input's dtype and shape [{matrix.shape[0]}], got {offset.dtype} of "
@@ -323,9 +313,8 @@ def linear_token_log_probs(
     check_range(function, index, matrix.shape[0], o.ignore_index)
 
     rows_shape, rows = index.shape, index.numel()
-    size = hidden.element_size()
-    bytes_of_a_row = matrix.shape[0] * (2 * size + (4 if size == 2 else 0))  # logits, gradient, gradient in float32
-    at_a_time = rows_at_a_time(rows, bytes_of_a_row, hidden.nbytes, memory_budget)
+    bytes_of_a_row = 2 * matrix.shape[0] * hidden.element_size()  # logits, gradient
+    at_a_time = rows_within(budget, rows, bytes_of_a_row, hidden.device.type)
     flat = hidden.reshape(-1, hidden.shape[-1]) if rows else hidden.new_zeros(0, hidden.shape[-1])
     if rows == 0:  # nothing to look at, but something to differentiate
         nothing = (hidden.sum() * matrix.sum() * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)

@@ -11,6 +11,7 @@ from . import (
     dice_loss,
     divergences,
     elementwise,
+    linear_cross_entropy,
     margins,
     pointwise,
     row_losses,
@@ -24,6 +25,7 @@ from ._spec import LossSpec, Sample
 
 SPECS: dict[str, LossSpec] = {
     cross_entropy.SPEC.name: cross_entropy.SPEC,
+    linear_cross_entropy.SPEC.name: linear_cross_entropy.SPEC,
     **row_maps.SPECS,
     **margins.SPECS,
     **row_losses.SPECS,

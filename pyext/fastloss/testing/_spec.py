@@ -47,7 +47,7 @@ class LossSpec:
         torch_function: torch's, for the arguments that both take; None where torch has no such loss.
         reference: the same in float64, composed of torch operations, differentiable as often as wanted.
         samples: small inputs that together use every shape and option, ``samples(device, dtype)``.
-        dtypes: of the input.
+        dtypes: of the input, for which the result is the exact one, computed in float32 or float64 and rounded once.
         fewest_bytes: (read, written) of an implementation that moves nothing twice, ``fewest_bytes(sample, gradient)``,
             without what is small beside the input.
         operator: the private operator that computes it, ``<name>_forward`` unless said otherwise.
