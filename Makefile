@@ -6,7 +6,8 @@
 # make gpu     everything a GPU can answer, in under nine minutes and without network, with the torch that is installed;
 #              OUT=folder for the results, SKIP="build sweep" leaves stages out (bench/gpu_run.sh says which there are)
 # make format  clang-format and ruff over everything
-# make docs    runs the code of the pages in docs/questions and writes what it prints and draws
+# make docs    runs the code of the pages in docs/questions and docs/howto, and the notebooks; writes what they print and draw
+# make site    the site in build/site: all of docs/ and the API reference; a warning or a link that leads nowhere fails
 # make check-libraries   fastloss.check over the losses of public libraries, as far as they are installed in .venv or in
 #              LIBRARIES=folder; each finding must have been judged in docs/check_libraries.md
 # make clean   removes what was built, but for .venv
@@ -33,17 +34,18 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 BUILD_NEEDS := setuptools wheel cmake ninja numpy torch
 DEMO_NEEDS := scikit-learn matplotlib tqdm
-TEST_NEEDS := pytest pytest-xdist hypothesis expecttest mypy ruff clang-format pybind11 plotly scipy \
+SITE_NEEDS := sphinx furo myst-nb nbclient ipykernel
+TEST_NEEDS := pytest pytest-xdist hypothesis expecttest mypy ruff clang-format pybind11 plotly scipy $(SITE_NEEDS) \
   $(if $(WITH_CUDA),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
 SOURCES := $(shell find csrc -path csrc/numpy -prune -o -name '*.[ch]*' -print -o -name '*.cu*' -print) \
   CMakeLists.txt setup.py pyext/fastloss/_version.py tools/log_compile.sh
 NUMPY_SOURCES := $(wildcard csrc/numpy/*)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PY_FILES := setup.py pyext tests tools $(wildcard bench)
+PY_FILES := setup.py pyext tests tools docs/conf.py docs/notebooks $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-further judge-head asan emulated-asan emulated-tsan mutants bench docs gpu wheel test-wheel check-libraries format clean
+.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-further judge-head asan emulated-asan emulated-tsan mutants bench docs site gpu wheel test-wheel check-libraries format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -158,8 +160,12 @@ judge-losses judge-further judge-head: judge-%: build/extension-full $(VENV)/tes
 bench: build/extension-here
 	$(PY) bench/run.py
 
-docs: build/extension-here
+docs: build/extension-here $(VENV)/test.stamp
 	$(PY) tools/docs_pages.py
+
+# tests/test_site.py does the same.
+site: build/extension-here $(VENV)/test.stamp
+	$(PY) tools/docs_site.py
 
 gpu:
 	bash bench/gpu_run.sh $(or $(OUT),build/gpu-results) 530

@@ -36,6 +36,8 @@ def test_same_tells_apart():
 
 @pytest.mark.parametrize("page", docs_pages.PAGES, ids=lambda page: page.stem)
 def test_page(page, tmp_path):
+    for library in docs_pages.needs(page):
+        pytest.importorskip(library)
     blocks = list(docs_pages.run(page, tmp_path))
     assert blocks
     for block, printed in blocks:
@@ -45,8 +47,27 @@ def test_page(page, tmp_path):
     assert shown == {path.name for path in tmp_path.iterdir()}
     for name in shown:
         assert (docs_pages.PICTURES / name).stat().st_size <= 60 * 1024
-    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("notebook", docs_pages.NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(notebook):
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    committed = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    executed = [cell for cell in docs_pages.run_notebook(notebook).cells if cell.cell_type == "code"]
+    assert any(cell.outputs for cell in committed)
+    for new, old in zip(executed, committed, strict=True):
+        printed, shown = docs_pages.text_of(new), docs_pages.text_of(old)
+        assert same(printed, shown), f"{notebook.name} shows\n{shown}\nbut this comes out (make docs):\n{printed}"
+    assert notebook.stat().st_size <= 250 * 1024
+
+
+def test_links():
+    """As files, too, where no site is made of them."""
+    for page in (*docs_pages.DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))):
+        prose = re.sub(r"^```.*?^```|`[^`]*`", "", page.read_text(), flags=re.M | re.S)
+        for link in re.findall(r"\]\(([^)#\s]+)", prose):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_no_picture_is_left_over():
