@@ -69,8 +69,10 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 	touch $@
 
 # ---- the extension, in place: for this machine (quick), and with all that can be compiled here
+ISAS_HERE := $(if $(shell grep -m1 avx512vl /proc/cpuinfo 2>/dev/null),avx512,$(if $(shell grep -m1 avx2 /proc/cpuinfo 2>/dev/null),avx2,none))
 build/extension-here: $(SOURCES) $(VENV)/demo.stamp
-	FASTLOSS_CUDA=$(if $(GPU_ARCHS),$${FASTLOSS_CUDA:-auto},0) FASTLOSS_CUDA_ARCHS=$(GPU_ARCHS) $(PY) setup.py -q build_ext --inplace
+	FASTLOSS_CUDA=$(if $(GPU_ARCHS),$${FASTLOSS_CUDA:-auto},0) FASTLOSS_CUDA_ARCHS=$(GPU_ARCHS) \
+	  FASTLOSS_ISAS=$${FASTLOSS_ISAS:-$(ISAS_HERE)} $(PY) setup.py -q build_ext --inplace
 	touch $@
 
 build/extension-full: $(SOURCES) $(VENV)/demo.stamp

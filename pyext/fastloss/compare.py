@@ -505,6 +505,9 @@ class _Store:
         plans: the seeds that were asked for, in the order of time.
     """
 
+    runs: dict[tuple[str, int], dict[str, float]]
+    plans: list[list[int]]
+
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self.path, self.runs, self.plans = path, {}, []
         for record in [] if path is None else self._read(path):
@@ -516,9 +519,6 @@ class _Store:
         if not self.plans or self.plans[-1] != header["seeds"]:
             self.plans.append(header["seeds"])
             self._write(header)
-
-    runs: dict[tuple[str, int], dict[str, float]]
-    plans: list[list[int]]
 
     def add(self, record: dict[str, Any]) -> None:
         """A run that has ended."""

@@ -293,8 +293,8 @@ _USUAL_OPTIONS = {
 }
 
 
-def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
-    """The loss where nothing else is given and :func:`run` would find nothing to say or do: the common call, for small
+def _usual(input: Any, target: Any, weight: Any, reduction: Any, label_smoothing: float) -> Tensor | None:
+    """The loss where nothing else is given and :func:`run` would find nothing to say or do: the common calls, for small
     inputs' sake. None where it might."""
     try:
         if not (
@@ -313,7 +313,23 @@ def _usual(input: Any, target: Any, reduction: Any) -> Tensor | None:
     o = _USUAL_OPTIONS.get((reduction, input.dtype))
     if o is None or (input.is_cuda and errors.immediate_errors()):
         return None
-    return engine.plain(input, target, o, o.reduction != NONE)
+    if label_smoothing:
+        o = o._replace(label_smoothing=label_smoothing)
+    elif weight is None:
+        return engine.plain(input, target, o, o.reduction != NONE)
+    if weight is not None and not (
+        type(weight) is Tensor
+        and weight.dtype is input.dtype
+        and weight.device == input.device
+        and weight.layout is torch.strided
+        and not weight.is_nested
+        and weight.dim() == 1
+        and weight.shape[0] == input.shape[1]
+        and weight.is_contiguous()
+        and not weight.requires_grad
+    ):
+        return None
+    return engine((input, target, weight, None, None), o)[0]
 
 
 def _checked_options(function: str, g: Given) -> Given:
@@ -706,13 +722,12 @@ def cross_entropy(
         return record("cross_entropy", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
-    usual = weight is sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
-    usual = usual and loss_dtype is None
+    usual = sample_weight is normalizer is softcap is class_dim is grad_in_forward is loss_dtype is None
     usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
-    usual = usual and label_smoothing == z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
+    usual = usual and 0.0 <= label_smoothing <= 1.0 and z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
     usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
     if usual:
-        result = _usual(input, target, reduction)
+        result = _usual(input, target, weight, reduction, label_smoothing)
         if result is not None:
             return result
     g = Given(
