@@ -5,8 +5,8 @@
 // The losses are in losses/, a file for each group. A new loss is a struct there and its name in the group's list;
 // CONTRIBUTING.md goes through the steps.
 //
-// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, tanh_of, inverse_of and, for any
-// number, full_exp_of, full_log_of and full_log1p_of: an instruction set (common/full_range.h) or the GPU
+// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, tanh_of, inverse_of, rounded
+// and, for any number, full_exp_of, full_log_of and full_log1p_of: an instruction set (common/full_range.h) or the GPU
 // (common/lanes_gpu.cuh).
 #pragma once
 #include "pointwise.h"
@@ -65,6 +65,12 @@ constexpr V sqrt_of(V x) {
         x[i] = __builtin_sqrtf(x[i]);
     return x;
   }
+}
+// a b + c d of rounded products: the compiler may fuse one of them with the sum, and would choose another, or none,
+// where the gradient is wanted too and has use for them.
+template <class V>
+constexpr V sum_of_products(V a, V b, V c, V d) {
+  return rounded(a * b) + rounded(c * d);
 }
 // What few calls need, out of line on the CPU: its code would keep that of the others from being inlined in their loop.
 #ifdef __CUDACC__

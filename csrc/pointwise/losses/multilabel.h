@@ -44,7 +44,8 @@ struct SigmoidFocal : PlainLoss {
     const T base = balanced ? one - alpha : one, step = balanced ? alpha + alpha - one : T(0);
     const V t = operand[1], other = one - t;
     const Logistic<V> f = logistic_of(operand[0]);
-    const V share = base + step * t, ce = t * f.minus + other * f.plus, w = t * f.rest + other * f.sigma;
+    const V share = base + step * t, ce = sum_of_products(t, f.minus, other, f.plus);
+    const V w = sum_of_products(t, f.rest, other, f.sigma);
     const Slope<V> focus = focus_of(w, p[1]);
     const V by_ce = share * focus.value, by_w = share * ce * focus.slope;
     return {by_ce * ce, by_ce * (other * f.sigma - t * f.rest) + by_w * ((other - t) * f.sigma * f.rest),
@@ -74,7 +75,7 @@ struct Asymmetric : PlainLoss {
       by_x = m_by_x / (one - m);
     }
     const Slope<V> easy = focus_of(m, p[1]);
-    return {t * hard.value * f.minus + other * easy.value * cost,
+    return {sum_of_products(t * hard.value, f.minus, other * easy.value, cost),
             other * (easy.slope * m_by_x * cost + easy.value * by_x) -
                 t * f.rest * (hard.slope * f.sigma * f.minus + hard.value),
             hard.value * f.minus - easy.value * cost};
