@@ -151,6 +151,11 @@ def _new(form: Form, logits: Tensor, parent: LazyLogProbs | None, how: Callable[
     return lazy
 
 
+def _takes(dtype: Any, input: Tensor) -> bool:
+    """Whether the fused losses give results in that dtype, as log_softmax would."""
+    return dtype is None or dtype is input.dtype or (dtype is torch.float32 and input.dtype in HALVES)
+
+
 def log_softmax(input: Any, dim: Any, dtype: Any) -> Any:
     """A lazy one, or None where torch should make it at once."""
     if isinstance(input, LazyLogits):
@@ -161,7 +166,7 @@ def log_softmax(input: Any, dim: Any, dtype: Any) -> Any:
         or input.numel() < LEAST
         or type(dim) is not int
         or input.dtype not in DTYPE_CODES
-        or not (dtype is None or dtype is input.dtype or (dtype is torch.float32 and input.dtype in HALVES))
+        or not _takes(dtype, input)
         or not -input.dim() <= dim < input.dim()
         or input.dim() < 2
         or not (input.is_cpu or input.is_cuda)
@@ -190,19 +195,16 @@ def _of_lazy_logits(x: LazyLogits, dim: Any, dtype: Any) -> LazyLogProbs | None:
     axis, dims = x._form.classes, x.dim()
     if x.looked_at or type(dim) is not int or dims < 2 or not -dims <= dim < dims or dim % dims != axis:
         return None
-    if not (dtype is None or dtype is x.dtype or (dtype is torch.float32 and x.dtype in HALVES)):
-        return None
-    return _begun(x, axis, dtype)
-
-
-def _functional(func: Any, input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    lazy = _of_lazy_logits(input, dim, dtype)
-    return NotImplemented if lazy is None else lazy
+    return _begun(x, axis, dtype) if _takes(dtype, x) else None
 
 
 def _method(func: Any, input: Any, dim: Any, dtype: Any = None) -> Any:
     lazy = _of_lazy_logits(input, dim, dtype)
     return NotImplemented if lazy is None else lazy
+
+
+def _functional(func: Any, input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    return _method(func, input, dim, dtype)
 
 
 LazyLogits._rules[F.log_softmax] = _functional
