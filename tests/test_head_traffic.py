@@ -117,7 +117,7 @@ def test_on_a_gpu_without_one(case):
         w = torch.empty(classes, features, dtype=dtype, device="cuda")
         t = torch.zeros(rows, dtype=torch.int64, device="cuda")
         cross_entropy = (MEAN, code, -100, 0.0, 0.0, 0.0, 1.0, 0, 0.0, 0.0, 0.0, 0.0, 0)
-        o = chunked.HeadOptions(*cross_entropy, chunk, 0, code, DTYPE_CODES[torch.float32])
+        o = chunked.HeadOptions(*cross_entropy, chunk, 0, 0, code, DTYPE_CODES[torch.float32])
         with Sliced(), CountedWithoutData() as counted:
             needs = (True, True, False, False, False)
             made = chunked.loss_and_gradients(chunked.Operands(x, w, None, t, None, None, None), o, needs)

@@ -348,7 +348,7 @@ def test_compile_and_export(options, device):
 def test_operators():
     x, w, b = head(dtype=torch.float32)
     t = labels(11, 7)
-    o = chunked.HeadOptions(2, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, 0.0, 0.0, 0.0, 0.0, 0, 3, 0, 0, 0)
+    o = chunked.HeadOptions(2, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, 0.0, 0.0, 0.0, 0.0, 0, 3, 0, 0, 0, 0)
     args = (x, w, b, t, None, None, None, *o, chunked.as_bits([True] * 3 + [False] * 2))
     torch.library.opcheck(chunked.forward_operator, args)
     torch.library.opcheck(

@@ -7,7 +7,6 @@ import torch
 from test_contract import CASES, samples_of
 
 AUTO = torch.export.Dim.AUTO
-HEADS = ("linear_cross_entropy",)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -18,8 +17,6 @@ def few_of(cases, per_spec):
         spec, i = case.values
         sample = list(spec.samples("cpu", torch.float64))[i]
         forms, form = seen.setdefault(spec.name, set()), frozenset(sample.kwargs)
-        if spec.name in HEADS:  # more than one size to lengthen: see test_linear_cross_entropy.py
-            continue
         if sample.args[0].dim() > 1 and form not in forms and len(forms) < per_spec:
             few.append(case)
             forms.add(form)

@@ -17,6 +17,7 @@ from .._autograd import Grads, Needs, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, SUM, ops
 from ..formulas import ALL_IGNORED_ZERO
 from ..losses.cross_entropy import STATS, Options, rules
+from .chunks import rows_per_chunk
 
 COUNT = -1  # of max_rows: count the rows, and wait for the GPU
 _BLOCK = 32 << 20  # bytes of an operand's copy in another dtype
@@ -56,7 +57,8 @@ class HeadOptions(NamedTuple):
     margin_angle: float
     margin_cosine: float
     flags: int
-    rows: int  # of a chunk
+    rows: int  # of a chunk; 0: as many as the budget holds
+    budget: int  # bytes of a chunk's logits; 0: the default
     max_rows: int  # at most so many rows count; 0: unknown, COUNT
     logits_dtype: int  # that of linear(input, linear_weight)
     accumulate: int  # dtype in which gradients by weight and bias are summed up
@@ -198,6 +200,15 @@ def _kept(t: Operands, o: HeadOptions) -> Kept:
 # -------------------------------------------------------------------------------------------------------- products
 
 
+def rows_at_a_time(t: Operands, o: HeadOptions) -> int:
+    """Rows of a chunk: computed where the sizes are known, for a recorded program takes others."""
+    if o.rows:
+        return o.rows
+    held = chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
+    size = *t.input.shape, t.linear_weight.shape[0]
+    return rows_per_chunk(*size, itemsize=held.itemsize, device=t.input.device.type, budget=o.budget or None)
+
+
 # Whether this CPU multiplies matrices of a 16-bit dtype faster than those of float32.
 _FAST_ON_CPU = {
     dtype: bool(getattr(torch.cpu, name, lambda: False)())
@@ -303,7 +314,8 @@ def _loss_and_gradients(t: Operands, o: HeadOptions, needs: Needs, grad_output: 
     if not per_row:
         options = options._replace(loss_dtype=DTYPE_CODES[torch.float64])  # rounded once, at the end
     products = _Products(t, o, needs)
-    z = x.new_empty([min(o.rows, max(count, 1)), w.shape[0]], dtype=products.held)
+    step = rows_at_a_time(t, o)
+    z = x.new_empty([min(step, max(count, 1)), w.shape[0]], dtype=products.held)
     loss = torch.zeros(shape if per_row else [], dtype=DTYPES[options.loss_dtype], device=x.device)
     new = torch.empty_like if kept.rows is None else torch.zeros_like
     contiguous = torch.contiguous_format
@@ -312,8 +324,8 @@ def _loss_and_gradients(t: Operands, o: HeadOptions, needs: Needs, grad_output: 
     grad_weight = None if not needs[4] or t.weight is None else torch.zeros_like(t.weight)
     stats: list[Sequence[Tensor]] = []
     of_rows, of_head = any(needs[3:]), any(needs[:3])
-    for begin in range(0, max(count, 1), o.rows):
-        rows = slice(begin, min(begin + o.rows, count))
+    for begin in range(0, max(count, 1), step):
+        rows = slice(begin, min(begin + step, count))
         at = None if kept.rows is None else kept.rows[rows]
 
         def chunk(whole: Tensor, rows: slice = rows, at: Tensor | None = at) -> Tensor:
@@ -430,8 +442,12 @@ def from_bits(bits: int) -> tuple[bool, ...]:
 
 
 def _split(args: Sequence[Any]) -> tuple[Operands, HeadOptions, Needs]:
+    """An operator's arguments. A recorded program may be given other layouts than it was recorded with."""
     options = HeadOptions(*args[_TENSOR_COUNT : _TENSOR_COUNT + _OPTION_COUNT])
-    return Operands(*args[:_TENSOR_COUNT]), options, from_bits(args[-1])
+    t = Operands(*args[:_TENSOR_COUNT])
+    weight, s = (None if x is None else x.contiguous() for x in (t.weight, t.sample_weight))
+    t = t._replace(target=t.target.contiguous(), weight=weight, sample_weight=s)
+    return t, options, from_bits(args[-1])
 
 
 def _full(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -502,5 +518,6 @@ __all__ = [
     "library",
     "loss_and_gradients",
     "row_shape",
+    "rows_at_a_time",
     "with_denominators",
 ]

@@ -5,6 +5,7 @@
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -44,7 +45,6 @@ from ..losses.cross_entropy import STATS, CrossEntropyStats, Given, Unmade, cano
 from ..losses.cross_entropy import run as run_on_logits
 from . import chunked
 from .chunked import COUNT, WANTS, HeadOptions, Operands
-from .chunks import rows_per_chunk
 
 _TENSORS, _OPTIONS = len(Operands._fields), len(HeadOptions._fields)
 
@@ -142,11 +142,11 @@ def _differentiable(grads: Grads, grad_output: Tensor, t: Operands, o: HeadOptio
     """The same gradients, with the derivatives of their formula, of which each chunk is computed again when its turn
     comes."""
     t = chunked.with_denominators(t, o.of_rows())
-    per_row, batched = o.reduction == NONE, batched_by_legacy(grad_output)
+    per_row, batched, step = o.reduction == NONE, batched_by_legacy(grad_output), chunked.rows_at_a_time(t, o)
     parts: list[Grads] = []
     with torch.autocast(t.input.device.type, enabled=False):
-        for begin in range(0, max(t.input.shape[0], 1), o.rows):
-            rows = slice(begin, begin + o.rows)
+        for begin in range(0, max(t.input.shape[0], 1), step):
+            rows = slice(begin, begin + step)
             s = None if t.sample_weight is None else t.sample_weight[rows]
             part = t._replace(input=t.input[rows], target=t.target[rows], sample_weight=s)
             g = grad_output[rows] if per_row else grad_output
@@ -202,9 +202,10 @@ def _composed(*args: Any) -> tuple[Tensor, ...]:
     if o.reduction != NONE:
         options = options._replace(loss_dtype=DTYPE_CODES[torch.float64])
     found: list[tuple[Tensor, ...]] = []
+    step = chunked.rows_at_a_time(t, o)
     with torch.autocast(t.input.device.type, enabled=False):
-        for begin in range(0, max(t.input.shape[0], 1), o.rows):
-            rows = slice(begin, begin + o.rows)
+        for begin in range(0, max(t.input.shape[0], 1), step):
+            rows = slice(begin, begin + step)
             s = None if t.sample_weight is None else t.sample_weight[rows]
             part = t._replace(input=t.input[rows], target=t.target[rows], sample_weight=s)
             logits = chunked.as_logits(_chunk_logits(part, o)[2], part)
@@ -268,11 +269,11 @@ class _HeadRules(Rules):
     name, tensors, wants, options = "linear_cross_entropy", _TENSORS, WANTS, HeadOptions
 
     def regime(self, tensors: Tensors, o: HeadOptions, path: Path) -> str:
-        rows = tensors[0].shape[0]
-        count = max(1, -(-rows // o.rows))
+        rows, step = tensors[0].shape[0], chunked.rows_at_a_time(chunked.Operands(*tensors), o)
+        count = max(1, -(-rows // step))
         dtype = str(chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])).removeprefix("torch.")
         chunks = "one chunk" if count == 1 else f"{count} chunks"
-        return f"torch's products and cross entropy, {chunks} of {min(o.rows, rows)} rows of logits in {dtype}"
+        return f"torch's products and cross entropy, {chunks} of {min(step, rows)} rows of logits in {dtype}"
 
     def operators(
         self, path: Path, tensors: Tensors, o: HeadOptions, needs: Needs
@@ -296,7 +297,8 @@ class _HeadRules(Rules):
         if not any(needs):
             return 0
         held = chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])
-        chunk = min(o.rows, max(tensors[0].shape[0], 1)) * tensors[1].shape[0] * held.itemsize
+        step = chunked.rows_at_a_time(chunked.Operands(*tensors), o)
+        chunk = min(step, max(tensors[0].shape[0], 1)) * tensors[1].shape[0] * held.itemsize
         sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
         rest = sum(tensors[i].nbytes for i in (0, 3, 4) if needs[i])
         return chunk + sums + rest
@@ -422,24 +424,20 @@ def _integer(function: str, name: str, value: Any, least: int) -> int:
 
 
 def _rows(function: str, c: Chunking, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> int:
-    rows, features, columns = shape
+    """Of a chunk, as torch's options have it; 0: the budget says."""
     options = c.options
-    if options is not None:
-        if not hasattr(options, "batch_chunk_size"):
-            raise TypeError(
-                f"{function}(): options must be torch.nn.LinearCrossEntropyOptions, not {type(options).__name__}"
-            )
-        if rows and features and columns:  # torch's own choice
-            options = options._adjust(rows, features, columns, dtype, device)
-        return max(1, min(options.batch_chunk_size or rows, max(rows, 1)))
-    budget = None if c.memory_budget is None else _integer(function, "memory_budget", c.memory_budget, 1)
-    held = chunked.chunk_dtype(device, dtype)
-    return rows_per_chunk(rows, features, columns, itemsize=held.itemsize, device=device.type, budget=budget)
-
-
-def _sized(rows: Any) -> int:
-    """A number where torch.jit.trace, to which sizes are tensors, has made one of it."""
-    return int(rows) if isinstance(rows, Tensor) else rows
+    if options is None:
+        return 0
+    if not hasattr(options, "batch_chunk_size"):
+        raise TypeError(
+            f"{function}(): options must be torch.nn.LinearCrossEntropyOptions, not {type(options).__name__}"
+        )
+    if options.batch_chunk_size is None and options.chunking_method is not None:
+        if recording():  # a choice by the sizes of this call alone
+            return 0
+        if all(shape):
+            options = options._adjust(*shape, dtype, device)
+    return options.batch_chunk_size or sys.maxsize
 
 
 def _accumulate(function: str, c: Chunking, dtype: torch.dtype) -> torch.dtype:
@@ -525,7 +523,8 @@ def run(
     size = rows, features, matrix.shape[0]
     o = HeadOptions(
         *checked.options,
-        rows=_sized(_rows(function, c, size, dtype, input.device)),
+        rows=_rows(function, c, size, dtype, input.device),
+        budget=0 if c.memory_budget is None else _integer(function, "memory_budget", c.memory_budget, 1),
         max_rows=_max_rows(function, c),
         logits_dtype=DTYPE_CODES[dtype],
         accumulate=DTYPE_CODES[_accumulate(function, c, dtype)],
@@ -589,7 +588,8 @@ def linear_cross_entropy(
             zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
         ignore_index: class index (or several) that marks targets to leave out; None: -100, and nothing else goes with
             probabilities.
-        options: :class:`torch.nn.LinearCrossEntropyOptions`; its size of a chunk is kept to, the rest does not apply.
+        options: :class:`torch.nn.LinearCrossEntropyOptions`; its size of a chunk is kept to (in recorded programs only
+            where it is given as a number), the rest does not apply.
         grad_in_forward: make the gradients in forward (three products) or make the logits again in backward (four, and
             no gradient held in between). None, the default, chooses forward for scalar reductions except for float16.
         memory_budget: bytes that the logits of a chunk may take. None: as much as the input, and at least 64 MiB.

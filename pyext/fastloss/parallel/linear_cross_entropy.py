@@ -60,6 +60,7 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, needs:
     o = chunked.HeadOptions(
         *Options(NONE, DTYPE_CODES[torch.float32]),
         rows=0,
+        budget=0,
         max_rows=0,
         logits_dtype=DTYPE_CODES[head.dtype],
         accumulate=DTYPE_CODES[accum_dtype(head.dtype)],

@@ -37,18 +37,19 @@ def reference(
 
 
 def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
-    """Every shape of a head, and chunks of two rows with every option; those of the loss alone are cross entropy's."""
+    """Every shape of a head, and chunks of two rows with every option; those of the loss alone are cross entropy's.
+    Rows, classes and features are of different numbers, so that each can be told from the others."""
     make = Maker(device, dtype)
     weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    x, w, b, t = make.normal(3, 2), make.normal(3, 2), make.normal(3), make.classes(3, 3, ignore_every=3)
-    p, per_class = make.probabilities(3, 3, requires_grad=True), make.positive(3, dtype=weight_dtype)
+    x, w, b, t = make.normal(4, 2), make.normal(3, 2), make.normal(3), make.classes(3, 4, ignore_every=3)
+    p, per_class = make.probabilities(4, 3, requires_grad=True), make.positive(3, dtype=weight_dtype)
     chunks = {"memory_budget": 2 * 3 * dtype.itemsize}
     further = {
         "label_smoothing": 0.1,
         "z_loss": 0.1,
         "softcap": 2.0,
         "logit_scale": 0.7,
-        "sample_weight": make.positive(3, dtype=weight_dtype),
+        "sample_weight": make.positive(4, dtype=weight_dtype),
     }
 
     def call(name: str, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Sample:
@@ -63,8 +64,8 @@ def samples(device: str | torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     soft = {"linear_bias": b, "weight": make.positive(3).requires_grad_(), **chunks}
     yield call("chunks, probabilities, weight", x, w, p, label_smoothing=0.1, **soft)
     yield call("chunks, in backward", x, w, t, grad_in_forward=False, **chunks)
-    yield call("chunks, leading axes", make.normal(2, 2, 2), w, make.classes(3, 2, 2), reduction="none", **chunks)
-    yield call("several positions", x, make.normal(3, 2, 2), make.classes(3, 3, 2, ignore_every=4))
+    yield call("chunks, leading axes", make.normal(2, 3, 2), w, make.classes(3, 2, 3), reduction="none", **chunks)
+    yield call("several positions", x, make.normal(3, 3, 2), make.classes(3, 4, 3, ignore_every=4))
     yield call("chunks, all ignored", x, w, torch.full_like(t, -100), all_ignored="zero", **chunks)
 
 
