@@ -23,6 +23,14 @@ __host__ __device__ inline V log1p_of(V x) {
   return log1p(x);
 }
 template <class V>
+__host__ __device__ inline V log1p_of_unit(V x) {
+  return log1p(x);
+}
+template <class V>
+__host__ __device__ inline V one_minus_exp(V x, V) {
+  return -expm1(-x);
+}
+template <class V>
 __host__ __device__ inline V full_exp_of(V x) {
   return exp(x);
 }

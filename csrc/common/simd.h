@@ -588,6 +588,33 @@ inline V log1p_of(V u) {  // u >= 0
   return log1p_from(u, lane_t<V>(1) + u);
 }
 
+// log(1 + u) for u in [0, 1] and nan: there a polynomial takes half of what log1p_of does.
+template <class V>
+inline V log1p_of_unit(V u) {
+  if constexpr (sizeof(lane_t<V>) == 8) {
+    return log1p_of(u);
+  } else {
+    constexpr float c[] = {0.00283598294f, -0.0173407476f, 0.0496075973f, -0.0917000771f, 0.130517438f,
+                           -0.163716614f,  0.199580088f,   -0.249968916f, 0.333332419f,   -0.5f};
+    V p = c[0] - V{};
+    for (int i = 1; i < 10; ++i) p = p * u + c[i];
+    return u + u * u * p;
+  }
+}
+// 1 - e with e = e^-x, x >= 0 or nan, with all its digits where x is small.
+template <class V>
+inline V one_minus_exp(V x, V e) {
+  if constexpr (sizeof(lane_t<V>) == 8) {
+    for (size_t i = 0; i < sizeof(V) / 8; ++i) e[i] = -__builtin_expm1(-x[i]);
+    return e;
+  } else {
+    constexpr float c[] = {-0.00103313767f, 0.00806723908f, -0.0415719971f, 0.166651189f, -0.499999076f, 1.0f};
+    V p = c[0] - V{};
+    for (int i = 1; i < 6; ++i) p = p * x + c[i];
+    return x < 0.693147181f ? x * p : 1.0f - e;
+  }
+}
+
 template <class V>
 inline V inverse_of(V x) {
   return lane_t<V>(1) / x;

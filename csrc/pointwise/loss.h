@@ -5,10 +5,11 @@
 // The losses are in losses/, a file for each group. A new loss is a struct there and its name in the group's list;
 // CONTRIBUTING.md goes through the steps.
 //
-// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, tanh_of, inverse_of, rounded
+// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, log1p_of_unit, tanh_of, inverse_of, rounded
 // and, for any number, full_exp_of, full_log_of and full_log1p_of: an instruction set (common/full_range.h) or the GPU
 // (common/lanes_gpu.cuh).
 #pragma once
+#include "../common/powers.h"
 #include "pointwise.h"
 
 namespace fastloss {
@@ -27,12 +28,7 @@ constexpr Params<T> params_of(const PointwiseArgs& a) {
 template <class V>
 using ParamsOf = Params<lane_t<V>>;
 
-// Most losses are functions of the residual d = x - t alone: value, f'(d).
-template <class V>
-struct Slope {
-  V value, slope;
-};
-// The others: the terms, and the derivative of each with respect to each operand.
+// Most losses are functions of the residual d = x - t alone, and give a Slope (common/powers.h). The others: the terms, and the derivative of each with respect to each operand.
 template <class V, int kOperands, int kSums = 1>
 struct Jet {
   V value[kSums], slope[kSums][kOperands];
@@ -71,21 +67,6 @@ constexpr V sqrt_of(V x) {
 template <class V>
 constexpr V sum_of_products(V a, V b, V c, V d) {
   return rounded(a * b) + rounded(c * d);
-}
-// What few calls need, out of line on the CPU: its code would keep that of the others from being inlined in their loop.
-#ifdef __CUDACC__
-#define FASTLOSS_RARE
-#else
-#define FASTLOSS_RARE __attribute__((noinline))
-#endif
-
-// a^p for a >= 0: 0 at 0, whatever p is. Its relative error is that of a float's rounding |p log a| times.
-template <class V>
-FASTLOSS_RARE constexpr V power_of(V a, lane_t<V> p) {
-  using T = lane_t<V>;
-  const T most = T(sizeof(T) == 8 ? 709 : 88);  // of exp_of
-  const V z = p * log_of(a);
-  return a == T(0) ? V{} : z > most ? V{} + T(__builtin_inf()) : exp_of(z);
 }
 // |d|^p, p > 0. Its slope at 0 is 0, as torch's.
 template <class V>

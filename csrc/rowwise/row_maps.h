@@ -35,9 +35,10 @@ constexpr const char* kRowMaps =
 
 }  // namespace fastloss
 
-// The rest is for who computes. FASTLOSS_ISA names the namespace of lane_t, exp_of, log_of and tanh_of: an instruction
-// set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
+// The rest is for who computes. FASTLOSS_ISA names the namespace of lane_t, exp_of, one_minus_exp, log_of and tanh_of: an
+// instruction set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
 #ifdef FASTLOSS_ISA
+#include "../common/powers.h"
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
@@ -50,26 +51,15 @@ struct MappedRow {
   V nll, slope, level;
 };
 
-// Focal loss (Lin et al., 2017): g(l) = (1 - e^-l)^gamma l, gamma >= 0.
-// With u = 1 - e^-l and r = l / u, which is 1 at l = 0: g' = u^gamma (1 + gamma e^-l r).
+// Focal loss (Lin et al., 2017): g(l) = u^gamma l with u = 1 - e^-l, gamma >= 0; g' = u^gamma + gamma u^(gamma - 1)
+// e^-l l.
 template <class V>
 FASTLOSS_HD MappedNll<V> focal_map(V l, lane_t<V> gamma) {
-  const lane_t<V> one = lane_t<V>(1);
   const V zero{};
-  l = l < zero ? zero : l;                  // rounding, and probabilities that are none
-  const V t = tanh_of(l * lane_t<V>(0.5));  // 1 - e^-l, with all its digits where l is small
-  const V u = (t + t) / (one + t), rest = one - u;
-  const V power = u > zero ? exp_of(gamma * log_of(u)) : zero + lane_t<V>(gamma == lane_t<V>(0));
-  const V ratio = u > zero ? l / u : zero + one;
-  const V steepness = rest > zero ? gamma * rest * ratio : zero * u;  // l = inf: slope 1
-  return {power * l, power * (one + steepness)};
-}
-
-// 1 - e^-l, with all its digits where l is small.
-template <class V>
-FASTLOSS_HD V complement_of(V l) {
-  const V t = tanh_of(l * lane_t<V>(0.5));
-  return (t + t) / (lane_t<V>(1) + t);
+  l = l < zero ? zero : l;  // rounding, and probabilities that are none
+  const V rest = exp_of(-l);
+  const Slope<V> focus = focus_of(one_minus_exp(l, rest), gamma);
+  return {focus.value * l, focus.value + focus.slope * (rest > zero ? rest * l : rest - rest)};
 }
 
 // Poly-1 (Leng et al., 2022): g(l) = l + epsilon (1 - e^-l), epsilon >= -1; g' = 1 + epsilon e^-l, which is
@@ -77,14 +67,15 @@ FASTLOSS_HD V complement_of(V l) {
 template <class V>
 FASTLOSS_HD MappedNll<V> poly1_map(V l, lane_t<V> epsilon) {
   const lane_t<V> one = lane_t<V>(1);
-  const V u = complement_of(l), rest = exp_of(-l);
+  const V rest = exp_of(-l), u = one_minus_exp(l, rest);
   return {l + epsilon * u, epsilon < lane_t<V>(0) ? u + (one + epsilon) * rest : one + epsilon * rest};
 }
 
 // Generalized cross entropy (Zhang & Sabuncu, 2018): g(l) = (1 - e^-q l) / q, 0 < q <= 1; g' = e^-q l.
 template <class V>
 FASTLOSS_HD MappedNll<V> generalized_cross_entropy_map(V l, lane_t<V> q) {
-  return {complement_of(q * l) / q, exp_of(-q * l)};
+  const V rest = exp_of(-q * l);
+  return {one_minus_exp(q * l, rest) / q, rest};
 }
 
 // Token-scaled cross entropy: p l with p = e^-l, which is taken as a constant.

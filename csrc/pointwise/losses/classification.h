@@ -15,7 +15,7 @@ struct BinaryCrossEntropyWithLogits : PlainLoss {
   static constexpr Jet<V, 3> of(const V (&operand)[3], const ParamsOf<V>& p) {
     const lane_t<V> zero = lane_t<V>(0), one = lane_t<V>(1), half = lane_t<V>(0.5);
     const V x = operand[0], w = operand[2], t = operand[1] * (one - p[0]) + half * p[0];
-    const V e = exp_of(-abs_of(x)), l = log1p_of(e), near = inverse_of(one + e), far = e * near;
+    const V e = exp_of(-abs_of(x)), l = log1p_of_unit(e), near = inverse_of(one + e), far = e * near;
     const V plus = l + (x > zero ? x : x - x), minus = l + (x < zero ? -x : V{});  // softplus of x, of -x
     const V sigma = x < zero ? far : near, rest = x < zero ? near : far;           // sigmoid of x, of -x
     const V wt = w * t;
@@ -49,7 +49,7 @@ struct SoftMargin : PlainLoss {
     const V x = operand[0], t = operand[1], u = -(t * x);
     const V e = exp_of(-abs_of(u)), near = inverse_of(one + e);
     const V sigma = u < zero ? e * near : near;
-    return {log1p_of(e) + (u > zero ? u : V{}), -(t * sigma), -(x * sigma)};
+    return {log1p_of_unit(e) + (u > zero ? u : V{}), -(t * sigma), -(x * sigma)};
   }
 };
 

@@ -13,21 +13,8 @@ struct Logistic {
 template <class V>
 constexpr Logistic<V> logistic_of(V x) {
   const lane_t<V> zero = lane_t<V>(0), one = lane_t<V>(1);
-  const V e = exp_of(-abs_of(x)), l = log1p_of(e), near = inverse_of(one + e), far = e * near;
+  const V e = exp_of(-abs_of(x)), l = log1p_of_unit(e), near = inverse_of(one + e), far = e * near;
   return {x < zero ? far : near, x < zero ? near : far, l + (x > zero ? x : V{}), l + (x < zero ? -x : V{})};
-}
-
-// w^gamma for w in [0, 1], and gamma w^(gamma - 1), 0 where w is 0 and gamma below 1; the usual gammas without a power.
-template <class V>
-constexpr Slope<V> focus_of(V w, lane_t<V> gamma) {
-  using T = lane_t<V>;
-  const V one = V{} + T(1);
-  if (gamma == T(0)) return {one, V{}};
-  if (gamma == T(1)) return {w, one};
-  if (gamma == T(2)) return {w * w, w + w};
-  if (gamma == T(4)) return {w * w * (w * w), T(4) * w * (w * w)};
-  const V power = power_of(w, gamma);
-  return {power, w > T(0) ? gamma * power / w : V{}};
 }
 
 // alpha_t w^gamma ce, with ce = t softplus(-x) + (1 - t) softplus(x), w = 1 - p_t = t sigmoid(-x) + (1 - t) sigmoid(x),
