@@ -5,9 +5,9 @@
 // The losses are in losses/, a file for each group. A new loss is a struct there and its name in the group's list;
 // CONTRIBUTING.md goes through the steps.
 //
-// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, log1p_of_unit, tanh_of, inverse_of, rounded
-// and, for any number, full_exp_of, full_log_of and full_log1p_of: an instruction set (common/full_range.h) or the GPU
-// (common/lanes_gpu.cuh).
+// Included with FASTLOSS_ISA naming the namespace of lane_t, exp_of, log_of, log1p_of, log1p_of_unit, tanh_of,
+// inverse_of, rounded and, for any number, full_exp_of, full_log_of and full_log1p_of: an instruction set
+// (common/full_range.h) or the GPU (common/lanes_gpu.cuh).
 #pragma once
 #include "../common/powers.h"
 #include "pointwise.h"
@@ -28,7 +28,8 @@ constexpr Params<T> params_of(const PointwiseArgs& a) {
 template <class V>
 using ParamsOf = Params<lane_t<V>>;
 
-// Most losses are functions of the residual d = x - t alone, and give a Slope (common/powers.h). The others: the terms, and the derivative of each with respect to each operand.
+// Most losses are functions of the residual d = x - t alone, and give a Slope (common/powers.h). The others: the terms,
+// and the derivative of each with respect to each operand.
 template <class V, int kOperands, int kSums = 1>
 struct Jet {
   V value[kSums], slope[kSums][kOperands];

@@ -35,8 +35,8 @@ constexpr const char* kRowMaps =
 
 }  // namespace fastloss
 
-// The rest is for who computes. FASTLOSS_ISA names the namespace of lane_t, exp_of, one_minus_exp, log_of and tanh_of: an
-// instruction set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
+// The rest is for who computes. FASTLOSS_ISA names the namespace of lane_t, exp_of, one_minus_exp, log_of and tanh_of:
+// an instruction set (common/simd.h) or the GPU (common/lanes_gpu.cuh).
 #ifdef FASTLOSS_ISA
 #include "../common/powers.h"
 namespace fastloss {
