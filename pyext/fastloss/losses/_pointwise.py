@@ -659,7 +659,7 @@ def loss_of_groups(
 
 
 def dims_last(t: Tensor | None, dims: Sequence[int]) -> Tensor | None:
-    """A view with these dimensions last."""
-    if t is None:
-        return None
+    """With these dimensions last: a view, or what is so already."""
+    if t is None or list(dims) == list(range(t.dim() - len(dims), t.dim())):
+        return t
     return t.permute([d for d in range(t.dim()) if d not in dims] + list(dims))

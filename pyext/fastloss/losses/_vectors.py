@@ -42,7 +42,10 @@ def run(
         dtype = torch.promote_types(dtype, t.dtype)
     dtype = _arguments.autocast_dtype(dtype, vectors[0].device)
     if rows is not None:
-        shape = (*torch.broadcast_shapes(rows.shape, vectors[0].shape[:-1]), vectors[0].shape[-1])
-        vectors = [t.expand(shape) for t in (*vectors, rows.unsqueeze(-1))]
+        shape = vectors[0].shape
+        if rows.shape != shape[:-1]:
+            shape = torch.Size((*torch.broadcast_shapes(rows.shape, shape[:-1]), shape[-1]))
+            vectors = [t.expand(shape) for t in vectors]
+        vectors = [*vectors, rows.unsqueeze(-1).expand(shape)]
     x = _pointwise.Operands(vectors[0], vectors[1], None, None, reduction, 0.0, dtype, tuple(vectors[2:]))
     return _pointwise.loss_of_groups(loss, x, [vectors[0].dim() - 1], params)
