@@ -377,7 +377,7 @@ class Engine:
                         "been modified by an inplace operation: the logits, whose memory holds the gradient since "
                         "forward."
                     )
-                return backward_of_fused(ctx, grad_output)
+                return of_fused(ctx, grad_output)
 
         class Recompute(Function):
             @staticmethod
