@@ -121,7 +121,7 @@ def test_on_a_gpu_without_one(case):
         with Sliced(), CountedWithoutData() as counted:
             needs = (True, True, False, False, False)
             made = chunked.loss_and_gradients(chunked.Operands(x, w, None, t, None, None, None), o, needs)
-            grads = _as_operands(made.grads, (dtype, dtype, None, None, None))
+            grads = _as_operands(made.grads, (x, w, None, None, None))
     assert [g.dtype for g in grads[:2]] == [dtype] * 2 and made.grads[1].dtype is torch.float32
     assert_fewest(counted, rows, features, classes, -(-rows // chunk), 2)
     assert not [n for n in counted.names if "item" in n or "_local_scalar" in n or "nonzero" in n]  # nothing waits

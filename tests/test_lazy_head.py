@@ -123,6 +123,13 @@ UNMADE = {
     "tokens": lambda z, t: sum(part.sum() for part in token_log_probs(3 * torch.tanh(z / 2), t, temperature=0.7)),
     "tokens, capped": lambda z, t: token_log_probs(z * 0.5 + torch.ones(V), t, softcap=1.5)[0].mean(),
     "weighed by accuracy": lambda z, t: flat(z, t) * (z.argmax(-1) == t).sum() * (z.argmax(2, keepdim=True) < 9).sum(),
+    "log-probabilities as TRL picks them": lambda z, t: selective_log_softmax(z[:, :-1] / 0.9, t[:, 1:].clamp(0)).sum(),
+    "the same for several tokens": lambda z, t: selective_log_softmax(
+        2 * torch.tanh(z), torch.stack((t, t + 1), -1).clamp(0, V - 1)
+    ).mean(),
+    "log of the sum of exponentials": lambda z, t: (
+        torch.logsumexp(z, (-1,), keepdim=True).pow(2).mean() + z[0].logsumexp(1).sum()
+    ),
     "patched": lambda z, t: patched(z, t),
     "patched module": lambda z, t: patched(z, t, label_smoothing=0.1),
 }
@@ -130,6 +137,19 @@ UNMADE = {
 
 def picked(log_p, t):
     return log_p.gather(-1, t.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+def selective_log_softmax(logits, index):
+    """The pattern of TRL's function of this name, for float32; 16-bit logits take log_softmax, sequence by sequence."""
+    if squeeze := index.ndim == logits.ndim - 1:
+        index = index.unsqueeze(-1)
+    if logits.dtype in [torch.float32, torch.float64]:
+        selected = torch.gather(logits, dim=-1, index=index)
+        log_p = selected - torch.stack([torch.logsumexp(lg, dim=-1) for lg in logits]).unsqueeze(-1)
+    else:
+        pairs = zip(logits, index, strict=True)
+        log_p = torch.stack([F.log_softmax(rows, dim=-1).gather(dim=-1, index=labels) for rows, labels in pairs])
+    return log_p.squeeze(-1) if squeeze else log_p
 
 
 def entropy(log_p):
@@ -172,6 +192,59 @@ def test_a_loss_needs_no_logits(loss, bias, data):
     assert report.fused and report.losses >= 1 and report.made == () and report.plain is None
     assert report.bytes_not_allocated >= numel * 4 * 3 or "row" in str(rows)
     assert "fused" in str(report)
+
+
+def assert_log_probs_as_picked(pick, dtype):
+    """Value and gradients of ``pick(logits, tokens)``, of an objective as GRPO's, are the untouched model's; no logits
+    are made, of padding neither."""
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(B, T, D, generator=generator).to(dtype), torch.randint(V, (B, T), generator=generator)
+    counts = torch.arange(T - 1) < torch.tensor([[T - 1], [4]])
+
+    def objective(z, t):
+        log_p = pick(z[:, :-1] / 0.7, t[:, 1:])
+        return -((log_p - log_p.detach() - 0.1 * log_p).exp() * counts).sum() / counts.sum()
+
+    plain, lazy = pair(objective, dtype=dtype)
+    with warnings.catch_warnings(), Large((T - 1) * V) as large:
+        warnings.simplefilter("error", fastloss.LazyHeadWarning)
+        lazy(x, t).backward()
+    assert {tuple(shape) for _, shape in large.found} <= {(V, D), (D, V)}  # the weight's gradient
+    lazy.zero_grad()
+    tolerances = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    assert_same_step(plain, lazy, (x, t), **tolerances)
+    report = fastloss.lazy_head.report(lazy)
+    assert report.fused and report.losses == (1 if dtype == torch.float32 else B)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_log_probabilities_as_trl_picks_them(dtype):
+    assert_log_probs_as_picked(selective_log_softmax, dtype)
+
+
+def test_what_is_no_index_of_a_class_says_so_as_torch_does(data):
+    for wrong in (lambda z, t: z.gather(-1, t.unsqueeze(-1) + V).sum(), lambda z, t: z.gather(-1, t).sum()):
+        plain, lazy = pair(wrong)
+        with pytest.raises(RuntimeError) as want:
+            plain(*data)
+        with pytest.warns(fastloss.LazyHeadWarning), pytest.raises(RuntimeError) as got:
+            lazy(*data)
+        assert str(got.value) == str(want.value)
+
+
+def test_log_sums_with_and_without_gradients(data):
+    """A sum that was kept is not given to whoever wants its gradient; nor one of logits that somebody looked at."""
+
+    def loss(z, t):
+        with torch.no_grad():
+            before = torch.stack([torch.logsumexp(rows, -1) for rows in z])
+        assert not before.requires_grad
+        after = sum((rows.logsumexp(-1) * n).sum() for n, rows in enumerate(z, 1))
+        return after + before.sum() + (z + 1).logsumexp(-1).pow(2).sum() + z.logsumexp(-1).sum()
+
+    plain, lazy = pair(loss)
+    with pytest.warns(fastloss.LazyHeadWarning, match="add needs the logits"):
+        assert_same_step(plain, lazy, data)
 
 
 def test_explain_is_about_the_last_step(data):
@@ -260,7 +333,8 @@ def test_autocast(inside, data):
 MADE = {
     "softmax": lambda z, t: z.softmax(-1)[..., 3].sum(),
     "sub": lambda z, t: (z - 1).pow(2).mean(),
-    "logsumexp": lambda z, t: torch.logsumexp(z[:, 1:], -1).sum(),
+    "logsumexp": lambda z, t: torch.logsumexp(z[:, 1:], 1).sum(),
+    "gather": lambda z, t: z.gather(1, t.clamp(0, T - 1).unsqueeze(-1).expand(B, T, V)).sum(),
     "clone": lambda z, t: flat(z.clone(), t),
     "cat": lambda z, t: flat(torch.cat([z[:1], z[1:]]), t),
     "mul": lambda z, t: flat(z * torch.linspace(1, 2, V).expand(T, V), t),

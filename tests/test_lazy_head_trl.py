@@ -7,7 +7,7 @@ import warnings
 import fastloss
 import pytest
 import torch
-from test_lazy_head import Large
+from test_lazy_head import Large, assert_log_probs_as_picked
 
 trl = pytest.importorskip("trl", minversion="1", reason="TRL is not installed: pip install trl")
 datasets = pytest.importorskip("datasets")
@@ -82,3 +82,8 @@ def test_the_loss_curve_is_the_untouched_ones(options, tmp_path):
             got = curve(lazy, tmp_path, options, logits)
         assert OWN_HEAD or logits.found == []
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_log_probabilities_of_grpo(dtype):
+    assert_log_probs_as_picked(trl.trainer.utils.selective_log_softmax, dtype)

@@ -8,6 +8,7 @@ from fastloss._library import ops
 from fastloss.head.chunks import rows_within
 from fastloss.head.linear_token_log_probs import ranges
 from test_memory import measured
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Of results in the accumulation type, and of gradients rounded to the dtype.
@@ -577,6 +578,70 @@ def test_ranges_cover_the_rows():
                 assert 1 <= n <= rows and (n == 1 or n * bytes_of_a_row <= budget)
                 covered = [i for s in ranges(rows, n) for i in range(rows)[s]]
                 assert covered == list(range(rows))
+
+
+class Rows(TorchDispatchMode):
+    """Counts the rows that reach the product of hidden states and weight."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.count = tokens, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and out.shape[1] == self.tokens:
+            self.count += out.shape[0]
+        return out
+
+
+@pytest.mark.parametrize("which", ("log_probs", "kl"))
+def test_rows_that_do_not_count_reach_no_product(which):
+    """Padding: ignored or masked in forward, and in backward whatever has no incoming gradient; nan in it is not seen.
+    Few rows, and none, at a time."""
+    rows, tokens = 32, 50
+    input, weight, bias, index = head((rows,), tokens=tokens)
+    counts = index != -100
+    factor = torch.arange(rows) % 3  # a mask of the caller's own: a third has no gradient
+    for none in (False, True):
+        if none:
+            counts, index = counts & False, torch.full_like(index, -100)
+        for budget in (1, 3000, None):
+            padded = torch.where(counts.unsqueeze(1), input, torch.nan)
+            with Rows(tokens) as forward:
+                if which == "log_probs":
+                    got = fastloss.linear_token_log_probs(padded, weight, index, bias=bias, memory_budget=budget)
+                else:
+                    teacher = padded * 2, weight.roll(1)
+                    options = {"mask": counts, "reduction": "none", "memory_budget": budget}
+                    got = fastloss.linear_kl_divergence(padded, weight, *teacher, **options)
+            if which == "log_probs":
+                want = torch.where(counts, composed(F.linear(input, weight, bias), index)[0].float(), 0.0)
+                leaves, heads = (input, weight, bias), 1
+            else:
+                log_s, log_t = input @ weight.t(), (2 * input @ weight.roll(1).t()).detach()
+                kl = F.kl_div(log_s.log_softmax(1), log_t.log_softmax(1), reduction="none", log_target=True).sum(1)
+                want = torch.where(counts, kl, 0.0)
+                leaves, heads = (input, weight), 2
+            torch.testing.assert_close(got, want)
+            grads = torch.autograd.grad(want, leaves, factor.float())
+            with Rows(tokens) as backward:
+                found = torch.autograd.grad(got, leaves, factor.float())
+            assert forward.count == heads * int(counts.sum())
+            assert backward.count == heads * int((counts & (factor != 0)).sum())
+            for g, e in zip(found, grads, strict=True):
+                torch.testing.assert_close(g, e)
+
+
+def test_a_mean_of_rows_that_count(device):
+    hidden, weight, _, index = head(device=device, bias=False)
+    mask, teacher = index != -100, (hidden.detach().flip(-1), weight.detach())
+    rows = fastloss.linear_kl_divergence(hidden, weight, *teacher, reduction="none")
+    mean = fastloss.linear_kl_divergence(hidden, weight, *teacher, mask=mask)
+    torch.testing.assert_close(mean, rows[mask].mean())
+    assert fastloss.linear_kl_divergence(hidden, weight, *teacher, mask=mask & False).isnan()
+    for wrong in (mask[:1], mask.float()):
+        with pytest.raises(ValueError, match="mask must be bool, one for each row, of shape"):
+            fastloss.linear_kl_divergence(hidden, weight, *teacher, mask=wrong)
 
 
 # ------------------------------------------------------------------------------------------------------------ KL

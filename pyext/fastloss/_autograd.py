@@ -326,7 +326,7 @@ class Engine:
     def _functions(self, rules: Rules) -> None:
         """The classes of torch.autograd, one for each path."""
         count, wants = rules.tensors, rules.wants
-        backward_of_fused = _backward_of_fused(rules)
+        of_fused = backward_of_fused(rules)
 
         class Fused(Function):
             """Gradients and operands are held outside the saved tensors: the operands may then change after forward, as
@@ -335,13 +335,13 @@ class Engine:
             @staticmethod
             def forward(ctx: Any, o: Any, *tensors: Any) -> Any:
                 loss, grads, scale, stats = rules.fused(tensors, o, ctx.needs_input_grad[1 : wants + 1])
-                ctx.held = grads, scale, o, tensors, tuple(map(_version, tensors))
+                ctx.held = grads, scale, o, tensors, tuple(map(version_of, tensors))
                 if not stats:
                     return (loss,)
                 ctx.mark_non_differentiable(*stats)
                 return (loss, *stats)
 
-            backward = staticmethod(backward_of_fused)
+            backward = staticmethod(of_fused)
 
         class Plain(Fused):
             """Of two tensors: see Engine.plain."""
@@ -349,7 +349,7 @@ class Engine:
             @staticmethod
             def forward(ctx: Any, o: Any, input: Any, target: Any) -> Any:
                 loss, grad = rules.plain(input, target, o)
-                ctx.held = (grad,), None, o, (input, target), (_version(input), _version(target))
+                ctx.held = (grad,), None, o, (input, target), (version_of(input), version_of(target))
                 return loss
 
         class InPlace(Function):
@@ -377,7 +377,7 @@ class Engine:
                         "been modified by an inplace operation: the logits, whose memory holds the gradient since "
                         "forward."
                     )
-                return backward_of_fused(ctx, grad_output)
+                return of_fused(ctx, grad_output)
 
         class Recompute(Function):
             @staticmethod
@@ -446,7 +446,7 @@ class Engine:
                 cls.__name__ = cls.__qualname__ = called
         for function in (Fused, Plain):
             # Instead of torch's, which looks each time whether the function has a backward or a vjp.
-            function._backward_cls.apply = backward_of_fused  # type: ignore[attr-defined]
+            function._backward_cls.apply = of_fused  # type: ignore[attr-defined]
         self.InPlace, self.Recompute, self.ForwardMode, self.Transformed = InPlace, Recompute, ForwardMode, Transformed
         self._fused, self._plain, self._recompute = direct_apply(Fused), direct_apply(Plain), direct_apply(Recompute)
         self._transformed = opaque_apply(Transformed)
@@ -461,14 +461,16 @@ def _is_one(scale: Tensor) -> bool:
     return type(scale) is Tensor and scale.is_cpu and not scale.dim() and scale.item() == 1.0
 
 
-def _version(t: Tensor | None) -> int | None:
+def version_of(t: Tensor | None) -> int | None:
     """Tells whether a tensor has been changed in place since; tensors of inference mode, which cannot be, have none."""
     return None if t is None or t.is_inference() else t._version
 
 
-def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
+def backward_of_fused(
+    rules: Rules, finish: Callable[[Grads, Tensors], Grads] | None = None
+) -> Callable[..., tuple[Any, ...]]:
     """The gradients that forward has computed, times grad_output. ``ctx.held``: these, what they lack as a factor, the
-    options, the operands and their versions."""
+    options, the operands and their versions. ``finish`` makes the operands' gradients of what has been scaled."""
     count = rules.tensors
 
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -486,19 +488,23 @@ def _backward_of_fused(rules: Rules) -> Callable[..., tuple[Any, ...]]:
                     for g in grads:
                         if g is not None:
                             _scale_grad_(g, scale)
+                if finish is not None:
+                    grads = finish(grads, operands)
                 return (None, *grads) + (None,) * (count - len(grads))
         grads += (None,) * (rules.wants - len(grads))
         with torch.no_grad():
             scaled: Grads = tuple(None if g is None else ops.scale_grad(g, scale) for g in grads)
+            if finish is not None:
+                scaled = finish(scaled, operands)
         if torch.is_grad_enabled():
             needs = tuple(g is not None for g in grads)
-            if tuple(map(_version, operands)) != versions:
+            if tuple(map(version_of, operands)) != versions:
                 raise RuntimeError(
                     f"{rules.name}: one of the variables needed for gradient computation has been modified by an "
                     "inplace operation: an operand, which the second derivative needs as it was. Change a copy instead."
                 )
             operands += (None,) * (count - len(operands))
-            scaled = _differentiable(rules, scaled, grad_output, operands, o, needs)
+            scaled = differentiable(rules, scaled, grad_output, operands, o, needs)
         return (None, *scaled) + (None,) * (count - len(scaled))
 
     return backward
@@ -515,10 +521,10 @@ def _recomputed(rules: Rules, ctx: Any, grad_output: Tensor | None, needs: Needs
         return rules.backward(grad_output, tensors, saved, ctx.options, needs)
     with torch.no_grad():
         grads = rules.backward(grad_output, tensors, saved, ctx.options, needs)
-    return _differentiable(rules, grads, grad_output, tensors, ctx.options, needs)
+    return differentiable(rules, grads, grad_output, tensors, ctx.options, needs)
 
 
-def _differentiable(rules: Rules, grads: Grads, grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:
+def differentiable(rules: Rules, grads: Grads, grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:
     """The same gradients, with derivatives of their own where somebody asks for them."""
     if not differentiated_again(grad_output, *tensors[: rules.wants]):
         return grads

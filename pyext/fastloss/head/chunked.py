@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .._autograd import Grads, Needs, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, SUM, ops
-from ..formulas import ALL_IGNORED_ZERO
 from ..losses.cross_entropy import STATS, Options, rules
 from .chunks import rows_per_chunk
 
@@ -159,12 +158,10 @@ class Kept(NamedTuple):
 
     Attributes:
         rows: their indices; None: all.
-        flags: without the bit that only rows now left out would have turned off.
         poison: nan where there are more rows than max_rows, on a GPU, else 0.
     """
 
     rows: Tensor | None
-    flags: int = 0
     poison: Tensor | None = None
 
 
@@ -178,23 +175,23 @@ def _kept(t: Operands, o: HeadOptions) -> Kept:
     counts, s = _counts(t, o.of_rows()), t.sample_weight
     on_cpu = t.input.is_cpu
     if o.flags & STATS or (counts is None and s is None) or not (on_cpu or o.max_rows):
-        return Kept(None, o.flags)
+        return Kept(None)
     keep = s != 0 if counts is None else counts if s is None else counts & (s != 0)  # type: ignore[operator]
     assert isinstance(keep, Tensor)
     keep = keep.flatten(1).any(1) if keep.dim() > 1 else keep
     if o.max_rows > 0 and not on_cpu:
-        return first_rows(keep, o.max_rows)._replace(flags=o.flags)
+        return first_rows(keep, o.max_rows)
     count = int(keep.sum())
     if 0 < o.max_rows < count:
         raise ValueError(
             f"linear_cross_entropy(): max_rows is {o.max_rows}, but {count} rows count; give at least so many"
         )
     if count == keep.numel():
-        return Kept(None, o.flags)
-    flags = o.flags
-    if count == 0 and (counts is None or bool(counts.any())):
-        flags &= ~ALL_IGNORED_ZERO  # some do count, with weight 0
-    return Kept(keep.nonzero().flatten(), flags)
+        return Kept(None)
+    mean = o.reduction == MEAN and t.normalizer is None
+    if mean and count == 0 and (counts is None or bool(counts.any())):
+        return Kept(None)  # all that count have weight 0: 0 / 0, whose gradient is nan
+    return Kept(keep.nonzero().flatten())
 
 
 # -------------------------------------------------------------------------------------------------------- products
@@ -310,7 +307,7 @@ def _loss_and_gradients(t: Operands, o: HeadOptions, needs: Needs, grad_output: 
     if kept.rows is not None and not target.is_floating_point():
         target = target.to(torch.int64)  # rows of other dtypes cannot be picked everywhere
     count = x.shape[0] if kept.rows is None else kept.rows.shape[0]
-    per_row, options = o.reduction == NONE, o.of_rows()._replace(flags=kept.flags)
+    per_row, options = o.reduction == NONE, o.of_rows()
     if not per_row:
         options = options._replace(loss_dtype=DTYPE_CODES[torch.float64])  # rounded once, at the end
     products = _Products(t, o, needs)

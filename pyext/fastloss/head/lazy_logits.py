@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import HALVES, autocast_dtype, legacy_reduction
+from .._autograd import accum_dtype, attach
 from ..losses.cross_entropy import CrossEntropyStats, cross_entropy
 from ..token_log_probs import IGNORE_INDEX, token_log_probs
+from .chunked import chunk_dtype
 from .lazy import DisableTorchFunction, Lazy, Rules, autocast, rules_of
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_token_log_probs import linear_token_log_probs
@@ -127,6 +129,8 @@ class LazyLogits(Lazy):
     _bias: Tensor | None
     _state: HeadState
     _step: Step
+    _of_whole: "tuple[LazyLogits, int] | None" = None  # what it was iterated out of, and where
+    _logsumexp: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------ how it is made
 
@@ -375,7 +379,10 @@ def _unbind(func: Any, x: Any, dim: Any = 0) -> Any:
     """Of iteration too."""
     if not _row_major(x) or dim != 0 or x._form.classes == 0:
         return NotImplemented
-    return tuple(x[i] for i in range(x._hidden.shape[0]))
+    rows = tuple(x[i] for i in range(x._hidden.shape[0]))
+    for i, row in enumerate(rows):
+        row._of_whole = (x, i)
+    return rows
 
 
 def _number(value: Any) -> bool:
@@ -636,3 +643,70 @@ def _argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     if found is NotImplemented:
         return NotImplemented
     return found[1].argmax.unsqueeze(axis) if keepdim else found[1].argmax
+
+
+# -------------------------------------------------------------------------- log-probabilities as a difference, by hand
+
+
+@_rule("gather")
+def _gather(func: Any, x: Any, dim: Any, index: Any, **kwargs: Any) -> Any:
+    """Logits of a few classes for each row: products of hidden states and rows of the weight."""
+    if not _row_major(x) or x.looked_at or kwargs or type(dim) is not int or type(index) is not Tensor:
+        return NotImplemented
+    hidden, dims = x._hidden, x._hidden.dim()
+    fits = index.dtype is torch.int64 and index.shape[:-1] == hidden.shape[:-1] and index.dim() == dims
+    # No more numbers than the logits have.
+    if not fits or dim not in (-1, dims - 1) or index.shape[-1] * hidden.shape[-1] > x._weight.shape[0]:
+        return NotImplemented
+    x.require_unchanged()
+    try:
+        return _logits_at(x, index)
+    except IndexError:
+        return NotImplemented  # torch says so in its own words
+
+
+def _logits_at(x: LazyLogits, index: Tensor) -> Tensor:
+    """[..., K] for classes [..., K], rounded as the logits of a chunk are."""
+    hidden, form = x._hidden, x._form
+    wide = accum_dtype(hidden.dtype)
+    with autocast(hidden.device, None):
+        z = (hidden.to(wide).unsqueeze(-2) * F.embedding(index, x._weight).to(wide)).sum(-1)
+        if x._bias is not None:
+            z = z + x._bias[index]
+        z = z.to(chunk_dtype(hidden.device, hidden.dtype)).to(form.dtype) * form.scale
+        return z if form.cap is None else form.cap * torch.tanh(z)
+
+
+@_rule("logsumexp")
+def _log_sum_exp(func: Any, x: Any, dim: Any, keepdim: Any = False) -> Any:
+    """Over the classes. Of rows that are iterated over, for all of them at once."""
+    if not _row_major(x) or x.looked_at or 0 in x._hidden.shape or keepdim not in (False, True):
+        return NotImplemented
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        dim = dim[0]
+    if type(dim) is not int or dim not in (-1, x._form.classes):
+        return NotImplemented
+    if x._of_whole is not None and not x._of_whole[0].looked_at:
+        whole, place = x._of_whole
+        found = _log_sum_exp(func, whole, -1)
+        lse = found if found is NotImplemented else found[place]
+    else:
+        lse = _of_rows(x)
+    return lse if lse is NotImplemented or not keepdim else lse.unsqueeze(-1)
+
+
+def _of_rows(x: LazyLogits) -> Any:
+    """The value is a statistic of the loss; its derivative that of the loss of a class plus the logit of this class."""
+    x.require_unchanged()
+    kept = x._logsumexp
+    if kept is not None and kept.requires_grad == (torch.is_grad_enabled() and x.requires_grad):
+        return kept
+    with DisableTorchFunction():
+        rows = list(x.shape[:-1])
+    first = torch.zeros(rows, dtype=torch.int64, device=x._hidden.device)
+    found = _loss(cross_entropy, x, first, reduction="none", class_dim=x._form.classes, return_stats=True)
+    if found is NotImplemented:
+        return NotImplemented
+    nll, stats = found
+    x._logsumexp = attach(stats.lse.to(x._form.dtype), nll + _logits_at(x, first.unsqueeze(-1)).squeeze(-1))
+    return x._logsumexp

@@ -26,19 +26,19 @@ from .._autograd import (
     Step,
     Tensors,
     accum_dtype,
-    attach,
+    backward_of_fused,
     batched_by_legacy,
     choose,
-    differentiated_again,
-    keeps_graph,
+    differentiable,
     opaque,
     recording,
     rehearsing,
     report_step,
     saved_tensor_hooks_active,
     transforms_active,
+    version_of,
 )
-from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, ops
+from .._library import DTYPE_CODES, DTYPES, MEAN, NONE
 from .._recorded import not_scriptable
 from ..losses import _rowwise
 from ..losses.cross_entropy import STATS, CrossEntropyStats, Given, Unmade, canonical, engine, rules
@@ -51,54 +51,90 @@ _TENSORS, _OPTIONS = len(Operands._fields), len(HeadOptions._fields)
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
-def _as_operands(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> Grads:
+class _HeadRules(Rules):
+    """What the engine asks of a head to scale what forward has made, and :func:`fastloss.explain`."""
+
+    name, tensors, wants, options = "linear_cross_entropy", _TENSORS, WANTS, HeadOptions
+
+    def gradients(self, grad_output: Tensor, tensors: Tensors, o: HeadOptions, needs: Needs) -> Grads:
+        """Each chunk is computed again when its turn comes in the backward pass of these."""
+        t = chunked.with_denominators(Operands(*tensors), o.of_rows())
+        per_row, batched, step = o.reduction == NONE, batched_by_legacy(grad_output), chunked.rows_at_a_time(t, o)
+        parts: list[Grads] = []
+        with torch.autocast(t.input.device.type, enabled=False):
+            for begin in range(0, max(t.input.shape[0], 1), step):
+                rows = slice(begin, begin + step)
+                s = None if t.sample_weight is None else t.sample_weight[rows]
+                part = t._replace(input=t.input[rows], target=t.target[rows], sample_weight=s)
+                g = grad_output[rows] if per_row else grad_output
+                if batched:
+                    parts.append(_chunk_gradients(o, needs, g, *part))
+                else:
+                    again: Any = {"use_reentrant": False, "preserve_rng_state": False}
+                    parts.append(checkpoint(_chunk_gradients, o, needs, g, *part, **again))
+        found: list[Tensor | None] = []
+        for column, by_row in zip(zip(*parts, strict=True), (True, False, False, True, False), strict=True):
+            if column[0] is None:
+                found.append(None)
+            else:
+                found.append(torch.cat(column) if by_row else torch.stack(column).sum(0))  # type: ignore[arg-type]
+        return tuple(found)
+
+    def regime(self, tensors: Tensors, o: HeadOptions, path: Path) -> str:
+        rows, step = tensors[0].shape[0], chunked.rows_at_a_time(chunked.Operands(*tensors), o)
+        count = max(1, -(-rows // step))
+        dtype = str(chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])).removeprefix("torch.")
+        chunks = "one chunk" if count == 1 else f"{count} chunks"
+        return f"torch's products and cross entropy, {chunks} of {min(step, rows)} rows of logits in {dtype}"
+
+    def operators(
+        self, path: Path, tensors: Tensors, o: HeadOptions, needs: Needs
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Of a chunk, but for the last that scale."""
+        normalizer = tensors[6] if o.reduction != MEAN else True
+        of_rows = (None, *tensors[3:6], normalizer)
+        value, _ = rules.operators(Path.VALUE, of_rows, o.of_rows(), needs)
+        if not any(needs[3:]):
+            gradients: tuple[str, ...] = ("cross_entropy_forward_inplace",)
+        else:  # by probabilities or class weights as well
+            path_of_rows = (any(needs[:3]), needs[3], needs[4])
+            forward, backward = rules.operators(Path.RECOMPUTE, of_rows, o.of_rows(), path_of_rows)
+            gradients = (*forward, *backward)
+        if path is Path.FUSED:
+            return gradients, ("scale_grad_",) * sum(needs)
+        return value, gradients if any(needs) else ()
+
+    def gradient_bytes(self, tensors: Tensors, o: HeadOptions, needs: Needs) -> int:
+        """Of a chunk, whose logits become their gradient, and of the operands."""
+        if not any(needs):
+            return 0
+        held = chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])
+        step = chunked.rows_at_a_time(chunked.Operands(*tensors), o)
+        chunk = min(step, max(tensors[0].shape[0], 1)) * tensors[1].shape[0] * held.itemsize
+        sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
+        rest = sum(tensors[i].nbytes for i in (0, 3, 4) if needs[i])
+        return chunk + sums + rest
+
+
+_head_rules = _HeadRules()
+
+
+def _as_operands(grads: Grads, operands: Tensors) -> Grads:
     """Rounded once, from the dtype of their sums to that of the operands."""
-    return tuple(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True))
-
-
-def _dtypes(t: Sequence[Tensor | None]) -> tuple[torch.dtype | None, ...]:
-    return tuple(None if x is None else x.dtype for x in t[:WANTS])
+    return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, operands, strict=False))
 
 
 class LinearCrossEntropyFused(Function):
-    """The gradients for a grad_output of 1 are made in forward, chunk by chunk, and held outside the saved tensors:
-    they can be given away."""
+    """The gradients for a grad_output of 1 are made in forward, chunk by chunk, and held as the engine holds them."""
 
     @staticmethod
     def forward(ctx: Any, o: HeadOptions, *operands: Any) -> Any:
         result = chunked.loss_and_gradients(Operands(*operands), o, ctx.needs_input_grad[1 : WANTS + 1])
-        ctx.options, ctx.grads, ctx.dtypes = o, result.grads, _dtypes(operands)
-        ctx.save_for_backward(*operands)
+        ctx.held = result.grads, None, o, operands, tuple(map(version_of, operands))
         ctx.mark_non_differentiable(*result.stats)
         return (result.loss, *result.stats)
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        grads = ctx.grads
-        if grads is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: the gradient of this loss was given away the "
-                "first time. Specify retain_graph=True when calling .backward() or autograd.grad() the first time."
-            )
-        again, batched = torch.is_grad_enabled(), batched_by_legacy(grad_output)
-        batched = batched or torch._C._functorch.is_batchedtensor(grad_output)
-        if not keeps_graph():
-            ctx.grads = None
-        with torch.no_grad():
-            if batched:
-                scaled = tuple(None if g is None else g * grad_output.to(g.dtype) for g in grads)
-            elif ctx.grads is None and not again:
-                scaled = grads
-                for g in grads:
-                    if g is not None:
-                        ops.scale_grad_(g, grad_output)
-            else:
-                scaled = tuple(None if g is None else ops.scale_grad(g, grad_output) for g in grads)
-            scaled = _as_operands(scaled, ctx.dtypes)
-        if again:
-            needs = [g is not None for g in grads]
-            scaled = _differentiable(scaled, grad_output, Operands(*ctx.saved_tensors), ctx.options, needs)
-        return (None, *scaled, *[None] * (_TENSORS - WANTS))
+    backward = staticmethod(backward_of_fused(_head_rules, _as_operands))
 
 
 class LinearCrossEntropyRecompute(Function):
@@ -129,42 +165,8 @@ def _recomputed(grad_output: Tensor, t: Operands, o: HeadOptions, needs: Needs, 
             grads = _by_operator(grad_output, t, o, needs)
         else:
             grads = chunked.loss_and_gradients(t, o, needs, grad_output, value=False).grads
-        grads = _as_operands(grads, _dtypes(t))
-    if differentiated_again(grad_output, *t[:WANTS]):
-        return _differentiable(grads, grad_output, t, o, needs)
-    return grads
-
-
-# ---- second derivatives
-
-
-def _differentiable(grads: Grads, grad_output: Tensor, t: Operands, o: HeadOptions, needs: Needs) -> Grads:
-    """The same gradients, with the derivatives of their formula, of which each chunk is computed again when its turn
-    comes."""
-    t = chunked.with_denominators(t, o.of_rows())
-    per_row, batched, step = o.reduction == NONE, batched_by_legacy(grad_output), chunked.rows_at_a_time(t, o)
-    parts: list[Grads] = []
-    with torch.autocast(t.input.device.type, enabled=False):
-        for begin in range(0, max(t.input.shape[0], 1), step):
-            rows = slice(begin, begin + step)
-            s = None if t.sample_weight is None else t.sample_weight[rows]
-            part = t._replace(input=t.input[rows], target=t.target[rows], sample_weight=s)
-            g = grad_output[rows] if per_row else grad_output
-            if batched:
-                parts.append(_chunk_gradients(o, needs, g, *part))
-            else:
-                parts.append(
-                    checkpoint(_chunk_gradients, o, needs, g, *part, use_reentrant=False, preserve_rng_state=False)
-                )
-    of_rows = (True, False, False, True, False)
-    found: list[Tensor | None] = []
-    for column, value, by_row in zip(zip(*parts, strict=True), grads, of_rows, strict=True):
-        if value is None:
-            found.append(None)
-        else:
-            whole = torch.cat(column) if by_row else torch.stack(column).sum(0)  # type: ignore[arg-type]
-            found.append(attach(value, whole))
-    return tuple(found)
+        grads = _as_operands(grads, t)
+    return differentiable(_head_rules, grads, grad_output, t, o, needs)
 
 
 def _chunk_gradients(o: HeadOptions, needs: Needs, grad_output: Tensor, *operands: Any) -> Grads:
@@ -240,10 +242,9 @@ def _backward_of_recorded(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
     if any(ctx.in_forward):
         made = [kept.pop(0) if m else None for m in ctx.in_forward]
         with torch.no_grad():
-            scaled = [None if g is None else g * grad_output.to(g.dtype) for g in made]
-            grads = _as_operands(scaled, _dtypes(t))
-        if differentiated_again(grad_output, *t[:WANTS]):
-            grads = _differentiable(grads, grad_output, t, ctx.options, [g is not None for g in grads])
+            scaled = tuple(None if g is None else g * grad_output.to(g.dtype) for g in made)
+            grads = _as_operands(scaled, t)
+        grads = differentiable(_head_rules, grads, grad_output, t, ctx.options, ctx.in_forward)
     else:
         grads = _recomputed(grad_output, t, ctx.options, needs, recorded=True)
     return (*grads, *[None] * (_TENSORS - WANTS + _OPTIONS + 1))
@@ -261,50 +262,6 @@ def _is_abstract(t: Operands) -> bool:
     """Whether somebody looks at operators instead of values."""
     ordinary = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     return any(x is not None and (x.is_meta or type(x) not in ordinary) for x in t)
-
-
-class _HeadRules(Rules):
-    """What :func:`fastloss.explain` asks of a head; its autograd is above."""
-
-    name, tensors, wants, options = "linear_cross_entropy", _TENSORS, WANTS, HeadOptions
-
-    def regime(self, tensors: Tensors, o: HeadOptions, path: Path) -> str:
-        rows, step = tensors[0].shape[0], chunked.rows_at_a_time(chunked.Operands(*tensors), o)
-        count = max(1, -(-rows // step))
-        dtype = str(chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])).removeprefix("torch.")
-        chunks = "one chunk" if count == 1 else f"{count} chunks"
-        return f"torch's products and cross entropy, {chunks} of {min(step, rows)} rows of logits in {dtype}"
-
-    def operators(
-        self, path: Path, tensors: Tensors, o: HeadOptions, needs: Needs
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Of a chunk, but for the last that scale."""
-        normalizer = tensors[6] if o.reduction != MEAN else True
-        of_rows = (None, *tensors[3:6], normalizer)
-        value, _ = rules.operators(Path.VALUE, of_rows, o.of_rows(), needs)
-        if not any(needs[3:]):
-            gradients: tuple[str, ...] = ("cross_entropy_forward_inplace",)
-        else:  # by probabilities or class weights as well
-            path_of_rows = (any(needs[:3]), needs[3], needs[4])
-            forward, backward = rules.operators(Path.RECOMPUTE, of_rows, o.of_rows(), path_of_rows)
-            gradients = (*forward, *backward)
-        if path is Path.FUSED:
-            return gradients, ("scale_grad_",) * sum(needs)
-        return value, gradients if any(needs) else ()
-
-    def gradient_bytes(self, tensors: Tensors, o: HeadOptions, needs: Needs) -> int:
-        """Of a chunk, whose logits become their gradient, and of the operands."""
-        if not any(needs):
-            return 0
-        held = chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])
-        step = chunked.rows_at_a_time(chunked.Operands(*tensors), o)
-        chunk = min(step, max(tensors[0].shape[0], 1)) * tensors[1].shape[0] * held.itemsize
-        sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
-        rest = sum(tensors[i].nbytes for i in (0, 3, 4) if needs[i])
-        return chunk + sums + rest
-
-
-_head_rules = _HeadRules()
 
 
 def _path(wanted: bool, half: bool, o: HeadOptions, in_forward: bool | None) -> Path:

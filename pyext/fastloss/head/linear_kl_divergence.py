@@ -16,10 +16,13 @@ from .linear_token_log_probs import (
     budget_of,
     check_head,
     head_gradients,
+    kept_rows,
     logits_of,
+    places,
     ranges,
     refuse_recorders,
     transformed,
+    whole,
     with_derivatives,
 )
 
@@ -41,11 +44,13 @@ class _LinearKLDivergence(Function):
         student_weight: Tensor,
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
+        mask: Tensor | None,
         temperature: float,
         at_a_time: int,
     ) -> Tensor:
         rows_of_kl, wide = [], accum_dtype(student_hidden.dtype)
-        for rows in ranges(student_hidden.shape[0], at_a_time):
+        kept = None if mask is None else kept_rows(mask)
+        for rows in places(student_hidden.shape[0], at_a_time, kept):
             log_s = _logits(student_hidden[rows], student_weight, temperature, wide).log_softmax(1)
             log_t = _logits(teacher_hidden[rows], teacher_weight, temperature, wide).log_softmax(1)
             p = log_t.exp()
@@ -55,7 +60,7 @@ class _LinearKLDivergence(Function):
             rows_of_kl.append(log_t.masked_fill_(p == 0, 0.0).sum(1).clamp_(min=0))
         ctx.temperature, ctx.at_a_time = temperature, at_a_time
         ctx.save_for_backward(student_hidden, student_weight, teacher_hidden, teacher_weight)
-        return torch.cat(rows_of_kl)
+        return whole(rows_of_kl, student_hidden.shape[0], kept)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -70,7 +75,7 @@ class _LinearKLDivergence(Function):
                 for rows in ranges(student_hidden.shape[0], ctx.at_a_time)
             )
             found = with_derivatives(found, parts, _chunk_gradients)
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
     @staticmethod
     def _gradients(ctx: Any, grad_output: Tensor) -> Grads:
@@ -78,9 +83,11 @@ class _LinearKLDivergence(Function):
         student_hidden, student_weight, teacher_hidden, teacher_weight = ctx.saved_tensors
         by_hidden, by_weight = ctx.needs_input_grad[:2]
         wide = accum_dtype(student_hidden.dtype)
-        grad_hidden = torch.empty_like(student_hidden) if by_hidden else None
+        kept = kept_rows(grad_output != 0)
+        new = torch.empty_like if kept is None else torch.zeros_like
+        grad_hidden = new(student_hidden) if by_hidden else None
         grad_weight = torch.zeros_like(student_weight, dtype=wide) if by_weight else None
-        for rows in ranges(student_hidden.shape[0], ctx.at_a_time):
+        for rows in places(student_hidden.shape[0], ctx.at_a_time, kept):
             x = student_hidden[rows]
             grad = _logits(x, student_weight, ctx.temperature, wide).softmax(1)
             grad -= _logits(teacher_hidden[rows], teacher_weight, ctx.temperature, wide).softmax(1)
@@ -112,6 +119,7 @@ def _composed(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
+    mask: Tensor | None,
     temperature: float,
     at_a_time: int,
 ) -> Tensor:
@@ -134,6 +142,7 @@ def linear_kl_divergence(
     teacher_weight: Tensor,
     *,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
     reduction: str = "mean",
     memory_budget: int | None = None,
 ) -> Tensor:
@@ -150,7 +159,11 @@ def linear_kl_divergence(
         teacher_hidden: shape (..., E), as many rows.
         teacher_weight: shape (V, E), the dtype of teacher_hidden, which may be another than the student's.
         temperature: divides the logits of both.
-        reduction: ``'none'`` | ``'mean'`` (over the rows; kl_div's ``'batchmean'`` of rows) | ``'sum'``.
+        mask: shape (...), bool: the rows that count. Others (prompts, padding) have a divergence of 0, pass no gradient
+            on and are left out of a mean; on a CPU they reach no matrix product, and neither do, in backward, rows
+            without an incoming gradient. None: all count.
+        reduction: ``'none'`` | ``'mean'`` (over the rows that count, nan where none does; kl_div's ``'batchmean'`` of
+            rows) | ``'sum'``.
         memory_budget: bytes for what is in memory of both at once; by default the size of the student's hidden states,
             or 64 MiB, whichever is more.
 
@@ -196,15 +209,28 @@ def linear_kl_divergence(
         )
 
     shape = s_hidden.shape[:-1]
+    if mask is not None:
+        _arguments.require_tensor("mask", mask, function)
+        if mask.dtype is not torch.bool or mask.shape != shape:
+            raise ValueError(
+                f"{function}(): mask must be bool, one for each row, of shape {list(shape)}, got {mask.dtype} of shape "
+                f"{list(mask.shape)}; compare numbers with != 0"
+            )
+        _arguments.require_same_device(function, first, ("mask", mask))
     rows, wide = shape.numel(), accum_dtype(s_hidden.dtype)
     bytes_of_a_row = 6 * s_weight.shape[0] * wide.itemsize  # logits, their softmax, and a temporary, of both
     budget = budget_of(function, memory_budget, s_hidden)
     at_a_time = rows_within(budget, rows, bytes_of_a_row, s_hidden.device.type)
     if rows:
-        flat = s_hidden.reshape(-1, s_hidden.shape[-1]), s_weight
-        teacher = t_hidden.detach().reshape(-1, t_hidden.shape[-1]), t_weight.detach()
+        hidden, teacher = s_hidden.reshape(-1, s_hidden.shape[-1]), t_hidden.detach().reshape(-1, t_hidden.shape[-1])
+        counts = None if mask is None else mask.reshape(-1)
+        if counts is not None:  # whatever is in others, it is to make no nan
+            hidden, teacher = (t.masked_fill(~counts.unsqueeze(1), 0.0) for t in (hidden, teacher))
         run = _composed if transformed() else _LinearKLDivergence.apply
-        kl = run(*flat, *teacher, temperature, at_a_time).reshape(shape)
+        kl = run(hidden, s_weight, teacher, t_weight.detach(), counts, temperature, at_a_time).reshape(shape)
+        kl = kl if mask is None else kl.masked_fill(~mask, 0.0)
     else:
         kl = (s_hidden.sum() * s_weight.sum() * 0).to(wide).expand(shape)
+    if code == MEAN and mask is not None:
+        return kl.sum() / mask.sum()
     return kl if code == NONE else kl.mean() if code == MEAN else kl.sum()  # type: ignore[no-any-return]

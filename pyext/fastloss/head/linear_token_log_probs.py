@@ -36,6 +36,26 @@ def ranges(rows: int, at_a_time: int) -> Iterator[slice]:
         yield slice(first, min(first + at_a_time, rows))
 
 
+def kept_rows(keep: Tensor) -> Tensor | None:
+    """Indices of the rows to keep; None: all, and where to count them would wait for a GPU or for a transform."""
+    if type(keep) is not Tensor or not keep.is_cpu or torch.compiler.is_compiling() or transforms_active():
+        return None
+    if batched_by_legacy(keep) or bool(keep.all()):
+        return None
+    return keep.nonzero().flatten()
+
+
+def places(rows: int, at_a_time: int, kept: Tensor | None) -> list[Any]:
+    """Of all rows, or of those at the indices ``kept``, so many at a time: what to index by. At least one."""
+    return list(ranges(rows, at_a_time)) if kept is None else list(kept.split(at_a_time))
+
+
+def whole(column: list[Tensor], rows: int, kept: Tensor | None) -> Tensor:
+    """What was found at each of :func:`places`, along the last axis; 0 for other rows."""
+    found = torch.cat(column, -1)
+    return found if kept is None else found.new_zeros([*found.shape[:-1], rows]).index_copy_(-1, kept, found)
+
+
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden [n, D] times weight [V, D] transposed, plus bias [V]."""
     return torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
@@ -119,14 +139,14 @@ def with_derivatives(grads: Grads, parts: Iterable[tuple[Any, ...]], of_chunk: C
             found.append(of_chunk(*part))
         else:
             found.append(checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False))
-    whole: list[Tensor | None] = []
+    results: list[Tensor | None] = []
     for i, value in enumerate(grads):
         if value is None:
-            whole.append(None)
+            results.append(None)
         else:
             column: list[Any] = [chunk[i] for chunk in found]
-            whole.append(attach(value, torch.cat(column) if i == 0 else torch.stack(column).sum(0)))
-    return tuple(whole)
+            results.append(attach(value, torch.cat(column) if i == 0 else torch.stack(column).sum(0)))
+    return tuple(results)
 
 
 _INSTEAD = "fastloss.token_log_probs(torch.nn.functional.linear(input, weight, bias), index)"
@@ -135,12 +155,15 @@ _INSTEAD = "fastloss.token_log_probs(torch.nn.functional.linear(input, weight, b
 class _LinearTokenLogProbs(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Any, index: Tensor, o: Options, at_a_time: int) -> Any:
-        chunks = list(ranges(input.shape[0], at_a_time))
-        made = [values(logits_of(input[rows], weight, bias), index[rows], o) for rows in chunks]
-        log_prob = torch.cat([log_prob for log_prob, _, _ in made])
+        rows = input.shape[0]
+        kept = None if o.entropy else kept_rows(index != o.ignore_index)  # an entropy is that of all rows
+        chunks = places(rows, at_a_time, kept)
+        made = [values(logits_of(input[at], weight, bias), index[at], o) for at in chunks]
+        log_prob = whole([log_prob for log_prob, _, _ in made], rows, kept)
         entropy = torch.cat([entropy for _, _, entropy in made if entropy is not None]) if o.entropy else None
+        of_rows = whole([saved[:-2].view(2, -1) for _, saved, _ in made], rows, kept)
         ctx.options, ctx.at_a_time = o, at_a_time
-        ctx.save_for_backward(input, weight, bias, index, entropy, *(saved for _, saved, _ in made))
+        ctx.save_for_backward(input, weight, bias, index, entropy, of_rows, made[0][1][-2:])
         return (log_prob,) if entropy is None else (log_prob, entropy)
 
     @staticmethod
@@ -169,24 +192,27 @@ class _LinearTokenLogProbs(Function):
     @staticmethod
     def _gradients(ctx: Any, by_log_prob: Tensor, by_entropy: Tensor | None) -> Grads:
         """By input, weight and bias, by the kernels."""
-        input, weight, bias, index, entropy, *saved = ctx.saved_tensors
+        input, weight, bias, index, entropy, of_rows, of_all = ctx.saved_tensors
         wide = accum_dtype(input.dtype)
         by_input, by_weight, by_bias = ctx.needs_input_grad[:3]
-        grad_input = torch.empty_like(input) if by_input else None
+        live = (by_log_prob != 0) & (index != ctx.options.ignore_index)
+        kept = kept_rows(live if by_entropy is None else live | (by_entropy != 0))
+        new = torch.empty_like if kept is None else torch.zeros_like
+        grad_input = new(input) if by_input else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if by_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if by_bias else None
-        for rows, of_chunk in zip(ranges(input.shape[0], ctx.at_a_time), saved, strict=True):
-            x = input[rows]
+        for at in places(input.shape[0], ctx.at_a_time, kept):
+            x = input[at]
             grad = gradient(
-                by_log_prob[rows],
-                None if by_entropy is None else by_entropy[rows],
-                of_chunk,
-                None if entropy is None else entropy[rows],
+                by_log_prob[at],
+                None if by_entropy is None else by_entropy[at],
+                torch.cat((of_rows[:, at].flatten(), of_all)),
+                None if entropy is None else entropy[at],
                 logits_of(x, weight, bias),
-                index[rows],
+                index[at],
                 ctx.options,
             )
-            add_gradients(grad, x, weight, rows, grad_input, grad_weight, grad_bias)
+            add_gradients(grad, x, weight, at, grad_input, grad_weight, grad_bias)
         return (
             grad_input,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -233,7 +259,7 @@ def add_gradients(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    rows: slice,
+    rows: slice | Tensor,
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None = None,
@@ -270,7 +296,8 @@ def linear_token_log_probs(
         input: hidden states, shape (..., D); float32, float64, float16 or bfloat16. Under autocast all three are
             converted, as torch.nn.functional.linear does.
         weight: the head's matrix, shape (V, D), the dtype of the input.
-        index: tokens, shape (...), any integer dtype.
+        index: tokens, shape (...), any integer dtype. On a CPU rows of ``ignore_index`` reach no matrix product, unless
+            their entropies are asked for; nor, in backward, rows without an incoming gradient.
         bias: shape (V), the dtype of the input.
         temperature, softcap, return_entropy, ignore_index: as in :func:`fastloss.token_log_probs`.
         memory_budget: bytes for the logits that are in memory at once, with their gradient; by default the size of the
