@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._arguments import is_dtensor
 from .._library import DTYPE_CODES
 from .lazy import Lazy
 from .lazy_logits import HeadState, LazyLogits, Step
@@ -120,9 +121,25 @@ def _why_plain(head: torch.nn.Linear, state: HeadState, input: Tensor) -> tuple[
         return "the head has backward hooks, which want the gradient by its output", True
     if reason := _unfit(head):
         return reason, True
+    if is_dtensor(head.weight):
+        reason = _why_unfit_input(head.weight, input)
+        return reason, reason is not None
     if type(input) not in (Tensor, torch.nn.Parameter) or input.dim() == 0:
         return f"its input is a {type(input).__name__}, not a plain tensor", True
     return None, False
+
+
+def _why_unfit_input(weight: Any, input: Any) -> str | None:
+    """Why the logits of these DTensors cannot be lazy, or None."""
+    if not is_dtensor(input) or input.dim() == 0 or input.device_mesh != weight.device_mesh:
+        return "its weight is a DTensor and its input is none, or on another mesh"
+    for w, x in zip(weight.placements, input.placements, strict=True):
+        if not x.is_replicate() and (w.is_shard() or not x.is_shard(0)):
+            return (
+                f"its weight is a DTensor in the placements {tuple(weight.placements)} and its input one in "
+                f"{tuple(input.placements)}; the input may be Replicate, or Shard(0) where the weight is Replicate"
+            )
+    return None
 
 
 def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
@@ -152,13 +169,44 @@ def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
         if hasattr(t, "ds_id"):
             return f"its {name} is partitioned by DeepSpeed ZeRO-3; use stage 1 or 2"
         plain = type(t) in (Tensor, torch.nn.Parameter) and type(t.data) is Tensor
-        if not plain and not (sharded and type(t.data).__name__ == "DTensor"):
-            return f"its {name} is a {type(t.data).__name__} (sharded or quantised), not a plain tensor"
+        if not plain and not is_dtensor(t):
+            return f"its {name} is a {type(t.data).__name__} (quantised?), not a plain tensor"
+        if is_dtensor(t) and (reason := _unfit_layout(head, name, t, sharded)):
+            return reason
         if t.dtype not in DTYPE_CODES:
             return f"its {name} is {t.dtype} (quantised?); float32, float64, float16 and bfloat16 will do"
         if t.numel() == 0 and name == "weight":
             return f"its weight has the shape {list(t.shape)}: its numbers are elsewhere (sharded?)"
     return None
+
+
+def _unfit_layout(head: torch.nn.Linear, name: str, t: Any, sharded: bool) -> str | None:
+    """Why a loss could not be computed from a tensor-parallel head, or None."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    kinds = [type(p) for p in t.placements]
+    fine = kinds.count(Shard) <= 1 and set(kinds) <= {Shard, Replicate} and all(p != Shard(1) for p in t.placements)
+    if not sharded and not fine:
+        return (
+            f"its {name} is a DTensor in the placements {tuple(t.placements)}; classes may be sharded over one axis of "
+            "the mesh (ColwiseParallel), anything else is to be replicated"
+        )
+    for layouts, local in _outputs(head):
+        if local and not all(p.is_replicate() for p in layouts):
+            return (
+                f"its tensor-parallel style makes a plain tensor of this rank's part of the logits, {tuple(layouts)}. "
+                "Give it use_local_output=False (the loss is then a DTensor), or output_layouts=Replicate()"
+            )
+    return None
+
+
+def _outputs(head: torch.nn.Module) -> Iterator[tuple[tuple[Any, ...], bool]]:
+    """Layouts and use_local_output of the styles of torch.distributed.tensor.parallel that were applied to it."""
+    for hook in head._forward_hooks.values():
+        for cell in getattr(hook, "__closure__", None) or ():
+            style = cell.cell_contents
+            if isinstance(style, functools.partial) and getattr(style.func, "__name__", "") == "_prepare_output_fn":
+                yield style.args[0], style.args[1]
 
 
 def _is_fsdp(module: torch.nn.Module) -> bool:
@@ -263,8 +311,13 @@ class LazyHead:
             :func:`fastloss.restore_head` does.
 
         Raises:
-            NotImplementedError: for a head that is wrapped by PEFT, quantised, sharded (ZeRO-3, DTensor) or no plain
-                ``torch.nn.Linear``; nothing is changed then.
+            NotImplementedError: for a head that is wrapped by PEFT, quantised, sharded (ZeRO-3) or no plain
+                ``torch.nn.Linear``, and for tensor parallelism other than by classes or with this rank's part of the
+                logits as a plain tensor; nothing is changed then.
+
+        The head of a tensor-parallel model (``ColwiseParallel``) gives logits that are not made either, as a DTensor,
+        or with ``output_layouts=Replicate()`` as a plain tensor of all classes. No logits travel between ranks then:
+        the loss is that of :func:`fastloss.parallel.linear_cross_entropy`.
             ValueError: no such head. TypeError: ``model`` is no module.
 
         Instead of ``compiled=True`` the body alone can be compiled (``model.model.compile()``): head and loss then stay
