@@ -14,11 +14,11 @@ pytest.importorskip("safetensors", reason="safetensors, for what transformers lo
 STEPS, SAMPLES, LENGTH, CLASSES = 4, 4, 7, 41  # two ranks have 21 and 20 classes
 
 
-def config():
+def config(heads=2):
     from transformers import LlamaConfig
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaConfig(vocab_size=CLASSES, num_key_value_heads=2, max_position_embeddings=32, **sizes)
+    return LlamaConfig(vocab_size=CLASSES, num_key_value_heads=heads, max_position_embeddings=32, **sizes)
 
 
 def batch(step):
@@ -66,6 +66,39 @@ def curves(rank, group, path, plan):
         report = fastloss.patch_report()
     alone = train(AutoModelForCausalLM.from_pretrained(path).train()) if rank == 0 else None
     return curve, dict(report.served), alone
+
+
+def lazy_curves(rank, group, path):
+    """Tensor parallel 4: the loss from hidden states and shards of the head's weight."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    parallel = DistributedConfig(tp_plan="auto", tp_size=2, dp_replicate_size=1, fsdp_size=2)
+    with pytest.raises(NotImplementedError, match="fully_shard on its own"):  # transformers shards head and norm as one
+        fastloss.lazy_head(AutoModelForCausalLM.from_pretrained(path, distributed_config=parallel))
+    parallel = DistributedConfig(tp_plan="auto", tp_size=4)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=parallel).train()
+    own = model.lm_head.forward
+    fastloss.lazy_head(model)
+    curve = train(model)
+    report = fastloss.lazy_head.report(model)
+    assert report.fused and report.losses == 1, report
+    model.eval()
+    with torch.no_grad():
+        assert type(model(input_ids=batch(0)[0]).logits) is torch.Tensor
+    assert fastloss.restore_head(model).lm_head.forward is own
+    return curve, train(AutoModelForCausalLM.from_pretrained(path).train()) if rank == 0 else None
+
+
+def test_a_lazy_head_on_a_tensor_parallel_llama(team, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(config(heads=4)).save_pretrained(tmp_path)
+    found = team.run(lazy_curves, 4, str(tmp_path))
+    for curve, _ in found:
+        torch.testing.assert_close(torch.tensor(curve), torch.tensor(found[0][1]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_llama_trains_to_the_curve_of_one_process(team, tmp_path):

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -53,13 +53,16 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
     """What a lazy head does in place of ``torch.nn.Linear.forward``."""
     state: HeadState = getattr(head, _STATE)
     if torch.compiler.is_compiling():
-        return type(head).forward(head, input) if _outside is None or not state.compiled else _outside(head, input)
+        return _plain(head, input) if _outside is None or not state.compiled else _outside(head, input)
+    given, style = input, None if state.forward is None else _transformers_style(state.forward)
+    if style is not None:  # what its forward does around the product
+        (input,), _ = style.layer.transform_inputs_pre_forward(head, (input,), {}, style.mesh)
     reason, urgent = _why_plain(head, state, input)
     if reason is not None:
         state.step = Step(plain=reason)
         if urgent:
             state.say("forward", f"fastloss.lazy_head: the head gives ordinary logits: {reason}")
-        return type(head).forward(head, input)
+        return _plain(head, given)
     hidden: Tensor = input
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
@@ -74,12 +77,40 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
             "torch.nn.DataParallel have no lazy head: use DistributedDataParallel, or fastloss.restore_head(model)"
         )
     if hidden.dtype is not weight.dtype:
-        return type(head).forward(head, input)  # which says so
+        return _plain(head, given)  # which says so
     logits = LazyLogits.from_head(state, hidden, weight, bias)
+    if style is not None:
+        gathered = logits.redistribute(placements=[style.layer.output_layouts])
+        return cast(Tensor, gathered.to_local() if style.layer.use_local_output else gathered)
     if type(head).forward is torch.nn.Linear.forward:
         return logits
     with _Returning(logits):
         return type(head).forward(head, input)
+
+
+def _plain(head: torch.nn.Linear, input: Tensor) -> Tensor:
+    """What the head would give by itself."""
+    state: HeadState = getattr(head, _STATE)
+    return type(head).forward(head, input) if state.forward is None else state.forward(input)
+
+
+class _Style(NamedTuple):
+    """How transformers runs a tensor-parallel layer."""
+
+    layer: Any
+    mesh: Any
+
+
+def _transformers_style(forward: Any) -> _Style | None:
+    """Of a forward that transformers has put around a head's, to shard it by classes; None: of another one."""
+    code = getattr(forward, "__code__", None)
+    if getattr(forward, "__module__", None) != "transformers.distributed.tensor_parallel" or code is None:
+        return None
+    held = dict(zip(code.co_freevars, (cell.cell_contents for cell in forward.__closure__ or ()), strict=True))
+    layer, original = held.get("self"), held.get("original_forward")
+    if type(layer).__name__ != "ColwiseParallel" or getattr(original, "__func__", None) is not torch.nn.Linear.forward:
+        return None
+    return _Style(layer, held["mesh"])
 
 
 _outside: Callable[[torch.nn.Linear, Tensor], Tensor] | None = None
@@ -161,7 +192,7 @@ def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
     if type(head).forward is not torch.nn.Linear.forward and not _extends_linear(head):
         return f"{kind} has a forward of its own (a quantised layer?); only a plain torch.nn.Linear will do"
     own = head.__dict__.get("forward")
-    if own is not None and getattr(own, "func", None) is not _forward:
+    if own is not None and getattr(own, "func", None) is not _forward and _transformers_style(own) is None:
         return f"its forward was replaced by {own!r} (offloading by accelerate?); undo that first"
     for name, t in (("weight", head.weight), ("bias", head.bias)):
         if t is None:
@@ -201,7 +232,10 @@ def _unfit_layout(head: torch.nn.Linear, name: str, t: Any, sharded: bool) -> st
 
 
 def _outputs(head: torch.nn.Module) -> Iterator[tuple[tuple[Any, ...], bool]]:
-    """Layouts and use_local_output of the styles of torch.distributed.tensor.parallel that were applied to it."""
+    """Layouts and use_local_output of the tensor-parallel styles, torch's or transformers', applied to it."""
+    style = _transformers_style(head.__dict__.get("forward"))
+    if style is not None:
+        yield (style.layer.output_layouts,), style.layer.use_local_output
     for hook in head._forward_hooks.values():
         for cell in getattr(hook, "__closure__", None) or ():
             style = cell.cell_contents
@@ -337,7 +371,9 @@ class LazyHead:
             raise NotImplementedError(f"lazy_head(): the head cannot be lazy: {reason}. The model was left as it is.")
         if compiled:
             _break_graphs()
-        found.__dict__[_STATE] = HeadState(evaluation, options, compiled)
+        before = found.__dict__.get("forward")
+        before = found.__dict__[_STATE].forward if getattr(before, "func", None) is _forward else before
+        found.__dict__[_STATE] = HeadState(evaluation, options, compiled, before)
         # Not a bound method: those of an instance cannot be pickled or copied with it.
         found.__dict__["forward"] = functools.partial(_forward, cast(torch.nn.Linear, found))
         if not hasattr(type(model), "__enter__"):
@@ -382,5 +418,8 @@ def restore_head(model: Model) -> Model:
         The model itself.
     """
     for head in list(_heads(model)):
-        del head.__dict__[_STATE], head.__dict__["forward"]
+        state: HeadState = head.__dict__.pop(_STATE)
+        del head.__dict__["forward"]
+        if state.forward is not None:
+            head.__dict__["forward"] = state.forward
     return model

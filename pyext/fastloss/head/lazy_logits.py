@@ -51,6 +51,7 @@ class HeadState:
     evaluation: bool
     options: Any
     compiled: bool = False
+    forward: Any = None  # that of its own which it had before
     step: Step | None = None
     said: set[tuple[str, str, int]] = field(default_factory=set)
 
