@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fastloss import parallel
+from fastloss.head import chunked
 from ranks import Collectives
 from test_parallel import OPTIONS, close, cuts, problem, raised, same_bits
 
@@ -206,3 +207,30 @@ def test_log_probabilities_and_entropies(team):
     team.run(log_probs, 3, False)
     team.run(log_probs, 3, True)
     team.run(log_probs, 2, True, True)
+
+
+def products(rank, group, budget):
+    """How often logits are made, forward and backward together, backward twice; the gradients of the two."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((8, 5), (6 + rank, 5)))
+    target, made = torch.randint(13, (8,), generator=g), []
+    counted = chunked._Products.logits
+    try:
+        chunked._Products.logits = lambda self, rows, out: (made.append(len(rows)), counted(self, rows, out))[1]
+        sizes = [6, 7]
+        loss = parallel.linear_cross_entropy(x, w, target, group, shard_sizes=sizes, memory_budget=budget)
+        first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+        once = len(made)
+        for a, b in zip(first, torch.autograd.grad(loss, (x, w)), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        chunked._Products.logits = counted
+    return made[:once]
+
+
+def test_logits_that_fit_the_budget_are_made_once(team):
+    """Others twice, a chunk at a time: 2 rows of 8 bytes and 7 classes, in forward and in backward."""
+    for made in team.run(products, 2, None):
+        assert made == [8]
+    for made in team.run(products, 2, 150):
+        assert len(made) > 2 and sum(made) == 16

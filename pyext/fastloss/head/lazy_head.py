@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._arguments import is_dtensor
 from .._library import DTYPE_CODES
 from .lazy import Lazy
 from .lazy_logits import HeadState, LazyLogits, Step
@@ -52,13 +53,16 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
     """What a lazy head does in place of ``torch.nn.Linear.forward``."""
     state: HeadState = getattr(head, _STATE)
     if torch.compiler.is_compiling():
-        return type(head).forward(head, input) if _outside is None or not state.compiled else _outside(head, input)
+        return _plain(head, input) if _outside is None or not state.compiled else _outside(head, input)
+    given, style = input, None if state.forward is None else _transformers_style(state.forward)
+    if style is not None:  # what its forward does around the product
+        (input,), _ = style.layer.transform_inputs_pre_forward(head, (input,), {}, style.mesh)
     reason, urgent = _why_plain(head, state, input)
     if reason is not None:
         state.step = Step(plain=reason)
         if urgent:
             state.say("forward", f"fastloss.lazy_head: the head gives ordinary logits: {reason}")
-        return type(head).forward(head, input)
+        return _plain(head, given)
     hidden: Tensor = input
     weight: Tensor = head.weight
     bias: Tensor | None = head.bias
@@ -73,12 +77,40 @@ def _forward(head: torch.nn.Linear, input: Tensor) -> Tensor:
             "torch.nn.DataParallel have no lazy head: use DistributedDataParallel, or fastloss.restore_head(model)"
         )
     if hidden.dtype is not weight.dtype:
-        return type(head).forward(head, input)  # which says so
+        return _plain(head, given)  # which says so
     logits = LazyLogits.from_head(state, hidden, weight, bias)
+    if style is not None:
+        gathered = logits.redistribute(placements=[style.layer.output_layouts])
+        return cast(Tensor, gathered.to_local() if style.layer.use_local_output else gathered)
     if type(head).forward is torch.nn.Linear.forward:
         return logits
     with _Returning(logits):
         return type(head).forward(head, input)
+
+
+def _plain(head: torch.nn.Linear, input: Tensor) -> Tensor:
+    """What the head would give by itself."""
+    state: HeadState = getattr(head, _STATE)
+    return type(head).forward(head, input) if state.forward is None else state.forward(input)
+
+
+class _Style(NamedTuple):
+    """How transformers runs a tensor-parallel layer."""
+
+    layer: Any
+    mesh: Any
+
+
+def _transformers_style(forward: Any) -> _Style | None:
+    """Of a forward that transformers has put around a head's, to shard it by classes; None: of another one."""
+    code = getattr(forward, "__code__", None)
+    if getattr(forward, "__module__", None) != "transformers.distributed.tensor_parallel" or code is None:
+        return None
+    held = dict(zip(code.co_freevars, (cell.cell_contents for cell in forward.__closure__ or ()), strict=True))
+    layer, original = held.get("self"), held.get("original_forward")
+    if type(layer).__name__ != "ColwiseParallel" or getattr(original, "__func__", None) is not torch.nn.Linear.forward:
+        return None
+    return _Style(layer, held["mesh"])
 
 
 _outside: Callable[[torch.nn.Linear, Tensor], Tensor] | None = None
@@ -120,9 +152,25 @@ def _why_plain(head: torch.nn.Linear, state: HeadState, input: Tensor) -> tuple[
         return "the head has backward hooks, which want the gradient by its output", True
     if reason := _unfit(head):
         return reason, True
+    if is_dtensor(head.weight):
+        reason = _why_unfit_input(head.weight, input)
+        return reason, reason is not None
     if type(input) not in (Tensor, torch.nn.Parameter) or input.dim() == 0:
         return f"its input is a {type(input).__name__}, not a plain tensor", True
     return None, False
+
+
+def _why_unfit_input(weight: Any, input: Any) -> str | None:
+    """Why the logits of these DTensors cannot be lazy, or None."""
+    if not is_dtensor(input) or input.dim() == 0 or input.device_mesh != weight.device_mesh:
+        return "its weight is a DTensor and its input is none, or on another mesh"
+    for w, x in zip(weight.placements, input.placements, strict=True):
+        if not x.is_replicate() and (w.is_shard() or not x.is_shard(0)):
+            return (
+                f"its weight is a DTensor in the placements {tuple(weight.placements)} and its input one in "
+                f"{tuple(input.placements)}; the input may be Replicate, or Shard(0) where the weight is Replicate"
+            )
+    return None
 
 
 def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
@@ -144,7 +192,7 @@ def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
     if type(head).forward is not torch.nn.Linear.forward and not _extends_linear(head):
         return f"{kind} has a forward of its own (a quantised layer?); only a plain torch.nn.Linear will do"
     own = head.__dict__.get("forward")
-    if own is not None and getattr(own, "func", None) is not _forward:
+    if own is not None and getattr(own, "func", None) is not _forward and _transformers_style(own) is None:
         return f"its forward was replaced by {own!r} (offloading by accelerate?); undo that first"
     for name, t in (("weight", head.weight), ("bias", head.bias)):
         if t is None:
@@ -152,13 +200,47 @@ def _unfit(head: torch.nn.Module, sharded: bool = False) -> str | None:
         if hasattr(t, "ds_id"):
             return f"its {name} is partitioned by DeepSpeed ZeRO-3; use stage 1 or 2"
         plain = type(t) in (Tensor, torch.nn.Parameter) and type(t.data) is Tensor
-        if not plain and not (sharded and type(t.data).__name__ == "DTensor"):
-            return f"its {name} is a {type(t.data).__name__} (sharded or quantised), not a plain tensor"
+        if not plain and not is_dtensor(t):
+            return f"its {name} is a {type(t.data).__name__} (quantised?), not a plain tensor"
+        if is_dtensor(t) and (reason := _unfit_layout(head, name, t, sharded)):
+            return reason
         if t.dtype not in DTYPE_CODES:
             return f"its {name} is {t.dtype} (quantised?); float32, float64, float16 and bfloat16 will do"
         if t.numel() == 0 and name == "weight":
             return f"its weight has the shape {list(t.shape)}: its numbers are elsewhere (sharded?)"
     return None
+
+
+def _unfit_layout(head: torch.nn.Linear, name: str, t: Any, sharded: bool) -> str | None:
+    """Why a loss could not be computed from a tensor-parallel head, or None."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    kinds = [type(p) for p in t.placements]
+    fine = kinds.count(Shard) <= 1 and set(kinds) <= {Shard, Replicate} and all(p != Shard(1) for p in t.placements)
+    if not sharded and not fine:
+        return (
+            f"its {name} is a DTensor in the placements {tuple(t.placements)}; classes may be sharded over one axis of "
+            "the mesh (ColwiseParallel), anything else is to be replicated"
+        )
+    for layouts, local in _outputs(head):
+        if local and not all(p.is_replicate() for p in layouts):
+            return (
+                f"its tensor-parallel style makes a plain tensor of this rank's part of the logits, {tuple(layouts)}. "
+                "Give it use_local_output=False (the loss is then a DTensor), or output_layouts=Replicate()"
+            )
+    return None
+
+
+def _outputs(head: torch.nn.Module) -> Iterator[tuple[tuple[Any, ...], bool]]:
+    """Layouts and use_local_output of the tensor-parallel styles, torch's or transformers', applied to it."""
+    style = _transformers_style(head.__dict__.get("forward"))
+    if style is not None:
+        yield (style.layer.output_layouts,), style.layer.use_local_output
+    for hook in head._forward_hooks.values():
+        for cell in getattr(hook, "__closure__", None) or ():
+            style = cell.cell_contents
+            if isinstance(style, functools.partial) and getattr(style.func, "__name__", "") == "_prepare_output_fn":
+                yield style.args[0], style.args[1]
 
 
 def _is_fsdp(module: torch.nn.Module) -> bool:
@@ -263,8 +345,13 @@ class LazyHead:
             :func:`fastloss.restore_head` does.
 
         Raises:
-            NotImplementedError: for a head that is wrapped by PEFT, quantised, sharded (ZeRO-3, DTensor) or no plain
-                ``torch.nn.Linear``; nothing is changed then.
+            NotImplementedError: for a head that is wrapped by PEFT, quantised, sharded (ZeRO-3) or no plain
+                ``torch.nn.Linear``, and for tensor parallelism other than by classes or with this rank's part of the
+                logits as a plain tensor; nothing is changed then.
+
+        The head of a tensor-parallel model (``ColwiseParallel``) gives logits that are not made either, as a DTensor,
+        or with ``output_layouts=Replicate()`` as a plain tensor of all classes. No logits travel between ranks then:
+        the loss is that of :func:`fastloss.parallel.linear_cross_entropy`.
             ValueError: no such head. TypeError: ``model`` is no module.
 
         Instead of ``compiled=True`` the body alone can be compiled (``model.model.compile()``): head and loss then stay
@@ -284,7 +371,9 @@ class LazyHead:
             raise NotImplementedError(f"lazy_head(): the head cannot be lazy: {reason}. The model was left as it is.")
         if compiled:
             _break_graphs()
-        found.__dict__[_STATE] = HeadState(evaluation, options, compiled)
+        before = found.__dict__.get("forward")
+        before = found.__dict__[_STATE].forward if getattr(before, "func", None) is _forward else before
+        found.__dict__[_STATE] = HeadState(evaluation, options, compiled, before)
         # Not a bound method: those of an instance cannot be pickled or copied with it.
         found.__dict__["forward"] = functools.partial(_forward, cast(torch.nn.Linear, found))
         if not hasattr(type(model), "__enter__"):
@@ -329,5 +418,8 @@ def restore_head(model: Model) -> Model:
         The model itself.
     """
     for head in list(_heads(model)):
-        del head.__dict__[_STATE], head.__dict__["forward"]
+        state: HeadState = head.__dict__.pop(_STATE)
+        del head.__dict__["forward"]
+        if state.forward is not None:
+            head.__dict__["forward"] = state.forward
     return model

@@ -195,6 +195,8 @@ def _of_lazy_logits(x: LazyLogits, dim: Any, dtype: Any) -> LazyLogProbs | None:
     axis, dims = x._form.classes, x.dim()
     if x.looked_at or type(dim) is not int or dims < 2 or not -dims <= dim < dims or dim % dims != axis:
         return None
+    if x._form.placed is not None:  # a DTensor's log-probabilities are DTensor's own
+        return None
     return _begun(x, axis, dtype) if _takes(dtype, x) else None
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._arguments import HALVES, autocast_dtype, legacy_reduction
+from .._arguments import HALVES, autocast_dtype, is_dtensor, legacy_reduction
 from .._autograd import accum_dtype, attach
 from ..losses.cross_entropy import CrossEntropyStats, cross_entropy
 from ..token_log_probs import IGNORE_INDEX, token_log_probs
@@ -53,6 +53,7 @@ class HeadState:
     evaluation: bool
     options: Any
     compiled: bool = False
+    forward: Any = None  # that of its own which it had before
     step: Step | None = None
     said: set[tuple[str, str, int]] = field(default_factory=set)
 
@@ -75,18 +76,25 @@ def _caller() -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Form:
-    """``z = scale * linear(hidden, weight, bias)``, or ``cap * tanh(z)``, in ``dtype``, classes on axis ``classes``."""
+    """``z = scale * linear(hidden, weight, bias)``, or ``cap * tanh(z)``, in ``dtype``, classes on axis ``classes``.
+
+    ``placed``: of hidden states and a weight that are DTensors, the placements; None there: all of it, a plain tensor.
+    """
 
     classes: int
     dtype: torch.dtype
     scale: float = 1.0
     cap: float | None = None
     copies: int = 1  # tensors of this size that torch would have made so far
+    placed: tuple[Any, ...] | None = None
 
     def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The tensor that this is the form of."""
-        z = F.linear(hidden.movedim(self.classes, -1), weight, bias).to(self.dtype) * self.scale
-        return (z if self.cap is None else self.cap * torch.tanh(z)).movedim(-1, self.classes)
+        z: Any = F.linear(hidden.movedim(self.classes, -1), weight, bias).to(self.dtype) * self.scale
+        z = (z if self.cap is None else self.cap * torch.tanh(z)).movedim(-1, self.classes)
+        if is_dtensor(z):
+            z = z.full_tensor() if self.placed is None else z.redistribute(placements=self.placed)
+        return cast(Tensor, z)
 
 
 class _Origin(torch.autograd.Function):
@@ -137,7 +145,8 @@ class LazyLogits(Lazy):
     @staticmethod
     def from_head(state: HeadState, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "LazyLogits":
         """The output of a head."""
-        form = Form(hidden.dim() - 1, hidden.dtype)
+        classes = hidden.dim() - 1
+        form = Form(classes, hidden.dtype, placed=_placements(hidden, weight, classes))
         state.step = Step()
         return _new(form, hidden, weight, bias, state, state.step, None, lambda _: F.linear(hidden, weight, bias))
 
@@ -147,7 +156,54 @@ class LazyLogits(Lazy):
         """Another one, which torch would make of this one's logits by ``how``."""
         form = replace(self._form, copies=self._form.copies + copies, **changes)
         hidden, weight, bias = operands or (self._hidden, self._weight, self._bias)
+        if form.placed is not None and operands is not None:
+            by_class = [p.is_shard(self._form.classes) for p in form.placed]
+            whole = _placements(hidden, weight, form.classes) or ()
+            gathered = [
+                p if kept or not p.is_shard(form.classes) else old
+                for kept, p, old in zip(by_class, whole, form.placed, strict=True)
+            ]
+            form = replace(form, placed=tuple(gathered))
         return _new(form, hidden, weight, bias, self._state, self._step, self, how)
+
+    # What the hooks of a tensor-parallel layer ask a DTensor.
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        """Of logits that are a DTensor."""
+        if self._form.placed is None:
+            raise AttributeError("these logits are a plain tensor, without placements")
+        return self._form.placed
+
+    @property
+    def device_mesh(self) -> Any:
+        """Of logits that are a DTensor."""
+        if self._form.placed is None:
+            raise AttributeError("these logits are a plain tensor, without a device mesh")
+        return cast(Any, self._weight).device_mesh
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, **kwargs: Any) -> Any:
+        """With the classes gathered: no logits travel for it before somebody looks. Anything else makes them."""
+        classes, dims = self._form.classes, self._hidden.dim()
+        placed = tuple(type(p)(p.dim % dims) if p.is_shard() else p for p in placements or ())
+        pairs = list(zip(self.placements, placed, strict=False))
+        if kwargs.keys() - {"async_op"} or len(placed) != len(self.placements):
+            pairs = []
+        if not pairs or any(new != old and not (new.is_replicate() and old.is_shard(classes)) for old, new in pairs):
+            return cast(Any, self.make("redistribute")).redistribute(device_mesh, placements, **kwargs)
+        return self.derive(lambda z: cast(Any, z).redistribute(device_mesh, placements, **kwargs), placed=placed)
+
+    def to_local(self, **kwargs: Any) -> Any:
+        """All of it as a plain tensor, where every rank has all; else this rank's part, which is made."""
+        if kwargs or not all(p.is_replicate() for p in self.placements):
+            return cast(Any, self.make("to_local")).to_local(**kwargs)
+        return self.derive(lambda z: cast(Any, z).to_local(), placed=None)
+
+    def full_tensor(self, **kwargs: Any) -> Any:
+        """All of it on every rank, a plain tensor."""
+        if kwargs or self._form.placed is None:
+            return cast(Any, self.make("full_tensor")).full_tensor(**kwargs)
+        return self.derive(lambda z: cast(Any, z).full_tensor(), placed=None)
 
     def _announce(self, operation: str) -> None:
         if not self.root().noted:
@@ -166,7 +222,8 @@ class LazyLogits(Lazy):
         """Raises if hidden states or weight are no longer what they were in the head's forward."""
         names = "the hidden states", "the head's weight", "the head's bias"
         for name, (t, version) in zip(names, self._versions, strict=False):
-            if t.untyped_storage().size() == 0 and t.numel() and t.device.type != "meta":
+            held = cast(Any, t)._local_tensor if is_dtensor(t) else t
+            if held.untyped_storage().size() == 0 and held.numel() and t.device.type != "meta":
                 raise RuntimeError(
                     f"fastloss.lazy_head: {name} were freed since the head's forward (sharded again?), so the logits "
                     "cannot be made. Read them before, or call fastloss.restore_head(model)"
@@ -177,6 +234,14 @@ class LazyLogits(Lazy):
                     "the logits of that forward cannot be made any more. Read them before, or call "
                     "fastloss.restore_head(model)"
                 )
+
+
+def _placements(hidden: Any, weight: Any, classes: int) -> tuple[Any, ...] | None:
+    """Of the logits that DTensors make; None for plain tensors."""
+    if not is_dtensor(weight):
+        return None
+    pairs = zip(weight.placements, hidden.placements, strict=True)
+    return tuple(type(w)(classes) if w.is_shard() else x for w, x in pairs)
 
 
 def _new(
@@ -408,6 +473,8 @@ def _div(func: Any, x: Any, other: Any) -> Any:
 def _scaled(x: Any, factor: Any, how: Callable[[Tensor], Tensor], invert: bool = False) -> Any:
     if not isinstance(x, LazyLogits) or isinstance(factor, LazyLogits):
         return NotImplemented
+    if is_dtensor(x._weight) and isinstance(factor, Tensor):
+        return NotImplemented
     form = x._form
     if _number(factor):
         if form.cap is None:
@@ -435,6 +502,8 @@ def _scaled(x: Any, factor: Any, how: Callable[[Tensor], Tensor], invert: bool =
 def _per_class(x: Any, other: Any) -> bool:
     """Whether ``other`` has a number for each class and is the same for every row."""
     if not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not _row_major(x) or x._form.cap is not None:
+        return False
+    if is_dtensor(x._weight):
         return False
     if other.dim() == 0 or other.dim() > x._hidden.dim() or other.numel() != other.shape[-1]:
         return False
@@ -561,6 +630,9 @@ def _loss(
     if counted:
         _count(x, wanted)
     loss, stats = result if return_stats else (result, None)
+    if form.placed is None and is_dtensor(x._weight):
+        loss = loss.full_tensor()
+        stats = None if stats is None else CrossEntropyStats(*(cast(Any, t).full_tensor() for t in stats))
     loss = loss.to(ours.get("loss_dtype") or wanted)
     if reduction == "none":
         loss = loss.reshape(rows)
@@ -594,6 +666,8 @@ def _token_log_probs(
     """Log-probabilities and entropies from hidden states and weight."""
     x = logits
     if not _row_major(x) or x.looked_at or isinstance(index, LazyLogits) or 0 in x._hidden.shape:
+        return NotImplemented
+    if is_dtensor(x._weight):
         return NotImplemented
     form = x._form
     wide = form.dtype is x._hidden.dtype or (form.dtype is torch.float32 and x._hidden.dtype in HALVES)

@@ -3,7 +3,8 @@
 Forward makes this rank's logits a chunk of rows at a time, takes their statistics and forgets them; one all-gather of
 the statistics of all rows follows. Backward makes each chunk again, now with what all ranks know, turns it into its
 gradient, and starts the sum over the ranks of the input's gradient before it computes the weight's, so that the sum of
-one chunk travels while the next is computed. Four products in all; ``head/chunked.py`` has them.
+one chunk travels while the next is computed. Four products in all; ``head/chunked.py`` has them. Logits that are one
+chunk altogether fit the budget: they are kept for backward, and three products are left.
 """
 
 import math
@@ -77,8 +78,8 @@ def _all_rows(x: Tensor, call: Call, head: Head) -> Tensor:
 
 def _numbers(
     x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, head: Head, t: Operands, layout: Any
-) -> Tensor:
-    """What this rank sends of all rows, from logits a chunk at a time."""
+) -> tuple[Tensor, Tensor | None]:
+    """What this rank sends of all rows, from logits a chunk at a time; and all of them, where they are one chunk."""
     products = _products(x, weight, bias, head, (False,) * 3)
     step = head.rows(x.shape[0], x.shape[1], weight.shape[0], x.device)
     z = x.new_empty([min(step, max(x.shape[0], 1)), weight.shape[0]], dtype=products.held)
@@ -88,7 +89,7 @@ def _numbers(
         part = z[: rows.stop - begin]
         products.logits(products.cast(x[rows]), part)
         found.append(numbers_of(call, layout, part, t.target[rows], t.weight))
-    return torch.cat(found, 1)
+    return torch.cat(found, 1), z if len(found) == 1 else None
 
 
 class ParallelLinearCrossEntropy(Function):
@@ -100,16 +101,17 @@ class ParallelLinearCrossEntropy(Function):
     ) -> Any:
         t = Operands(*operands)
         everything = _all_rows(x, call, head).detach()
+        kept: Tensor | None = None
+
+        def make(layout: Any) -> Tensor:
+            nonlocal kept
+            numbers, kept = _numbers(everything, weight, bias, call, head, t, layout)
+            return numbers
+
         with torch.autocast(x.device.type, enabled=False):
-            m = merged(
-                call,
-                t,
-                [everything.shape[0]],
-                weight.shape[0],
-                lambda layout: _numbers(everything, weight, bias, call, head, t, layout),
-            )
+            m = merged(call, t, [everything.shape[0]], weight.shape[0], make)
         ctx.call, ctx.head, ctx.layout = call, head, m.layout
-        ctx.save_for_backward(x, weight, bias, t.target, m.weight, t.sample_weight, m.row.saved, m.row.entropy)
+        ctx.save_for_backward(x, weight, bias, t.target, m.weight, t.sample_weight, m.row.saved, m.row.entropy, kept)
         return results(ctx, call, m, t.target)
 
     @staticmethod
@@ -126,7 +128,7 @@ class ParallelLinearCrossEntropy(Function):
 def _backward(
     ctx: Any, grad_output: Tensor | None, by_entropy: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias, target, class_weight, sample_weight, saved, entropy = ctx.saved_tensors
+    x, weight, bias, target, class_weight, sample_weight, saved, entropy, kept = ctx.saved_tensors
     call, head, layout = ctx.call, ctx.head, ctx.layout
     everything = _all_rows(x, call, head).detach()
     count, features = everything.shape
@@ -135,7 +137,11 @@ def _backward(
     products = _products(everything, weight, bias, head, needs[:3])
     # Every rank makes the same chunks, for each of which there is a collective.
     step = max(1, head.rows(count, features, max(layout.sizes), x.device) // ranks)
-    z = x.new_empty([ranks * min(step, max(mine, 1)), weight.shape[0]], dtype=products.held)
+    z = (
+        None
+        if kept is not None
+        else x.new_empty([ranks * min(step, max(mine, 1)), weight.shape[0]], dtype=products.held)
+    )
     per_row, ends = saved[:-2].view(-1, count), saved[-2:]
     grad_x = x.new_empty([mine, features], dtype=products.held) if needs[0] else None
     grad_target = torch.empty_like(target, memory_format=torch.contiguous_format) if needs[3] else None
@@ -148,8 +154,11 @@ def _backward(
             return whole.view(ranks, mine, *whole.shape[1:])[:, rows].flatten(0, 1)
 
         x_rows = products.cast(pick(everything))
-        part = z[: x_rows.shape[0]]
-        products.logits(x_rows, part)
+        if z is None:
+            part = pick(kept[:count])
+        else:
+            part = z[: x_rows.shape[0]]
+            products.logits(x_rows, part)
         g = grad_output if grad_output is None or grad_output.dim() == 0 else pick(grad_output)
         h, by_h = (None, None) if by_entropy is None else (pick(entropy), pick(by_entropy))
         s = None if sample_weight is None else pick(sample_weight)
@@ -277,7 +286,8 @@ def linear_cross_entropy(
     r""":func:`fastloss.linear_cross_entropy` with a head whose classes are sharded over the ranks of a process group.
 
     The logits of this rank's classes are made a chunk of rows at a time, twice: for the statistics in forward, for the
-    gradients in backward. Nothing of their size is kept. Forward has the all-gather of
+    gradients in backward. Only logits that are one chunk altogether, and so fit ``memory_budget``, are kept instead of
+    made again. Forward has the all-gather of
     :func:`fastloss.parallel.cross_entropy`. Backward sums the input's gradient over the ranks, one all-reduce for each
     chunk, which travels while the weight's gradient is computed: the gradient of ``input`` is the whole one, so nothing
     else may sum it again (no ``copy_to_tensor_parallel_region`` before the head).
