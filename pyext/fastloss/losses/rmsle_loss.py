@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .._autograd import accum_dtype
 from .._library import NONE
+from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
 from . import _pointwise
 
