@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 _REDUCTION_NAMES = {code: name for name, code in REDUCTIONS.items()}
 
 
+NO_GRAPH = (
+    "fastloss.parallel reads what the other ranks say, which no graph can hold: leave out fullgraph=True, so that the "
+    "graph breaks at the loss, or compile the model without its loss"
+)
+
+
 class Call(NamedTuple):
     """What a call is made with, beside tensors; the same on every rank.
 
@@ -289,7 +295,10 @@ def results(ctx: Any, call: Call, m: Merged, target: Tensor) -> tuple[Tensor, ..
 
 def no_second_derivatives(function: str, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The same, which raise where somebody asks for their derivatives."""
-    message = f"{function}(): has no second derivatives, which would need what the other ranks know"
+    message = (
+        f"{function}(): has no second derivatives, which would need what the other ranks know; gather the logits of "
+        "all ranks (torch.distributed.nn.functional.all_gather) and give them to fastloss.cross_entropy"
+    )
     refuse = torch._C._functions.DelayedError(message, 1)
     return tuple(None if g is None else refuse(g.detach().requires_grad_()) for g in grads)
 
@@ -460,7 +469,7 @@ def _check_weight(function: str, weight: Tensor, classes: int, soft: bool, shard
 
 
 # Collectives, and what a rank reads of the others: nothing that torch.compile could look into.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=NO_GRAPH)  # type: ignore[untyped-decorator]
 def run(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded) -> Any:
     """The loss that ``function`` asks for."""
     refuse_rehearsal(function)

@@ -25,6 +25,7 @@ from ..head.linear_cross_entropy import _flattened, _integer, _logits_dtype
 from ..losses.cross_entropy import CrossEntropyStats, Given, Options, Unmade
 from . import _exchange
 from .cross_entropy import (
+    NO_GRAPH,
     Call,
     Operands,
     Sharded,
@@ -199,7 +200,7 @@ def _start_sum(partial: Tensor, out: Tensor, call: Call, head: Head) -> Any:
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=NO_GRAPH)  # type: ignore[untyped-decorator]
 def run(
     function: str,
     input: Tensor,
