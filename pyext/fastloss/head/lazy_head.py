@@ -348,11 +348,11 @@ class LazyHead:
             NotImplementedError: for a head that is wrapped by PEFT, quantised, sharded (ZeRO-3) or no plain
                 ``torch.nn.Linear``, and for tensor parallelism other than by classes or with this rank's part of the
                 logits as a plain tensor; nothing is changed then.
+            ValueError: no such head. TypeError: ``model`` is no module.
 
         The head of a tensor-parallel model (``ColwiseParallel``) gives logits that are not made either, as a DTensor,
         or with ``output_layouts=Replicate()`` as a plain tensor of all classes. No logits travel between ranks then:
         the loss is that of :func:`fastloss.parallel.linear_cross_entropy`.
-            ValueError: no such head. TypeError: ``model`` is no module.
 
         Instead of ``compiled=True`` the body alone can be compiled (``model.model.compile()``): head and loss then stay
         outside.
