@@ -587,3 +587,16 @@ def test_module_and_patch():
         fastloss.LinearCrossEntropyLoss(5, 7, weight=torch.rand(3))
     further = fastloss.LinearCrossEntropyLoss(5, 7, z_loss=0.1)
     assert "z_loss=0.1" in repr(further) and further(torch.randn(4, 5), torch.zeros(4, dtype=torch.long)).dim() == 0
+
+
+@pytest.mark.parametrize("return_stats", (False, True))
+def test_all_targets_ignored(return_stats, device):
+    """nan, with a gradient of 0 as from logits: the ratio of count and weights, which the z-loss needs, is 0 / 0."""
+    x, w = (torch.randn(n, 4, device=device, requires_grad=True) for n in (3, 5))
+    t, weight = torch.full((3,), -100, device=device), torch.rand(5, device=device)
+    options = {"weight": weight, "z_loss": 0.3, "label_smoothing": 0.1, "return_stats": return_stats}
+    result = fastloss.linear_cross_entropy(x, w, t, **options)
+    loss = result[0] if return_stats else result
+    assert loss.isnan()
+    for grad in torch.autograd.grad(loss, (x, w)):
+        assert not grad.any()

@@ -131,7 +131,8 @@ def with_denominators(t: Operands, o: Options) -> Operands:
     total = torch.where(counts, shares * t.weight.detach().double()[index], 0.0).sum()
     if not o.z_loss:
         return t._replace(normalizer=total)
-    return t._replace(weight=(t.weight * (count / total)).to(t.weight.dtype), normalizer=count)
+    ratio = torch.where(count > 0, count / total, 1.0)  # rows that are ignored have a gradient of 0, not nan
+    return t._replace(weight=(t.weight * ratio).to(t.weight.dtype), normalizer=count)
 
 
 def _raise_for_bad_targets(t: Operands, o: Options) -> None:
