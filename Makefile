@@ -11,7 +11,7 @@
 # make check-libraries   fastloss.check over the losses of public libraries, as far as they are installed in .venv or in
 #              LIBRARIES=folder; each finding must have been judged in docs/check_libraries.md
 # make clients   trainings of public programs with and without fastloss.patch(), as far as they are installed in .venv or in
-#              LIBRARIES=folder[:folder]; writes docs/clients.md
+#              LIBRARIES=folder[:folder], of which each program sees the first that has it; writes docs/clients.md
 # make clean   removes what was built, but for .venv
 #
 # Parts of make test, by themselves: make build, lint, test-python, abi-audit, cuda-report (registers and spills of the
@@ -192,7 +192,7 @@ check-libraries: build/extension-here
 	PYTHONPATH="$(if $(LIBRARIES),pyext:$(LIBRARIES),pyext)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) tools/check_libraries.py
 
 clients: build/extension-here
-	PYTHONPATH="$(if $(LIBRARIES),pyext:$(LIBRARIES),pyext)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) tools/clients.py
+	LIBRARIES="$(LIBRARIES)" PYTHONPATH="pyext$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) tools/clients.py
 
 format: $(VENV)/test.stamp
 	ruff check --fix $(PY_FILES)
