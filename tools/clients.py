@@ -2,9 +2,9 @@
 
 Each client trains a tiny random model twice from the same seed, without the patch and under
 ``patch(report=True, log_softmax=True)``, in a process of its own. LIBRARIES names folders that pip filled with
-``--target``, separated by colons. A client's process sees one of them, the first that has the client's package and where
-it can be imported, or none: what one folder has does not break a client of another. A client that cannot be imported
-anywhere is listed with the reason.
+``--target``, separated by colons. A client's process sees one of them, the first that has the client's package and
+where it can be imported, or none: what one folder has does not break a client of another. A client that cannot be
+imported anywhere is listed with the reason.
 
     python tools/clients.py            # all, and writes docs/clients.md
     python tools/clients.py fastai     # one client, printed only
@@ -292,8 +292,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     if unmeasured:
         share += (
             f"\n\nNot measured here: {', '.join(unmeasured)}.\n"
-            "The share says nothing of them: for them the goal, 95 % of the calls, is untested. The reasons stand below.\n"
-            "A skipped one could not be imported; torchvision for one loads only with the torch that it was built for."
+            "The share says nothing of them: for them the goal, 95 % of the calls, is untested.\n"
+            "The reasons stand below. A skipped one could not be imported; torchvision loads only with the torch that it was built for."
         )
     missing = ["", "| client | not measured |", "|---|---|", *left] if left else []
     return "\n".join(
