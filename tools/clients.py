@@ -293,7 +293,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         share += (
             f"\n\nNot measured here: {', '.join(unmeasured)}.\n"
             "The share says nothing of them: for them the goal, 95 % of the calls, is untested.\n"
-            "The reasons stand below. A skipped one could not be imported; torchvision loads only with the torch that it was built for."
+            "The reasons stand below. "
+            "A skipped one could not be imported; torchvision loads only with the torch that it was built for."
         )
     missing = ["", "| client | not measured |", "|---|---|", *left] if left else []
     return "\n".join(
