@@ -97,7 +97,7 @@ def lightning_trainer() -> list[float]:
 
     curve: list[float] = []
 
-    class Module(lightning.LightningModule):
+    class Module(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(8, 3)
