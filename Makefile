@@ -10,6 +10,8 @@
 # make site    the site in build/site: all of docs/ and the API reference; a warning or a link that leads nowhere fails
 # make check-libraries   fastloss.check over the losses of public libraries, as far as they are installed in .venv or in
 #              LIBRARIES=folder; each finding must have been judged in docs/check_libraries.md
+# make clients   trainings of public programs with and without fastloss.patch(), as far as they are installed in .venv or in
+#              LIBRARIES=folder[:folder], of which each program sees the first that has it; writes docs/clients.md
 # make clean   removes what was built, but for .venv
 #
 # Parts of make test, by themselves: make build, lint, test-python, abi-audit, cuda-report (registers and spills of the
@@ -45,7 +47,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 PY_FILES := setup.py pyext tests tools docs/conf.py docs/notebooks $(wildcard bench)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-further judge-head asan emulated-asan emulated-tsan mutants bench docs site gpu wheel test-wheel check-libraries format clean
+.PHONY: help demo build test test-builds test-python lint abi-audit cuda-report judge judge-losses judge-further judge-head asan emulated-asan emulated-tsan mutants bench docs site gpu wheel test-wheel check-libraries clients format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -188,6 +190,9 @@ test-wheel: build/dist/.built
 
 check-libraries: build/extension-here
 	PYTHONPATH="$(if $(LIBRARIES),pyext:$(LIBRARIES),pyext)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) tools/check_libraries.py
+
+clients: build/extension-here
+	LIBRARIES="$(LIBRARIES)" PYTHONPATH="pyext$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) tools/clients.py
 
 format: $(VENV)/test.stamp
 	ruff check --fix $(PY_FILES)

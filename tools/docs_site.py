@@ -30,12 +30,14 @@ def build(folder: Path) -> int:
 def public_names() -> Iterator[str]:
     """By module, as users write them."""
     import fastloss.diagnosis
+    import fastloss.integrations.transformers
     import fastloss.parallel
     import fastloss.testing
 
     modules: tuple[ModuleType, ...] = (
         fastloss,
         fastloss.diagnosis,
+        fastloss.integrations.transformers,
         fastloss.parallel,
         fastloss.plot,
         fastloss.rows,
