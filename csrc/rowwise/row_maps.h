@@ -43,10 +43,6 @@ namespace fastloss {
 namespace FASTLOSS_ISA {
 
 template <class V>
-struct MappedNll {
-  V value, slope;  // g, g'
-};
-template <class V>
 struct MappedRow {
   V nll, slope, level;
 };
@@ -54,7 +50,7 @@ struct MappedRow {
 // Focal loss (Lin et al., 2017): g(l) = u^gamma l with u = 1 - e^-l, gamma >= 0; g' = u^gamma + gamma u^(gamma - 1)
 // e^-l l.
 template <class V>
-FASTLOSS_HD MappedNll<V> focal_map(V l, lane_t<V> gamma) {
+FASTLOSS_HD Slope<V> focal_map(V l, lane_t<V> gamma) {
   const V zero{};
   l = l < zero ? zero : l;  // rounding, and probabilities that are none
   const V rest = exp_of(-l);
@@ -65,7 +61,7 @@ FASTLOSS_HD MappedNll<V> focal_map(V l, lane_t<V> gamma) {
 // Poly-1 (Leng et al., 2022): g(l) = l + epsilon (1 - e^-l), epsilon >= -1; g' = 1 + epsilon e^-l, which is
 // u + (1 + epsilon) e^-l.
 template <class V>
-FASTLOSS_HD MappedNll<V> poly1_map(V l, lane_t<V> epsilon) {
+FASTLOSS_HD Slope<V> poly1_map(V l, lane_t<V> epsilon) {
   const lane_t<V> one = lane_t<V>(1);
   const V rest = exp_of(-l), u = one_minus_exp(l, rest);
   return {l + epsilon * u, epsilon < lane_t<V>(0) ? u + (one + epsilon) * rest : one + epsilon * rest};
@@ -73,21 +69,21 @@ FASTLOSS_HD MappedNll<V> poly1_map(V l, lane_t<V> epsilon) {
 
 // Generalized cross entropy (Zhang & Sabuncu, 2018): g(l) = (1 - e^-q l) / q, 0 < q <= 1; g' = e^-q l.
 template <class V>
-FASTLOSS_HD MappedNll<V> generalized_cross_entropy_map(V l, lane_t<V> q) {
+FASTLOSS_HD Slope<V> generalized_cross_entropy_map(V l, lane_t<V> q) {
   const V rest = exp_of(-q * l);
   return {one_minus_exp(q * l, rest) / q, rest};
 }
 
 // Token-scaled cross entropy: p l with p = e^-l, which is taken as a constant.
 template <class V>
-FASTLOSS_HD MappedNll<V> token_scaled_map(V l) {
+FASTLOSS_HD Slope<V> token_scaled_map(V l) {
   const V p = exp_of(-l);
   return {p > V{} ? p * l : p - p, p};
 }
 
 // g(l) of the map, whose parameters are a and b.
 template <class V>
-FASTLOSS_HD MappedNll<V> mapped_nll(RowMap map, V l, lane_t<V> a, lane_t<V> b) {
+FASTLOSS_HD Slope<V> mapped_nll(RowMap map, V l, lane_t<V> a, lane_t<V> b) {
   (void)b;  // no map has two yet
   switch (map) {
     case RowMap::focal: return focal_map(l, a);
@@ -104,7 +100,7 @@ FASTLOSS_HD MappedNll<V> mapped_nll(RowMap map, V l, lane_t<V> a, lane_t<V> b) {
 template <class V>
 FASTLOSS_HD MappedRow<V> mapped_row(RowMap map, V mass, V mean, lane_t<V> a, lane_t<V> b) {
   const V zero{};
-  const MappedNll<V> g = mapped_nll(map, mean, a, b);
+  const Slope<V> g = mapped_nll(map, mean, a, b);
   // Where the mean is infinite, g is bounded and the slope 0, or g is l and the level 0.
   const V endless = g.slope == zero ? g.value : zero * g.slope;
   const V level = mean - mean == zero ? g.value - mean * g.slope : endless;

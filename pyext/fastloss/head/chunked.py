@@ -198,13 +198,19 @@ def _kept(t: Operands, o: HeadOptions) -> Kept:
 # -------------------------------------------------------------------------------------------------------- products
 
 
+def rows_that_fit(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, budget: int | None) -> int:
+    """Rows of a chunk of logits of this dtype, as they are held; ``size``: rows, features, columns."""
+    held = chunk_dtype(device, dtype)
+    return rows_per_chunk(*size, itemsize=held.itemsize, device=device.type, budget=budget)
+
+
 def rows_at_a_time(t: Operands, o: HeadOptions) -> int:
     """Rows of a chunk: computed where the sizes are known, for a recorded program takes others."""
     if o.rows:
         return o.rows
-    held = chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
-    size = *t.input.shape, t.linear_weight.shape[0]
-    return rows_per_chunk(*size, itemsize=held.itemsize, device=t.input.device.type, budget=o.budget or None)
+    rows, features = t.input.shape
+    size = rows, features, t.linear_weight.shape[0]
+    return rows_that_fit(size, DTYPES[o.logits_dtype], t.input.device, o.budget or None)
 
 
 # Whether this CPU multiplies matrices of a 16-bit dtype faster than those of float32.
@@ -517,5 +523,6 @@ __all__ = [
     "loss_and_gradients",
     "row_shape",
     "rows_at_a_time",
+    "rows_that_fit",
     "with_denominators",
 ]

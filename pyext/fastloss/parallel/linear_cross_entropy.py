@@ -20,7 +20,6 @@ from .. import _arguments
 from .._autograd import accum_dtype, refuse_rehearsal
 from .._library import DTYPE_CODES, NONE
 from ..head import chunked
-from ..head.chunks import rows_per_chunk
 from ..head.linear_cross_entropy import _flattened, _integer, _logits_dtype
 from ..losses.cross_entropy import CrossEntropyStats, Given, Options, Unmade
 from . import _exchange
@@ -53,8 +52,7 @@ class Head(NamedTuple):
 
     def rows(self, rows: int, features: int, columns: int, device: torch.device) -> int:
         """Of a chunk."""
-        held = chunked.chunk_dtype(device, self.dtype)
-        return rows_per_chunk(rows, features, columns, itemsize=held.itemsize, device=device.type, budget=self.budget)
+        return chunked.rows_that_fit((rows, features, columns), self.dtype, device, self.budget)
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, needs: Sequence[bool]) -> Any:
