@@ -195,8 +195,8 @@ def charbonnier_loss(x: Tensor, t: Tensor, eps: float = 1e-3) -> Tensor:
     return ((x - t) ** 2 + eps**2).sqrt()
 
 
-def quantile_loss(x: Tensor, t: Tensor, q: Tensor) -> Tensor:
-    """q (t - x) above, (1 - q) (x - t) below."""
+def quantile_loss(x: Tensor, t: Tensor, q: Any = 0.5) -> Tensor:
+    """q (t - x) above, (1 - q) (x - t) below; q a number, or a tensor of them."""
     d = t - x
     return torch.where(d > 0, q * d, torch.where(d < 0, (q - 1) * d, d * 0.0))
 
@@ -253,7 +253,8 @@ FORMULAS: dict[str, Formula] = {
     "kl_div": Formula(kl_div, ("log_target", "share")),
     "cosine_distance_loss": Formula(_cosine_terms, ("eps",), _cosine_finish),
     "charbonnier_loss": Formula(charbonnier_loss, ("eps",)),
-    "quantile_loss": Formula(quantile_loss),
+    "quantile_loss": Formula(quantile_loss, ("q",)),
+    "quantiles_loss": Formula(quantile_loss),
     "rmsle_loss": Formula(rmsle_loss, (), _root),
     "sigmoid_focal_loss": Formula(sigmoid_focal_loss, ("alpha", "gamma")),
     "asymmetric_loss": Formula(asymmetric_loss, ("gamma_pos", "gamma_neg", "clip")),

@@ -101,16 +101,28 @@ struct Charbonnier : ResidualLoss {
   }
 };
 
-// Pinball loss of the quantile q: q (t - x) where t > x, (1 - q)(x - t) elsewhere; operands x, t, q
-struct Quantile : PlainLoss {
+// Pinball loss of the quantile q = p[0]: -q d where d < 0, (1 - q) d elsewhere; without a gradient at 0
+struct Quantile : ResidualLoss {
   static constexpr const char* name = "quantile_loss";
+  static constexpr int params = 1;
+  static constexpr bool streams = false;
+  template <class V>
+  static constexpr Slope<V> of(V d, const ParamsOf<V>& p) {
+    const lane_t<V> zero = lane_t<V>(0), below = -p[0], above = lane_t<V>(1) - p[0];
+    return {d < zero ? below * d : above * d, d < zero ? V{} + below : d > zero ? V{} + above : V{}};
+  }
+};
+
+// The same of a quantile for each element; operands x, t, q
+struct Quantiles : PlainLoss {
+  static constexpr const char* name = "quantiles_loss";
   static constexpr int operands = 3;
   template <class V>
   static constexpr Jet<V, 3> of(const V (&operand)[3], const ParamsOf<V>&) {
     const lane_t<V> zero = lane_t<V>(0), one = lane_t<V>(1);
-    const V d = operand[1] - operand[0], q = operand[2];
-    const V slope = d > zero ? q : d < zero ? q - one : V{};
-    return {d > zero ? q * d : (q - one) * d, -slope, slope, d};
+    const V d = operand[0] - operand[1], q = operand[2];
+    const V slope = d < zero ? -q : d > zero ? one - q : V{};
+    return {d < zero ? -q * d : (one - q) * d, slope, -slope, -d};
   }
 };
 
@@ -135,7 +147,7 @@ struct Rmsle : PlainLoss {
 template <>
 struct LossesOf<LossGroup::regression> {
   using type = LossList<  //
-      L1, Mse, Rmse, SmoothL1, Huber, LogCosh, RelativeL1, Charbonnier, Quantile, Rmsle>;
+      L1, Mse, Rmse, SmoothL1, Huber, LogCosh, RelativeL1, Charbonnier, Quantile, Quantiles, Rmsle>;
 };
 
 }  // namespace FASTLOSS_ISA

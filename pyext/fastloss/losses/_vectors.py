@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments
-from .._library import DTYPE_CODES
+from .._library import DTYPE_CODES, MEAN, SUM
 from . import _pointwise
 
 
@@ -14,18 +14,26 @@ def checked(
     function: str, vectors: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None
 ) -> list[Tensor] | None:
     """The vectors, in one shape; None where torch's own composition is to take the call, or to refuse it."""
-    every = {**vectors, **(others or {})}
-    for name, t in every.items():
+    named = {**vectors, **others} if others else vectors
+    for name, t in named.items():
         _arguments.require_tensor(name, t, function)
-    given = list(vectors.values())
-    _arguments.require_supported_tensors(function, *every.values())
-    if any(t.device != given[0].device for t in every.values()):
+    given, every = list(vectors.values()), named.values()
+    _arguments.require_supported_tensors(function, *every)
+    first = given[0]
+    shape, device = first.shape, first.device
+    if not 1 <= len(shape) <= _pointwise.MAX_DIMS:
         return None
-    if any(t.dtype not in DTYPE_CODES for t in given) or not 1 <= given[0].dim() <= _pointwise.MAX_DIMS:
-        return None
-    if all(t.shape == given[0].shape for t in given):  # of sizes that a recorder knows by name no set can be made
+    same = True
+    for t in every:
+        if t.device != device:
+            return None
+    for t in given:
+        if t.dtype not in DTYPE_CODES:
+            return None
+        same = same and t.shape == shape
+    if same:  # of sizes that a recorder knows by name no set can be made
         return given
-    if any(t.dim() != given[0].dim() or t.shape[-1] != given[0].shape[-1] for t in given):
+    if any(t.dim() != len(shape) or t.shape[-1] != shape[-1] for t in given):
         return None
     try:
         return list(torch.broadcast_tensors(*given))
@@ -37,15 +45,16 @@ def run(
     loss: str, vectors: Sequence[Tensor], reduction: int, params: Sequence[float], rows: Tensor | None = None
 ) -> Tensor:
     """The loss of vectors that are checked; ``rows`` is an operand of a number for each, which may be more."""
-    dtype = vectors[0].dtype
-    for t in vectors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
+    shape, dtype = vectors[0].shape, vectors[0].dtype
+    for t in vectors:
+        if t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
     dtype = _arguments.autocast_dtype(dtype, vectors[0].device)
     if rows is not None:
-        shape = vectors[0].shape
         if rows.shape != shape[:-1]:
             shape = torch.Size((*torch.broadcast_shapes(rows.shape, shape[:-1]), shape[-1]))
             vectors = [t.expand(shape) for t in vectors]
         vectors = [*vectors, rows.unsqueeze(-1).expand(shape)]
-    x = _pointwise.Operands(vectors[0], vectors[1], None, None, reduction, 0.0, dtype, tuple(vectors[2:]))
-    return _pointwise.loss_of_groups(loss, x, [vectors[0].dim() - 1], params)
+    tensors = (*vectors, *[None] * (_pointwise.OPERANDS + 2 - len(vectors)))
+    each = _pointwise.run(tensors, loss, params, SUM, dtype, len(shape) - 1)
+    return each.mean() if reduction == MEAN else each.sum() if reduction == SUM else each

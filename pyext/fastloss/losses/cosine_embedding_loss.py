@@ -63,7 +63,9 @@ def cosine_embedding_loss(
     pairs = target.dim()
     if vectors is None or pairs > 1 or not input1.dim() == input2.dim() == pairs + 1:
         return torch.cosine_embedding_loss(input1, input2, target, margin, code)
-    rows = target.detach() if target.is_floating_point() else target.to(input1.dtype)
+    rows = target.detach() if target.requires_grad else target
+    if not rows.is_floating_point():
+        rows = rows.to(input1.dtype)
     return _vectors.run(name, vectors, code, (margin,), rows=rows)
 
 

@@ -285,6 +285,13 @@ def given(arguments: Mapping[str, Any]) -> Given:
     return Given(*values)
 
 
+def _is_usual(g: Given) -> bool:
+    """Whether everything but weight and reduction was left at its default."""
+    numbers = type(g.label_smoothing) is type(g.z_loss) is type(g.logit_scale) is float  # no tensors
+    return numbers and g.sample_weight is g.normalizer is None and g.ignore_index == -100 and g[3:] == _AT_DEFAULT
+
+
+_AT_DEFAULT = Given()[3:]
 # Of a call that leaves everything but the reduction at its default.
 _USUAL_OPTIONS = {
     (reduction, dtype): Options(code, DTYPE_CODES[dtype])
@@ -293,7 +300,15 @@ _USUAL_OPTIONS = {
 }
 
 
-def _usual(input: Any, target: Any, weight: Any, reduction: Any, label_smoothing: float) -> Tensor | None:
+def _usual(
+    input: Any,
+    target: Any,
+    weight: Any,
+    reduction: Any,
+    label_smoothing: float = 0.0,
+    row_map: int = 0,
+    map_a: float = 0.0,
+) -> Tensor | None:
     """The loss where nothing else is given and :func:`run` would find nothing to say or do: the common calls, for small
     inputs' sake. None where it might."""
     try:
@@ -313,8 +328,8 @@ def _usual(input: Any, target: Any, weight: Any, reduction: Any, label_smoothing
     o = _USUAL_OPTIONS.get((reduction, input.dtype))
     if o is None or (input.is_cuda and errors.immediate_errors()):
         return None
-    if label_smoothing:
-        o = o._replace(label_smoothing=label_smoothing)
+    if label_smoothing or row_map:
+        o = o._replace(label_smoothing=label_smoothing, row_map=row_map, map_a=map_a)
     elif weight is None:
         return engine.plain(input, target, o, o.reduction != NONE)
     if weight is not None and not (
@@ -603,6 +618,10 @@ def run(
         if margins != (0.0, 0.0):
             raise NotImplementedError(f"{function}(): cosines as DTensor are not supported; pass input.full_tensor()")
         return dtensor.run(function, input, target, g, row_map, map_a)
+    if row_map and margins == (0.0, 0.0) and _is_usual(g):
+        loss = _usual(input, target, g.weight, g.reduction, 0.0, row_map, map_a)
+        if loss is not None:
+            return loss
     tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_a, margins)
     logits, target = tensors[:2]
     if logits.shape[1] == 0 and target.is_floating_point():  # nothing to sum over: 0, and 0 / 0 for the mean
@@ -722,8 +741,7 @@ def cross_entropy(
         return record("cross_entropy", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
-    usual = sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
-    usual = usual and loss_dtype is None
+    usual = sample_weight is normalizer is softcap is class_dim is grad_in_forward is loss_dtype is None
     usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
     usual = usual and 0.0 <= label_smoothing <= 1.0 and z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
     usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"

@@ -68,6 +68,11 @@ def quantile_loss(
         )
     if recording():
         return record("quantile_loss", locals())
+    if not isinstance(quantile, Tensor):
+        quantile = _arguments.as_float(name, "quantile", quantile)
+        if not 0 < quantile < 1:
+            raise ValueError(f"{name}(): quantile must be between 0 and 1, and neither, got {quantile}")
+        return pointwise_loss(name, input, target, reduction, weight, sample_weight, mask, params=(quantile,))
     require(name, "input", input)
     require(name, "target", target)
     q = _quantiles(name, input, quantile)
@@ -86,17 +91,14 @@ def quantile_loss(
                 f"{list(input.shape)}, whose last dimension is that of the quantiles"
             ) from None
     further = {"quantile": q}
-    return pointwise_loss(name, input, target, reduction, weight, sample_weight, mask, further=further)
+    return pointwise_loss(
+        name, input, target, reduction, weight, sample_weight, mask, loss="quantiles_loss", further=further
+    )
 
 
-def _quantiles(name: str, input: Tensor, quantile: Tensor | float | None) -> Tensor:
+def _quantiles(name: str, input: Tensor, quantile: Tensor) -> Tensor:
     """The quantiles as an operand, which does not raise the loss's dtype."""
     dtype = accum_dtype(input.dtype)
-    if not isinstance(quantile, Tensor):
-        quantile = _arguments.as_float(name, "quantile", quantile)
-        if not 0 < quantile < 1:
-            raise ValueError(f"{name}(): quantile must be between 0 and 1, and neither, got {quantile}")
-        return torch.full((), quantile, dtype=dtype, device=input.device)
     if quantile.dim() > 1 or not quantile.is_floating_point() or quantile.dtype not in DTYPE_CODES:
         raise ValueError(
             f"{name}(): quantile must be a number or a tensor of shape (Q) of floating dtype, got {quantile.dtype} of "

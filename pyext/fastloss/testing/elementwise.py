@@ -72,7 +72,7 @@ def _samples(
 
 def _quantile(x: Tensor, t: Tensor, quantile: Any = 0.5) -> Tensor:
     q = torch.as_tensor(quantile, dtype=torch.float64, device=x.device)
-    return FORMULAS["quantile_loss"].terms(x, t, q)  # type: ignore[no-any-return]
+    return FORMULAS["quantiles_loss"].terms(x, t, q)  # type: ignore[no-any-return]
 
 
 def _relative(symmetric: bool) -> Callable[..., Tensor]:
