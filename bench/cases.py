@@ -296,7 +296,10 @@ class Problem:
             self.x, self.target = self.x.abs(), self.target.abs()
         self.options: dict[str, Any] = {}  # of the loss, by the names that torch and fastloss share
         if case.loss == TRIPLET:
-            self.options["negative"] = normal(*case.shape)
+            negative = normal(*case.shape)
+            hinge = 1 + (self.x - self.target).norm(dim=-1) - (self.x - negative).norm(dim=-1)
+            negative[hinge.abs() < 1e-3] *= 2  # at the kink rounding decides whether a row has a gradient
+            self.options["negative"] = negative
         if case.loss == COSINE:
             self.options["target"] = (normal(case.shape[0]) > 0).to(dtype) * 2 - 1
         if case.loss in _FURTHER:

@@ -172,11 +172,21 @@ TESTS = (
 )
 
 
-def passes(module: Path, mutant: int = 0, quiet: bool = True, limit: float = 600) -> bool:
+# By the beginning of a kernel's file: the tests that are its own, which see a fault there soonest.
+OWN = {
+    "pointwise/": "test_pointwise_core",
+    "rowwise/dice_loss": "test_dice_core",
+    "rowwise/divergence": "test_divergence_core",
+    "rowwise/token_log_probs": "test_token_log_probs_core",
+}
+
+
+def passes(module: Path, mutant: int = 0, quiet: bool = True, limit: float = 600, where: str = "") -> bool:
     """Does the short form of the emulated tests pass, each file within so many seconds? A fault may also make it run
     forever. A process for each file or part: ThreadSanitizer keeps memory for every CUDA thread there ever was."""
     output = subprocess.DEVNULL if quiet else None
-    for name, part in TESTS:
+    own = next((tests for beginning, tests in OWN.items() if where.startswith(beginning)), None)
+    for name, part in sorted(TESTS, key=lambda test: test[0] != own):
         command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x", "-s",
                    "--tb=line", "-k", f"not policy and not [core{part}", f"tests/core/{name}.py"]  # fmt: skip
         try:
@@ -192,8 +202,10 @@ def passes(module: Path, mutant: int = 0, quiet: bool = True, limit: float = 600
 
 def caught_by(mutant: Mutant, modules: list[Path]) -> str | None:
     made_for = "tsan" if mutant.shift == 0 else "asan"
-    order = [m for m in modules if m.name.endswith(("plain", made_for))]
-    return next((m.name.removeprefix("mutants_") for m in order if not passes(m, mutant.number)), None)
+    for module in modules:
+        if module.name.endswith(("plain", made_for)) and not passes(module, mutant.number, where=mutant.where):
+            return module.name.removeprefix("mutants_")
+    return None
 
 
 def main() -> int:

@@ -350,7 +350,10 @@ inline void for_each_vector(const Chunk<T, kOperands>& chunk, DoubleSum<T>* sums
         const auto a = at(i + k * kStep);
         for (int j = 0; j < kSums; ++j) four[k][j] = a.value[j];
       }
-      for (int j = 0; j < kSums; ++j) sums[j].add((four[0][j] + four[1][j]) + (four[2][j] + four[3][j]));
+      unrolled<kSums>([&](auto sum) {
+        constexpr int j = decltype(sum)::value;
+        sums[j].add((four[0][j] + four[1][j]) + (four[2][j] + four[3][j]));
+      });
     }
   };
   if constexpr (kWrites)  // no faster with more streams than it has
@@ -363,7 +366,10 @@ inline void for_each_vector(const Chunk<T, kOperands>& chunk, DoubleSum<T>* sums
         body([i, rest](const T* p, T fill) { return rest == kStep ? load(p + i) : load_tail(p + i, rest, fill); },
              [i, rest](T* p, vec<T> v, bool) { rest == kStep ? store(p + i, v) : store_tail(p + i, rest, v); });
     const auto is_inside = iota<T>() < T(rest);
-    for (int j = 0; j < kSums; ++j) sums[j].add(is_inside ? a.value[j] : vec<T>{});
+    unrolled<kSums>([&](auto sum) {
+      constexpr int j = decltype(sum)::value;
+      sums[j].add(is_inside ? a.value[j] : vec<T>{});
+    });
   }
 }
 
@@ -547,6 +553,15 @@ inline void fill_nan(const PointwiseArgs& a, int64_t row) {
   }
 }
 
+// Loss and factors of a row, from its sums.
+template <class Loss>
+inline void finish_row(const PointwiseArgs& a, int64_t row, const double (&sums)[Loss::sums], double denominator) {
+  const auto r = row_result<Loss>(a, sums, denominator);
+  if (a.loss_out) store_scalar(a.loss_out, a.loss_type, row, r.value);
+  if (a.factor)
+    for (int j = 0; j < Loss::sums; ++j) a.factor[row * Loss::sums + j] = r.factor[j];
+}
+
 // Losses and factors of the rows, from the partial sums of the blocks: those of each term, then the denominators.
 template <class Loss, class T>
 inline void finish(const PointwiseArgs& a, const double* partial, ParallelFor parallel_for) {
@@ -557,10 +572,7 @@ inline void finish(const PointwiseArgs& a, const double* partial, ParallelFor pa
       for (int j = 0; j < Loss::sums; ++j) sums[j] = pairwise_sum(partial + j * items + row * blocks, blocks, 1);
       const double denominator =
           a.counts_all() ? 0 : pairwise_sum(partial + Loss::sums * items + row * blocks, blocks, 1);
-      const auto r = row_result<Loss>(a, sums, denominator);
-      if (a.loss_out) store_scalar(a.loss_out, a.loss_type, row, r.value);
-      if (a.factor)
-        for (int j = 0; j < Loss::sums; ++j) a.factor[row * Loss::sums + j] = r.factor[j];
+      finish_row<Loss>(a, row, sums, denominator);
       if (a.wants_grads() && may_divide_by_zero(a) && denominator == 0) fill_nan<T, Loss::operands>(a, row);
     }
   });
@@ -596,7 +608,9 @@ inline Status checked(const PointwiseArgs& a, const double* partial) {
 template <class Loss, class T>
 inline Status forward(const PointwiseArgs& a, ParallelFor parallel_for) {
   constexpr int kSums = Loss::sums;
-  const int64_t items = a.rows * blocks_of(a);
+  // A row of one chunk is finished with it: many short rows would spend their time on partial sums.
+  const bool at_once = !Loss::checks && a.counts_all() && 0 < a.cols && a.cols <= kChunk;
+  const int64_t items = at_once ? 0 : a.rows * blocks_of(a);
   Scratch<double> partial((kSums + 1) * items + 1);
   for (int64_t i = 0; i < (kSums + 1) * items; ++i) partial[i] = 0;
   const T scale = T(factor_is_known(a) && a.reduction == Reduction::mean ? 1 / double(a.cols) : 1.0);
@@ -604,9 +618,10 @@ inline Status forward(const PointwiseArgs& a, ParallelFor parallel_for) {
     for (int j = 0; j < kSums; ++j) r.scale[j] = scale;
   };
   const auto done = [&](const Results<Loss, T>& r, int64_t item) {
+    if (at_once) return finish_row<Loss>(a, item, r.sums, 0);
     for (int j = 0; j < kSums; ++j) partial[j * items + item] += r.sums[j];
   };
-  double* denominators = &partial[kSums * items];
+  double* denominators = at_once ? nullptr : &partial[kSums * items];
   if constexpr (!Loss::finishes)
     if (a.loss_elements.data) {
       walk<Loss, T, kWantValues | (Loss::checks ? kWantSums : 0)>(a, parallel_for, denominators, prepare, done);
@@ -618,7 +633,7 @@ inline Status forward(const PointwiseArgs& a, ParallelFor parallel_for) {
     walk<Loss, T, kWantSums | kWantFirstGrad>(a, parallel_for, denominators, prepare, done);
   else
     walk<Loss, T, kWantSums | kWantGrads>(a, parallel_for, denominators, prepare, done);
-  finish<Loss, T>(a, partial.get(), parallel_for);
+  if (!at_once) finish<Loss, T>(a, partial.get(), parallel_for);
   return checked<Loss, T>(a, partial.get());
 }
 
