@@ -274,8 +274,8 @@ class Engine:
         return (loss, *rest)
 
     def plain(self, input: Tensor, target: Tensor, o: Any, fusable: bool) -> Tensor:
-        """The loss of two tensors and nothing else, not in float16: the general call with less Python in between, for
-        the sake of small inputs. ``fusable``: by the input alone."""
+        """The loss of two tensors and nothing else: the general call with less Python in between, for the sake of small
+        inputs. ``fusable``: by the input alone, which is not float16 then (see :func:`choose`)."""
         if not (
             # nothing of what _path looks for
             functorch_active()

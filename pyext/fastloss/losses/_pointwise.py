@@ -354,7 +354,7 @@ _USUAL_OPTIONS = {
     (name, reduction, dtype): Options(number, code, DTYPE_CODES[dtype])
     for name, number in NUMBERS.items()
     for reduction, code in REDUCTIONS.items()
-    for dtype in (torch.float32, torch.float64)
+    for dtype in DTYPE_CODES
 }
 
 
@@ -375,11 +375,14 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
     except RuntimeError:  # strided nested tensors have no shape
         return None
     o = _USUAL_OPTIONS.get((loss, reduction, input.dtype))
-    if o is None:
+    halves = input.dtype in _arguments.HALVES
+    if o is None or (halves and torch.is_autocast_enabled(input.device.type)):
         return None
     if params:
         o = Options(*o[:3], 0, 0.0, *params)
-    fusable = o.reduction != NONE and (not _FINISHES[o.loss] or input.numel() <= _CACHED)
+    fusable = o.reduction != NONE and input.dtype is not torch.float16
+    if _FINISHES[o.loss]:
+        fusable = fusable and not halves and input.numel() <= _CACHED
     return _engine.plain(input, target, o, fusable)
 
 

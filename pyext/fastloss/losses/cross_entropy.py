@@ -296,7 +296,7 @@ _AT_DEFAULT = Given()[3:]
 _USUAL_OPTIONS = {
     (reduction, dtype): Options(code, DTYPE_CODES[dtype])
     for reduction, code in REDUCTIONS.items()
-    for dtype in (torch.float32, torch.float64)
+    for dtype in DTYPE_CODES
 }
 
 
@@ -328,13 +328,15 @@ def _usual(
     o = _USUAL_OPTIONS.get((reduction, input.dtype))
     if o is None or (input.is_cuda and errors.immediate_errors()):
         return None
+    if input.dtype in _arguments.HALVES and torch.is_autocast_enabled(input.device.type):
+        return None
     if label_smoothing or row_map:
         o = o._replace(label_smoothing=label_smoothing, row_map=row_map, map_a=map_a)
     elif weight is None:
-        return engine.plain(input, target, o, o.reduction != NONE)
+        return engine.plain(input, target, o, o.reduction != NONE and input.dtype is not torch.float16)
     if weight is not None and not (
         type(weight) is Tensor
-        and weight.dtype is input.dtype
+        and weight.dtype is accum_dtype(input.dtype)
         and weight.device == input.device
         and weight.layout is torch.strided
         and not weight.is_nested
