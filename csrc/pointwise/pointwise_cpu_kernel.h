@@ -608,8 +608,9 @@ inline Status checked(const PointwiseArgs& a, const double* partial) {
 template <class Loss, class T>
 inline Status forward(const PointwiseArgs& a, ParallelFor parallel_for) {
   constexpr int kSums = Loss::sums;
-  // A row of one chunk is finished with it: many short rows would spend their time on partial sums.
-  const bool at_once = !Loss::checks && a.counts_all() && 0 < a.cols && a.cols <= kChunk;
+  // A row of one chunk is finished with it: many short rows would spend their time on partial sums. The other losses
+  // need no code for it: their rows are seldom many.
+  const bool at_once = Loss::finishes && !Loss::checks && a.counts_all() && 0 < a.cols && a.cols <= kChunk;
   const int64_t items = at_once ? 0 : a.rows * blocks_of(a);
   Scratch<double> partial((kSums + 1) * items + 1);
   for (int64_t i = 0; i < (kSums + 1) * items; ++i) partial[i] = 0;
