@@ -102,6 +102,14 @@ UNMADE = {
     "temperature": lambda z, t: flat(z * torch.tensor(0.5), t),
     "bias": lambda z, t: flat(z * 2 + torch.linspace(0, 1, V), t),
     "scale of each class": lambda z, t: flat(z * torch.linspace(1, 2, V) / 3, t),
+    "classes ruled out": lambda z, t: flat(
+        torch.where(SOME, -1e4, z.masked_fill(SOME.roll(1), float("-inf"))).index_fill(-1, torch.tensor([1]), -9.0) * 2,
+        t.clamp(max=V - 6),
+    ),
+    "classes ruled out in place": lambda z, t: flat(
+        ruled_out(ruled_out(z, (..., slice(V - 3, None))), (slice(None), slice(None), [V - 5])).masked_fill_(SOME, 0.5),
+        t,
+    ),
     "cut vocabulary": lambda z, t: F.cross_entropy(z[..., : V - 5].reshape(-1, V - 5), t.clamp(max=V - 6).view(-1)),
     "rows by mask": lambda z, t: F.cross_entropy(z[t != -100], t[t != -100]),
     "row by number": lambda z, t: F.cross_entropy(z[0, 1:], t[0, 1:]) + F.cross_entropy(z[1][2], t[1][2]),
@@ -133,6 +141,15 @@ UNMADE = {
     "patched": lambda z, t: patched(z, t),
     "patched module": lambda z, t: patched(z, t, label_smoothing=0.1),
 }
+
+
+SOME = torch.arange(V) >= V - 3
+
+
+def ruled_out(z, classes):
+    """As models do with tokens of images and with padded vocabularies; a target among them costs a lot."""
+    z[classes] = -1e3
+    return z
 
 
 def picked(log_p, t):
@@ -385,6 +402,27 @@ def test_what_is_changed_in_place_is_what_counts(data):
         assert_same_step(plain, lazy, data)
 
 
+def test_classes_ruled_out_of_logits_that_others_share(data):
+    """A view taken before sees the change; a copy does not."""
+
+    def loss(z, t):
+        rows, doubled = z.view(-1, V), z * 2
+        ruled_out(z, (..., slice(0, 3)))
+        return F.cross_entropy(rows, t.view(-1)) + flat(doubled, t) + flat(z, t)
+
+    plain, lazy = pair(loss)
+    with pytest.warns(fastloss.LazyHeadWarning, match="__setitem__ needs the logits"):
+        assert_same_step(plain, lazy, data)
+
+
+@pytest.mark.parametrize("key", ((0, ..., 2), (..., 2, slice(None)), (slice(None), 2)), ids=str)
+def test_what_is_no_index_of_classes_is_done_as_torch_does(key, data):
+    with pytest.warns(fastloss.LazyHeadWarning, match="__setitem__ needs the logits"):
+        assert_same_step(*pair(lambda z, t: flat(ruled_out(z, key), t)), data)
+    with pytest.warns(fastloss.LazyHeadWarning), pytest.raises(IndexError, match="out of bounds"):
+        pair(lambda z, t: ruled_out(z, (..., [V])))[1](*data)
+
+
 def test_read_after_an_optimizer_step_raises(data):
     _, lazy = pair(flat)
     optimizer = torch.optim.SGD(lazy.parameters(), 0.1)
@@ -491,6 +529,31 @@ def test_tied_weights(data):
     torch.manual_seed(0)
     plain = Tied()
     assert_same_step(plain, fastloss.lazy_head(copy.deepcopy(plain), "lm_head"), data)
+
+
+def test_the_head_of_a_model_within_a_model(data):
+    """As in a vision and language model that names no head of its own."""
+
+    class Named(Net):
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    class Larger(nn.Module):
+        def __init__(self, *parts):
+            super().__init__()
+            self.parts = nn.ModuleList(parts)
+
+        def get_output_embeddings(self):
+            return None
+
+        def forward(self, x, t):
+            return self.parts[-1](self.parts[0](x), t)
+
+    model = fastloss.lazy_head(Larger(Body(D, D), Named(flat)))
+    model(*data).backward()
+    assert fastloss.lazy_head.report(model).fused
+    with pytest.raises(ValueError, match=r"names no head; give its name as head="):
+        fastloss.lazy_head(Larger(Named(flat), Named(flat)))
 
 
 def test_head_by_module_or_by_an_unknown_name():

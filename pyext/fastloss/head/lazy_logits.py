@@ -530,6 +530,132 @@ def _add(func: Any, x: Any, other: Any) -> Any:
     return x.derive(lambda z: z + other, operands=(x._hidden, x._weight, bias), copies=1)
 
 
+# ------------------------------------------------------------------------------------- classes that are ruled out
+
+
+class _Filled(torch.autograd.Function):
+    """Marks that some classes of a tensor without memory were set to a number: no gradient comes through them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, where: Tensor, classes: int) -> Tensor:
+        ctx.where, ctx.behind = where, x.dim() - 1 - classes
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].masked_fill(ctx.where.view(-1, *[1] * ctx.behind), 0), None, None
+
+
+def _filled(x: Any, where: Tensor, value: Any, how: Callable[[Tensor], Any], inplace: bool = False) -> Any:
+    """``x`` with ``value`` for the classes ``where``, whose rows of the weight become 0 and whose bias ``value``.
+
+    In place it is ``x`` itself that changes, if there is no other lazy tensor which shares its memory or was derived
+    from it. ``how`` does it to the tensor.
+    """
+    form, weight, bias = x._form, x._weight, x._bias
+    if x.looked_at or is_dtensor(weight) or form.cap is not None or form.scale != 1 or type(value) not in (int, float):
+        return NotImplemented
+    if torch.tensor(float(value), dtype=weight.dtype).item() != value:
+        return NotImplemented
+    if inplace and not _alone(x):
+        return NotImplemented
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    operands = x._hidden, weight.masked_fill(where.unsqueeze(-1), 0), bias.masked_fill(where, value)
+    if not inplace:
+        return x.derive(how, operands=operands, copies=1)
+    before = x._how
+
+    def filled(base: Tensor) -> Tensor:
+        made = before(base)
+        how(made)
+        return made
+
+    with DisableTorchFunction():
+        if x.requires_grad:
+            _Filled.apply(x, where, form.classes)
+    (_, x._weight, x._bias), x._how, x._logsumexp = operands, filled, None
+    return x
+
+
+def _alone(x: LazyLogits) -> bool:
+    """Whether torch would have given ``x`` memory of its own, of which no other lazy tensor knows."""
+    own = x._parent is None or x._form.copies > cast(LazyLogits, x._parent)._form.copies
+    others = [r for ref in x._family if (r := ref()) is not None and r is not x]
+    while own and others:
+        others = [r._parent for r in others if r._parent is not None]
+        own = all(r is not x for r in others)
+    return own
+
+
+def _classes_of_mask(x: Any, mask: Any) -> Tensor | None:
+    """The mask as [classes], if it is the same for every row."""
+    if not _row_major(x) or type(mask) is not Tensor or mask.dtype is not torch.bool or mask.dim() == 0:
+        return None
+    if mask.dim() > x._hidden.dim() or not mask.numel() == mask.shape[-1] == x._weight.shape[0]:
+        return None
+    return mask.reshape(-1) if mask.device == x._hidden.device else None
+
+
+def _classes_at(x: Any, key: Any) -> Tensor | None:
+    """A mask [classes] of those that an index of classes names; None: it is none, or out of range."""
+    device, classes = x._hidden.device, x._weight.shape[0]
+    if isinstance(key, Tensor) and (type(key) is not Tensor or key.device != device or key.dim() > 1):
+        return None
+    try:
+        where = torch.zeros(classes, dtype=torch.bool, device=device)
+        where[key] = True
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        return None  # torch says so in its own words
+    return where
+
+
+@_rule("masked_fill", "masked_fill_")
+def _masked_fill(func: Any, x: Any, mask: Any, value: Any) -> Any:
+    where = _classes_of_mask(x, mask)
+    inplace = func.__name__.endswith("_")
+    return NotImplemented if where is None else _filled(x, where, value, lambda z: func(z, mask, value), inplace)
+
+
+@_rule("where")
+def _where(func: Any, condition: Any, *others: Any) -> Any:
+    if len(others) != 2 or isinstance(condition, LazyLogits):
+        return NotImplemented
+    lazy, value = others
+    if isinstance(value, LazyLogits):
+        lazy, value = value, lazy
+        where, how = _classes_of_mask(lazy, condition), lambda z: func(condition, value, z)
+    else:
+        where, how = _classes_of_mask(lazy, condition), lambda z: func(condition, z, value)
+        where = None if where is None else ~where
+    return NotImplemented if where is None else _filled(lazy, where, value, how)
+
+
+@_rule("index_fill", "index_fill_")
+def _index_fill(func: Any, x: Any, dim: Any, index: Any, value: Any) -> Any:
+    if not _row_major(x) or dim not in (-1, x._form.classes) or not isinstance(index, Tensor):
+        return NotImplemented
+    where = _classes_at(x, index)
+    inplace = func.__name__.endswith("_")
+    return NotImplemented if where is None else _filled(x, where, value, lambda z: func(z, dim, index, value), inplace)
+
+
+@_rule("__setitem__")
+def _setitem(func: Any, x: Any, key: Any, value: Any) -> Any:
+    """The same classes of every row: an image's tokens, a padded vocabulary."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    whole = all(k is ... or (isinstance(k, slice) and k == slice(None)) for k in keys[:-1])
+    reaches = ... in [k for k in keys[:-1] if not isinstance(k, Tensor)] or len(keys) == x._hidden.dim()
+    if not _row_major(x) or not whole or not reaches or sum(k is ... for k in keys[:-1]) > 1:
+        return NotImplemented
+    if not isinstance(keys[-1], (int, slice, list, Tensor)) or isinstance(keys[-1], bool):
+        return NotImplemented
+    where = _classes_at(x, keys[-1])
+    if where is None or _filled(x, where, value, lambda z: func(z, key, value), True) is NotImplemented:
+        return NotImplemented
+    return None
+
+
 @_rule("register_hook")
 def _register_hook(func: Any, x: Any, hook: Any) -> Any:
     """Whoever wants the gradient by the logits gets one: their losses are not fused from here on."""
