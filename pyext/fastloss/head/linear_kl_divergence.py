@@ -231,7 +231,7 @@ def linear_kl_divergence(
         kl = run(hidden, s_weight, teacher, t_weight.detach(), counts, temperature, at_a_time).reshape(shape)
         kl = kl if mask is None else kl.masked_fill(~mask, 0.0)
     else:
-        kl = (s_hidden.sum() * s_weight.sum() * 0).to(wide).expand(shape)
+        kl = ((s_hidden.sum() + s_weight.sum()) * 0).to(wide).expand(shape)
     if code == MEAN and mask is not None:
         return kl.sum() / mask.sum()
     return kl if code == NONE else kl.mean() if code == MEAN else kl.sum()  # type: ignore[no-any-return]

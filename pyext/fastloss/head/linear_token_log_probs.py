@@ -346,7 +346,8 @@ def linear_token_log_probs(
     at_a_time = rows_within(budget, rows, bytes_of_a_row, hidden.device.type)
     flat = hidden.reshape(-1, hidden.shape[-1]) if rows else hidden.new_zeros(0, hidden.shape[-1])
     if rows == 0:  # nothing to look at, but something to differentiate
-        nothing = (hidden.sum() * matrix.sum() * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)
+        total = hidden.sum() + matrix.sum() + (0 if offset is None else offset.sum())
+        nothing = (total * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)
         return (nothing, nothing.clone()) if return_entropy else nothing
     run = _composed if transformed() else _LinearTokenLogProbs.apply
     results = run(flat, matrix, offset, index.reshape(-1), o, at_a_time)
