@@ -132,6 +132,19 @@ def test_generation_gets_ordinary_logits():
     assert made[0].tolist() == made[1].tolist()
 
 
+TRAINING = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 0,
+}
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 16
@@ -149,20 +162,7 @@ def test_trainer_has_the_untouched_loss_curve(options, tmp_path):
     pytest.importorskip("accelerate")
 
     def curve(model):
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=6,
-            logging_steps=1,
-            learning_rate=1e-2,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=0,
-            **options,
-        )
+        arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=6, **TRAINING, **options)
         trainer = transformers.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
