@@ -110,6 +110,17 @@ UNMADE = {
         ruled_out(ruled_out(z, (..., slice(V - 3, None))), (slice(None), slice(None), [V - 5])).masked_fill_(SOME, 0.5),
         t,
     ),
+    "changed in place": lambda z, t: flat(changed(z), t),
+    "less a prior": lambda z, t: flat(-(z - torch.linspace(0, 1, V)).mul(-2.0), t),
+    "in two chunks": lambda z, t: sum(
+        F.cross_entropy(rows.movedim(-1, 1), labels)
+        for rows, labels in zip(z.chunk(2, dim=1), t.chunk(2, dim=1), strict=True)
+    ),
+    "rows picked": lambda z, t: (
+        F.cross_entropy(z.select(0, 1), t[1])
+        + F.cross_entropy(z.narrow(1, start=2, length=4).transpose(1, 2), t[:, 2:6])
+        + flat(z.index_select(1, torch.tensor([0, 5])), t[:, [0, 5]])
+    ),
     "cut vocabulary": lambda z, t: F.cross_entropy(z[..., : V - 5].reshape(-1, V - 5), t.clamp(max=V - 6).view(-1)),
     "rows by mask": lambda z, t: F.cross_entropy(z[t != -100], t[t != -100]),
     "row by number": lambda z, t: F.cross_entropy(z[0, 1:], t[0, 1:]) + F.cross_entropy(z[1][2], t[1][2]),
@@ -141,6 +152,12 @@ UNMADE = {
     "patched": lambda z, t: patched(z, t),
     "patched module": lambda z, t: patched(z, t, label_smoothing=0.1),
 }
+
+
+def changed(z):
+    z /= 2.0
+    z -= torch.linspace(0, 1, V)
+    return z.clone().mul_(1.5).div_(3.0).tanh_() * 4.0
 
 
 SOME = torch.arange(V) >= V - 3
@@ -352,12 +369,12 @@ MADE = {
     "sub": lambda z, t: (z - 1).pow(2).mean(),
     "logsumexp": lambda z, t: torch.logsumexp(z[:, 1:], 1).sum(),
     "gather": lambda z, t: z.gather(1, t.clamp(0, T - 1).unsqueeze(-1).expand(B, T, V)).sum(),
-    "clone": lambda z, t: flat(z.clone(), t),
+    "exp": lambda z, t: flat(z.exp(), t),
     "cat": lambda z, t: flat(torch.cat([z[:1], z[1:]]), t),
     "mul": lambda z, t: flat(z * torch.linspace(1, 2, V).expand(T, V), t),
     "view": lambda z, t: z.view(-1, V, 1).cos().sum(),
     "__getitem__": lambda z, t: z[..., 3].sum(),
-    "mul_": lambda z, t: flat(z.mul_(2.0), t) + flat(z, t),
+    "square_": lambda z, t: flat(z.square_(), t),
     "tanh": lambda z, t: flat(z.tanh().tanh(), t),
     "nll_loss": lambda z, t: F.nll_loss(z.view(-1, V), t.view(-1)),
     "mse_loss": lambda z, t: F.mse_loss(z, torch.ones(B, T, V)),
@@ -421,6 +438,51 @@ def test_what_is_no_index_of_classes_is_done_as_torch_does(key, data):
         assert_same_step(*pair(lambda z, t: flat(ruled_out(z, key), t)), data)
     with pytest.warns(fastloss.LazyHeadWarning), pytest.raises(IndexError, match="out of bounds"):
         pair(lambda z, t: ruled_out(z, (..., [V])))[1](*data)
+
+
+def test_what_torch_takes_besides(data):
+    """Arguments of which no rule knows."""
+
+    def loss(z, t):
+        z = torch.add(z, torch.ones(V), alpha=2).div(0.5, rounding_mode=None)
+        return flat(torch.mul(input=z, other=0.3), t)
+
+    with pytest.warns(fastloss.LazyHeadWarning, match="add needs the logits"):
+        assert_same_step(*pair(loss), data)
+
+
+@pytest.mark.parametrize("wrong", (lambda z: z.chunk(0), lambda z: z.narrow(1, 5, 9), lambda z: z.select(4, 0)))
+def test_pieces_that_are_none(wrong, data):
+    plain, lazy = pair(lambda z, t: wrong(z))
+    with pytest.raises((RuntimeError, IndexError)) as want:
+        plain(*data)
+    with warnings.catch_warnings(), pytest.raises(type(want.value)) as got:
+        warnings.simplefilter("ignore", fastloss.LazyHeadWarning)
+        lazy(*data)
+    assert str(got.value) == str(want.value)
+
+
+def test_changes_in_place_reach_whoever_takes_the_gradient(data):
+    """An autograd.Function of somebody else, after changes that left the logits unmade; and who reads them."""
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z.square().sum() / 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    def loss(z, t):
+        ruled_out(z, (..., [1, 2]))
+        return Sum.apply(z.div_(10.0))
+
+    plain, lazy = pair(loss)
+    with pytest.warns(fastloss.LazyHeadWarning):
+        assert_same_step(plain, lazy, data)
+        torch.testing.assert_close(lazy.logits + 0.0, plain.logits)
 
 
 def test_read_after_an_optimizer_step_raises(data):
