@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import random
 import socket
 import warnings
 
@@ -483,6 +484,59 @@ def test_changes_in_place_reach_whoever_takes_the_gradient(data):
     with pytest.warns(fastloss.LazyHeadWarning):
         assert_same_step(plain, lazy, data)
         torch.testing.assert_close(lazy.logits + 0.0, plain.logits)
+
+
+MAKING = {
+    "scale": lambda z: z * 0.5,
+    "prior": lambda z: z - SCORES,
+    "cap": torch.tanh,
+    "fill": lambda z: z.masked_fill(SOME, -3.0),
+    "copy": lambda z: z.clone(),
+    "view": lambda z: z.view(-1, V),
+    "rows": lambda z: z[1:] if z.shape[0] > 2 else z,
+    "swapped": lambda z: z.transpose(0, -2),
+    "unknown": torch.sigmoid,
+}
+CHANGING = {
+    "scale": lambda z: z.div_(2.0),
+    "prior": lambda z: z.add_(SCORES),
+    "cap": lambda z: z.tanh_(),
+    "fill": lambda z: ruled_out(z, (..., [2, 4])),
+    "a row": lambda z: z[0].fill_(1.0),
+    "unknown": lambda z: z.relu_(),
+}
+SCORES = torch.linspace(0.5, 1, V)
+
+
+def test_random_programs(data):
+    """Whatever is made of the logits and of what was made, and changed in place, in any order."""
+    fused = 0
+    for seed in range(80):
+        r = random.Random(seed)
+        steps = [(r.choice((MAKING, MAKING, CHANGING)), r.random()) for _ in range(r.randint(1, 6))]
+        steps = [(kind is MAKING, r.choice(list(kind.values())), place) for kind, place in steps]
+
+        places = r.random(), r.random()
+
+        def loss(z, t, steps=steps, places=places):
+            made = [z]
+            for new, operation, place in steps:
+                result = operation(made[int(place * len(made))])
+                made += [result] if new else []
+            picked = [made[int(place * len(made))] for place in places]
+            return sum(F.cross_entropy(z.reshape(-1, V), t.flatten()[: z.numel() // V]) for z in picked)
+
+        plain, lazy = pair(loss, bias=r.random() < 0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fastloss.LazyHeadWarning)
+            try:
+                plain(*data).backward()
+            except RuntimeError:  # a view that cannot be, or what backward needs was changed
+                continue
+            plain.zero_grad()
+            assert_same_step(plain, lazy, data)
+        fused += fastloss.lazy_head.report(lazy).fused
+    assert fused > 20
 
 
 def test_read_after_an_optimizer_step_raises(data):
