@@ -118,6 +118,9 @@ class Line:
         ratio = theirs / ours
         met = goal is None or ratio >= goal
         text = ratio_text(ratio) + ("" if goal is None else _goal_text(f"{goal:g}x", met))
+        products = self.seconds("gemms")
+        if goal is not None and not met and products is not None and theirs < goal * products:
+            text += f", out of reach: the bare products are {ratio_text(theirs / products)} faster"
         if rival == "eager" and "within_us" in goals:
             more, within = 1e6 * (self.per_call(self.ours) - self.per_call(rival)), goals["within_us"]
             text += f", {more:+.1f} us per call" + _goal_text(f"{within:+g} us", more <= within)

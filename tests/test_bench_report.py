@@ -110,6 +110,17 @@ def test_a_rival_without_a_time_leaves_its_goal_open():
     assert short == ["CE 2048x32000, forward: compile: no time for compile"]
 
 
+def test_a_goal_beyond_the_bare_products_says_so():
+    """Of a head: no loss from hidden states can be faster than its products."""
+    cases = {"CE 2048x32000": facts(linear=True, goals={"forward": {"torch-chunked": 4, "eager": 4}})}
+    times = {"fastloss": 1.0, "torch-chunked": 2.5, "eager": 3.9, "gemms": 0.95}
+    line = only([result(system, t) for system, t in times.items()], cases=cases)
+    assert line.against["torch-chunked"].text == (
+        "2.50x (**goal 4x missed**), out of reach: the bare products are 2.63x faster"
+    )
+    assert line.against["eager"].text == "3.90x (**goal 4x missed**)"
+
+
 def test_no_shortfall_when_all_is_well():
     good = data([result("fastloss", 0.01), result("eager", 0.1), result("compile", 0.03)])
     assert report.shortfalls(good) == []

@@ -529,36 +529,48 @@ def test_deferred_error_leaves_other_rows_alone(gpu, device):
 def test_a_good_call_does_not_wait_for_the_gpu(gpu, device):
     """torch's detector of synchronisations stays silent."""
     leaf, target = x(50, 100).to(device).requires_grad_(), t(50).to(device)
+    hidden, weight = x(50, 16).to(device).requires_grad_(), x(100, 16).to(device).requires_grad_()
     fastloss.cross_entropy(leaf, target).backward()
+    fastloss.linear_cross_entropy(hidden, weight, target).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for options in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}, {"return_stats": True}):
             result = fastloss.cross_entropy(leaf, target, **options)
             (result[0] if isinstance(result, tuple) else result).sum().backward()
+            result = fastloss.linear_cross_entropy(hidden, weight, target, memory_budget=1 << 12, **options)
+            (result[0] if isinstance(result, tuple) else result).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graph(gpu, device):
-    """Captured once, replayed with other data."""
-    leaf, target = x(64, 1000).to(device).requires_grad_(), t(64).to(device)
+@pytest.mark.parametrize("head", (False, True), ids=("logits", "head"))
+def test_cuda_graph(head, gpu, device):
+    """Captured once, replayed with other data; of a head, chunk by chunk."""
+    leaf, target = x(64, 32 if head else 1000).to(device).requires_grad_(), t(64).to(device)
+    weight = x(1000, 32).to(device) if head else None
+
+    def loss_of(leaf):
+        if head:
+            return fastloss.linear_cross_entropy(leaf, weight, target, memory_budget=1 << 16)
+        return fastloss.cross_entropy(leaf, target)
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             leaf.grad = None
-            fastloss.cross_entropy(leaf, target).backward()
+            loss_of(leaf).backward()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     leaf.grad = None
     with torch.cuda.graph(graph):
-        loss = fastloss.cross_entropy(leaf, target)
+        loss = loss_of(leaf)
         loss.backward()
     leaf.data.normal_()
     graph.replay()
     torch.cuda.synchronize()
     other = leaf.detach().clone().requires_grad_()
-    want = F.cross_entropy(other, target)
+    want = F.cross_entropy(other if weight is None else other @ weight.t(), target)
     want.backward()
     torch.testing.assert_close(loss.detach(), want.detach())
     torch.testing.assert_close(leaf.grad, other.grad)

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import random
 import socket
 import warnings
 
@@ -102,6 +103,25 @@ UNMADE = {
     "temperature": lambda z, t: flat(z * torch.tensor(0.5), t),
     "bias": lambda z, t: flat(z * 2 + torch.linspace(0, 1, V), t),
     "scale of each class": lambda z, t: flat(z * torch.linspace(1, 2, V) / 3, t),
+    "classes ruled out": lambda z, t: flat(
+        torch.where(SOME, -1e4, z.masked_fill(SOME.roll(1), float("-inf"))).index_fill(-1, torch.tensor([1]), -9.0) * 2,
+        t.clamp(max=V - 6),
+    ),
+    "classes ruled out in place": lambda z, t: flat(
+        ruled_out(ruled_out(z, (..., slice(V - 3, None))), (slice(None), slice(None), [V - 5])).masked_fill_(SOME, 0.5),
+        t,
+    ),
+    "changed in place": lambda z, t: flat(changed(z), t),
+    "less a prior": lambda z, t: flat(-(z - torch.linspace(0, 1, V)).mul(-2.0), t),
+    "in two chunks": lambda z, t: sum(
+        F.cross_entropy(rows.movedim(-1, 1), labels)
+        for rows, labels in zip(z.chunk(2, dim=1), t.chunk(2, dim=1), strict=True)
+    ),
+    "rows picked": lambda z, t: (
+        F.cross_entropy(z.select(0, 1), t[1])
+        + F.cross_entropy(z.narrow(1, start=2, length=4).transpose(1, 2), t[:, 2:6])
+        + flat(z.index_select(1, torch.tensor([0, 5])), t[:, [0, 5]])
+    ),
     "cut vocabulary": lambda z, t: F.cross_entropy(z[..., : V - 5].reshape(-1, V - 5), t.clamp(max=V - 6).view(-1)),
     "rows by mask": lambda z, t: F.cross_entropy(z[t != -100], t[t != -100]),
     "row by number": lambda z, t: F.cross_entropy(z[0, 1:], t[0, 1:]) + F.cross_entropy(z[1][2], t[1][2]),
@@ -133,6 +153,21 @@ UNMADE = {
     "patched": lambda z, t: patched(z, t),
     "patched module": lambda z, t: patched(z, t, label_smoothing=0.1),
 }
+
+
+def changed(z):
+    z /= 2.0
+    z -= torch.linspace(0, 1, V)
+    return z.clone().mul_(1.5).div_(3.0).tanh_() * 4.0
+
+
+SOME = torch.arange(V) >= V - 3
+
+
+def ruled_out(z, classes):
+    """As models do with tokens of images and with padded vocabularies; a target among them costs a lot."""
+    z[classes] = -1e3
+    return z
 
 
 def picked(log_p, t):
@@ -335,12 +370,12 @@ MADE = {
     "sub": lambda z, t: (z - 1).pow(2).mean(),
     "logsumexp": lambda z, t: torch.logsumexp(z[:, 1:], 1).sum(),
     "gather": lambda z, t: z.gather(1, t.clamp(0, T - 1).unsqueeze(-1).expand(B, T, V)).sum(),
-    "clone": lambda z, t: flat(z.clone(), t),
+    "exp": lambda z, t: flat(z.exp(), t),
     "cat": lambda z, t: flat(torch.cat([z[:1], z[1:]]), t),
     "mul": lambda z, t: flat(z * torch.linspace(1, 2, V).expand(T, V), t),
     "view": lambda z, t: z.view(-1, V, 1).cos().sum(),
     "__getitem__": lambda z, t: z[..., 3].sum(),
-    "mul_": lambda z, t: flat(z.mul_(2.0), t) + flat(z, t),
+    "square_": lambda z, t: flat(z.square_(), t),
     "tanh": lambda z, t: flat(z.tanh().tanh(), t),
     "nll_loss": lambda z, t: F.nll_loss(z.view(-1, V), t.view(-1)),
     "mse_loss": lambda z, t: F.mse_loss(z, torch.ones(B, T, V)),
@@ -383,6 +418,125 @@ def test_what_is_changed_in_place_is_what_counts(data):
     plain, lazy = pair(loss)
     with pytest.warns(fastloss.LazyHeadWarning):
         assert_same_step(plain, lazy, data)
+
+
+def test_classes_ruled_out_of_logits_that_others_share(data):
+    """A view taken before sees the change; a copy does not."""
+
+    def loss(z, t):
+        rows, doubled = z.view(-1, V), z * 2
+        ruled_out(z, (..., slice(0, 3)))
+        return F.cross_entropy(rows, t.view(-1)) + flat(doubled, t) + flat(z, t)
+
+    plain, lazy = pair(loss)
+    with pytest.warns(fastloss.LazyHeadWarning, match="__setitem__ needs the logits"):
+        assert_same_step(plain, lazy, data)
+
+
+@pytest.mark.parametrize("key", ((0, ..., 2), (..., 2, slice(None)), (slice(None), 2)), ids=str)
+def test_what_is_no_index_of_classes_is_done_as_torch_does(key, data):
+    with pytest.warns(fastloss.LazyHeadWarning, match="__setitem__ needs the logits"):
+        assert_same_step(*pair(lambda z, t: flat(ruled_out(z, key), t)), data)
+    with pytest.warns(fastloss.LazyHeadWarning), pytest.raises(IndexError, match="out of bounds"):
+        pair(lambda z, t: ruled_out(z, (..., [V])))[1](*data)
+
+
+def test_what_torch_takes_besides(data):
+    """Arguments of which no rule knows."""
+
+    def loss(z, t):
+        z = torch.add(z, torch.ones(V), alpha=2).div(0.5, rounding_mode=None)
+        return flat(torch.mul(input=z, other=0.3), t)
+
+    with pytest.warns(fastloss.LazyHeadWarning, match="add needs the logits"):
+        assert_same_step(*pair(loss), data)
+
+
+@pytest.mark.parametrize("wrong", (lambda z: z.chunk(0), lambda z: z.narrow(1, 5, 9), lambda z: z.select(4, 0)))
+def test_pieces_that_are_none(wrong, data):
+    plain, lazy = pair(lambda z, t: wrong(z))
+    with pytest.raises((RuntimeError, IndexError)) as want:
+        plain(*data)
+    with warnings.catch_warnings(), pytest.raises(type(want.value)) as got:
+        warnings.simplefilter("ignore", fastloss.LazyHeadWarning)
+        lazy(*data)
+    assert str(got.value) == str(want.value)
+
+
+def test_changes_in_place_reach_whoever_takes_the_gradient(data):
+    """An autograd.Function of somebody else, after changes that left the logits unmade; and who reads them."""
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z.square().sum() / 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    def loss(z, t):
+        ruled_out(z, (..., [1, 2]))
+        return Sum.apply(z.div_(10.0))
+
+    plain, lazy = pair(loss)
+    with pytest.warns(fastloss.LazyHeadWarning):
+        assert_same_step(plain, lazy, data)
+        torch.testing.assert_close(lazy.logits + 0.0, plain.logits)
+
+
+MAKING = {
+    "scale": lambda z: z * 0.5,
+    "prior": lambda z: z - SCORES,
+    "cap": torch.tanh,
+    "fill": lambda z: z.masked_fill(SOME, -3.0),
+    "copy": lambda z: z.clone(),
+    "view": lambda z: z.view(-1, V),
+    "rows": lambda z: z[1:] if z.shape[0] > 2 else z,
+    "swapped": lambda z: z.transpose(0, -2),
+    "unknown": torch.sigmoid,
+}
+CHANGING = {
+    "scale": lambda z: z.div_(2.0),
+    "prior": lambda z: z.add_(SCORES),
+    "cap": lambda z: z.tanh_(),
+    "fill": lambda z: ruled_out(z, (..., [2, 4])),
+    "a row": lambda z: z[0].fill_(1.0),
+    "unknown": lambda z: z.relu_(),
+}
+SCORES = torch.linspace(0.5, 1, V)
+
+
+def test_random_programs(data):
+    """Whatever is made of the logits and of what was made, and changed in place, in any order."""
+    fused = 0
+    for seed in range(80):
+        r = random.Random(seed)
+        steps = [(r.choice((MAKING, MAKING, CHANGING)), r.random()) for _ in range(r.randint(1, 6))]
+        steps = [(kind is MAKING, r.choice(list(kind.values())), place) for kind, place in steps]
+
+        places = r.random(), r.random()
+
+        def loss(z, t, steps=steps, places=places):
+            made = [z]
+            for new, operation, place in steps:
+                result = operation(made[int(place * len(made))])
+                made += [result] if new else []
+            picked = [made[int(place * len(made))] for place in places]
+            return sum(F.cross_entropy(z.reshape(-1, V), t.flatten()[: z.numel() // V]) for z in picked)
+
+        plain, lazy = pair(loss, bias=r.random() < 0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fastloss.LazyHeadWarning)
+            try:
+                plain(*data).backward()
+            except RuntimeError:  # a view that cannot be, or what backward needs was changed
+                continue
+            plain.zero_grad()
+            assert_same_step(plain, lazy, data)
+        fused += fastloss.lazy_head.report(lazy).fused
+    assert fused > 20
 
 
 def test_read_after_an_optimizer_step_raises(data):
@@ -491,6 +645,31 @@ def test_tied_weights(data):
     torch.manual_seed(0)
     plain = Tied()
     assert_same_step(plain, fastloss.lazy_head(copy.deepcopy(plain), "lm_head"), data)
+
+
+def test_the_head_of_a_model_within_a_model(data):
+    """As in a vision and language model that names no head of its own."""
+
+    class Named(Net):
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    class Larger(nn.Module):
+        def __init__(self, *parts):
+            super().__init__()
+            self.parts = nn.ModuleList(parts)
+
+        def get_output_embeddings(self):
+            return None
+
+        def forward(self, x, t):
+            return self.parts[-1](self.parts[0](x), t)
+
+    model = fastloss.lazy_head(Larger(Body(D, D), Named(flat)))
+    model(*data).backward()
+    assert fastloss.lazy_head.report(model).fused
+    with pytest.raises(ValueError, match=r"names no head; give its name as head="):
+        fastloss.lazy_head(Larger(Named(flat), Named(flat)))
 
 
 def test_head_by_module_or_by_an_unknown_name():

@@ -23,10 +23,10 @@ PROBABILITIES = """activation_dropout attention_dropout attention_probs_dropout_
 SIZES = {
     CLASSES: "vocab_size",
     64: "max_position_embeddings n_positions",
-    24: "decoder_ffn_dim dff encoder_ffn_dim ffn_dim ffn_hidden_size hidden_dim intermediate_size "
+    24: "d_ff decoder_ffn_dim dff encoder_ffn_dim ffn_dim ffn_hidden_size hidden_dim intermediate_size "
     "shared_expert_intermediate_size",
     16: "d_model dim embedding_size hidden_size n_embd",
-    8: "head_dim kv_lora_rank moe_intermediate_size q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
+    8: "d_kv head_dim kv_lora_rank moe_intermediate_size q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
     4: "n_routed_experts num_experts num_local_experts",
     2: "decoder_attention_heads decoder_layers encoder_attention_heads encoder_layers n_head n_heads n_layer n_layers "
     "num_attention_heads num_experts_per_tok num_heads num_hidden_layers num_key_value_heads num_layers eos_token_id",
@@ -42,6 +42,7 @@ CAUSAL = """apertus arcee aria_text bart bert bert-generation biogpt bitnet bloo
     granite granitemoe helium hunyuan_v1_dense llama mbart minimax ministral mistral mixtral modernbert-decoder mpt
     nemotron olmo olmo2 olmoe opt pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3 stablelm
     starcoder2 xglm"""
+ENCODER_DECODER = "bart marian prophetnet t5"
 MASKED = "bert camembert deberta-v2 distilbert electra modernbert mpnet roberta xlm-roberta"
 
 
@@ -52,6 +53,8 @@ def build(kind, name="llama", **changes):
     config = config(**{k: v for k, v in (SMALL | changes).items() if k in known})
     if kind == "CausalLM":
         config.is_decoder = True
+    if kind == "Seq2SeqLM":
+        config.decoder_start_token_id = 0
     torch.manual_seed(0)
     return getattr(transformers, f"AutoModelFor{kind}").from_config(config).train()
 
@@ -100,6 +103,12 @@ def test_masked_language_models(name):
     assert_same_step(*pair("MaskedLM", name))
 
 
+@pytest.mark.parametrize("name", ENCODER_DECODER.split())
+def test_encoder_decoder_models(name):
+    """Most add a bias to the logits."""
+    assert_same_step(*pair("Seq2SeqLM", name))
+
+
 def test_tied_weights_and_gradient_checkpointing():
     plain, lazy = pair("CausalLM", tie_word_embeddings=True)
     assert lazy.lm_head.weight is lazy.model.embed_tokens.weight
@@ -123,6 +132,19 @@ def test_generation_gets_ordinary_logits():
     assert made[0].tolist() == made[1].tolist()
 
 
+TRAINING = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 0,
+}
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 16
@@ -140,20 +162,7 @@ def test_trainer_has_the_untouched_loss_curve(options, tmp_path):
     pytest.importorskip("accelerate")
 
     def curve(model):
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=6,
-            logging_steps=1,
-            learning_rate=1e-2,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=0,
-            **options,
-        )
+        arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=6, **TRAINING, **options)
         trainer = transformers.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -13,7 +13,7 @@ trl = pytest.importorskip("trl", minversion="1", reason="TRL is not installed: p
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers", minversion="5")
 tokenizers = pytest.importorskip("tokenizers")
-from test_lazy_head_models import CLASSES, build  # noqa: E402
+from test_lazy_head_models import CLASSES, TRAINING, build  # noqa: E402
 
 # Later ones never call the head, but for label smoothing, and have large tensors of their own.
 OWN_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
@@ -38,20 +38,12 @@ def curve(model, folder, options, training):
     """Loss, entropy and accuracy of each step, taken within ``training``, and of an evaluation."""
     arguments = trl.SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
-        gradient_accumulation_steps=2,
         max_steps=3,
-        logging_steps=1,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
         bf16=False,
-        disable_tqdm=True,
-        seed=0,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
+        **TRAINING,
         **options,
     )
     rows = datasets.table.InMemoryTable.from_pylist(list(examples()))

@@ -511,7 +511,9 @@ def test_chunk_sizes():
         sizes, (2, 4, 8), ("cpu", "cuda"), (None, 1, 1 << 20, 1 << 30)
     ):
         n = rows_per_chunk(rows, features, columns, itemsize=itemsize, device=device, budget=budget)
-        allowed = max(rows * features * itemsize, LEAST_BUDGET) if budget is None else budget
+        allowed = budget or max(rows * features * itemsize, LEAST_BUDGET)
+        if budget is None and device == "cuda":  # 1024 rows, if the weight's gradient takes as much in float32
+            allowed = max(allowed, min(1024 * columns * itemsize, 4 * columns * features))
         assert 1 <= n <= max(rows, 1)
         assert n == 1 or n * columns * itemsize <= allowed
         most = max(1, allowed // (columns * itemsize))

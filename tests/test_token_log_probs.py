@@ -1,5 +1,7 @@
 """token_log_probs, linear_token_log_probs and linear_kl_divergence against log_softmax composed in float64."""
 
+import math
+
 import fastloss
 import pytest
 import torch
@@ -562,12 +564,14 @@ def test_linear_wrong_arguments():
 
 
 def test_linear_without_rows():
-    input, weight, _, index = head((0, 3), bias=False)
-    log_prob = fastloss.linear_token_log_probs(input, weight, index)
+    input, weight, offset, index = head((0, 3))
+    with torch.no_grad():
+        weight[0, 0] = math.inf
+    log_prob = fastloss.linear_token_log_probs(input, weight, index, bias=offset)
     kl = fastloss.linear_kl_divergence(input, weight, input, weight, reduction="none")
     assert log_prob.shape == kl.shape == (0, 3)
     (log_prob.sum() + kl.sum()).backward()
-    assert not weight.grad.any()
+    assert (weight.grad == 0).all() and (offset.grad == 0).all() and input.grad.shape == input.shape
 
 
 def test_ranges_cover_the_rows():

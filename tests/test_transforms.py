@@ -45,25 +45,79 @@ def test_func(ours, theirs, reduction, weighted, device):
     direction = torch.linspace(-1, 1, 20, device=device, dtype=x.dtype).view(4, 5)
 
     def results(function):
-        def loss(y):
-            return function(y, t, weight=w, reduction=reduction)
-
-        def scalar(y):
-            return loss(y).sum()
-
-        yield torch.func.grad(scalar)(x)
-        yield torch.func.grad_and_value(scalar)(x)
-        yield torch.func.jvp(loss, (x,), (direction,))
-        value, pull_back = torch.func.vjp(loss, x)
-        yield value, pull_back(torch.full_like(value, 2.0))
-        yield torch.func.jacrev(loss)(x)
-        yield torch.func.jacfwd(loss)(x)
-        yield torch.func.hessian(scalar)(x)
-        yield torch.func.jacrev(torch.func.grad(scalar))(x)
-        yield torch.func.grad(lambda y: torch.func.grad(scalar)(y).square().sum())(x)
+        return transformed(lambda y: function(y, t, weight=w, reduction=reduction), x, direction)
 
     for got, want in zip(results(ours), results(theirs), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def transformed(loss, x, direction):
+    """Every transform of a function of one tensor."""
+
+    def scalar(y):
+        return loss(y).sum()
+
+    yield torch.func.grad(scalar)(x)
+    yield torch.func.grad_and_value(scalar)(x)
+    yield torch.func.jvp(loss, (x,), (direction,))
+    value, pull_back = torch.func.vjp(loss, x)
+    yield value, pull_back(torch.full_like(value, 2.0))
+    yield torch.func.jacrev(loss)(x)
+    yield torch.func.jacfwd(loss)(x)
+    yield torch.func.hessian(scalar)(x)
+    yield torch.func.jacrev(torch.func.grad(scalar))(x)
+    yield torch.func.grad(lambda y: torch.func.grad(scalar)(y).square().sum())(x)
+
+
+@pytest.mark.parametrize("head", ("linear_cross_entropy", "linear_token_log_probs", "linear_kl_divergence"))
+@pytest.mark.parametrize("by", ("input", "weight"))
+def test_func_of_heads(head, by, device):
+    """The same of a classifier's input and weight, two rows at a time."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, h, m = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in ((5, 3), (4, 3), (5, 2), (4, 2))
+    )
+    t = torch.tensor([0, 1, -100, 3, 2], device=device)
+
+    def linear_cross_entropy(x, w):
+        return F.cross_entropy(x @ w.t(), t, label_smoothing=0.1)
+
+    def linear_token_log_probs(x, w):
+        log_p = (x @ w.t() / 0.7).log_softmax(1)
+        picked = log_p.gather(1, t.clamp(min=0).unsqueeze(1)).squeeze(1)
+        return torch.stack((torch.where(t < 0, 0.0, picked), -(log_p.exp() * log_p).sum(1)))
+
+    def linear_kl_divergence(x, w):
+        return F.kl_div((x @ w.t()).log_softmax(1), (h @ m.t()).log_softmax(1), log_target=True, reduction="none").sum(
+            1
+        )
+
+    ours, theirs = {
+        "linear_cross_entropy": (
+            lambda x, w: fastloss.linear_cross_entropy(x, w, t, label_smoothing=0.1, memory_budget=64),
+            linear_cross_entropy,
+        ),
+        "linear_token_log_probs": (
+            lambda x, w: torch.stack(
+                fastloss.linear_token_log_probs(x, w, t, temperature=0.7, return_entropy=True, memory_budget=128)
+            ),
+            linear_token_log_probs,
+        ),
+        "linear_kl_divergence": (
+            lambda x, w: fastloss.linear_kl_divergence(x, w, h, m, reduction="none", memory_budget=384),
+            linear_kl_divergence,
+        ),
+    }[head]
+    place, other = (x, w) if by == "input" else (w, x)
+    direction = torch.linspace(-1, 1, place.numel(), device=device, dtype=place.dtype).view_as(place)
+    of = (lambda f: lambda y: f(y, other)) if by == "input" else (lambda f: lambda y: f(other, y))
+    for got, want in zip(
+        transformed(of(ours), place, direction), transformed(of(theirs), place, direction), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    stack = torch.stack((place, 2 * place))
+    torch.testing.assert_close(torch.func.vmap(of(ours))(stack), torch.func.vmap(of(theirs))(stack))
 
 
 @reductions

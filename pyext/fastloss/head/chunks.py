@@ -1,6 +1,8 @@
 """How many rows of logits are made at once: a pure function of shapes, dtype, device and a budget of memory."""
 
 LEAST_BUDGET = 64 << 20  # bytes, where the input's own gradient takes less
+FED_ROWS = 1024  # of a chunk on a GPU: with them the weight's products take longer than its traffic (docs/tuning.md)
+SUM = 4  # bytes of a sum in float32
 
 
 def _tile(device: str) -> int:
@@ -8,9 +10,19 @@ def _tile(device: str) -> int:
     return 128 if device == "cuda" else 16
 
 
-def default_budget(rows: int, features: int, itemsize: int) -> int:
-    """What a step has room for anyway: the input's gradient, or 64 MiB if that is more."""
-    return max(rows * features * itemsize, LEAST_BUDGET)
+def default_budget(rows: int, features: int, columns: int, itemsize: int, bytes_of_a_row: int, device: str) -> int:
+    """What a step has room for anyway: the input's gradient, or 64 MiB if that is more.
+
+    On a GPU also 1024 rows, if they take no more than the weight's gradient, which is summed up in float32: each chunk
+    reads and writes these sums, which fewer rows give too little arithmetic to hide.
+
+    >>> default_budget(8192, 4096, 128256, 2, 2 * 128256, "cpu") >> 20
+    64
+    >>> default_budget(8192, 4096, 128256, 2, 2 * 128256, "cuda") >> 20
+    250
+    """
+    fed = min(FED_ROWS * bytes_of_a_row, columns * features * SUM) if device == "cuda" else 0
+    return max(rows * features * itemsize, LEAST_BUDGET, fed)
 
 
 def rows_within(budget: int, rows: int, bytes_of_a_row: int, device: str) -> int:
@@ -48,8 +60,9 @@ def rows_per_chunk(
     >>> rows_per_chunk(8192, 4096, 128256, itemsize=2, device="cuda", budget=1 << 30)
     4096
     """
-    budget = default_budget(rows, features, itemsize) if budget is None else budget
-    return rows_within(budget, rows, columns * itemsize, device)
+    of_a_row = columns * itemsize
+    budget = default_budget(rows, features, columns, itemsize, of_a_row, device) if budget is None else budget
+    return rows_within(budget, rows, of_a_row, device)
 
 
-__all__ = ["LEAST_BUDGET", "default_budget", "rows_per_chunk", "rows_within"]
+__all__ = ["FED_ROWS", "LEAST_BUDGET", "default_budget", "rows_per_chunk", "rows_within"]

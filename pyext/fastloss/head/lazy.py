@@ -7,6 +7,8 @@ of, and rounding is torch's.
 """
 
 import contextlib
+import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -53,7 +55,7 @@ class Lazy(Tensor):
             with DisableTorchFunction():
                 return func(*args, **kwargs)
         rule = cls._rules.get(func) or cls._rules.get(getattr(func, "__wrapped__", None))  # patch() wraps log_softmax
-        if rule is not None:
+        if rule is not None and _takes(rule, func, args, kwargs):
             result = rule(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -126,6 +128,19 @@ class Lazy(Tensor):
         self._versions = versions(operands) if parent is None else parent._versions
         self._family = [] if parent is None else parent._family
         self._family.append(weakref.ref(self))
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def _takes(rule: Callable[..., Any], *call: Any) -> bool:
+    """Whether it has these parameters: ``rounding_mode`` and the like are left to torch."""
+    func, args, kwargs = call
+    try:
+        _signature(rule).bind(func, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def versions(operands: "tuple[Tensor, ...]") -> list[tuple[Tensor, int]]:

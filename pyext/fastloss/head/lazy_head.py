@@ -273,6 +273,19 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def _named_by(model: torch.nn.Module) -> torch.nn.Module | None:
+    """What the model says is its head; or the only one that modules in it name, a language model in a larger one."""
+    named = []
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        found = get() if callable(get) else None
+        if isinstance(found, torch.nn.Module):
+            if module is model:
+                return found
+            named.append(found)
+    return named[0] if named and all(m is named[0] for m in named) else None
+
+
 def _find(model: torch.nn.Module, head: str | torch.nn.Module | None) -> torch.nn.Module:
     if isinstance(head, torch.nn.Module):
         if not any(m is head for m in model.modules()):
@@ -282,9 +295,8 @@ def _find(model: torch.nn.Module, head: str | torch.nn.Module | None) -> torch.n
         raise TypeError(f"lazy_head(): head must be the name of a module, or one, not {type(head).__name__}")
     inner = _unwrapped(model)
     if head is None:
-        get = getattr(inner, "get_output_embeddings", None)
-        found = get() if callable(get) else None
-        if isinstance(found, torch.nn.Module):
+        found = _named_by(inner)
+        if found is not None:
             return found
     else:
         for root in (model, inner):

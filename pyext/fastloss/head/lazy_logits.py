@@ -329,6 +329,20 @@ def _contiguous(func: Any, x: Any, **kwargs: Any) -> Any:
     return NotImplemented if kwargs or not isinstance(x, LazyLogits) else x.derive(Tensor.contiguous)
 
 
+@_rule("clone")
+def _clone(func: Any, x: Any) -> Any:
+    return x.derive(torch.clone, copies=1)
+
+
+@_rule("movedim", "moveaxis")
+def _movedim(func: Any, x: Any, source: Any, destination: Any) -> Any:
+    if not isinstance(x, LazyLogits) or type(source) is not int or type(destination) is not int:
+        return NotImplemented
+    order = list(range(x._hidden.dim()))
+    order.insert(destination % len(order), order.pop(source % len(order)))
+    return _permute(Tensor.permute, x, order)
+
+
 @_rule("transpose", "swapaxes", "swapdims", "permute")
 def _permute(func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
     flat = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else list(dims)
@@ -439,6 +453,31 @@ def _split(func: Any, x: Any, split_size: Any, dim: Any = 0) -> Any:
     return _pieces(x, dim, ends) if ends and ends[-1] == rows and min(split_size) >= 0 else NotImplemented
 
 
+@_rule("chunk")
+def _chunk(func: Any, x: Any, chunks: Any, dim: Any = 0) -> Any:
+    if not _row_major(x) or type(chunks) is not int or chunks < 1 or not isinstance(dim, int):
+        return NotImplemented
+    with DisableTorchFunction():
+        rows = x.shape[dim]
+    return _split(func, x, max(1, -(-rows // chunks)), dim)
+
+
+@_rule("narrow", "select", "index_select")
+def _picked(func: Any, x: Any, dim: Any, *at: Any, **named: Any) -> Any:
+    """Rows, of one axis."""
+    if not _row_major(x) or not isinstance(dim, int) or any(isinstance(a, LazyLogits) for a in (*at, *named.values())):
+        return NotImplemented
+    if "out" in named or not -x._hidden.dim() <= dim < x._hidden.dim() or dim % x._hidden.dim() == x._form.classes:
+        return NotImplemented
+    hidden = func(x._hidden, dim, *at, **named)
+    return x.derive(
+        lambda z: func(z, dim, *at, **named),
+        operands=(hidden, x._weight, x._bias),
+        classes=hidden.dim() - 1,
+        copies=int(func.__name__ == "index_select"),
+    )
+
+
 @_rule("unbind")
 def _unbind(func: Any, x: Any, dim: Any = 0) -> Any:
     """Of iteration too."""
@@ -528,6 +567,157 @@ def _add(func: Any, x: Any, other: Any) -> Any:
     more = other.reshape(-1).to(base) / x._form.scale
     bias = more if x._bias is None else x._bias + more
     return x.derive(lambda z: z + other, operands=(x._hidden, x._weight, bias), copies=1)
+
+
+@_rule("sub", "subtract", "__sub__")
+def _sub(func: Any, x: Any, other: Any) -> Any:
+    """A prior's logarithm, for instance."""
+    return _add(func, x, -other) if isinstance(other, Tensor) and not isinstance(other, LazyLogits) else NotImplemented
+
+
+@_rule("neg", "negative", "__neg__")
+def _neg(func: Any, x: Any) -> Any:
+    return _scaled(x, -1.0, torch.neg)
+
+
+# ------------------------------------------------------------------------- classes that are ruled out; changes in place
+
+
+class _Replaced(torch.autograd.Function):
+    """Gives a tensor without memory the place in the graph of another one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, grads[0]
+
+
+def _in_place(x: Any, derive: Callable[[], Any]) -> Any:
+    """``x`` becomes what ``derive`` makes of it, if no other lazy tensor shares its memory or was derived from it."""
+    if not isinstance(x, LazyLogits) or x.looked_at or not _alone(x):
+        return NotImplemented
+    other = derive()
+    if not isinstance(other, LazyLogits) or other._form.dtype is not x._form.dtype:
+        return NotImplemented
+    before, how = x._how, other._how
+    x._how, x._form = lambda base: how(before(base)), replace(other._form, copies=x._form.copies)
+    x._hidden, x._weight, x._bias, x._logsumexp = other._hidden, other._weight, other._bias, None
+    with DisableTorchFunction():
+        if other.requires_grad:
+            _Replaced.apply(x, other)
+    return x
+
+
+def _filled(x: Any, where: Tensor | None, value: Any, how: Callable[[Tensor], Any]) -> Any:
+    """``x`` with ``value`` for the classes ``where``, whose rows of the weight become 0 and whose bias ``value``."""
+    if where is None or x.looked_at or is_dtensor(x._weight) or type(value) not in (int, float):
+        return NotImplemented
+    weight, bias = x._weight, x._bias
+    if x._form.cap is not None or x._form.scale != 1 or torch.tensor(float(value), dtype=weight.dtype).item() != value:
+        return NotImplemented
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    operands = x._hidden, weight.masked_fill(where.unsqueeze(-1), 0), bias.masked_fill(where, value)
+    return x.derive(how, operands=operands, copies=1)
+
+
+def _alone(x: LazyLogits) -> bool:
+    """Whether torch would have given ``x`` memory of its own, of which no other lazy tensor knows."""
+    own = x._parent is None or x._form.copies > cast(LazyLogits, x._parent)._form.copies
+    others = [r for ref in x._family if (r := ref()) is not None and r is not x]
+    while own and others:
+        others = [r._parent for r in others if r._parent is not None]
+        own = all(r is not x for r in others)
+    return own
+
+
+def _classes_of_mask(x: Any, mask: Any) -> Tensor | None:
+    """The mask as [classes], if it is the same for every row."""
+    if not _row_major(x) or type(mask) is not Tensor or mask.dtype is not torch.bool or mask.dim() == 0:
+        return None
+    if mask.dim() > x._hidden.dim() or not mask.numel() == mask.shape[-1] == x._weight.shape[0]:
+        return None
+    return mask.reshape(-1) if mask.device == x._hidden.device else None
+
+
+def _classes_at(x: Any, key: Any) -> Tensor | None:
+    """A mask [classes] of those that an index of classes names; None: it is none, or out of range."""
+    device, classes = x._hidden.device, x._weight.shape[0]
+    if isinstance(key, Tensor) and (type(key) is not Tensor or key.device != device or key.dim() > 1):
+        return None
+    try:
+        where = torch.zeros(classes, dtype=torch.bool, device=device)
+        where[key] = True
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        return None  # torch says so in its own words
+    return where
+
+
+@_rule("masked_fill")
+def _masked_fill(func: Any, x: Any, mask: Any, value: Any) -> Any:
+    return _filled(x, _classes_of_mask(x, mask), value, lambda z: z.masked_fill(mask, value))
+
+
+@_rule("where")
+def _where(func: Any, condition: Any, *others: Any) -> Any:
+    if len(others) != 2 or isinstance(condition, LazyLogits):
+        return NotImplemented
+    lazy, value = others
+    if isinstance(value, LazyLogits):
+        lazy, value = value, lazy
+        return _filled(lazy, _classes_of_mask(lazy, condition), value, lambda z: func(condition, value, z))
+    where = _classes_of_mask(lazy, condition)
+    return _filled(lazy, None if where is None else ~where, value, lambda z: func(condition, z, value))
+
+
+@_rule("index_fill")
+def _index_fill(func: Any, x: Any, dim: Any, index: Any, value: Any) -> Any:
+    if not _row_major(x) or dim not in (-1, x._form.classes) or not isinstance(index, Tensor):
+        return NotImplemented
+    return _filled(x, _classes_at(x, index), value, lambda z: z.index_fill(dim, index, value))
+
+
+@_rule("__setitem__")
+def _setitem(func: Any, x: Any, key: Any, value: Any) -> Any:
+    """The same classes of every row: an image's tokens, a padded vocabulary."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    rows, classes = keys[:-1], keys[-1]
+    whole = all(k is ... or (isinstance(k, slice) and k == slice(None)) for k in rows)
+    dots = sum(k is ... for k in rows) if whole else 2
+    if not _row_major(x) or dots > 1 or not (dots or len(keys) == x._hidden.dim()):
+        return NotImplemented
+    if not isinstance(classes, (int, slice, list, Tensor)) or isinstance(classes, bool):
+        return NotImplemented
+    where = _classes_at(x, classes)
+
+    def how(z: Tensor) -> Tensor:
+        return z.masked_fill(cast(Tensor, where), value)
+
+    return NotImplemented if _in_place(x, lambda: _filled(x, where, value, how)) is NotImplemented else None
+
+
+def _changing(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of the operation that does the same in place."""
+
+    def change(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return _in_place(x, lambda: rule(func, x, *args, **kwargs))
+
+    return change
+
+
+for _names, _same in (
+    ("mul_ multiply_ __imul__", _mul),
+    ("div_ divide_ true_divide_ __itruediv__ __idiv__", _div),
+    ("add_ __iadd__", _add),
+    ("sub_ subtract_ __isub__", _sub),
+    ("tanh_", _tanh),
+    ("masked_fill_", _masked_fill),
+    ("index_fill_", _index_fill),
+):
+    _rule(*_names.split())(_changing(_same))
 
 
 @_rule("register_hook")

@@ -549,7 +549,8 @@ def linear_cross_entropy(
             where it is given as a number), the rest does not apply.
         grad_in_forward: make the gradients in forward (three products) or make the logits again in backward (four, and
             no gradient held in between). None, the default, chooses forward for scalar reductions except for float16.
-        memory_budget: bytes that the logits of a chunk may take. None: as much as the input, and at least 64 MiB.
+        memory_budget: bytes that the logits of a chunk may take. None: as much as the input, and at least 64 MiB; on a
+            GPU also 1024 rows, which feed its products, if they take no more than the weight in float32.
         accumulate_in: dtype in which the gradients of weight and bias are summed up over the chunks before they are
             rounded, once. None: float32 (float64 for float64); the logits' own dtype takes less memory.
         max_rows: on a GPU, how many rows count at most: others are left out of the products without waiting for the

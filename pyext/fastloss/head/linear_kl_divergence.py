@@ -165,7 +165,8 @@ def linear_kl_divergence(
         reduction: ``'none'`` | ``'mean'`` (over the rows that count, nan where none does; kl_div's ``'batchmean'`` of
             rows) | ``'sum'``.
         memory_budget: bytes for what is in memory of both at once; by default the size of the student's hidden states,
-            or 64 MiB, whichever is more.
+            or 64 MiB, whichever is more; on a GPU also what 1024 rows take, if that is no more than the student's
+            weight in float32.
 
     Returns:
         float32 (float64 for float64 hidden states of the student), shape () or, for ``'none'``, (...).
@@ -219,7 +220,7 @@ def linear_kl_divergence(
         _arguments.require_same_device(function, first, ("mask", mask))
     rows, wide = shape.numel(), accum_dtype(s_hidden.dtype)
     bytes_of_a_row = 6 * s_weight.shape[0] * wide.itemsize  # logits, their softmax, and a temporary, of both
-    budget = budget_of(function, memory_budget, s_hidden)
+    budget = budget_of(function, memory_budget, s_hidden, s_weight.shape[0], bytes_of_a_row)
     at_a_time = rows_within(budget, rows, bytes_of_a_row, s_hidden.device.type)
     if rows:
         hidden, teacher = s_hidden.reshape(-1, s_hidden.shape[-1]), t_hidden.detach().reshape(-1, t_hidden.shape[-1])
@@ -230,7 +231,7 @@ def linear_kl_divergence(
         kl = run(hidden, s_weight, teacher, t_weight.detach(), counts, temperature, at_a_time).reshape(shape)
         kl = kl if mask is None else kl.masked_fill(~mask, 0.0)
     else:
-        kl = (s_hidden.sum() * s_weight.sum() * 0).to(wide).expand(shape)
+        kl = ((s_hidden.sum() + s_weight.sum()) * 0).to(wide).expand(shape)
     if code == MEAN and mask is not None:
         return kl.sum() / mask.sum()
     return kl if code == NONE else kl.mean() if code == MEAN else kl.sum()  # type: ignore[no-any-return]

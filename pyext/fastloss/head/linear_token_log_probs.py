@@ -76,10 +76,11 @@ def check_head(function: str, names: tuple[str, str], hidden: Tensor, weight: Te
         )
 
 
-def budget_of(function: str, memory_budget: Any, hidden: Tensor) -> int:
-    """Bytes that may be in memory at once, by default those of the hidden states, or 64 MiB if that is more."""
+def budget_of(function: str, memory_budget: Any, hidden: Tensor, tokens: int, bytes_of_a_row: int) -> int:
+    """Bytes that may be in memory at once."""
     if memory_budget is None:
-        return default_budget(hidden.shape[:-1].numel(), hidden.shape[-1], hidden.element_size())
+        rows, device = hidden.shape[:-1].numel(), hidden.device.type
+        return default_budget(rows, hidden.shape[-1], tokens, hidden.element_size(), bytes_of_a_row, device)
     memory_budget = _arguments.as_int(function, "memory_budget", memory_budget)
     if memory_budget <= 0:
         raise ValueError(f"{function}(): memory_budget must be a positive number of bytes, got {memory_budget}")
@@ -301,7 +302,8 @@ def linear_token_log_probs(
         bias: shape (V), the dtype of the input.
         temperature, softcap, return_entropy, ignore_index: as in :func:`fastloss.token_log_probs`.
         memory_budget: bytes for the logits that are in memory at once, with their gradient; by default the size of the
-            hidden states, or 64 MiB, whichever is more.
+            hidden states, or 64 MiB, whichever is more; on a GPU also what 1024 rows take, if that is no more than the
+            weight in float32.
 
     Returns:
         Log-probabilities, and entropies where wanted, shape (...), as :func:`fastloss.token_log_probs`.
@@ -329,7 +331,8 @@ def linear_token_log_probs(
     hidden, matrix, offset = autocast(input, weight, bias)
     assert hidden is not None and matrix is not None
     check_head(function, ("input", "weight"), hidden, matrix)
-    budget = budget_of(function, memory_budget, hidden)
+    bytes_of_a_row = 2 * matrix.shape[0] * hidden.element_size()  # logits, gradient
+    budget = budget_of(function, memory_budget, hidden, matrix.shape[0], bytes_of_a_row)
     if offset is not None and (offset.dtype is not hidden.dtype or offset.shape != matrix.shape[:1]):
         raise ValueError(
             f"{function}(): bias must have the input's dtype and shape [{matrix.shape[0]}], got {offset.dtype} of "
@@ -340,11 +343,11 @@ def linear_token_log_probs(
     check_range(function, index, matrix.shape[0], o.ignore_index)
 
     rows_shape, rows = index.shape, index.numel()
-    bytes_of_a_row = 2 * matrix.shape[0] * hidden.element_size()  # logits, gradient
     at_a_time = rows_within(budget, rows, bytes_of_a_row, hidden.device.type)
     flat = hidden.reshape(-1, hidden.shape[-1]) if rows else hidden.new_zeros(0, hidden.shape[-1])
     if rows == 0:  # nothing to look at, but something to differentiate
-        nothing = (hidden.sum() * matrix.sum() * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)
+        total = hidden.sum() + matrix.sum() + (0 if offset is None else offset.sum())
+        nothing = (total * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)
         return (nothing, nothing.clone()) if return_entropy else nothing
     run = _composed if transformed() else _LinearTokenLogProbs.apply
     results = run(flat, matrix, offset, index.reshape(-1), o, at_a_time)
