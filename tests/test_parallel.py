@@ -1,5 +1,6 @@
 """Classes sharded over ranks (fastloss.parallel), on gloo with 2, 3 and 4 processes, against the whole."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -513,7 +514,7 @@ def test_a_rank_that_dies_ends_the_others():
 # ------------------------------------------------------------------------------------ module, compile, data parallelism
 
 
-def module_and_compile(rank, group):
+def module(rank, group):
     x, target, _ = problem(4, (6, 12), torch.float32)
     ends = cuts(12, dist.get_world_size(group), 5)
     here = slice(ends[rank], ends[rank + 1])
@@ -525,22 +526,74 @@ def module_and_compile(rank, group):
     torch.testing.assert_close(loss(x[:, here], target, normalizer=2.0), loss(x[:, here], target, None, 2.0))
     assert raised(parallel.ParallelCrossEntropyLoss, group, inplace_grad=True)[0] is TypeError
 
-    kind, message = raised(torch.compile(loss, backend="eager", fullgraph=True), x[:, here], target)
-    assert kind is not None and "leave out fullgraph=True" in message, message
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x, t: 2 * loss(x.sin(), t), backend="eager")
-    shard = x[:, here].clone().requires_grad_()
-    got = compiled(shard, target)
-    got.backward()
-    leaf = x.clone().requires_grad_()
-    want = 2 * fastloss.cross_entropy(leaf.sin(), target, weight=weight, label_smoothing=0.1)
-    want.backward()
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(shard.grad, leaf.grad[:, here])
+
+def test_the_module(team):
+    team.run(module, 2)
 
 
-def test_module_and_torch_compile(team):
-    team.run(module_and_compile, 2)
+def compiled(rank, group):
+    """Three losses in one graph without breaks: values, gradients and collectives of eager."""
+    ranks, dtype = dist.get_world_size(group), torch.float64
+    x, target, options = problem(4, (8, 13), dtype, False, {"weight": True, "sample_weight": True})
+    ends = cuts(13, ranks, 5)
+    here, sizes = slice(ends[rank], ends[rank + 1]), [b - a for a, b in itertools.pairwise(ends)]
+    soft = x.softmax(1)[:, here].clone().requires_grad_()
+    rows = slice(8 // ranks * rank, 8 // ranks * (rank + 1))
+    hidden, head = (torch.randn(n, 5, dtype=dtype, generator=torch.Generator().manual_seed(n)) for n in (8, 13))
+    shard_weight = options.pop("weight")[here].double()
+    module = parallel.ParallelCrossEntropyLoss(group, label_smoothing=0.1, row_map="focal", map_params=(1.5,))
+
+    def losses(z, h, w, soft, **others):
+        dense, stats = parallel.cross_entropy(
+            z.sin(), target, group, weight_shard=shard_weight, reduction="none", return_stats=True, **options, **others
+        )
+        linear = parallel.linear_cross_entropy(h, w, soft, group, sequence_parallel=True, memory_budget=100)
+        log_probs, entropies = parallel.token_log_probs(z, target, group, temperature=0.7, return_entropy=True)
+        return dense.square().sum() + linear + (log_probs * entropies).sum() + module(z, target), *stats
+
+    def run(function):
+        leaves = [t.clone().requires_grad_() for t in (x[:, here], hidden[rows], head[here])]
+        with counting() as calls:
+            loss, *stats = function(*leaves, soft, shard_sizes=sizes)
+            grads = torch.autograd.grad(loss, [*leaves, soft])
+        return calls, loss, *stats, *grads
+
+    run(losses)  # ranks learn of each other's classes
+    want, got = run(losses), run(torch.compile(losses, backend="aot_eager", fullgraph=True))
+    assert want[0] == got[0] and len(got[0]) > 4
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b)
+    one = torch.compile(parallel.cross_entropy, backend="eager", fullgraph=True)
+    _, message = raised(one, x[:, here], target, group, weight_shard=shard_weight)
+    assert "weight_shard needs shard_sizes" in message, message
+
+
+@contextlib.contextmanager
+def counting():
+    """The names of the collectives that are called, where no dispatch mode may be active."""
+    names = (
+        "all_gather_single",
+        "all_gather_into_tensor",
+        "all_reduce",
+        "reduce_scatter_single",
+        "reduce_scatter_tensor",
+    )
+    calls, own = [], {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+
+    def recording(name):
+        return lambda *args, **kwargs: (calls.append(name), own[name](*args, **kwargs))[1]
+
+    try:
+        for name in own:
+            setattr(dist, name, recording(name))
+        yield calls
+    finally:
+        for name, function in own.items():
+            setattr(dist, name, function)
+
+
+def test_torch_compile_takes_the_losses_into_one_graph(team):
+    team.run(compiled, 2)
 
 
 def counted(rank, group):

@@ -90,7 +90,7 @@ def process_group(function: str, group: Any) -> "ProcessGroup":
                 f"{function}(): there is no process group; call torch.distributed.init_process_group() first, or give "
                 "group="
             )
-    elif hasattr(group, "get_group"):
+    elif not isinstance(group, dist.ProcessGroup) and hasattr(group, "get_group"):
         if group.ndim != 1:
             raise ValueError(
                 f"{function}(): group is a DeviceMesh of {group.ndim} dimensions; give the one over which the classes "
@@ -121,7 +121,7 @@ def gather(mine: Tensor, group: "ProcessGroup") -> Tensor:
     everyone = mine.new_empty([dist.get_world_size(group) * mine.numel()])
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name from torch 2.13 on
     all_gather(everyone, mine, group=group)
-    return everyone.view(-1, mine.numel())
+    return everyone.view(dist.get_world_size(group), mine.numel())
 
 
 # What the ranks of a group had when this one had so many classes.
