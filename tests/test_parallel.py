@@ -299,11 +299,9 @@ def test_finite_differences_through_the_group(team, soft):
 # ------------------------------------------------------------------------------------------------------- what travels
 
 
-def collectives(rank, group, options, soft, dtype, forget=True):
+def collectives(rank, group, options, soft, dtype):
     """(collectives of forward, of backward) of a call; ranks have 5, 6, ... classes."""
     ranks = dist.get_world_size(group)
-    if forget:
-        _exchange._seen.pop(group, None)
     ends = list(itertools.accumulate([5 + r for r in range(ranks)], initial=0))
     x, target, options = problem(1, (9, ends[-1]), dtype, soft, options)
     here = slice(ends[rank], ends[rank + 1])
@@ -340,12 +338,28 @@ def test_one_gather_forward_and_nothing_backward(team, options, numbers):
             assert forward == want and backward == []
 
 
-def test_uneven_shards_are_found_out_by_the_first_call(team):
-    gather = ("allgather_base", 56 + 9 * 12)
-    for forward, _ in team.run(collectives, 3, {}, False, torch.float32):
-        assert forward == [gather] * 2
-    for forward, _ in team.run(collectives, 3, {}, False, torch.float32, False):
-        assert forward == [gather]
+def first_calls(rank, group, given):
+    """Collectives of the calls of a new group: uneven shards, the same again, others, these again."""
+    group = dist.new_group()
+    found = []
+    for sizes in ([5, 0, 6, 1], [5, 0, 6, 1], [2, 3, 0, 7], [2, 3, 0, 7]):
+        x, target, _ = problem(1, (9, 12), torch.float32)
+        offset = sum(sizes[:rank])
+        options = {"shard_sizes": sizes} if given else {}
+        with Collectives() as calls:
+            got = parallel.cross_entropy(x[:, offset : offset + sizes[rank]], target, group, **options)
+        torch.testing.assert_close(got, fastloss.cross_entropy(x, target))
+        found.append(calls.calls)
+    dist.destroy_process_group(group)
+    return found
+
+
+@pytest.mark.parametrize("given", (False, True))
+def test_uneven_shards_take_one_gather_from_the_first_call_on(team, given):
+    """But for shards of other sizes later, which ranks find out by it."""
+    one = [("allgather_base", 56 + 9 * 12)]
+    for found in team.run(first_calls, 4, given):
+        assert found == [one, one, one if given else 2 * one, one]
 
 
 def test_shards_of_class_weights_travel_with_class_indices(team):
