@@ -248,8 +248,16 @@ def special(rank, group):
     parallel.cross_entropy(shard, torch.tensor([0, 4 * ranks - 1]), group, reduction="sum").backward()
     assert shard.grad.isfinite().all()
 
-    rows = parallel.cross_entropy(torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.long), group)
-    assert rows.isnan()
+    rows, nothing = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    assert parallel.cross_entropy(rows, nothing, group).isnan()
+    loss = parallel.linear_cross_entropy(rows, torch.zeros(2, 3), nothing, group, reduction="sum")
+    assert torch.autograd.grad(loss, rows)[0].shape == (0, 3)
+    stats = parallel.cross_entropy(rows, torch.zeros(0, 3), group, all_ignored="zero", return_stats=True)[1]
+    assert stats.accuracy == 0
+
+    alone = dist.new_group([rank], use_local_synchronization=True)  # 5 rows of an odd number of floats
+    x, target, _ = problem(1, (5, 7), torch.float32)
+    torch.testing.assert_close(parallel.cross_entropy(x, target, alone), fastloss.cross_entropy(x, target))
 
 
 def test_special_cases(team):
@@ -257,43 +265,54 @@ def test_special_cases(team):
         team.run(special, ranks)
 
 
-def differences(rank, group, soft):
-    """Finite differences in float64 through the group: each rank moves an element of its own, all look at the loss."""
-    ranks = dist.get_world_size(group)
-    x, target, options = problem(5, (3, 7), torch.float64, soft, {"weight": True, "sample_weight": True})
-    ends = cuts(7, ranks, 2)
-    here = slice(ends[rank], ends[rank + 1])
+class Shard(torch.autograd.Function):
+    """A rank's part of what all ranks have alike, whose gradient is then put together from those of all ranks."""
+
+    @staticmethod
+    def forward(ctx, whole, dim, begin, end, group):
+        ctx.shape, ctx.group, ctx.place = whole.shape, group, (dim, begin, end - begin)
+        return whole.narrow(*ctx.place).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        whole = grad.new_zeros(ctx.shape)
+        whole.narrow(*ctx.place).copy_(grad)
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None, None, None, None
+
+
+def gradcheck(rank, group, case):
+    """torch.autograd.gradcheck on every rank, of the whole, so that all move the same element at the same time."""
+    soft = case.endswith("probabilities")
+    x, target, options = problem(5, (2, 5), torch.float64, soft, {"weight": True, "sample_weight": True})
     options |= {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 3.0}
-    options["weight_shard"] = options.pop("weight")[here].double()
-    leaves = [x[:, here].clone()] + ([target[:, here].clone(), options["weight_shard"]] if soft else [])
-    for leaf in leaves:
-        leaf.requires_grad_()
+    ends = cuts(5, dist.get_world_size(group), 2)
+    assert ends == [0, 0, 5] or len(set(ends)) == len(ends), ends
+    weight = options.pop("weight").double()
+    hidden, head = (torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (2, 5))
 
-    def loss():
-        return parallel.cross_entropy(leaves[0], leaves[1] if soft else target, group, **options)
+    def part(whole, dim):
+        return Shard.apply(whole, dim, ends[rank], ends[rank + 1], group)
 
-    found = torch.autograd.grad(loss(), leaves)
-    sizes = [[n * 3, n * 3, n] for n in (b - a for a, b in itertools.pairwise(ends))]
-    for owner, place in itertools.product(range(ranks), range(len(leaves))):
-        for element in range(sizes[owner][place]):
-            values = []
-            for step in (1e-6, -1e-6):
-                if owner == rank:
-                    with torch.no_grad():
-                        leaves[place].view(-1)[element] += step
-                values.append(loss().item())
-                if owner == rank:
-                    with torch.no_grad():
-                        leaves[place].view(-1)[element] -= step
-            if owner == rank:
-                torch.testing.assert_close(
-                    found[place].view(-1)[element].item(), (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-8
-                )
+    def loss(target, weight, *operands):
+        target, given = (part(target, 1) if soft else target), options | {"weight_shard": part(weight, 0)}
+        if case.startswith("head"):
+            hidden, head = operands
+            given["memory_budget"] = 1  # a row at a time
+            return parallel.linear_cross_entropy(hidden, part(head, 0), target, group, **given)
+        if case == "tokens":
+            return parallel.token_log_probs(part(operands[0], 1), target, group, softcap=3.0, return_entropy=True)
+        return parallel.cross_entropy(part(operands[0], 1), target, group, reduction="none", **given)
+
+    operands = [hidden, head] if case.startswith("head") else [x]
+    for t in (target, weight, *operands) if soft else operands:
+        t.requires_grad_()
+    assert torch.autograd.gradcheck(loss, (target, weight, *operands))
 
 
-@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
-def test_finite_differences_through_the_group(team, soft):
-    team.run(differences, 3, soft)
+@pytest.mark.parametrize("case", ("logits", "logits, probabilities", "head", "head, probabilities", "tokens"))
+def test_gradcheck_through_the_group(team, case):
+    team.run(gradcheck, 2, case)
 
 
 # ------------------------------------------------------------------------------------------------------- what travels

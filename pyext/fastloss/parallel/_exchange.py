@@ -168,7 +168,7 @@ def exchange(
         mine, error = _packed(layout, sure, classes, alike, shape, like, part, bad)
         everyone = gather(mine, group)
         width = everyone.shape[1] - shape[0] * shape[1]
-        headers = everyone[:, :width].contiguous().view(torch.int64)  # [ranks, HEADER]
+        headers = everyone[:, :width].reshape(-1).view(torch.int64).view(ranks, HEADER)
         numbers = everyone[:, width:].view(ranks, *shape)
         if not headers.is_cpu and sure != GUESSED:
             if error is not None:

@@ -144,6 +144,8 @@ class ParallelLinearCrossEntropy(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad[2:5] + ctx.needs_input_grad[6:8]
         by_entropy = grads[-1] if ctx.call.entropy else None
+        if grads[0] is None and by_entropy is None:
+            return (None,) * 10
         t = Saved(*ctx.saved_tensors)
         found: Sequence[Tensor | None]
         with torch.no_grad(), torch.autocast(t.x.device.type, enabled=False):
