@@ -580,7 +580,9 @@ def compiled(rank, group):
         dense, stats = parallel.cross_entropy(
             z.sin(), target, group, weight_shard=shard_weight, reduction="none", return_stats=True, **options, **others
         )
-        linear = parallel.linear_cross_entropy(h, w, soft, group, sequence_parallel=True, memory_budget=100)
+        count = parallel.count(target, group)
+        given = {"sequence_parallel": True, "memory_budget": 100, "normalizer": count}
+        linear = parallel.linear_cross_entropy(h, w, soft, group, **given)
         log_probs, entropies = parallel.token_log_probs(z, target, group, temperature=0.7, return_entropy=True)
         return dense.square().sum() + linear + (log_probs * entropies).sum() + module(z, target), *stats
 

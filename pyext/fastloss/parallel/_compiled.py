@@ -8,7 +8,7 @@ operators about, by sizes that are not the same on all ranks, would let one rank
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,9 @@ from .cross_entropy import (
     statistics,
 )
 from .linear_cross_entropy import Head, Saved, head_gradients, loss_of_head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _library = torch.library.Library("fastloss", "FRAGMENT")
 
@@ -371,6 +374,18 @@ _linear_cross_entropy = _define(
 )
 
 
+def _gather(mine: Tensor, group: str, ranks: int) -> Tensor:
+    return _exchange.gather(mine, _resolve_process_group(group))  # type: ignore[arg-type]
+
+
+_library.define("parallel_gather(Tensor mine, str group, int ranks) -> Tensor", tags=_TAGS)
+_library.impl("parallel_gather", _gather, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastloss::parallel_gather", lambda mine, group, ranks: mine.new_empty([ranks, mine.numel()]), lib=_library
+)
+_register_effectful_op(ops.parallel_gather.default, EffectType.ORDERED)
+
+
 def _results(call: Call, found: Sequence[Tensor]) -> Sequence[Tensor]:
     return found[:5] if call.stats else found[:1]
 
@@ -383,6 +398,12 @@ def _check(call: Call, t: Operands) -> None:
             "the graph has to know how many classes all ranks have. Give shard_sizes, or the weights of all classes as "
             "weight"
         )
+
+
+def gather(mine: Tensor, group: "ProcessGroup") -> Tensor:
+    """The vectors of all ranks; not differentiable."""
+    found: Tensor = ops.parallel_gather(mine.detach(), group.group_name, dist.get_world_size(group))
+    return found
 
 
 def cross_entropy(call: Call, t: Operands) -> Sequence[Tensor]:
@@ -399,4 +420,4 @@ def linear_cross_entropy(
     return _results(call, _linear_cross_entropy(x, weight, bias, *t[1:], *head, *_plain(call)))
 
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = ["cross_entropy", "gather", "linear_cross_entropy"]

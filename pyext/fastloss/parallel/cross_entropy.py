@@ -470,7 +470,8 @@ def _check_weight(function: str, weight: Tensor, classes: int, soft: bool, shard
         )
 
 
-_apply = torch.compiler.disable(ParallelCrossEntropy.apply)  # after a graph break it is not to be a graph of its own
+# After a graph break it is not to be a graph of its own.
+_apply = torch.compiler.disable(ParallelCrossEntropy.apply)
 
 
 def run(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded) -> Any:
@@ -535,9 +536,9 @@ def cross_entropy(
             class indices a second all-gather brings the others' weights.
         row_map, map_params: a function of each row's nll, see :func:`fastloss.rows.row_maps`: ``"focal", (gamma,)`` is
             :func:`fastloss.focal_loss`.
-        shard_sizes: how many classes each rank has. None: ranks tell each other within the all-gather. A rank takes
-            what it has seen before, at first that all have as many; where that was wrong they do it again, so that the
-            first call with uneven shards has two all-gathers.
+        shard_sizes: how many classes each rank has. None: ranks tell each other, in the group's first call by its store
+            and then within the all-gather. A rank takes what it has seen before; where that was wrong they do it again,
+            with a second all-gather. Within torch.compile needed for ``weight_shard`` with class indices.
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, class_dim,
             all_ignored, zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
 
@@ -553,7 +554,7 @@ def cross_entropy(
 
     Logits of which ranks have another number of rows end in an error of torch.distributed. There is no ``inplace_grad``
     and no ``grad_in_forward``, since the gradient needs what the other ranks know. Second derivatives, forward mode and
-    torch.func are not served, and raise. torch.compile breaks its graph here.
+    torch.func are not served, and raise. torch.compile takes the call into its graph, with the same collectives.
 
     Example::
 

@@ -235,9 +235,8 @@ def _start_sum(partial: Tensor, out: Tensor, call: Call, head: Head) -> Any:
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
-_apply = torch.compiler.disable(
-    ParallelLinearCrossEntropy.apply
-)  # after a graph break it is not to be a graph of its own
+# After a graph break it is not to be a graph of its own.
+_apply = torch.compiler.disable(ParallelLinearCrossEntropy.apply)
 
 
 def run(
