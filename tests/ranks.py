@@ -63,7 +63,7 @@ class Team:
 
     def __init__(self, size=SIZE, timeout=60):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "fastloss"])
+        context.set_forkserver_preload(["torch", "fastloss.parallel", "torch.distributed.tensor"])
         folder = tempfile.mkdtemp()
         self.members, self.pipes, self.broken = [], [], False
         for rank in range(size):

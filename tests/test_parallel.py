@@ -1,5 +1,6 @@
 """Classes sharded over ranks (fastloss.parallel), on gloo with 2, 3 and 4 processes, against the whole."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -247,8 +248,16 @@ def special(rank, group):
     parallel.cross_entropy(shard, torch.tensor([0, 4 * ranks - 1]), group, reduction="sum").backward()
     assert shard.grad.isfinite().all()
 
-    rows = parallel.cross_entropy(torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.long), group)
-    assert rows.isnan()
+    rows, nothing = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    assert parallel.cross_entropy(rows, nothing, group).isnan()
+    loss = parallel.linear_cross_entropy(rows, torch.zeros(2, 3), nothing, group, reduction="sum")
+    assert torch.autograd.grad(loss, rows)[0].shape == (0, 3)
+    stats = parallel.cross_entropy(rows, torch.zeros(0, 3), group, all_ignored="zero", return_stats=True)[1]
+    assert stats.accuracy == 0
+
+    alone = dist.new_group([rank], use_local_synchronization=True)  # 5 rows of an odd number of floats
+    x, target, _ = problem(1, (5, 7), torch.float32)
+    torch.testing.assert_close(parallel.cross_entropy(x, target, alone), fastloss.cross_entropy(x, target))
 
 
 def test_special_cases(team):
@@ -256,53 +265,62 @@ def test_special_cases(team):
         team.run(special, ranks)
 
 
-def differences(rank, group, soft):
-    """Finite differences in float64 through the group: each rank moves an element of its own, all look at the loss."""
-    ranks = dist.get_world_size(group)
-    x, target, options = problem(5, (3, 7), torch.float64, soft, {"weight": True, "sample_weight": True})
-    ends = cuts(7, ranks, 2)
-    here = slice(ends[rank], ends[rank + 1])
+class Shard(torch.autograd.Function):
+    """A rank's part of what all ranks have alike, whose gradient is then put together from those of all ranks."""
+
+    @staticmethod
+    def forward(ctx, whole, dim, begin, end, group):
+        ctx.shape, ctx.group, ctx.place = whole.shape, group, (dim, begin, end - begin)
+        return whole.narrow(*ctx.place).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        whole = grad.new_zeros(ctx.shape)
+        whole.narrow(*ctx.place).copy_(grad)
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None, None, None, None
+
+
+def gradcheck(rank, group, case):
+    """torch.autograd.gradcheck on every rank, of the whole, so that all move the same element at the same time."""
+    soft = case.endswith("probabilities")
+    x, target, options = problem(5, (2, 5), torch.float64, soft, {"weight": True, "sample_weight": True})
     options |= {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 3.0}
-    options["weight_shard"] = options.pop("weight")[here].double()
-    leaves = [x[:, here].clone()] + ([target[:, here].clone(), options["weight_shard"]] if soft else [])
-    for leaf in leaves:
-        leaf.requires_grad_()
+    ends = cuts(5, dist.get_world_size(group), 2)
+    assert ends == [0, 0, 5] or len(set(ends)) == len(ends), ends
+    weight = options.pop("weight").double()
+    hidden, head = (torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (2, 5))
 
-    def loss():
-        return parallel.cross_entropy(leaves[0], leaves[1] if soft else target, group, **options)
+    def part(whole, dim):
+        return Shard.apply(whole, dim, ends[rank], ends[rank + 1], group)
 
-    found = torch.autograd.grad(loss(), leaves)
-    sizes = [[n * 3, n * 3, n] for n in (b - a for a, b in itertools.pairwise(ends))]
-    for owner, place in itertools.product(range(ranks), range(len(leaves))):
-        for element in range(sizes[owner][place]):
-            values = []
-            for step in (1e-6, -1e-6):
-                if owner == rank:
-                    with torch.no_grad():
-                        leaves[place].view(-1)[element] += step
-                values.append(loss().item())
-                if owner == rank:
-                    with torch.no_grad():
-                        leaves[place].view(-1)[element] -= step
-            if owner == rank:
-                torch.testing.assert_close(
-                    found[place].view(-1)[element].item(), (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-8
-                )
+    def loss(target, weight, *operands):
+        target, given = (part(target, 1) if soft else target), options | {"weight_shard": part(weight, 0)}
+        if case.startswith("head"):
+            hidden, head = operands
+            given["memory_budget"] = 1  # a row at a time
+            return parallel.linear_cross_entropy(hidden, part(head, 0), target, group, **given)
+        if case == "tokens":
+            return parallel.token_log_probs(part(operands[0], 1), target, group, softcap=3.0, return_entropy=True)
+        return parallel.cross_entropy(part(operands[0], 1), target, group, reduction="none", **given)
+
+    operands = [hidden, head] if case.startswith("head") else [x]
+    for t in (target, weight, *operands) if soft else operands:
+        t.requires_grad_()
+    assert torch.autograd.gradcheck(loss, (target, weight, *operands))
 
 
-@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
-def test_finite_differences_through_the_group(team, soft):
-    team.run(differences, 3, soft)
+@pytest.mark.parametrize("case", ("logits", "logits, probabilities", "head", "head, probabilities", "tokens"))
+def test_gradcheck_through_the_group(team, case):
+    team.run(gradcheck, 2, case)
 
 
 # ------------------------------------------------------------------------------------------------------- what travels
 
 
-def collectives(rank, group, options, soft, dtype, forget=True):
+def collectives(rank, group, options, soft, dtype):
     """(collectives of forward, of backward) of a call; ranks have 5, 6, ... classes."""
     ranks = dist.get_world_size(group)
-    if forget:
-        _exchange._seen.pop(group, None)
     ends = list(itertools.accumulate([5 + r for r in range(ranks)], initial=0))
     x, target, options = problem(1, (9, ends[-1]), dtype, soft, options)
     here = slice(ends[rank], ends[rank + 1])
@@ -339,12 +357,28 @@ def test_one_gather_forward_and_nothing_backward(team, options, numbers):
             assert forward == want and backward == []
 
 
-def test_uneven_shards_are_found_out_by_the_first_call(team):
-    gather = ("allgather_base", 56 + 9 * 12)
-    for forward, _ in team.run(collectives, 3, {}, False, torch.float32):
-        assert forward == [gather] * 2
-    for forward, _ in team.run(collectives, 3, {}, False, torch.float32, False):
-        assert forward == [gather]
+def first_calls(rank, group, given):
+    """Collectives of the calls of a new group: uneven shards, the same again, others, these again."""
+    group = dist.new_group()
+    found = []
+    for sizes in ([5, 0, 6, 1], [5, 0, 6, 1], [2, 3, 0, 7], [2, 3, 0, 7]):
+        x, target, _ = problem(1, (9, 12), torch.float32)
+        offset = sum(sizes[:rank])
+        options = {"shard_sizes": sizes} if given else {}
+        with Collectives() as calls:
+            got = parallel.cross_entropy(x[:, offset : offset + sizes[rank]], target, group, **options)
+        torch.testing.assert_close(got, fastloss.cross_entropy(x, target))
+        found.append(calls.calls)
+    dist.destroy_process_group(group)
+    return found
+
+
+@pytest.mark.parametrize("given", (False, True))
+def test_uneven_shards_take_one_gather_from_the_first_call_on(team, given):
+    """But for shards of other sizes later, which ranks find out by it."""
+    one = [("allgather_base", 56 + 9 * 12)]
+    for found in team.run(first_calls, 4, given):
+        assert found == [one, one, one if given else 2 * one, one]
 
 
 def test_shards_of_class_weights_travel_with_class_indices(team):
@@ -513,7 +547,7 @@ def test_a_rank_that_dies_ends_the_others():
 # ------------------------------------------------------------------------------------ module, compile, data parallelism
 
 
-def module_and_compile(rank, group):
+def module(rank, group):
     x, target, _ = problem(4, (6, 12), torch.float32)
     ends = cuts(12, dist.get_world_size(group), 5)
     here = slice(ends[rank], ends[rank + 1])
@@ -525,22 +559,76 @@ def module_and_compile(rank, group):
     torch.testing.assert_close(loss(x[:, here], target, normalizer=2.0), loss(x[:, here], target, None, 2.0))
     assert raised(parallel.ParallelCrossEntropyLoss, group, inplace_grad=True)[0] is TypeError
 
-    kind, message = raised(torch.compile(loss, backend="eager", fullgraph=True), x[:, here], target)
-    assert kind is not None and "leave out fullgraph=True" in message, message
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x, t: 2 * loss(x.sin(), t), backend="eager")
-    shard = x[:, here].clone().requires_grad_()
-    got = compiled(shard, target)
-    got.backward()
-    leaf = x.clone().requires_grad_()
-    want = 2 * fastloss.cross_entropy(leaf.sin(), target, weight=weight, label_smoothing=0.1)
-    want.backward()
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(shard.grad, leaf.grad[:, here])
+
+def test_the_module(team):
+    team.run(module, 2)
 
 
-def test_module_and_torch_compile(team):
-    team.run(module_and_compile, 2)
+def compiled(rank, group):
+    """Three losses in one graph without breaks: values, gradients and collectives of eager."""
+    ranks, dtype = dist.get_world_size(group), torch.float64
+    x, target, options = problem(4, (8, 13), dtype, False, {"weight": True, "sample_weight": True})
+    ends = cuts(13, ranks, 5)
+    here, sizes = slice(ends[rank], ends[rank + 1]), [b - a for a, b in itertools.pairwise(ends)]
+    soft = x.softmax(1)[:, here].clone().requires_grad_()
+    rows = slice(8 // ranks * rank, 8 // ranks * (rank + 1))
+    hidden, head = (torch.randn(n, 5, dtype=dtype, generator=torch.Generator().manual_seed(n)) for n in (8, 13))
+    shard_weight = options.pop("weight")[here].double()
+    module = parallel.ParallelCrossEntropyLoss(group, label_smoothing=0.1, row_map="focal", map_params=(1.5,))
+
+    def losses(z, h, w, soft, **others):
+        dense, stats = parallel.cross_entropy(
+            z.sin(), target, group, weight_shard=shard_weight, reduction="none", return_stats=True, **options, **others
+        )
+        count = parallel.count(target, group)
+        given = {"sequence_parallel": True, "memory_budget": 100, "normalizer": count}
+        linear = parallel.linear_cross_entropy(h, w, soft, group, **given)
+        log_probs, entropies = parallel.token_log_probs(z, target, group, temperature=0.7, return_entropy=True)
+        return dense.square().sum() + linear + (log_probs * entropies).sum() + module(z, target), *stats
+
+    def run(function):
+        leaves = [t.clone().requires_grad_() for t in (x[:, here], hidden[rows], head[here])]
+        with counting() as calls:
+            loss, *stats = function(*leaves, soft, shard_sizes=sizes)
+            grads = torch.autograd.grad(loss, [*leaves, soft])
+        return calls, loss, *stats, *grads
+
+    run(losses)  # ranks learn of each other's classes
+    want, got = run(losses), run(torch.compile(losses, backend="aot_eager", fullgraph=True))
+    assert want[0] == got[0] and len(got[0]) > 4
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b)
+    one = torch.compile(parallel.cross_entropy, backend="eager", fullgraph=True)
+    _, message = raised(one, x[:, here], target, group, weight_shard=shard_weight)
+    assert "weight_shard needs shard_sizes" in message, message
+
+
+@contextlib.contextmanager
+def counting():
+    """The names of the collectives that are called, where no dispatch mode may be active."""
+    names = (
+        "all_gather_single",
+        "all_gather_into_tensor",
+        "all_reduce",
+        "reduce_scatter_single",
+        "reduce_scatter_tensor",
+    )
+    calls, own = [], {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+
+    def recording(name):
+        return lambda *args, **kwargs: (calls.append(name), own[name](*args, **kwargs))[1]
+
+    try:
+        for name in own:
+            setattr(dist, name, recording(name))
+        yield calls
+    finally:
+        for name, function in own.items():
+            setattr(dist, name, function)
+
+
+def test_torch_compile_takes_the_losses_into_one_graph(team):
+    team.run(compiled, 2)
 
 
 def counted(rank, group):

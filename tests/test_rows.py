@@ -225,6 +225,18 @@ def test_targets_elsewhere_are_not_bad_and_others_are():
             row_stats(x, torch.tensor([0, bad]), o, class_offset=3)
 
 
+def test_the_slope_of_generalized_cross_entropy_where_a_probability_is_small():
+    """q p^q is far below the rounding of 1, of which the map is a difference."""
+    x, target = torch.tensor([[0.0, 30.0], [0.0, 3.0]]), torch.tensor([0, 0])
+    o = RowOptions(total_classes=2, reduction="sum", row_map="generalized_cross_entropy", map_params=(0.7,))
+    loss, saved, *_ = row_loss(row_stats(x, target, o, class_offset=0), target, o)
+    grad = row_gradient(x, target, saved, torch.ones_like(loss), o, class_offset=0)
+    wide = x.double().requires_grad_()
+    p = wide.softmax(1)[:, 0]
+    ((1 - p**0.7) / 0.7).sum().backward()
+    torch.testing.assert_close(grad.double(), wide.grad, rtol=1e-5, atol=0)
+
+
 def test_row_maps():
     maps = row_maps()
     assert maps["none"] == (0, ()) and maps["focal"] == (1, ("gamma",)) and maps["token_scaled"][1] == ()

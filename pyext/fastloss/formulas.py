@@ -328,7 +328,9 @@ def _poly1(nll: Tensor, epsilon: float) -> Tensor:
 
 def _generalized_cross_entropy(nll: Tensor, q: float) -> Tensor:
     """(1 - p^q) / q (Zhang & Sabuncu, 2018)."""
-    return torch.expm1(-q * nll) / -q
+    x = q * nll
+    # The derivative of expm1 is its result + 1, of which little is left where p^q is small.
+    return torch.where(x > 1, 1 - torch.exp(-x), -torch.expm1(-x)) / q
 
 
 def _token_scaled(nll: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 The numbers in front (:data:`HEADER`) let ranks agree without a collective of their own:
 
-- how many classes each rank has. A rank has to know where its classes begin before it can look for a target. It takes
-  what the ranks had when it last had so many classes itself, or, the first time, that all have as many. Every rank
+- how many classes each rank has. A rank has to know where its classes begin before it can look for a target. In the
+  group's first call ranks tell each other through the store by which they found each other. Later a rank takes what the
+  ranks had when it last had so many classes itself, or, with a number that is new, that all have as many. Every rank
   compares that with the header. Where one was wrong, all see it, and all do it again with the right numbers;
 - whether a rank failed, on a bad target for example. It takes part all the same, and then all of them raise;
 - whether all were called with the same options.
@@ -13,6 +14,7 @@ the others' classes yet. In later calls the device compares: the loss is nan whe
 reads the headers, which have long arrived by then, and raises, on every rank.
 """
 
+import datetime
 import itertools
 import weakref
 import zlib
@@ -90,7 +92,7 @@ def process_group(function: str, group: Any) -> "ProcessGroup":
                 f"{function}(): there is no process group; call torch.distributed.init_process_group() first, or give "
                 "group="
             )
-    elif hasattr(group, "get_group"):
+    elif not isinstance(group, dist.ProcessGroup) and hasattr(group, "get_group"):
         if group.ndim != 1:
             raise ValueError(
                 f"{function}(): group is a DeviceMesh of {group.ndim} dimensions; give the one over which the classes "
@@ -121,7 +123,7 @@ def gather(mine: Tensor, group: "ProcessGroup") -> Tensor:
     everyone = mine.new_empty([dist.get_world_size(group) * mine.numel()])
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name from torch 2.13 on
     all_gather(everyone, mine, group=group)
-    return everyone.view(-1, mine.numel())
+    return everyone.view(dist.get_world_size(group), mine.numel())
 
 
 # What the ranks of a group had when this one had so many classes.
@@ -156,20 +158,22 @@ def exchange(
         bad: the target on account of which ``part`` raised an IndexError.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    known = _seen.setdefault(group, {})
     _raise_what_is_late(function, group)
+    told = None if group in _seen else _told(group, classes, wait=given is None)
+    known = _seen.setdefault(group, {})
     layout, sure = given or known.get(classes), GIVEN if given else SEEN
     if layout is None:
-        layout, sure = Layout((classes,) * ranks, rank), GUESSED
+        layout, sure = Layout(told or (classes,) * ranks, rank), GUESSED
     while True:
         mine, error = _packed(layout, sure, classes, alike, shape, like, part, bad)
         everyone = gather(mine, group)
         width = everyone.shape[1] - shape[0] * shape[1]
-        headers = everyone[:, :width].contiguous().view(torch.int64)  # [ranks, HEADER]
+        headers = everyone[:, :width].reshape(-1).view(torch.int64).view(ranks, HEADER)
         numbers = everyone[:, width:].view(ranks, *shape)
         if not headers.is_cpu and sure != GUESSED:
             if error is not None:
                 raise error
+            known[classes] = layout
             _read_later(group, headers)
             return Gathered(layout, numbers, _poison(headers))
         found = headers.tolist()
@@ -182,6 +186,29 @@ def exchange(
         _raise_for_others(function, found)
         known[classes] = layout
         return Gathered(layout, numbers, None)
+
+
+_PATIENCE = datetime.timedelta(seconds=5)  # with ranks that are late, or gone, as the all-gather then finds out
+
+
+def _told(group: "ProcessGroup", classes: int, wait: bool) -> tuple[int, ...] | None:
+    """The classes of all ranks in the group's first call; None: it has no store, nobody asked for them (``wait``), or
+    not all ranks have said theirs.
+
+    Should a store hold what the ranks of an earlier group have said, the headers tell.
+    """
+    store = group.get_group_store() if hasattr(group, "get_group_store") else None
+    if store is None:
+        return None
+    keys = [f"fastloss/classes/{r}" for r in range(dist.get_world_size(group))]
+    try:
+        store.set(keys[dist.get_rank(group)], str(classes))
+        if not wait:
+            return None
+        store.wait(keys, _PATIENCE)
+        return tuple(int(store.get(key)) for key in keys)
+    except RuntimeError:  # of the store
+        return None
 
 
 def _packed(

@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 _REDUCTION_NAMES = {code: name for name, code in REDUCTIONS.items()}
 
 
-NO_GRAPH = (
-    "fastloss.parallel reads what the other ranks say, which no graph can hold: leave out fullgraph=True, so that the "
-    "graph breaks at the loss, or compile the model without its loss"
-)
-
-
 class Call(NamedTuple):
     """What a call is made with, beside tensors; the same on every rank.
 
@@ -95,7 +89,7 @@ class Merged(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
-def _placed(weight: Tensor | None, call: Call, layout: Layout) -> Tensor | None:
+def placed(weight: Tensor | None, call: Call, layout: Layout) -> Tensor | None:
     """The weights of all classes, as far as this rank has them."""
     if weight is None or not call.sharded_weight:
         return weight
@@ -178,7 +172,7 @@ def numbers_of(call: Call, layout: Layout, logits: Tensor, target: Tensor, weigh
         target.detach(),
         call.of(layout),
         class_offset=layout.offset,
-        weight=_placed(weight, call, layout),
+        weight=placed(weight, call, layout),
         best=call.stats,
     )
     return stacked.packed(stats, target, layout)
@@ -223,22 +217,28 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
         part,
         lambda layout: _first_bad(target, o.ignore_index, layout.total),
     )
-    weight = _placed(t.weight, call, layout)
+    weight = placed(t.weight, call, layout)
     if weight is not None and call.sharded_weight and not stacked.soft:
         assert t.weight is not None
         weight = _gathered_weight(t.weight, call, layout)
-    stats, best = stacked.unpacked(numbers, shape, weight, layout)
+    m = loss_of(call, t._replace(weight=weight), shape, layout, numbers)
+    if poison is not None:
+        m = m._replace(row=m.row._replace(loss=m.row.loss + poison.to(m.row.loss.dtype)))
+    return m
+
+
+def loss_of(call: Call, t: Operands, shape: Sequence[int], layout: Layout, numbers: Tensor) -> Merged:
+    """The loss of all ranks' ``numbers`` [ranks, numbers, rows]; ``t.weight``: of all classes."""
+    stats, best = stacked_for(call, t.target).unpacked(numbers, shape, t.weight, layout)
     row = rows.row_loss(
         rows.merge_row_stats(stats),
-        target.detach(),
+        t.target.detach(),
         call.of(layout),
-        weight=weight,
+        weight=t.weight,
         sample_weight=t.sample_weight,
         normalizer=t.normalizer,
     )
-    if poison is not None:
-        row = row._replace(loss=row.loss + poison.to(row.loss.dtype))
-    return Merged(layout, row, weight, best)
+    return Merged(layout, row, t.weight, best)
 
 
 def statistics(row: RowLoss, target: Tensor, best: Tensor | None, o: RowOptions) -> CrossEntropyStats:
@@ -246,6 +246,8 @@ def statistics(row: RowLoss, target: Tensor, best: Tensor | None, o: RowOptions)
     assert row.argmax is not None and row.entropy is not None
     if best is not None:
         accuracy = (row.argmax == best).float().mean()
+        if o.all_ignored == "zero" and row.argmax.numel() == 0:
+            accuracy = torch.zeros_like(accuracy)
     else:
         index = target.to(torch.int64)
         counts = index != o.ignore_index
@@ -468,13 +470,20 @@ def _check_weight(function: str, weight: Tensor, classes: int, soft: bool, shard
         )
 
 
-# Collectives, and what a rank reads of the others: nothing that torch.compile could look into.
-@torch.compiler.disable(reason=NO_GRAPH)  # type: ignore[untyped-decorator]
+# After a graph break it is not to be a graph of its own.
+_apply = torch.compiler.disable(ParallelCrossEntropy.apply)
+
+
 def run(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded) -> Any:
     """The loss that ``function`` asks for."""
     refuse_rehearsal(function)
     call, operands, shape = checked(function, logits, target, g, s)
-    loss, *stats = ParallelCrossEntropy.apply(call, *operands)
+    if torch.compiler.is_compiling():
+        from . import _compiled  # which imports this module
+
+        loss, *stats = _compiled.cross_entropy(call, operands)
+    else:
+        loss, *stats = _apply(call, *operands)
     if call.options.reduction == "none":
         loss = loss.reshape(shape)
     if not call.stats:
@@ -527,9 +536,9 @@ def cross_entropy(
             class indices a second all-gather brings the others' weights.
         row_map, map_params: a function of each row's nll, see :func:`fastloss.rows.row_maps`: ``"focal", (gamma,)`` is
             :func:`fastloss.focal_loss`.
-        shard_sizes: how many classes each rank has. None: ranks tell each other within the all-gather. A rank takes
-            what it has seen before, at first that all have as many; where that was wrong they do it again, so that the
-            first call with uneven shards has two all-gathers.
+        shard_sizes: how many classes each rank has. None: ranks tell each other, in the group's first call by its store
+            and then within the all-gather. A rank takes what it has seen before; where that was wrong they do it again,
+            with a second all-gather. Within torch.compile needed for ``weight_shard`` with class indices.
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, class_dim,
             all_ignored, zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
 
@@ -545,7 +554,7 @@ def cross_entropy(
 
     Logits of which ranks have another number of rows end in an error of torch.distributed. There is no ``inplace_grad``
     and no ``grad_in_forward``, since the gradient needs what the other ranks know. Second derivatives, forward mode and
-    torch.func are not served, and raise. torch.compile breaks its graph here.
+    torch.func are not served, and raise. torch.compile takes the call into its graph, with the same collectives.
 
     Example::
 

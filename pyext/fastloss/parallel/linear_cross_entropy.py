@@ -23,9 +23,10 @@ from ..head import chunked
 from ..head.linear_cross_entropy import _flattened, _integer, _logits_dtype
 from ..losses.cross_entropy import CrossEntropyStats, Given, Options, Unmade
 from . import _exchange
+from ._exchange import Layout
 from .cross_entropy import (
-    NO_GRAPH,
     Call,
+    Merged,
     Operands,
     Sharded,
     checked,
@@ -49,6 +50,10 @@ class Head(NamedTuple):
     dtype: torch.dtype
     budget: int | None
     gathered: bool
+
+    def held(self, device: torch.device) -> torch.dtype:
+        """Of the logits of a chunk."""
+        return chunked.chunk_dtype(device, self.dtype)
 
     def rows(self, rows: int, features: int, columns: int, device: torch.device) -> int:
         """Of a chunk."""
@@ -91,6 +96,37 @@ def _numbers(
     return torch.cat(found, 1), z if len(found) == 1 else None
 
 
+class Saved(NamedTuple):
+    """What backward needs: the operands, with the weights of all classes as far as they are looked at, what
+    :func:`fastloss.rows.row_loss` saved, the entropies, and the logits where they are one chunk."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    class_weight: Any
+    sample_weight: Tensor | None
+    saved: Tensor
+    entropy: Any
+    kept: Any
+
+
+def loss_of_head(
+    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
+) -> tuple[Merged, Tensor | None]:
+    """The loss of all ranks, and this rank's logits where they are one chunk."""
+    everything = _all_rows(x, call, head).detach()
+    kept: Tensor | None = None
+
+    def make(layout: Layout) -> Tensor:
+        nonlocal kept
+        numbers, kept = _numbers(everything, weight, bias, call, head, t, layout)
+        return numbers
+
+    with torch.autocast(x.device.type, enabled=False):
+        return merged(call, t, [everything.shape[0]], weight.shape[0], make), kept
+
+
 class ParallelLinearCrossEntropy(Function):
     """The loss, and the gradients by input, head, bias, probabilities and class weights."""
 
@@ -99,16 +135,7 @@ class ParallelLinearCrossEntropy(Function):
         ctx: Any, call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any
     ) -> Any:
         t = Operands(*operands)
-        everything = _all_rows(x, call, head).detach()
-        kept: Tensor | None = None
-
-        def make(layout: Any) -> Tensor:
-            nonlocal kept
-            numbers, kept = _numbers(everything, weight, bias, call, head, t, layout)
-            return numbers
-
-        with torch.autocast(x.device.type, enabled=False):
-            m = merged(call, t, [everything.shape[0]], weight.shape[0], make)
+        m, kept = loss_of_head(call, head, x, weight, bias, t)
         ctx.call, ctx.head, ctx.layout = call, head, m.layout
         ctx.save_for_backward(x, weight, bias, t.target, m.weight, t.sample_weight, m.row.saved, m.row.entropy, kept)
         return results(ctx, call, m, t.target)
@@ -117,18 +144,28 @@ class ParallelLinearCrossEntropy(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad[2:5] + ctx.needs_input_grad[6:8]
         by_entropy = grads[-1] if ctx.call.entropy else None
-        with torch.no_grad(), torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            found: Sequence[Tensor | None] = _backward(ctx, grads[0], by_entropy, needs)
+        if grads[0] is None and by_entropy is None:
+            return (None,) * 10
+        t = Saved(*ctx.saved_tensors)
+        found: Sequence[Tensor | None]
+        with torch.no_grad(), torch.autocast(t.x.device.type, enabled=False):
+            found = head_gradients(ctx.call, ctx.head, ctx.layout, t, grads[0], by_entropy, needs)
         if torch.is_grad_enabled():
             found = no_second_derivatives(ctx.call.function, found)
         return (None, None, *found[:3], None, *found[3:], None, None)
 
 
-def _backward(
-    ctx: Any, grad_output: Tensor | None, by_entropy: Tensor | None, needs: Sequence[bool]
+def head_gradients(
+    call: Call,
+    head: Head,
+    layout: Layout,
+    t: Saved,
+    grad_output: Tensor | None,
+    by_entropy: Tensor | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias, target, class_weight, sample_weight, saved, entropy, kept = ctx.saved_tensors
-    call, head, layout = ctx.call, ctx.head, ctx.layout
+    """By input, head, bias, probabilities and class weights, as far as ``needs`` names them."""
+    x, weight, bias, target, class_weight, sample_weight, saved, entropy, kept = t
     everything = _all_rows(x, call, head).detach()
     count, features = everything.shape
     ranks = dist.get_world_size(call.group) if head.gathered else 1
@@ -141,7 +178,7 @@ def _backward(
         if kept is not None
         else x.new_empty([ranks * min(step, max(mine, 1)), weight.shape[0]], dtype=products.held)
     )
-    per_row, ends = saved[:-2].view(-1, count), saved[-2:]
+    per_row, ends = saved[:-2].view((saved.numel() - 2) // max(count, 1), count), saved[-2:]
     grad_x = x.new_empty([mine, features], dtype=products.held) if needs[0] else None
     grad_target = torch.empty_like(target, memory_format=torch.contiguous_format) if needs[3] else None
     grad_class_weight = torch.zeros_like(class_weight[layout.ranges()[layout.rank]]) if needs[4] else None
@@ -198,7 +235,10 @@ def _start_sum(partial: Tensor, out: Tensor, call: Call, head: Head) -> Any:
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
-@torch.compiler.disable(reason=NO_GRAPH)  # type: ignore[untyped-decorator]
+# After a graph break it is not to be a graph of its own.
+_apply = torch.compiler.disable(ParallelLinearCrossEntropy.apply)
+
+
 def run(
     function: str,
     input: Tensor,
@@ -245,7 +285,12 @@ def run(
     call, operands, final = checked(function, unmade, target, g, s)
     operands = operands._replace(logits=input.new_empty([0], dtype=dtype))
     x = input.reshape(-1, features)
-    loss, *stats = ParallelLinearCrossEntropy.apply(call, head, x, linear_weight, linear_bias, *operands)
+    if torch.compiler.is_compiling():
+        from . import _compiled  # which imports this module
+
+        loss, *stats = _compiled.linear_cross_entropy(call, head, x, linear_weight, linear_bias, operands)
+    else:
+        loss, *stats = _apply(call, head, x, linear_weight, linear_bias, *operands)
     final = final if single else lead
     if call.options.reduction == "none":
         loss = loss.reshape(final)
