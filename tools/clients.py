@@ -1,9 +1,9 @@
 """Trainings of public programs under fastloss.patch(): which loss calls it serves, and whether the curves are the same.
 
 Each client trains a tiny random model three times from the same seed, in a process of its own: without the patch;
-under ``patch(report=True, log_softmax=True)``; and without it again, what the losses are given moved by roundings, which says
-how far rounding alone moves the curve. The calls of losses are counted in the first run, by a function mode of torch and
-without fastloss, so that those which ``patch()`` never gets to see count as well.
+under ``patch(report=True, log_softmax=True)``; and without it again, what the losses are given moved by roundings, to
+see how far rounding alone moves the curve. The calls of losses are counted in the first run, by a function mode of
+torch and without fastloss, so that those which ``patch()`` never gets to see count as well.
 
 LIBRARIES names folders that pip filled with ``--target``, separated by colons. A client's process sees one of them,
 the first that has the client's package and where it can be imported, or none: what one folder has does not break a
@@ -52,12 +52,10 @@ PARTS = {
     "logsumexp": (torch.logsumexp, torch.Tensor.logsumexp),
     "logsigmoid": (F.logsigmoid,),
 }
-LOSSES: dict[Any, str] = {getattr(F, name): name for name in fastloss.functional.__all__ if hasattr(F, name)} | {
-    F.ctc_loss: "ctc_loss",
-    F.multilabel_margin_loss: "multilabel_margin_loss",
-    F.triplet_margin_with_distance_loss: "triplet_margin_with_distance_loss",
-    **{function: name for name, functions in PARTS.items() for function in functions},
-}
+LOSSES: dict[Any, str] = {getattr(F, name): name for name in fastloss.functional.__all__ if hasattr(F, name)}
+LOSSES.update({F.ctc_loss: "ctc_loss", F.multilabel_margin_loss: "multilabel_margin_loss"})
+LOSSES[F.triplet_margin_with_distance_loss] = "triplet_margin_with_distance_loss"
+LOSSES.update({function: name for name, functions in PARTS.items() for function in functions})
 
 
 class Calls(TorchFunctionMode):
@@ -554,8 +552,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
             "times from the same seed: without the patch; under `patch(report=True, log_softmax=True)`; and without it",
             "again, what the losses are given moved by roundings of float32. Calls are those of torch's losses, of",
             "torchvision's `sigmoid_focal_loss`, and of `log_softmax`, `logsumexp` and `logsigmoid`, counted without",
-            "fastloss. Differences are the largest relative ones from the first curve of the loss: of the second, and of",
-            "the third.",
+            "fastloss. Differences are the largest relative ones from the first curve of the loss: of the second, and",
+            "of the third.",
             "",
             share,
             "",
