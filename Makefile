@@ -37,7 +37,10 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 BUILD_NEEDS := setuptools wheel cmake ninja numpy torch
 DEMO_NEEDS := scikit-learn matplotlib tqdm
 SITE_NEEDS := sphinx furo myst-nb nbclient ipykernel
-TEST_NEEDS := pytest pytest-xdist hypothesis expecttest mypy ruff clang-format pybind11 plotly scipy $(SITE_NEEDS) \
+# The pages of docs/howto that need other libraries are skipped without them; these are the small ones.
+PAGE_NEEDS := skorch torchmetrics
+TEST_NEEDS := pytest pytest-xdist hypothesis expecttest mypy ruff clang-format check-jsonschema pybind11 plotly scipy \
+  $(SITE_NEEDS) $(PAGE_NEEDS) \
   $(if $(WITH_CUDA),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 
 SOURCES := $(shell find csrc -path csrc/numpy -prune -o -name '*.[ch]*' -print -o -name '*.cu*' -print) \
@@ -136,6 +139,8 @@ lint: $(VENV)/test.stamp
 	ruff format --check $(PY_FILES)
 	mypy
 	clang-format --dry-run -Werror $(CXX_FILES)
+	check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 
 abi-audit: build/extension-full
 	$(PY) tools/abi_audit.py pyext/fastloss/_C.abi3.so --core $(CORE)

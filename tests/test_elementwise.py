@@ -103,21 +103,22 @@ def test_logits_of_any_size(dtype, device):
 
 
 def test_patch_reaches_torchvision(device, monkeypatch):
-    """As it would be where torchvision is imported: in both of its modules, and back."""
-    outer, inner = types.ModuleType("torchvision.ops"), types.ModuleType("torchvision.ops.focal_loss")
-    outer.sigmoid_focal_loss = inner.sigmoid_focal_loss = torchvisions_formula
-    monkeypatch.setitem(sys.modules, outer.__name__, outer)
-    monkeypatch.setitem(sys.modules, inner.__name__, inner)
+    """As it would be where torchvision is imported: in all of its modules that have it, and back."""
+    names = ("ops", "ops.focal_loss", "models.detection.retinanet")
+    modules = [types.ModuleType(f"torchvision.{name}") for name in names]
+    for module in modules:
+        module.sigmoid_focal_loss = torchvisions_formula
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     x, t = torch.tensor([1e4], device=device, dtype=torch.float16), torch.ones(1, device=device, dtype=torch.float16)
     with fastloss.patch():
-        for module in (outer, inner):
+        for module in modules:
             assert module.sigmoid_focal_loss is not torchvisions_formula
             assert module.sigmoid_focal_loss(inputs=x, targets=t, reduction="sum") == 0
         integers = torch.ones(1, dtype=torch.long, device=device)
         with pytest.raises(RuntimeError):  # left to the original, which refuses them
-            outer.sigmoid_focal_loss(integers, integers)
-    assert fastloss.patch_report().served["sigmoid_focal_loss"] == 2
-    assert outer.sigmoid_focal_loss is inner.sigmoid_focal_loss is torchvisions_formula
+            modules[0].sigmoid_focal_loss(integers, integers)
+    assert fastloss.patch_report().served["sigmoid_focal_loss"] == 3
+    assert all(module.sigmoid_focal_loss is torchvisions_formula for module in modules)
 
 
 def test_arguments_that_make_no_sense(device):

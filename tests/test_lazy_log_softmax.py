@@ -233,7 +233,10 @@ def test_small_tensors_are_plain(device):
         with torch.device("cpu"):  # a mode, which is shown the call and makes it
             assert type(big.log_softmax(1)) is LazyLogProbs
         torch.func.grad(lambda x: x.log_softmax(1).sum())(big)
-    assert not fastloss.patch_report().declined.get("log_softmax")
+        torch.log_softmax(input=big, dim=0, dtype=torch.float64)
+    small, form = fastloss.patch_report().declined["log_softmax"].items()
+    assert "of fewer than 1,048,576 elements" in small[0] and small[1] == 5
+    assert "in a form" in form[0] and form[1] == 4
 
 
 def test_nothing_is_left_when_the_block_ends():

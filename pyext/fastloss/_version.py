@@ -6,7 +6,7 @@
 import re
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 MIN_PYTHON = "3.10"
 MIN_TORCH = "2.10"
 

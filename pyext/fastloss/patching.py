@@ -1,6 +1,7 @@
 """Puts fastloss behind torch.nn.functional, and so behind torch.nn and every library that calls it."""
 
 import atexit
+import contextlib
 import functools
 import itertools
 import sys
@@ -257,14 +258,17 @@ def _lazily(holder: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].numel() >= lazy_log_probs.LEAST:
-            try:
-                input, dim, dtype = bind(*args, **kwargs)
-            except TypeError:  # out=, names of dimensions, mistakes
-                return original(*args, **kwargs)
-            lazy = lazy_log_probs.log_softmax(input, dim, dtype)
-            if lazy is not None:
-                return lazy
+        x = args[0] if args else kwargs.get("input")
+        small = isinstance(x, Tensor) and x.numel() < lazy_log_probs.LEAST
+        if not small:
+            with contextlib.suppress(TypeError):  # out=, names of dimensions, mistakes
+                lazy = lazy_log_probs.log_softmax(*bind(*args, **kwargs))
+                if lazy is not None:
+                    return lazy
+        # F's own ends in Tensor's; a mode makes the call once more; a lazy head's logits say what becomes of them.
+        if holder is not F and not _mode_active() and not isinstance(x, Lazy):
+            few = f"of fewer than {lazy_log_probs.LEAST:,} elements, which torch makes at once"
+            _decline("log_softmax", few if small else "called in a form that torch makes at once")
         return original(*args, **kwargs)
 
     call.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
@@ -314,10 +318,12 @@ def _hold(holder: _Patched) -> None:
             if hasattr(F, name):
                 _served[name], _declined[name] = _Tally(), {}
                 _replace([F], name, _behind(name, getattr(F, name), getattr(functional, name)))
-        if theirs := _modules_of_torchvision():
+        theirs = sys.modules.get("torchvision.ops.focal_loss")
+        if theirs is not None:
             name = "sigmoid_focal_loss"
+            original = getattr(theirs, name)
             _served[name], _declined[name] = _Tally(), {}
-            _replace(theirs, name, _behind(name, getattr(theirs[0], name), getattr(functional, name)))
+            _replace(_modules_of_torchvision(name, original), name, _behind(name, original, getattr(functional, name)))
     if holder.report and not _lacking:
         for name in _LACKING:
             if hasattr(F, name):
@@ -327,10 +333,10 @@ def _hold(holder: _Patched) -> None:
     _holders.add(holder)
 
 
-def _modules_of_torchvision() -> list[Any]:
-    """Those that are imported already and have sigmoid_focal_loss, which torch has not."""
-    modules = (sys.modules.get(name) for name in ("torchvision.ops", "torchvision.ops.focal_loss"))
-    return [module for module in modules if hasattr(module, "sigmoid_focal_loss")]
+def _modules_of_torchvision(name: str, function: Callable[..., Any]) -> list[Any]:
+    """Those that are imported already and have the function, which torch has not: its detectors import it by name."""
+    modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "torchvision"]
+    return [module for module in modules if getattr(module, name, None) is function]
 
 
 def _replace(modules: Iterable[Any], name: str, function: Callable[..., Any]) -> None:
@@ -355,7 +361,7 @@ def _release(holder: _Patched) -> None:
 
 def patch(report: bool = False, *, log_softmax: bool = False) -> _Patched:
     """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``; and
-    ``torchvision.ops.sigmoid_focal_loss``, where torchvision is imported already.
+    ``torchvision.ops.sigmoid_focal_loss``, in torchvision's detectors too, where they are imported already.
 
     What fastloss does not take (complex, sparse, integer, float8; other devices; subclasses that see operators, but for
     DTensors in cross entropy) goes to torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run
