@@ -743,7 +743,8 @@ def cross_entropy(
         return record("cross_entropy", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
-    usual = sample_weight is normalizer is softcap is class_dim is grad_in_forward is loss_dtype is None
+    usual = sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
+    usual = usual and loss_dtype is None
     usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
     usual = usual and 0.0 <= label_smoothing <= 1.0 and z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
     usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
