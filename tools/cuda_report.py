@@ -76,11 +76,14 @@ def main() -> int:
     nvcc = json.loads((options.core / "core.json").read_text())["nvcc"]
     sources = options.core / "CMakeFiles/fastloss_core.dir"
     logs = {source: sources / f"{source.relative_to(ROOT)}.o.log" for source in sorted(ROOT.glob("csrc/*/*.cu"))}
+    # Those of the groups of pointwise losses, which CMake writes.
+    groups = sorted(options.core.glob("groups/*.cu"))
+    logs |= {source: sources / f"groups/{source.name}.o.log" for source in groups}
     kernels: list[Kernel] = []
-    problems = []
+    problems = [] if groups else [f"no group of pointwise losses was compiled in {options.core}"]
     for source, log in logs.items():
         if not log.exists():
-            problems.append(f"{source.relative_to(ROOT)} was not compiled in {options.core}")
+            problems.append(f"{source.name} was not compiled in {options.core}")
             continue
         found, complaints = parse(log.read_text())
         kernels += found

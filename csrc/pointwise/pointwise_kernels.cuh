@@ -380,11 +380,11 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 }
 
 // On a multiprocessor at a time, at least: as many as leave each thread the registers that it needs.
-template <class Loss>
-constexpr int kGeneralBlocks = Loss::operands > 2 || Loss::sums > 1 || kWideParts > 1 ? 2 : 3;
+template <class Loss, class A>
+constexpr int kGeneralBlocks = sizeof(A) > 4 || Loss::operands > 2 || Loss::sums > 1 || kWideParts > 1 ? 2 : 3;
 
 template <class Loss, class A>
-__global__ void __launch_bounds__(kPointwiseThreads, kGeneralBlocks<Loss>)
+__global__ void __launch_bounds__(kPointwiseThreads, kGeneralBlocks<Loss, A>)
     pointwise_general_kernel(const PointwiseParams p) {
   constexpr int kGroup = kPointwiseGroup / int(sizeof(A));
   const PointwiseArgs& a = p.a;

@@ -76,7 +76,7 @@ struct TripletMargin : PlainLoss {
     // How much of D_an is the one, how much the other: half each where they are the same, as in torch's minimum.
     T an = 1, pn = 0;
     if (p[3] != 0 && !(distance[1] < distance[2])) pn = distance[1] == distance[2] ? T(0.5) : T(1), an = 1 - pn;
-    const T hinge = p[1] + distance[0] - distance[pn > 0 ? 2 : 1];
+    const T hinge = p[1] + distance[0] - (pn > 0 ? distance[2] : distance[1]);
     if (hinge < 0) return {};
     return {hinge, {share * slope[0], -an * share * slope[1], -pn * share * slope[2]}};
   }
