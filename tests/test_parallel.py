@@ -255,6 +255,13 @@ def special(rank, group):
     stats = parallel.cross_entropy(rows, torch.zeros(0, 3), group, all_ignored="zero", return_stats=True)[1]
     assert stats.accuracy == 0
 
+    # The targets have no weight, the smoothing has.
+    x, target, weight = torch.zeros(2, ranks), torch.tensor([1, 1]), torch.ones(ranks)
+    weight[1] = 0
+    given = {"weight": weight, "label_smoothing": 0.5}
+    got = parallel.cross_entropy(x[:, rank : rank + 1], target, group, row_map="focal", map_params=(2.0,), **given)
+    torch.testing.assert_close(got, fastloss.focal_loss(x, target, gamma=2.0, **given), equal_nan=True)
+
     alone = dist.new_group([rank], use_local_synchronization=True)  # 5 rows of an odd number of floats
     x, target, _ = problem(1, (5, 7), torch.float32)
     torch.testing.assert_close(parallel.cross_entropy(x, target, alone), fastloss.cross_entropy(x, target))
@@ -594,10 +601,12 @@ def compiled(rank, group):
         return calls, loss, *stats, *grads
 
     run(losses)  # ranks learn of each other's classes
-    want, got = run(losses), run(torch.compile(losses, backend="aot_eager", fullgraph=True))
-    assert want[0] == got[0] and len(got[0]) > 4
-    for a, b in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(a, b)
+    want = run(losses)
+    for backend in ("eager", "aot_eager"):
+        got = run(torch.compile(losses, backend=backend, fullgraph=True))
+        assert want[0] == got[0] and len(got[0]) > 4
+        for a, b in zip(got[1:], want[1:], strict=True):
+            torch.testing.assert_close(a, b)
     one = torch.compile(parallel.cross_entropy, backend="eager", fullgraph=True)
     _, message = raised(one, x[:, here], target, group, weight_shard=shard_weight)
     assert "weight_shard needs shard_sizes" in message, message

@@ -350,7 +350,8 @@ def row_loss(
         endless = torch.where(slope == 0, value, 0 * slope)  # as mapped_row in csrc/rowwise/row_maps.h
         level = torch.where(torch.isfinite(mean), value - mean * slope, endless)
         value, slope, level = (torch.where(mass == 0, 0.0, v) for v in (mass * value, slope, level))
-        parts = [value]
+        # The smoothing's share is in the value; its own, divided by no weights, is nan, as in reduced_loss.
+        parts = [value, torch.zeros_like(value)] if smooth and not soft else [value]
         saved.append(torch.where(counts, slope, 1.0))
         if soft:
             saved.append(level)

@@ -6,7 +6,8 @@ collectives. Its backward is another operator. Both keep their place in the orde
 operators about, by sizes that are not the same on all ranks, would let one rank's collective meet another's.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,14 @@ _CALL = (
     "str zero_times_inf, ScalarType loss_dtype, bool stats, bool sharded_weight, bool entropy"
 )
 _HEAD = "ScalarType logits_dtype, SymInt? budget, bool gathered"
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """As outside of an operator's kernel, where torch.func, which differentiates row maps, is shut out."""
+    none = torch._C.DispatchKeySet.from_raw_repr(0)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), none), torch.no_grad():
+        yield
 
 
 def _plain(call: Call) -> list[Any]:
@@ -157,7 +166,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     call, t = _call(*plain), Operands(logits, target, weight, sample_weight, normalizer)
     shape = _rowwise.row_shape(logits)
-    m = merged(call, t, shape, logits.shape[1], lambda layout: numbers_of(call, layout, logits, target, weight))
+    with _outside():
+        m = merged(call, t, shape, logits.shape[1], lambda layout: numbers_of(call, layout, logits, target, weight))
     return _found(call, m, target, logits)
 
 
@@ -228,7 +238,8 @@ def _head_forward(
 ) -> tuple[Tensor, ...]:
     call, head = _call(*plain), Head(logits_dtype, budget, gathered)
     t = Operands(x.new_empty([0], dtype=logits_dtype), target, weight, sample_weight, normalizer)
-    m, kept = loss_of_head(call, head, x, linear_weight, linear_bias, t)
+    with _outside():
+        m, kept = loss_of_head(call, head, x, linear_weight, linear_bias, t)
     return *_found(call, m, target, x), x.new_empty([0, 0]) if kept is None else kept
 
 

@@ -204,7 +204,14 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
         return Part(make(layout), failed)
 
     alike = _exchange.fingerprint(
-        vars(o), tuple(shape), stacked, t.normalizer is None, t.sample_weight is None, t.weight is None, like.dtype
+        call.function,
+        vars(o),
+        tuple(shape),
+        stacked,
+        t.normalizer is None,
+        t.sample_weight is None,
+        t.weight is None,
+        like.dtype,
     )
     layout, numbers, poison = _exchange.exchange(
         call.function,
