@@ -463,6 +463,34 @@ def test_pieces_that_are_none(wrong, data):
     assert str(got.value) == str(want.value)
 
 
+def test_log_probabilities_of_what_is_changed_in_place_since(data):
+    """They are those of before, with gradients and without."""
+
+    def loss(z, t):
+        log_p = z.log_softmax(-1)
+        ruled_out(z.mul_(2.0), (..., [3]))
+        return picked(log_p, t).mean() + flat(z, t)
+
+    plain, lazy = pair(loss)
+    fastloss.lazy_head(lazy, "lm_head", evaluation=True)
+    with pytest.warns(fastloss.LazyHeadWarning, match="mul_ needs the logits"):
+        assert_same_step(plain, lazy, data)
+        with torch.no_grad():
+            torch.testing.assert_close(lazy(*data), plain(*data))
+
+
+def test_changes_in_place_without_gradients(data):
+    """The values change, and no derivative, in the middle of what has one."""
+
+    def loss(z, t):
+        with torch.no_grad():
+            z.mul_(2.0)
+        return flat(z, t)
+
+    with pytest.warns(fastloss.LazyHeadWarning, match="mul_ needs the logits"):
+        assert_same_step(*pair(loss), data)
+
+
 def test_changes_in_place_reach_whoever_takes_the_gradient(data):
     """An autograd.Function of somebody else, after changes that left the logits unmade; and who reads them."""
 
@@ -495,6 +523,7 @@ MAKING = {
     "view": lambda z: z.view(-1, V),
     "rows": lambda z: z[1:] if z.shape[0] > 2 else z,
     "swapped": lambda z: z.transpose(0, -2),
+    "log-probabilities": lambda z: z.log_softmax(-1),
     "unknown": torch.sigmoid,
 }
 CHANGING = {

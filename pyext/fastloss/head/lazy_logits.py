@@ -600,6 +600,9 @@ def _in_place(x: Any, derive: Callable[[], Any]) -> Any:
     """``x`` becomes what ``derive`` makes of it, if no other lazy tensor shares its memory or was derived from it."""
     if not isinstance(x, LazyLogits) or x.looked_at or not _alone(x):
         return NotImplemented
+    with DisableTorchFunction():
+        if x.requires_grad and not torch.is_grad_enabled():  # torch changes values there, and no derivative
+            return NotImplemented
     other = derive()
     if not isinstance(other, LazyLogits) or other._form.dtype is not x._form.dtype:
         return NotImplemented
@@ -627,9 +630,12 @@ def _filled(x: Any, where: Tensor | None, value: Any, how: Callable[[Tensor], An
 def _alone(x: LazyLogits) -> bool:
     """Whether torch would have given ``x`` memory of its own, of which no other lazy tensor knows."""
     own = x._parent is None or x._form.copies > cast(LazyLogits, x._parent)._form.copies
-    others = [r for ref in x._family if (r := ref()) is not None and r is not x]
+    others: list[Any] = [r for ref in x._family if (r := ref()) is not None and r is not x]
     while own and others:
-        others = [r._parent for r in others if r._parent is not None]
+        origins = [
+            getattr(r, "_logits", None) if r._parent is None else r._parent for r in others
+        ]  # log-probabilities'
+        others = [r for r in origins if isinstance(r, Lazy)]
         own = all(r is not x for r in others)
     return own
 
@@ -648,6 +654,8 @@ def _classes_at(x: Any, key: Any) -> Tensor | None:
     device, classes = x._hidden.device, x._weight.shape[0]
     if isinstance(key, Tensor) and (type(key) is not Tensor or key.device != device or key.dim() > 1):
         return None
+    if isinstance(key, Tensor) and key.dtype is torch.bool:
+        return key.clone() if key.shape == (classes,) else None
     try:
         where = torch.zeros(classes, dtype=torch.bool, device=device)
         where[key] = True
