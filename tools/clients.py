@@ -90,6 +90,21 @@ def steps(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> list[float]:
     return curve
 
 
+# Arguments of trainers that are made of transformers'.
+TRAINING: dict[str, Any] = {
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def logged(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def transformers_trainer() -> list[float]:
     import transformers
 
@@ -106,17 +121,12 @@ def transformers_trainer() -> list[float]:
         arguments = transformers.TrainingArguments(
             folder,
             per_device_train_batch_size=2,
-            max_steps=STEPS,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
+            **TRAINING,
         )
         data = [{"input_ids": row, "labels": row} for row in ids]
         trainer = transformers.Trainer(transformers.LlamaForCausalLM(config), arguments, train_dataset=data)
         trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged(trainer)
 
 
 def fastai_learner() -> list[float]:
@@ -297,13 +307,8 @@ def trl_trainer(kind: str) -> list[float]:
         arguments = getattr(trl, f"{name}Config")(
             output_dir=folder,
             per_device_train_batch_size=2,
-            max_steps=STEPS,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
             bf16=False,
-            disable_tqdm=True,
+            **TRAINING,
             gradient_checkpointing=False,
             **options,
         )
@@ -315,7 +320,7 @@ def trl_trainer(kind: str) -> list[float]:
             **further,
         )
         trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged(trainer)
 
 
 def sentence_transformers_losses() -> list[float]:
@@ -345,17 +350,12 @@ def sentence_transformers_losses() -> list[float]:
             arguments = st.SentenceTransformerTrainingArguments(
                 folder,
                 per_device_train_batch_size=16,
-                max_steps=STEPS,
-                logging_steps=1,
-                report_to=[],
-                save_strategy="no",
-                use_cpu=True,
-                disable_tqdm=True,
+                **TRAINING,
             )
             data = datasets.Dataset.from_dict(columns)
             trainer = st.SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=make(model))
             trainer.train()
-            curve += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            curve += logged(trainer)
     return curve
 
 

@@ -375,14 +375,13 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
     except RuntimeError:  # strided nested tensors have no shape
         return None
     o = _USUAL_OPTIONS.get((loss, reduction, input.dtype))
-    halves = input.dtype in _arguments.HALVES
-    if o is None or (halves and torch.is_autocast_enabled(input.device.type)):
+    if o is None or _arguments.autocast_dtype(input.dtype, input.device) is not input.dtype:
         return None
     if params:
         o = Options(*o[:3], 0, 0.0, *params)
     fusable = o.reduction != NONE and input.dtype is not torch.float16
     if _FINISHES[o.loss]:
-        fusable = fusable and not halves and input.numel() <= _CACHED
+        fusable = fusable and input.element_size() > 2 and input.numel() <= _CACHED
     return _engine.plain(input, target, o, fusable)
 
 
@@ -646,9 +645,11 @@ def loss_of_groups(
         inner, share: how each group itself is reduced: SUM, or MEAN, over the weights where ``share`` is 1.
     """
     row_dims = x.input.dim() - len(dims)
-    tensors = (x.input, x.target, x.weight, x.mask, *x.further)
-    input, target, weight, mask, *further = (dims_last(t, dims) for t in tensors)
-    groups = Operands(input, target, weight, mask, inner, share, x.dtype, tuple(further))  # type: ignore[arg-type]
+    tensors: tuple[Any, ...] = (x.input, x.target, x.weight, x.mask, *x.further)
+    if list(dims) != list(range(row_dims, x.input.dim())):
+        tensors = tuple(dims_last(t, dims) for t in tensors)
+    input, target, weight, mask, *further = tensors
+    groups = Operands(input, target, weight, mask, inner, share, x.dtype, tuple(further))
     each = run_checked(groups, loss, params, row_dims)
     counted: Any = None
     if mask is not None:
@@ -662,7 +663,5 @@ def loss_of_groups(
 
 
 def dims_last(t: Tensor | None, dims: Sequence[int]) -> Tensor | None:
-    """With these dimensions last: a view, or what is so already."""
-    if t is None or list(dims) == list(range(t.dim() - len(dims), t.dim())):
-        return t
-    return t.permute([d for d in range(t.dim()) if d not in dims] + list(dims))
+    """With these dimensions last: a view."""
+    return None if t is None else t.permute([d for d in range(t.dim()) if d not in dims] + list(dims))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments
-from .._library import DTYPE_CODES, MEAN, SUM
+from .._library import DTYPE_CODES
 from . import _pointwise
 
 
@@ -19,19 +19,12 @@ def checked(
         _arguments.require_tensor(name, t, function)
     given, every = list(vectors.values()), named.values()
     _arguments.require_supported_tensors(function, *every)
-    first = given[0]
-    shape, device = first.shape, first.device
+    shape, device = given[0].shape, given[0].device
+    if any(t.device != device for t in every) or any(t.dtype not in DTYPE_CODES for t in given):
+        return None
     if not 1 <= len(shape) <= _pointwise.MAX_DIMS:
         return None
-    same = True
-    for t in every:
-        if t.device != device:
-            return None
-    for t in given:
-        if t.dtype not in DTYPE_CODES:
-            return None
-        same = same and t.shape == shape
-    if same:  # of sizes that a recorder knows by name no set can be made
+    if all(t.shape == shape for t in given):  # of sizes that a recorder knows by name no set can be made
         return given
     if any(t.dim() != len(shape) or t.shape[-1] != shape[-1] for t in given):
         return None
@@ -55,6 +48,5 @@ def run(
             shape = torch.Size((*torch.broadcast_shapes(rows.shape, shape[:-1]), shape[-1]))
             vectors = [t.expand(shape) for t in vectors]
         vectors = [*vectors, rows.unsqueeze(-1).expand(shape)]
-    tensors = (*vectors, *[None] * (_pointwise.OPERANDS + 2 - len(vectors)))
-    each = _pointwise.run(tensors, loss, params, SUM, dtype, len(shape) - 1)
-    return each.mean() if reduction == MEAN else each.sum() if reduction == SUM else each
+    x = _pointwise.Operands(vectors[0], vectors[1], None, None, reduction, 0.0, dtype, tuple(vectors[2:]))
+    return _pointwise.loss_of_groups(loss, x, [len(shape) - 1], params)

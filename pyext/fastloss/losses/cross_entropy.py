@@ -328,7 +328,7 @@ def _usual(
     o = _USUAL_OPTIONS.get((reduction, input.dtype))
     if o is None or (input.is_cuda and errors.immediate_errors()):
         return None
-    if input.dtype in _arguments.HALVES and torch.is_autocast_enabled(input.device.type):
+    if _arguments.autocast_dtype(input.dtype, input.device) is not input.dtype:
         return None
     if label_smoothing or row_map:
         o = o._replace(label_smoothing=label_smoothing, row_map=row_map, map_a=map_a)
