@@ -1,8 +1,7 @@
 // What the CPU kernels need besides vectors: scratch memory, a parallel loop over a lambda, fixed-order sums.
 // Included by the per-instruction-set translation units only (see simd.h for why nothing here is a library type).
 #pragma once
-#include <cstdlib>
-
+#include "scratch.h"
 #include "simd.h"
 
 namespace fastloss {
@@ -28,10 +27,8 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (size_t(count) * sizeof(T) + 2 * 64 - 1) / 64 * 64))) {
-    if (data_ == nullptr) std::abort();  // little beside the operands: the process is beyond help
-  }
-  ~Scratch() { std::free(data_); }
+      : data_(static_cast<T*>(take_scratch((size_t(count) * sizeof(T) + 2 * 64 - 1) / 64 * 64))) {}
+  ~Scratch() { return_scratch(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() { return data_; }

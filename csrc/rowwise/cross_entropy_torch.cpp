@@ -7,7 +7,7 @@
 //   (float64
 //                  for float64 logits, else float32)
 //   normalizer     [] float64
-//   loss           [] or [N, d1, ...], of loss_dtype (the value of DType)
+//   loss           [] or [N, d1, ...], of loss_dtype (the value of DType); of the plain operators in the logits' dtype
 //   saved          what backward needs, opaque; empty unless asked for
 //   stats          of a shard: [fields, N, d1, ...], see Stat in cross_entropy.h
 //
@@ -75,9 +75,10 @@ struct Arguments {
       : logits(stack.take<Tensor>()),
         target(stack.take<Tensor>()),
         reduction(stack.take<int64_t>()),
-        loss_dtype(stack.take<int64_t>()) {}
+        loss_dtype(int64_t(dtype_of(logits, "logits"))) {}
 
   explicit Arguments(Stack& stack) : Arguments(stack, Plain()) {
+    loss_dtype = stack.take<int64_t>();
     flags = stack.take<int64_t>();
     for (OptionalTensor* t : {&weight, &sample_weight, &normalizer}) *t = stack.take<OptionalTensor>();
     ignore_index = stack.take<int64_t>();
@@ -382,7 +383,7 @@ std::string row_maps() { return kRowMaps; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
-  const std::string plain = "Tensor logits, Tensor target, int reduction, int loss_dtype) -> ";
+  const std::string plain = "Tensor logits, Tensor target, int reduction) -> ";
   const std::string rest =
       "Tensor target, int reduction, int loss_dtype, int flags, Tensor? weight=None, Tensor? sample_weight=None, "
       "Tensor? normalizer=None, int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, "

@@ -274,21 +274,13 @@ class Engine:
         return (loss, *rest)
 
     def plain(self, input: Tensor, target: Tensor, o: Any, fusable: bool) -> Tensor:
-        """The loss of two tensors and nothing else: the general call with less Python in between, for the sake of small
-        inputs. ``fusable``: by the input alone, which is not float16 then (see :func:`choose`)."""
-        if not (
-            # nothing of what _path looks for
-            functorch_active()
-            or forward_ad._current_level >= 0
-            or _tracing_state() is not None
-            or torch.compiler.is_compiling()  # by torch.export as well
-            or _saved_tensor_hooks(True) is not None
-            or _steps is not None
-        ):
-            if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-                return self.rules.plain_value(input, target, o)
-            if fusable and not target.requires_grad:
-                return self._plain(o, input, target)  # type: ignore[no-any-return]
+        """The loss of two tensors and nothing else, where torch is :func:`ordinary`: the general call with less Python
+        in between, for the sake of small inputs. ``fusable``: by the input alone, which is not float16 then (see
+        :func:`choose`)."""
+        if not (_is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+            return self.rules.plain_value(input, target, o)
+        if fusable and not target.requires_grad:
+            return self._plain(o, input, target)  # type: ignore[no-any-return]
         return self((input, target, *self._absent), o)[0]
 
     def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
@@ -326,7 +318,7 @@ class Engine:
     def _functions(self, rules: Rules) -> None:
         """The classes of torch.autograd, one for each path."""
         count, wants = rules.tensors, rules.wants
-        of_fused = backward_of_fused(rules)
+        of_fused, plain = backward_of_fused(rules), rules.plain
 
         class Fused(Function):
             """Gradients and operands are held outside the saved tensors: the operands may then change after forward, as
@@ -348,9 +340,21 @@ class Engine:
 
             @staticmethod
             def forward(ctx: Any, o: Any, input: Any, target: Any) -> Any:
-                loss, grad = rules.plain(input, target, o)
-                ctx.held = (grad,), None, o, (input, target), (version_of(input), version_of(target))
+                loss, grad = plain(input, target, o)
+                try:
+                    versions: Any = input._version, target._version
+                except RuntimeError:  # of inference mode
+                    versions = version_of(input), version_of(target)
+                ctx.held = (grad,), None, o, (input, target), versions
                 return loss
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Any) -> Any:
+                held = ctx.held
+                if held is not None and _is_one(grad_output) and not (keeps_graph() or _is_grad_enabled()):
+                    ctx.held = None
+                    return None, held[0][0], None
+                return of_fused(ctx, grad_output)
 
         class InPlace(Function):
             """The gradient takes the memory of the first tensor, whose version counter is moved on."""
@@ -446,7 +450,7 @@ class Engine:
                 cls.__name__ = cls.__qualname__ = called
         for function in (Fused, Plain):
             # Instead of torch's, which looks each time whether the function has a backward or a vjp.
-            function._backward_cls.apply = of_fused  # type: ignore[attr-defined]
+            function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
         self.InPlace, self.Recompute, self.ForwardMode, self.Transformed = InPlace, Recompute, ForwardMode, Transformed
         self._fused, self._plain, self._recompute = direct_apply(Fused), direct_apply(Plain), direct_apply(Recompute)
         self._transformed = opaque_apply(Transformed)
@@ -456,9 +460,12 @@ _scale_grad_ = direct(ops.scale_grad_)
 
 
 def _is_one(scale: Tensor) -> bool:
-    """Whether it is the 1 that ``loss.backward()`` begins with, where a look costs nothing: the operator would look as
-    well, but its call is what a small loss spends its time on."""
-    return type(scale) is Tensor and scale.is_cpu and not scale.dim() and scale.item() == 1.0
+    """Whether a scalar is the 1 that ``loss.backward()`` begins with, where a look costs nothing: the operator would
+    look as well, but its call is what a small loss spends its time on."""
+    try:
+        return type(scale) is Tensor and scale.is_cpu and scale.item() == 1.0
+    except RuntimeError:  # stands for a batch
+        return False
 
 
 def version_of(t: Tensor | None) -> int | None:
@@ -541,7 +548,10 @@ def _pushed(rules: Rules, ctx: Any, tangents: Sequence[Any]) -> Tensor:
 # ------------------------------------------------------------------------------------------ torch's state, and its gaps
 
 
+# By names of their own, which a small call finds sooner than attributes of torch.
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+_is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 _tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -593,6 +603,19 @@ def running_recorded() -> Iterator[None]:
         yield
     finally:
         _running_recorded.now = before
+
+
+def ordinary() -> bool:
+    """Whether torch is in none of the states in which a call does more than compute and remember: those that
+    :meth:`Engine._path` and :func:`recording` look for. Looked at at once, for small calls."""
+    return not (
+        functorch_active()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or _is_compiling()  # by torch.export as well
+        or _saved_tensor_hooks(True) is not None
+        or _steps is not None
+    )
 
 
 def recording() -> bool:

@@ -66,6 +66,11 @@ class HeadOptions(NamedTuple):
         """Those of cross entropy."""
         return Options(*self[: len(Options._fields)])  # type: ignore[arg-type]
 
+    def of_chunk(self) -> Options:
+        """Those of cross entropy for some of the rows, whose sum is rounded once, at the end."""
+        options = self.of_rows()
+        return options if self.reduction == NONE else options._replace(loss_dtype=DTYPE_CODES[torch.float64])
+
 
 class Result(NamedTuple):
     """``grads`` of the first :data:`WANTS` operands, those of weight and bias in the dtype of their sums."""
@@ -314,9 +319,7 @@ def _loss_and_gradients(t: Operands, o: HeadOptions, needs: Needs, grad_output: 
     if kept.rows is not None and not target.is_floating_point():
         target = target.to(torch.int64)  # rows of other dtypes cannot be picked everywhere
     count = x.shape[0] if kept.rows is None else kept.rows.shape[0]
-    per_row, options = o.reduction == NONE, o.of_rows()
-    if not per_row:
-        options = options._replace(loss_dtype=DTYPE_CODES[torch.float64])  # rounded once, at the end
+    per_row, options = o.reduction == NONE, o.of_chunk()
     products = _Products(t, o, needs)
     step = rows_at_a_time(t, o)
     z = x.new_empty([min(step, max(count, 1)), w.shape[0]], dtype=products.held)

@@ -92,13 +92,14 @@ class _HeadRules(Rules):
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Of a chunk, but for the last that scale."""
         normalizer = tensors[6] if o.reduction != MEAN else True
-        of_rows = (None, *tensors[3:6], normalizer)
-        value, _ = rules.operators(Path.VALUE, of_rows, o.of_rows(), needs)
+        held = chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])
+        of_rows = (torch.empty(0, dtype=held, device="meta"), *tensors[3:6], normalizer)
+        value, _ = rules.operators(Path.VALUE, of_rows, o.of_chunk(), needs)
         if not any(needs[3:]):
             gradients: tuple[str, ...] = ("cross_entropy_forward_inplace",)
         else:  # by probabilities or class weights as well
             path_of_rows = (any(needs[:3]), needs[3], needs[4])
-            forward, backward = rules.operators(Path.RECOMPUTE, of_rows, o.of_rows(), path_of_rows)
+            forward, backward = rules.operators(Path.RECOMPUTE, of_rows, o.of_chunk(), path_of_rows)
             gradients = (*forward, *backward)
         if path is Path.FUSED:
             return gradients, ("scale_grad_",) * sum(needs)

@@ -20,7 +20,18 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, errors, formulas
-from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, batched_by_legacy, functorch_active
+from .._autograd import (
+    Engine,
+    Grads,
+    Needs,
+    Path,
+    Rules,
+    Tensors,
+    accum_dtype,
+    batched_by_legacy,
+    functorch_active,
+    ordinary,
+)
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, direct, loop_vmap, ops
 from .._recorded import record, recordable, recording
 
@@ -363,7 +374,8 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
     where it might."""
     try:
         if not (
-            type(input) is type(target) is Tensor
+            ordinary()
+            and type(input) is type(target) is Tensor
             and type(reduction) is str
             and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
             and input.dtype is target.dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments, errors, formulas
-from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
+from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, ordinary
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, direct, loop_vmap, ops
 from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
@@ -63,21 +63,22 @@ class Options(NamedTuple):
     flags: int = 0
 
 
-_DEFAULTS = tuple(Options._field_defaults.values())[:-1]
+_DEFAULTS = tuple(Options._field_defaults.values())
 
 
 _plain_value, _plain_grad = direct(ops.cross_entropy_plain_value), direct(ops.cross_entropy_plain_grad)
 
 
 def _is_plain(tensors: Tensors, o: Options) -> bool:
-    """Logits and target are given, and nothing else."""
-    return tensors[2] is tensors[3] is tensors[4] is None and o[2:-1] == _DEFAULTS
+    """Logits and target are given, and nothing else; the loss has the logits' dtype."""
+    given = tensors[2] is tensors[3] is tensors[4] is None
+    return given and o[2:] == _DEFAULTS and DTYPES[o.loss_dtype] is tensors[0].dtype
 
 
 def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
     logits, target, *others = tensors
     first = (*before, logits, target, o.reduction, o.loss_dtype, o.flags | flags)
-    if _is_plain(tensors, o):
+    if all(t is None for t in others) and o[2:-1] == _DEFAULTS[:-1]:
         return op(*first)
     parameters = [o.map_a, o.map_b][: len(formulas.ROW_MAP_KINDS[o.row_map][1])]
     margins = [[o.margin_angle, o.margin_cosine]] if o.margin_angle or o.margin_cosine else []
@@ -93,8 +94,8 @@ class _CrossEntropy(Rules):
         if o.flags & STATS:
             loss, _, _, *stats = _call(ops.cross_entropy_forward_stats, tensors=tensors, o=o)
             return (loss, *stats)
-        if _is_plain(tensors, o) and not o.flags:
-            return (ops.cross_entropy_plain_value(*tensors[:2], o.reduction, o.loss_dtype),)
+        if _is_plain(tensors, o):
+            return (ops.cross_entropy_plain_value(*tensors[:2], o.reduction),)
         return (_call(ops.cross_entropy_value, tensors=tensors, o=o),)
 
     def forward(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
@@ -103,7 +104,7 @@ class _CrossEntropy(Rules):
         return (loss, saved, *stats)
 
     def fused(self, tensors: Tensors, o: Options, needs: Needs) -> tuple[Tensor, Grads, None, Sequence[Tensor]]:
-        if _is_plain(tensors, o) and not o.flags:
+        if _is_plain(tensors, o):
             loss, grad = self.plain(tensors[0], tensors[1], o)
             return loss, (grad, None, None), None, ()
         op = ops.cross_entropy_forward_stats if o.flags & STATS else ops.cross_entropy_forward
@@ -111,10 +112,10 @@ class _CrossEntropy(Rules):
         return loss, (grad, None, None), None, stats
 
     def plain(self, input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-        return _plain_grad(input, target, o.reduction, o.loss_dtype)  # type: ignore[no-any-return]
+        return _plain_grad(input, target, o.reduction)  # type: ignore[no-any-return]
 
     def plain_value(self, input: Tensor, target: Tensor, o: Options) -> Tensor:
-        return _plain_value(input, target, o.reduction, o.loss_dtype)  # type: ignore[no-any-return]
+        return _plain_value(input, target, o.reduction)  # type: ignore[no-any-return]
 
     def in_place(self, tensors: Tensors, o: Options) -> Sequence[Tensor]:
         loss, *stats = _call(ops.cross_entropy_forward_inplace, tensors=tensors, o=o)
@@ -163,7 +164,7 @@ class _CrossEntropy(Rules):
         self, path: Path, tensors: Tensors, o: Options, needs: Needs
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         stats = "_stats" if o.flags & STATS else ""
-        plain = _is_plain(tensors, o) and not o.flags
+        plain = _is_plain(tensors, o)
         if path is Path.VALUE:
             value = "cross_entropy_plain_value" if plain else "cross_entropy_value"
             return ("cross_entropy_forward_stats" if stats else value,), ()
@@ -214,11 +215,15 @@ def _fake_stats(logits: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("fastloss::cross_entropy_plain_grad")
-def _(logits: Any, target: Any, reduction: Any, loss_dtype: Any) -> Any:
-    return _fake_loss(logits, reduction, loss_dtype), torch.empty_like(logits)
+def _(logits: Any, target: Any, reduction: Any) -> Any:
+    return _fake_loss(logits, reduction, DTYPE_CODES[logits.dtype]), torch.empty_like(logits)
 
 
 @torch.library.register_fake("fastloss::cross_entropy_plain_value")
+def _(logits: Any, target: Any, reduction: Any) -> Any:
+    return _fake_loss(logits, reduction, DTYPE_CODES[logits.dtype])
+
+
 @torch.library.register_fake("fastloss::cross_entropy_value")
 def _(logits: Any, target: Any, reduction: Any, loss_dtype: Any, *rest: Any) -> Any:
     return _fake_loss(logits, reduction, loss_dtype)
@@ -292,12 +297,15 @@ def _is_usual(g: Given) -> bool:
 
 
 _AT_DEFAULT = Given()[3:]
-# Of a call that leaves everything but the reduction at its default.
+# In the order in which cross_entropy compares them: one comparison, for small calls.
+_OTHERS_AT_DEFAULT = (None, None, -100, 0.0, None, 1.0, None, "nan", "nan", False, False, None, None)
+# Of a call that leaves everything but the reduction at its default; and whether its gradient can be made in forward.
 _USUAL_OPTIONS = {
-    (reduction, dtype): Options(code, DTYPE_CODES[dtype])
+    (reduction, dtype): (Options(code, DTYPE_CODES[dtype]), code != NONE and dtype is not torch.float16)
     for reduction, code in REDUCTIONS.items()
     for dtype in DTYPE_CODES
 }
+_NO_OPTIONS = (None, False)
 
 
 def _usual(
@@ -313,40 +321,44 @@ def _usual(
     inputs' sake. None where it might."""
     try:
         if not (
-            type(input) is type(target) is Tensor
+            ordinary()
+            and type(input) is type(target) is Tensor
             and type(reduction) is str
-            and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
+            and ((input.is_cpu and target.is_cpu) or _usual_on_cuda(input, target))
             and target.dtype is torch.int64
-            and input.dim() == 2
-            and target.dim() == 1
-            and input.shape[0] == target.shape[0] != 0 != input.shape[1]
             and input.layout is target.layout is torch.strided
         ):
             return None
-    except RuntimeError:  # strided nested tensors have no shape
+        rows, classes = input.shape
+        if target.shape != (rows,) or not (rows and classes):
+            return None
+    except (RuntimeError, ValueError):  # strided nested tensors have no shape; other dimensions
         return None
-    o = _USUAL_OPTIONS.get((reduction, input.dtype))
-    if o is None or (input.is_cuda and errors.immediate_errors()):
-        return None
-    if _arguments.autocast_dtype(input.dtype, input.device) is not input.dtype:
+    dtype = input.dtype
+    o, fusable = _USUAL_OPTIONS.get((reduction, dtype), _NO_OPTIONS)
+    if o is None or (dtype is not torch.float32 and _arguments.autocast_dtype(dtype, input.device) is not dtype):
         return None
     if label_smoothing or row_map:
         o = o._replace(label_smoothing=label_smoothing, row_map=row_map, map_a=map_a)
     elif weight is None:
-        return engine.plain(input, target, o, o.reduction != NONE and input.dtype is not torch.float16)
+        return engine.plain(input, target, o, fusable)
     if weight is not None and not (
         type(weight) is Tensor
-        and weight.dtype is accum_dtype(input.dtype)
+        and weight.dtype is accum_dtype(dtype)
         and weight.device == input.device
         and weight.layout is torch.strided
         and not weight.is_nested
         and weight.dim() == 1
-        and weight.shape[0] == input.shape[1]
+        and weight.shape[0] == classes
         and weight.is_contiguous()
         and not weight.requires_grad
     ):
         return None
     return engine((input, target, weight, None, None), o)[0]
+
+
+def _usual_on_cuda(input: Tensor, target: Tensor) -> bool:
+    return input.is_cuda and input.device == target.device and not errors.immediate_errors()
 
 
 def _checked_options(function: str, g: Given) -> Given:
@@ -739,19 +751,20 @@ def cross_entropy(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(cross_entropy, (input, target, weight, sample_weight), input, target, **options)
+    others = (size_average, reduce, ignore_index, z_loss, softcap, logit_scale, class_dim, all_ignored, zero_times_inf)
+    if (
+        sample_weight is normalizer is None
+        and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
+        and 0.0 <= label_smoothing <= 1.0
+        and (*others, return_stats, inplace_grad, grad_in_forward, loss_dtype) == _OTHERS_AT_DEFAULT
+    ):
+        result = _usual(input, target, weight, reduction, label_smoothing)
+        if result is not None:
+            return result
     if recording():
         return record("cross_entropy", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
-    usual = sample_weight is normalizer is softcap is class_dim is grad_in_forward is None
-    usual = usual and loss_dtype is None
-    usual = usual and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
-    usual = usual and 0.0 <= label_smoothing <= 1.0 and z_loss == 0.0 and logit_scale == 1.0 and ignore_index == -100
-    usual = usual and not (return_stats or inplace_grad) and all_ignored == zero_times_inf == "nan"
-    if usual:
-        result = _usual(input, target, weight, reduction, label_smoothing)
-        if result is not None:
-            return result
     g = Given(
         weight,
         ignore_index,
