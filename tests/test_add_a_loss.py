@@ -85,9 +85,13 @@ def run(tmp_path_factory):
     for step in steps():
         apply(step, root)
 
-    # The portable kernels alone: the others are compiled from the same lines.
+    # The portable kernels alone, the others are compiled from the same lines; and optimised little, in half the time.
+    compiler = root / "compiler"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O1\n')
+    compiler.chmod(0o755)
     environment = {**os.environ, "FASTLOSS_CUDA": "0", "FASTLOSS_ISAS": "portable", "PYTHONPATH": str(root / "pyext")}
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment["PATH"]))
+    environment["CXX"] = str(compiler)
 
     def run(*command):
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
