@@ -3,29 +3,31 @@
 import atexit
 import contextlib
 import functools
+import importlib.abc
+import importlib.machinery
+import inspect
 import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_overloaded_args, handle_torch_function
+from torch.overrides import handle_torch_function
 
-from . import functional
+from . import _by_hand, functional
 from ._arguments import is_dtensor, unsupported
 from ._library import DTYPE_CODES
+from ._subclasses import handled, heeded, overrides
 from .head import lazy_log_probs
 from .head.lazy import Lazy
 
-_originals: dict[tuple[Any, str], Callable[..., Any]] = {}  # by module and name
+_originals: dict[tuple[Any, str], Callable[..., Any]] = {}  # by module or class, and name
 _lock = threading.RLock()
-_DISABLED = torch._C._disabled_torch_function_impl
-_heeds_subclasses: Callable[[], bool] = torch._C._is_torch_function_enabled
 _mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 # Losses of torch.nn.functional that fastloss has not; linear and embedding layers with a loss in them are none.
@@ -65,40 +67,6 @@ def takes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> str 
     if name in _DISTRIBUTED and is_dtensor(*tensors[:2]) and not torch.compiler.is_compiling():
         tensors = [t.to_local() if is_dtensor(t) else t for t in tensors]  # type: ignore[attr-defined]
     return unsupported(*tensors)
-
-
-# --------------------------------------------------------------------------------------------- types with their own say
-
-
-def _overrides(value: Any) -> bool:
-    """Whether it is of a type with its own __torch_function__, whatever mode is on."""
-    return type(value) is not Tensor and getattr(type(value), "__torch_function__", _DISABLED) is not _DISABLED
-
-
-class _Serving(TorchFunctionMode):
-    """While a subclass handles a call of torch's function: what it leaves to torch in the end, fastloss takes."""
-
-    def __init__(self, original: Callable[..., Any], call: Callable[..., Any]) -> None:
-        super().__init__()
-        self._original, self._call = original, call
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (self._call if func is self._original else func)(*args, **(kwargs or {}))
-
-
-def _handled(
-    original: Callable[..., Any], call: Callable[..., Any], overloaded: Iterable[Any], args: Any, kwargs: Any
-) -> Any:
-    """The call as the types of its arguments handle it. They are shown torch's own function, which they may know by
-    identity, and get its result, type and metadata; those that end in torch's default end in ``call``."""
-    overloaded = _get_overloaded_args(overloaded)
-    types = tuple(map(type, overloaded))
-    for argument in overloaded:
-        with _Serving(original, call):
-            result = argument.__torch_function__(original, types, args, kwargs)
-        if result is not NotImplemented:
-            return result
-    return handle_torch_function(original, overloaded, *args, **kwargs)  # raises what torch raises
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -185,8 +153,8 @@ def _behind(name: str, original: Callable[..., Any], ours: Callable[..., Any]) -
         if _mode_active():  # it is shown this function, and calls it
             return original(*args, **kwargs)
         reason = takes(args, kwargs, name)
-        if _heeds_subclasses():
-            overloaded = [a for a in (*args, *kwargs.values()) if _overrides(a)]
+        if heeded():
+            overloaded = [a for a in (*args, *kwargs.values()) if overrides(a)]
             if any(isinstance(a, Lazy) for a in overloaded):  # it knows, and calls fastloss or torch
                 served.add()
                 return handle_torch_function(original, overloaded, *args, **kwargs)
@@ -195,7 +163,7 @@ def _behind(name: str, original: Callable[..., Any], ours: Callable[..., Any]) -
                 _decline(name, reason or "a tensor subclass under torch.compile")
                 return handle_torch_function(original, overloaded, *args, **kwargs)
             if overloaded:
-                return _handled(original, call, overloaded, args, kwargs)
+                return handled(original, call, overloaded, args, kwargs)
         if reason is None:
             if not torch.compiler.is_compiling():
                 served.add()
@@ -222,6 +190,93 @@ def _counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     call.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
     return call
 
+
+# ------------------------------------------------------------------------------------------- losses of other packages
+
+_PLACES = {module for module, _ in _by_hand.FUNCTIONS} | {entry.module for entry in _by_hand.CLASSES}
+_imported: list[tuple[str, str, Callable[..., Any], Callable[..., Any]]] = []  # package, name, theirs, ours
+
+
+def _in_place_of(entry: _by_hand.ByHand, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of a class that computes its loss by hand."""
+    name, served = entry.name, _served[entry.name]
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # its parts become kernels of the program
+            return original(self, *args, **kwargs)
+        given = [*args, *kwargs.values()]
+        flat = [t for a in given for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+        if any(isinstance(t, Lazy) for t in flat):  # its parts know these
+            return original(self, *args, **kwargs)
+        if _mode_active():
+            result: Any = "under a mode of torch.overrides, which is to see its parts"
+        else:
+            result = takes(tuple(flat), {}) or entry.why_not(self, flat) or entry.serve(self, *args, **kwargs)
+        if isinstance(result, str):
+            _decline(name, result)
+            return original(self, *args, **kwargs)
+        served.add()
+        return result
+
+    return call
+
+
+def _modules_with(package: str, name: str, function: Callable[..., Any]) -> list[Any]:
+    """Those of the package that are imported and have the function, under its name."""
+    modules = [module for path, module in list(sys.modules.items()) if path.partition(".")[0] == package]
+    return [module for module in modules if vars(module).get(name) is function]
+
+
+def _reach(module: ModuleType) -> None:
+    """Serves what the module, which is imported, defines."""
+    path = module.__name__
+    package = path.partition(".")[0]
+    for where, name in _by_hand.FUNCTIONS:
+        theirs = getattr(module, name, None) if where == path else None
+        if theirs is not None:
+            _served[name], _declined[name] = _Tally(), {}
+            ours = _behind(name, theirs, getattr(functional, name))
+            _imported.append((package, name, theirs, ours))
+            for holder in _modules_with(package, name, theirs):
+                setattr(holder, name, ours)
+    for entry in _by_hand.CLASSES:
+        owner = getattr(module, entry.owner, None) if entry.module == path else None
+        method = vars(owner).get(entry.method) if owner is not None else None
+        if method is not None and list(inspect.signature(method).parameters) == entry.parameters:
+            _served[entry.name], _declined[entry.name] = _Tally(), {}
+            _replace([owner], entry.method, _in_place_of(entry, method))
+
+
+class _Imports(importlib.abc.MetaPathFinder):
+    """Has a module of _PLACES that is imported under the patch reached as soon as it is there."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in _PLACES:
+            return None
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        spec = next((s for finder in others if (s := finder.find_spec(name, path, target)) is not None), None)
+        loader: Any = None if spec is None else spec.loader
+        run = getattr(loader, "exec_module", None)
+        if run is None:
+            return spec
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module
+            run(module)
+            with _lock:
+                if _holders:
+                    _reach(module)
+
+        with contextlib.suppress(AttributeError):  # a loader without a place for it
+            loader.exec_module = exec_module
+        return spec
+
+
+_IMPORTS = _Imports()
+
+
+# ------------------------------------------------------------------------------------------- the patch while it is held
 
 _holders: set["_Patched"] = set()  # the patch is in force while there is one
 
@@ -318,12 +373,9 @@ def _hold(holder: _Patched) -> None:
             if hasattr(F, name):
                 _served[name], _declined[name] = _Tally(), {}
                 _replace([F], name, _behind(name, getattr(F, name), getattr(functional, name)))
-        theirs = sys.modules.get("torchvision.ops.focal_loss")
-        if theirs is not None:
-            name = "sigmoid_focal_loss"
-            original = getattr(theirs, name)
-            _served[name], _declined[name] = _Tally(), {}
-            _replace(_modules_of_torchvision(name, original), name, _behind(name, original, getattr(functional, name)))
+        for module in _PLACES & sys.modules.keys():
+            _reach(sys.modules[module])
+        sys.meta_path.insert(0, _IMPORTS)
     if holder.report and not _lacking:
         for name in _LACKING:
             if hasattr(F, name):
@@ -331,12 +383,6 @@ def _hold(holder: _Patched) -> None:
     if holder.log_softmax and not _log_softmaxes:
         _hold_log_softmax()
     _holders.add(holder)
-
-
-def _modules_of_torchvision(name: str, function: Callable[..., Any]) -> list[Any]:
-    """Those that are imported already and have the function, which torch has not: its detectors import it by name."""
-    modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "torchvision"]
-    return [module for module in modules if getattr(module, name, None) is function]
 
 
 def _replace(modules: Iterable[Any], name: str, function: Callable[..., Any]) -> None:
@@ -354,6 +400,11 @@ def _release(holder: _Patched) -> None:
     if _log_softmaxes and not any(other.log_softmax for other in _holders):
         _release_log_softmax()
     if not _holders:
+        sys.meta_path.remove(_IMPORTS)
+        while _imported:
+            package, name, theirs, ours = _imported.pop()
+            for module in _modules_with(package, name, ours):
+                setattr(module, name, theirs)
         while _originals:
             (module, name), original = _originals.popitem()
             setattr(module, name, original)
