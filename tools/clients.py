@@ -3,7 +3,8 @@
 Each client trains a tiny random model five times from the same seed, in a process of its own: without the patch;
 under ``patch(report=True, log_softmax=True)``; and three times without it, with what the losses are given moved by
 roundings, to see how far rounding alone moves the curve. The calls of losses are counted in the first run, by a
-function mode of torch and without fastloss, so that those which ``patch()`` never gets to see count as well.
+function mode of torch and without fastloss, so that those which ``patch()`` never gets to see count as well. Where
+``patch()`` serves a class that makes its loss by hand, it serves the calls that the class made in the first run.
 
 LIBRARIES names folders that pip filled with ``--target``, separated by colons. A client's process sees one of them,
 the first that has the client's package and where it can be imported, or none: what one folder has does not break a
@@ -26,12 +27,14 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fastloss
 import torch
+from fastloss._by_hand import CLASSES
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -58,20 +61,43 @@ LOSSES[F.triplet_margin_with_distance_loss] = "triplet_margin_with_distance_loss
 LOSSES.update({function: name for name, functions in PARTS.items() for function in functions})
 
 
+METHODS = {(entry.module, entry.method, entry.owner): entry.name for entry in CLASSES}
+
+
+def class_around(frame: types.FrameType | None) -> tuple[str, types.FrameType] | None:
+    """Which of CLASSES computes its loss in this frame or around it, and its own frame."""
+    while frame is not None:
+        method = (frame.f_globals.get("__name__"), frame.f_code.co_name, type(frame.f_locals.get("self")).__name__)
+        if method in METHODS:
+            return METHODS[method], frame
+        frame = frame.f_back
+    return None
+
+
 class Calls(TorchFunctionMode):
-    """Counts the calls of LOSSES, by name; with ``nudges`` the elements of their first argument, in float32 and
-    float64, are one rounding smaller, the same, or one rounding larger, at random."""
+    """Counts the calls of LOSSES, by name; those of a class of CLASSES apart, with the calls of the class. With
+    ``nudges`` the elements of their first argument, in float32 and float64, are one rounding smaller, the same, or one
+    rounding larger, at random."""
 
     def __init__(self, nudges: torch.Generator | None = None) -> None:
         super().__init__()
         self.count: collections.Counter[str] = collections.Counter()
+        self.inside: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self.classes: collections.Counter[str] = collections.Counter()
+        self._frame: types.FrameType | None = None  # of the last class
         self.nudges = nudges
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LOSSES:
             # torchvision's, which torch does not know, is made of a binary cross entropy.
             focal = any(frame.name == "sigmoid_focal_loss" for frame in traceback.extract_stack(limit=4))
-            self.count["sigmoid_focal_loss" if focal else LOSSES[func]] += 1
+            name, around = "sigmoid_focal_loss" if focal else LOSSES[func], class_around(sys._getframe(1))
+            if around is None:
+                self.count[name] += 1
+            else:
+                self.inside[around[0]][name] += 1
+                self.classes[around[0]] += around[1] is not self._frame
+                self._frame = around[1]
             if self.nudges and args and args[0].dtype in (torch.float32, torch.float64):
                 roundings = torch.randint(-1, 2, args[0].shape, generator=self.nudges).to(args[0].dtype)
                 args = (args[0] * (1 + roundings * torch.finfo(args[0].dtype).eps), *args[1:])
@@ -444,18 +470,27 @@ def examine(name: str) -> dict[str, Any]:
     ours, *rounding = (((c - curves[0]).abs() / curves[0].abs().clamp_min(1e-12)).max().item() for c in curves[1:])
     return {
         "version": importlib.metadata.version(package.replace("_", "-")),
-        **tally(calls.count, fastloss.patch_report()),
+        **tally(calls, fastloss.patch_report()),
         "steps": len(curves[0]),
         "difference": ours,
         "rounding": max(rounding),
     }
 
 
-def tally(calls: dict[str, int], report: fastloss.PatchReport) -> dict[str, Any]:
+def tally(calls: Calls, report: fastloss.PatchReport) -> dict[str, Any]:
     """``served`` by function, and ``left``: (function, calls, why not)."""
     served: dict[str, int] = {}
     left = []
-    for name, count in calls.items():
+    counts = calls.count.copy()
+    for owner, inside in calls.inside.items():
+        taken = report.served.get(owner, 0)
+        if taken not in (0, calls.classes[owner]):
+            raise RuntimeError(f"{owner}: {calls.classes[owner]} calls without the patch, {taken} served")
+        if taken:
+            served |= {f"{name} of {owner}": count for name, count in inside.items()}
+        else:  # it made its calls itself
+            counts.update(inside)
+    for name, count in counts.items():
         declined = report.declined.get(name, {})
         rest = count - sum(declined.values())
         left += [(name, n, reason) for reason, n in declined.items()]
@@ -508,13 +543,17 @@ def apart(name: str) -> dict[str, Any]:
 NOTES = """
 What is left to torch, and why:
 
-- `log_softmax` by hand, of few elements: a lazy result costs more Python than it saves, so that
-  `patch(log_softmax=True)` begins at 2**20. The same loss of timm is served with 21,841 classes and left alone with
-  1,000.
-- `log_softmax` of which something else than a loss is made: Dice of segmentation_models_pytorch takes its exponential
-  and needs every probability. [`fastloss.dice_loss`](losses.md) reads the logits instead.
-- `logsumexp` by hand (the ranking losses of sentence-transformers) and `logsigmoid` of one number for each pair
-  (TRL's DPO and reward models): `patch()` has nothing for them.
+- `logsumexp` of CoSENT (sentence-transformers): of as many scores as a batch has pairs, which the class sorts and sums
+  up before.
+- `logsigmoid` of one number for each pair (TRL's DPO and reward models): there is nothing to gain. DPO's large logits
+  are in its log-probabilities.
+
+How a class that makes its loss by hand counts: in the run without fastloss its calls of the functions above count as
+those of everybody, and are listed with its name. Under the patch the class is [served as a whole](api/patching.rst), so
+that these calls are not made; they count as served where each call of the class was.
+
+`log_softmax` by hand that is in none of these classes is served from 2**20 elements on. Below, a lazy result costs more
+Python than it saves, and `patch_report()` says so.
 
 What is no call of a loss, so that it counts nowhere: TRL's SFT, DPO and GRPO trainers compute log-probabilities in a
 head of TRL's own, some rows at a time; boxes' IoU in ultralytics, margins of distances (`TripletLoss`), ratios and
@@ -561,8 +600,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
             "the same seed: without the patch; under `patch(report=True, log_softmax=True)`; and three times without",
             "it again, what the losses are given moved by roundings at random. Calls are those of torch's losses, of",
             "torchvision's `sigmoid_focal_loss`, and of `log_softmax`, `logsumexp` and `logsigmoid`, counted without",
-            "fastloss. Differences are the largest relative ones from the first curve of the loss: under the patch,",
-            "and of rounding.",
+            "fastloss; `of` a class are those that the class makes by hand. Differences are the largest relative ones",
+            "from the first curve of the loss: under the patch, and of rounding.",
             "",
             share,
             "",
