@@ -7,9 +7,11 @@ which of the two computed it.
 import copy
 import importlib
 import pickle
+import re
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import fastloss
 import pytest
@@ -157,6 +159,12 @@ def targets(n):
     return 18 * torch.rand((n, 4), generator=torch.Generator().manual_seed(3)) - 1
 
 
+def ruled_out(dtype):
+    """Logits of -inf for classes that no target is near to."""
+    far = (torch.arange(16) - targets(6).clamp(0, 14.99).view(-1, 1)).abs() > 2
+    return logits(24, 16, dtype=dtype).detach().masked_fill(far, -torch.inf).requires_grad_()
+
+
 TIMM, FASTAI, SMP = "timm.{}", "fastai.LabelSmoothingCrossEntropy", "segmentation_models_pytorch.{}"
 HARD, SOFT = TIMM.format("LabelSmoothingCrossEntropy"), TIMM.format("SoftTargetCrossEntropy")
 DICE, SOFT_CE = SMP.format("DiceLoss"), SMP.format("SoftCrossEntropyLoss")
@@ -225,6 +233,7 @@ CASES = [
     (DICE, {"mode": "multiclass", "log_loss": True}, lambda d: (logits(2, 5, 6, dtype=d), labels(5, 2, 6)), "log_loss"),
     (DICE, {"mode": "multiclass", "eps": 3.0}, lambda d: (logits(2, 5, 6, dtype=d), labels(5, 2, 6)), "half a pixel"),
     (DFL, {}, lambda d: (logits(24, 16, dtype=d), targets(6).to(d)), None),
+    (DFL, {}, lambda d: (ruled_out(d), targets(6).to(d)), None),
     (DFL, {"reg_max": 8}, lambda d: (logits(24, 8, dtype=d), targets(6)), None),
     (DFL, {}, lambda d: (logits(24, 17, dtype=d), targets(6).to(d)), "other shapes"),
     (RANKING, {"model": None}, lambda d: ([logits(6, 4, dtype=d, seed=i) for i in range(2)], None), None),
@@ -324,6 +333,13 @@ def test_parts_of_fastais_on_a_gpu_add_up_to_it(monkeypatch):
         torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
 
 
+def test_scores_of_autocast_keep_their_dtype():
+    entry = ENTRIES[RANKING]
+    loss = getattr(stand_in(entry.module), entry.owner)(None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert entry.serve(loss, [logits(6, 4), logits(6, 4, seed=1)], None).dtype is torch.bfloat16
+
+
 # -------------------------------------------------------------------------------------------------- what is left alone
 
 
@@ -352,6 +368,7 @@ def test_subclasses_are_left_alone(timm_loss):
     class Inherits(timm_loss.LabelSmoothingCrossEntropy):
         pass
 
+    Inherits.__module__ = timm_loss.__name__
     with fastloss.patch():
         assert Own()(x, t) == x.sum() and not fastloss.patch_report().declined
         Inherits()(x, t)
@@ -412,10 +429,15 @@ def test_a_bad_label_is_an_index_error(timm_loss):
 
 def test_torch_compile_gets_the_class(timm_loss):
     loss, x, t = timm_loss.LabelSmoothingCrossEntropy(), logits(6, 5), labels(5, 6)
-    want = loss(x, t)
+    want, graphs = loss(x, t), []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
     with fastloss.patch():
-        torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(x, t), want)
-    assert not fastloss.patch_report().served
+        torch.testing.assert_close(torch.compile(loss, backend=backend, fullgraph=True)(x, t), want)
+    assert "log_softmax" in graphs[0] and "fastloss" not in graphs[0]
 
 
 def test_logits_of_a_lazy_head(timm_loss):
@@ -424,6 +446,7 @@ def test_logits_of_a_lazy_head(timm_loss):
     x, t, loss = logits(6, 4), labels(5, 6), timm_loss.LabelSmoothingCrossEntropy()
     with fastloss.patch():
         got = loss(head(x), t)
+    assert not fastloss.patch_report().declined.get(HARD)
     torch.testing.assert_close(got, loss(torch.nn.functional.linear(x, head.weight, head.bias), t))
 
 
@@ -514,3 +537,10 @@ def test_torchscript_compiles_the_class():
         scripted = torch.jit.script(module.LabelSmoothingCrossEntropy())
         torch.testing.assert_close(scripted(x, t), want)
     assert not fastloss.patch_report().served
+
+
+def test_the_page_lists_every_class():
+    page = (Path(__file__).parent.parent / "docs" / "api" / "patching.rst").read_text(encoding="utf-8")
+    for entry in _by_hand.CLASSES:
+        package = entry.module.partition(".")[0]
+        assert re.search(rf"``{package}\.[\w.]*{entry.owner}``", page), entry.name

@@ -411,8 +411,10 @@ def _release(holder: _Patched) -> None:
 
 
 def patch(report: bool = False, *, log_softmax: bool = False) -> _Patched:
-    """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``; and
-    ``torchvision.ops.sigmoid_focal_loss``, in torchvision's detectors too, where they are imported already.
+    """Replace the losses of torch.nn.functional by fastloss, for torch.nn and every caller of ``F.<loss>``; and losses
+    that other packages define by hand, which the page of the API reference lists: functions and classes of torchvision,
+    timm, fastai, segmentation_models_pytorch, ultralytics and sentence-transformers, whether these are imported before
+    or under the patch. Of such a class, an instance with options that fastloss has not computes its loss itself.
 
     What fastloss does not take (complex, sparse, integer, float8; other devices; subclasses that see operators, but for
     DTensors in cross entropy) goes to torch unchanged, as do torch.jit.script and torch.jit.trace, whose graphs run
