@@ -90,8 +90,9 @@ class PatchReport:
     """What :func:`patch_report` returns; ``print`` it.
 
     Attributes:
-        served: how many calls fastloss took, by torch's function.
-        declined: how many went to torch, by the function, then by the reason.
+        served: how many calls fastloss took, by torch's function, or by another package's and its class
+            (``timm.LabelSmoothingCrossEntropy``).
+        declined: how many went to torch, or were left to that class, by the same names, then by the reason.
         lacking: how many calls of losses that fastloss has not; counted under ``patch(report=True)``.
     """
 
