@@ -346,6 +346,9 @@ def collectives(rank, group, options, soft, dtype):
     (
         ({}, 3),
         ({"label_smoothing": 0.1, "weight": True}, 4),
+        ({"weight": True, "shard": True}, 4),
+        ({"weight": True, "shard": True, "label_smoothing": 0.1}, 5),
+        ({"weight": True, "shard": True, "soft": True}, 5),
         ({"soft": True}, 5),
         ({"return_stats": True}, 6),
         ({"dtype": torch.bfloat16}, 3),
@@ -357,9 +360,10 @@ def test_one_gather_forward_and_nothing_backward(team, options, numbers):
     """Bytes of a rank: a header of 56 and so many numbers of 4 for each row."""
     options = dict(options)
     soft, dtype = options.pop("soft", False), options.pop("dtype", torch.float32)
+    sums = 4 * ("shard" in options and "label_smoothing" in options)  # of a rank's class weights
     for ranks in (2, 4):
         given = options | {"shard_sizes": [5 + r for r in range(ranks)]}
-        want = [("allgather_base", 56 + 9 * 4 * numbers)]
+        want = [("allgather_base", 56 + 9 * 4 * numbers + sums)]
         for forward, backward in team.run(collectives, ranks, given, soft, dtype):
             assert forward == want and backward == []
 
@@ -386,14 +390,6 @@ def test_uneven_shards_take_one_gather_from_the_first_call_on(team, given):
     one = [("allgather_base", 56 + 9 * 12)]
     for found in team.run(first_calls, 4, given):
         assert found == [one, one, one if given else 2 * one, one]
-
-
-def test_shards_of_class_weights_travel_with_class_indices(team):
-    options = {"weight": True, "shard": True, "shard_sizes": [5, 6]}
-    for forward, backward in team.run(collectives, 2, options, False, torch.float32):
-        assert forward == [("allgather_base", 56 + 9 * 12), ("allgather_base", 6 * 4)] and backward == []
-    for forward, _ in team.run(collectives, 2, options, True, torch.float32):
-        assert forward == [("allgather_base", 56 + 9 * 20)]
 
 
 def other_sizes(rank, group):
@@ -607,9 +603,12 @@ def compiled(rank, group):
         assert want[0] == got[0] and len(got[0]) > 4
         for a, b in zip(got[1:], want[1:], strict=True):
             torch.testing.assert_close(a, b)
-    one = torch.compile(parallel.cross_entropy, backend="eager", fullgraph=True)
-    _, message = raised(one, x[:, here], target, group, weight_shard=shard_weight)
-    assert "weight_shard needs shard_sizes" in message, message
+    for smoothing in (0.0, 0.3):  # nothing has to say how many classes there are
+        leaf, given = x[:, here].clone().requires_grad_(), {"weight_shard": shard_weight, "label_smoothing": smoothing}
+        one = torch.compile(parallel.cross_entropy, backend="aot_eager", fullgraph=True)
+        found = [f(leaf, target, group, **given) for f in (one, parallel.cross_entropy)]
+        torch.testing.assert_close(*found)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, leaf) for loss in found))
 
 
 @contextlib.contextmanager

@@ -273,6 +273,18 @@ class RowLoss(NamedTuple):
     entropy: Tensor | None
 
 
+class TargetWeights(NamedTuple):
+    """What the loss takes of the class weights, for who does not have all of them.
+
+    Attributes:
+        of_targets: the weight of each row's target, shape [N, d1, ...]; of ignored rows any number.
+        total: the sum of all class weights, shape (); any number without label smoothing.
+    """
+
+    of_targets: Tensor
+    total: Tensor
+
+
 def _spread(mass: Any, log_sum: Tensor, dot: Tensor) -> Tensor:
     """sum_c q_c (lse - z_c), see spread_nll in csrc/rowwise/cross_entropy_math.h."""
     mass = torch.as_tensor(mass, dtype=log_sum.dtype, device=log_sum.device)
@@ -284,7 +296,7 @@ def row_loss(
     target: Tensor,
     options: RowOptions,
     *,
-    weight: Tensor | None = None,
+    weight: Tensor | TargetWeights | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Tensor | None = None,
 ) -> RowLoss:
@@ -293,7 +305,7 @@ def row_loss(
     Args:
         stats: of all classes, shape [fields, N, d1, ...], from :func:`merge_row_stats`.
         target: as in :func:`row_stats`; of probabilities only the dtype matters, so any shard's will do.
-        weight: weights of all classes, shape [total_classes].
+        weight: weights of all classes, shape [total_classes], or for class indices what the loss takes of them.
         sample_weight: weight of each row, shape [N, d1, ...].
         normalizer: tensor without dimensions, on the device of the statistics: what ``'mean'`` divides by.
 
@@ -307,7 +319,8 @@ def row_loss(
             f"row_loss(): stats have {stats.shape[0]} fields, which are not those of these options and target; make "
             "them by row_stats() with the same options"
         )
-    weight = _whole_weight("row_loss", weight, accum, o)
+    met = weight if isinstance(weight, TargetWeights) else None
+    weight = None if isinstance(weight, TargetWeights) else _whole_weight("row_loss", weight, accum, o)
     s = _row_vector("row_loss", "sample_weight", sample_weight, shape, accum)
     s = torch.ones_like(stats[REF]) if s is None else s
 
@@ -324,11 +337,18 @@ def row_loss(
         e_t = torch.where(counts, torch.exp(z_t - ref), 0.0)
         if weight is not None:
             w_t = torch.where(counts, weight[torch.where(counts, index, 0)], 1.0)
+        elif met is not None:
+            given = _row_vector("row_loss", "weight.of_targets", met.of_targets, shape, accum)
+            w_t = torch.where(counts, given, 1.0)
     log_sum = torch.log(others + e_t)
     lse = ref + log_sum
 
     share = o.label_smoothing / o.total_classes
-    total: Any = float(o.total_classes) if weight is None else weight.double().sum().to(accum)
+    total: Any = float(o.total_classes)
+    if weight is not None:
+        total = weight.double().sum().to(accum)
+    elif met is not None:
+        total = met.total.to(accum)
     parts: list[Tensor]  # of the row's nll, each divided by itself
     if soft:
         mass = stats[MASS]
@@ -451,4 +471,13 @@ def _(grad_output: Any, saved: Any, class_offset: Any, total: Any, logits: Any, 
     return torch.empty_like(target)
 
 
-__all__ = ["RowLoss", "RowOptions", "merge_row_stats", "row_gradient", "row_loss", "row_maps", "row_stats"]
+__all__ = [
+    "RowLoss",
+    "RowOptions",
+    "TargetWeights",
+    "merge_row_stats",
+    "row_gradient",
+    "row_loss",
+    "row_maps",
+    "row_stats",
+]

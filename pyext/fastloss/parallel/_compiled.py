@@ -24,30 +24,31 @@ from ..losses import _rowwise
 from ..rows import RowOptions
 from . import _exchange
 from ._exchange import Layout
-from .cross_entropy import (
-    Call,
-    Merged,
-    Operands,
-    gradients,
-    loss_of,
-    merged,
-    numbers_of,
-    placed,
-    stacked_for,
-    statistics,
-)
-from .linear_cross_entropy import Head, Saved, head_gradients, loss_of_head
+from .cross_entropy import Call, Kept, Merged, Operands, gradients, loss_of, loss_of_logits, stacked_for, statistics
+from .linear_cross_entropy import Head, head_gradients, loss_of_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _library = torch.library.Library("fastloss", "FRAGMENT")
 
-# Call, and Head, as an operator takes them.
+# RowOptions, Call and Head, as an operator takes them.
+_OPTIONS = {
+    "reduction": "str",
+    "ignore_index": "SymInt",
+    "label_smoothing": "float",
+    "z_loss": "float",
+    "softcap": "float?",
+    "logit_scale": "float",
+    "row_map": "str",
+    "map_params": "float[]",
+    "all_ignored": "str",
+    "zero_times_inf": "str",
+    "loss_dtype": "ScalarType",
+}
 _CALL = (
-    "str function, str group, SymInt[]? sizes, str reduction, SymInt ignore_index, float label_smoothing, "
-    "float z_loss, float? softcap, float logit_scale, str row_map, float[] map_params, str all_ignored, "
-    "str zero_times_inf, ScalarType loss_dtype, bool stats, bool sharded_weight, bool entropy"
+    f"str function, str group, SymInt[]? sizes, {', '.join(f'{kind} {name}' for name, kind in _OPTIONS.items())}, "
+    "bool stats, bool sharded_weight, bool entropy"
 )
 _HEAD = "ScalarType logits_dtype, SymInt? budget, bool gathered"
 
@@ -61,65 +62,33 @@ def _outside() -> Iterator[None]:
 
 
 def _plain(call: Call) -> list[Any]:
-    o = call.options
+    options = [getattr(call.options, name) for name in _OPTIONS]
+    options = [list(v) if isinstance(v, tuple) else v for v in options]
     sizes = None if call.given is None else list(call.given.sizes)
-    return [
-        *(call.function, call.group.group_name, sizes, o.reduction, o.ignore_index, o.label_smoothing, o.z_loss),
-        *(o.softcap, o.logit_scale, o.row_map, list(o.map_params), o.all_ignored, o.zero_times_inf, o.loss_dtype),
-        *(call.stats, call.sharded_weight, call.entropy),
-    ]
+    return [call.function, call.group.group_name, sizes, *options, call.stats, call.sharded_weight, call.entropy]
 
 
-def _call(
-    function: str,
-    group_name: str,
-    sizes: Sequence[int] | None,
-    reduction: Any,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    row_map: str,
-    map_params: Sequence[float],
-    all_ignored: Any,
-    zero_times_inf: Any,
-    loss_dtype: torch.dtype,
-    stats: bool,
-    sharded_weight: bool,
-    entropy: bool,
-) -> Call:
+def _call(function: str, group_name: str, sizes: Sequence[int] | None, *rest: Any) -> Call:
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     given = None if sizes is None else _exchange.given_layout(function, sizes, group)
-    options = RowOptions(
-        total_classes=1,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        row_map=row_map,
-        map_params=tuple(map_params),
-        all_ignored=all_ignored,
-        zero_times_inf=zero_times_inf,
-        loss_dtype=loss_dtype,
-    )
-    return Call(function, group, given, options, stats, sharded_weight, entropy)
+    named = dict(zip(_OPTIONS, rest, strict=False))
+    options = RowOptions(total_classes=1, **named | {"map_params": tuple(named["map_params"])})
+    return Call(function, group, given, options, *rest[len(_OPTIONS) :])
+
+
+def _or_empty(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What an operator returns; without elements what there is not."""
+    return tuple(like.new_empty([0]) if t is None else t for t in tensors)
+
+
+_FOUND = 9  # results of _found
 
 
 def _found(call: Call, m: Merged, target: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """What a forward operator returns; without elements what there is not."""
-
-    def nothing() -> Tensor:
-        return like.new_empty([0])
-
-    stats: Sequence[Tensor] = [nothing() for _ in range(4)]
-    if call.stats:
-        stats = statistics(m.row, target, m.best, call.options)
+    """What a forward operator returns: loss, statistics, what backward needs."""
+    stats = statistics(m.row, target, m.best, call.options) if call.stats else (None,) * 4
     sizes = torch.tensor(m.layout.sizes, dtype=torch.int64)
-    gathered = call.sharded_weight and not target.is_floating_point()
-    return m.row.loss, *stats, m.row.saved, sizes, m.weight if gathered and m.weight is not None else nothing()
+    return _or_empty([m.row.loss, *stats, m.row.saved, sizes, *(m.met or (None, None))], like)
 
 
 def _expected(call: Call, t: Operands, shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -128,232 +97,159 @@ def _expected(call: Call, t: Operands, shape: Sequence[int]) -> tuple[Tensor, ..
     layout, count = Layout((1,) * ranks, 0), 1
     for n in shape:
         count *= n
-    fields = stacked_for(call, t.target).fields
-    numbers = t.logits.new_empty([ranks, fields, count], dtype=accum_dtype(t.logits.dtype))
+    length = stacked_for(call, t.target).length(count)
+    numbers = t.logits.new_empty([ranks, length], dtype=accum_dtype(t.logits.dtype))
     # A row map is differentiated, which fake tensors do not let it be here; it saves so many numbers more.
     mapped = 0 if call.options.row_map == "none" else 2 if t.target.is_floating_point() else 1
     plain = replace(call.options, row_map="none", map_params=())
     m = loss_of(call._replace(options=plain), t._replace(weight=None), shape, layout, numbers)
     m = m._replace(row=m.row._replace(saved=m.row.saved.new_empty([m.row.saved.numel() + mapped * count])))
-    if t.weight is not None and call.given is not None:
-        m = m._replace(weight=t.weight.new_empty([call.given.total]))
     return _found(call, m, t.target, t.logits)
 
 
-def _of_all(weight: Tensor | None, call: Call, layout: Layout, target: Tensor) -> Tensor | None:
-    """The class weights as backward looks at them: those of probabilities were not gathered."""
-    return placed(weight, call, layout) if target.is_floating_point() else weight
-
-
-def _layout(call: Call, sizes: Tensor) -> Layout:
-    return Layout(tuple(sizes.tolist()), dist.get_rank(call.group))
-
-
-def _or_nothing(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty([0]) if g is None else g for g in grads)
+def _known(call: Call, sizes: Tensor, kept: Kept) -> tuple[Layout, Kept]:
+    """Of a backward operator, to which forward's tensors without elements say that there are none."""
+    layout = Layout(tuple(sizes.tolist()), dist.get_rank(call.group))
+    if not call.sharded_weight or kept.target.is_floating_point():
+        kept = kept._replace(of_targets=None, total=None)
+    return layout, kept.with_known_weights(call, layout)
 
 
 # ------------------------------------------------------------------------------------------------- logits as they are
+#
+# Forward operators take operands and options in the order of the schema; backward operators the gradients by loss and
+# entropies, which gradients are wanted, how many classes each rank has, operands, what forward kept, and options.
 
 
-def _forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    *plain: Any,
-) -> tuple[Tensor, ...]:
-    call, t = _call(*plain), Operands(logits, target, weight, sample_weight, normalizer)
-    shape = _rowwise.row_shape(logits)
+def _forward(*given: Any) -> tuple[Tensor, ...]:
+    t, call = Operands(*given[:5]), _call(*given[5:])
     with _outside():
-        m = merged(call, t, shape, logits.shape[1], lambda layout: numbers_of(call, layout, logits, target, weight))
-    return _found(call, m, target, logits)
+        m = loss_of_logits(call, t)
+    return _found(call, m, t.target, t.logits)
 
 
-def _forward_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    *plain: Any,
-) -> tuple[Tensor, ...]:
-    t = Operands(logits, target, weight, sample_weight, normalizer)
-    return _expected(_call(*plain), t, _rowwise.row_shape(logits))
+def _forward_fake(*given: Any) -> tuple[Tensor, ...]:
+    t = Operands(*given[:5])
+    return _expected(_call(*given[5:]), t, _rowwise.row_shape(t.logits))
 
 
 def _backward(
     grad_output: Tensor | None,
     by_entropy: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    saved: Tensor,
-    entropy: Tensor,
-    sizes: Tensor,
     needs: Sequence[bool],
-    *plain: Any,
+    sizes: Tensor,
+    logits: Tensor,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    call = _call(*plain)
-    layout = _layout(call, sizes)
-    operands = logits, target, _of_all(weight, call, layout, target), sample_weight
-    found = gradients(call, layout, grad_output, *operands, saved, needs, entropy, by_entropy)
-    return _or_nothing(found, logits)
+    call = _call(*given[_KEPT:])
+    layout, known = _known(call, sizes, Kept(*given[:_KEPT]))
+    return _or_empty(gradients(call, layout, logits, known, grad_output, by_entropy, needs), logits)
 
 
-def _backward_fake(
-    grad_output: Tensor | None,
-    by_entropy: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    saved: Tensor,
-    entropy: Tensor,
-    sizes: Tensor,
-    needs: Sequence[bool],
-    *plain: Any,
-) -> tuple[Tensor, ...]:
-    operands = zip((logits, target, weight), needs, strict=True)
-    return _or_nothing([torch.empty_like(t) if t is not None and needed else None for t, needed in operands], logits)
+_KEPT = len(Kept._fields)
 
 
 # ------------------------------------------------------------------------------------------------------- linear heads
 
 
-def _head_forward(
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    logits_dtype: torch.dtype,
-    budget: int | None,
-    gathered: bool,
-    *plain: Any,
-) -> tuple[Tensor, ...]:
-    call, head = _call(*plain), Head(logits_dtype, budget, gathered)
-    t = Operands(x.new_empty([0], dtype=logits_dtype), target, weight, sample_weight, normalizer)
+def _linear(given: Sequence[Any]) -> tuple[Any, Operands, Head, Call]:
+    """Input, weight and bias, other operands, and options of a forward operator."""
+    linear, others, head, call = given[:3], given[3:7], Head(*given[7:10]), _call(*given[10:])
+    return linear, Operands(linear[0].new_empty([0], dtype=head.dtype), *others), head, call
+
+
+def _head_forward(*given: Any) -> tuple[Tensor, ...]:
+    (x, weight, bias), t, head, call = _linear(given)
     with _outside():
-        m, kept = loss_of_head(call, head, x, linear_weight, linear_bias, t)
-    return *_found(call, m, target, x), x.new_empty([0, 0]) if kept is None else kept
+        m, logits = loss_of_head(call, head, x, weight, bias, t)
+    return *_found(call, m, t.target, x), x.new_empty([0, 0]) if logits is None else logits
 
 
-def _head_forward_fake(
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    logits_dtype: torch.dtype,
-    budget: int | None,
-    gathered: bool,
-    *plain: Any,
-) -> tuple[Tensor, ...]:
-    call, head = _call(*plain), Head(logits_dtype, budget, gathered)
-    t = Operands(x.new_empty([0], dtype=logits_dtype), target, weight, sample_weight, normalizer)
+def _head_forward_fake(*given: Any) -> tuple[Tensor, ...]:
+    (x, weight, _), t, head, call = _linear(given)
     count, features = x.shape
-    count *= dist.get_world_size(call.group) if gathered else 1
-    kept = x.new_empty([0, 0])
-    if head.rows(count, features, linear_weight.shape[0], x.device) >= count:
-        kept = x.new_empty([max(count, 1), linear_weight.shape[0]], dtype=head.held(x.device))
-    return *_expected(call, t, [count]), kept
+    count *= dist.get_world_size(call.group) if head.gathered else 1
+    logits = x.new_empty([0, 0])
+    if head.rows(count, features, weight.shape[0], x.device) >= count:
+        logits = x.new_empty([max(count, 1), weight.shape[0]], dtype=head.held(x.device))
+    return *_expected(call, t, [count]), logits
 
 
 def _head_backward(
     grad_output: Tensor | None,
     by_entropy: Tensor | None,
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    saved: Tensor,
-    entropy: Tensor,
-    sizes: Tensor,
-    kept: Tensor,
     needs: Sequence[bool],
-    logits_dtype: torch.dtype,
-    budget: int | None,
-    gathered: bool,
-    *plain: Any,
+    sizes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    call, head = _call(*plain), Head(logits_dtype, budget, gathered)
-    layout = _layout(call, sizes)
-    of_all, logits = _of_all(weight, call, layout, target), None if kept.shape[0] == 0 else kept
-    t = Saved(x, linear_weight, linear_bias, target, of_all, sample_weight, saved, entropy, logits)
+    logits, options = given[_KEPT], given[_KEPT + 1 :]
+    head, call = Head(*options[:3]), _call(*options[3:])
+    layout, known = _known(call, sizes, Kept(*given[:_KEPT]))
+    linear = x, weight, bias, None if logits.shape[0] == 0 else logits
     with torch.autocast(x.device.type, enabled=False):
-        return _or_nothing(head_gradients(call, head, layout, t, grad_output, by_entropy, needs), x)
-
-
-def _head_backward_fake(
-    grad_output: Tensor | None,
-    by_entropy: Tensor | None,
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    saved: Tensor,
-    entropy: Tensor,
-    sizes: Tensor,
-    kept: Tensor,
-    needs: Sequence[bool],
-    *plain: Any,
-) -> tuple[Tensor, ...]:
-    operands = zip((x, linear_weight, linear_bias, target, weight), needs, strict=True)
-    return _or_nothing([t.new_empty(t.shape) if t is not None and needed else None for t, needed in operands], x)
+        return _or_empty(head_gradients(call, head, layout, linear, known, grad_output, by_entropy, needs), x)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
 def _define(
-    name: str, operands: Sequence[str], call: str, forward: Any, fake: Any, backward: Any, backward_fake: Any, more: str
+    name: str,
+    operands: Sequence[str],
+    options: str,
+    forward: Any,
+    fake: Any,
+    backward: Any,
+    memory_format: torch.memory_format,
+    logits: bool,
 ) -> Any:
     """The operator of a loss, that of its gradients, and how autograd goes from one to the other.
 
-    ``operands`` end in those that have no gradient: target or class weights may have one. ``more``: what forward keeps
-    for backward beside what every loss does.
+    Args:
+        operands: those before the ones that every loss has.
+        options: what the operators take after the tensors.
+        memory_format: of the gradients.
+        logits: whether forward makes logits and keeps them for backward, or a tensor without rows.
     """
-    wanted = len(operands) - 2  # all but sample_weight and normalizer
-    results = ["Tensor"] * (8 + bool(more))
-    saved = [*operands[:-1], "Tensor saved", "Tensor entropy", "Tensor sizes", *([f"Tensor {more}"] if more else [])]
-    gradient = f"{name}_backward"
-    _library.define(f"{name}({', '.join(operands)}, {call}) -> ({', '.join(results)})", tags=_TAGS)
+    wanted = len(operands) + 2  # with the target and its class weights, which may have gradients
+    more, gradient = ["Tensor logits"] if logits else [], f"{name}_backward"
+    results = ", ".join(["Tensor"] * (_FOUND + len(more)))
+    _library.define(f"{name}({', '.join([*operands, *_OPERANDS])}, {options}) -> ({results})", tags=_TAGS)
+    of_backward = ", ".join([*operands, *_OF_BACKWARD, *more])
     _library.define(
-        f"{gradient}(Tensor? grad_output, Tensor? by_entropy, {', '.join(saved)}, bool[] needs, {call}) -> "
+        f"{gradient}(Tensor? grad_output, Tensor? by_entropy, bool[] needs, Tensor sizes, {of_backward}, {options}) -> "
         f"({', '.join(['Tensor'] * wanted)})",
         tags=_TAGS,
     )
-    for operator, kernel, of_shapes in ((name, forward, fake), (gradient, backward, backward_fake)):
+
+    def gradients_fake(
+        grad_output: Any, by_entropy: Any, needs: Sequence[bool], sizes: Any, *given: Any
+    ) -> tuple[Tensor, ...]:
+        of_operands = zip(given, needs, strict=False)
+        grads = [torch.empty_like(t, memory_format=memory_format) if needed else None for t, needed in of_operands]
+        return _or_empty(grads, given[0])
+
+    for operator, kernel, of_shapes in ((name, forward, fake), (gradient, backward, gradients_fake)):
         _library.impl(operator, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastloss::{operator}", of_shapes, lib=_library)
         _register_effectful_op(getattr(ops, operator).default, EffectType.ORDERED)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, *stats, kept, sizes, all_weights = output[:8]
-        *_, sharded_weight, has_entropy = inputs
+        _, *stats, saved, sizes, of_targets, total = output[:_FOUND]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*stats[:-1], *([] if has_entropy else stats[-1:]), *output[5:])
-        weight = inputs[wanted - 1]
-        if weight is not None and sharded_weight and not inputs[wanted - 2].is_floating_point():
-            weight = all_weights
-        of_rows = inputs[wanted], kept, stats[-1], sizes
-        ctx.save_for_backward(*inputs[: wanted - 1], weight, *of_rows, *output[8:])
-        ctx.plain, ctx.count = inputs[wanted + 2 :], len(inputs)
+        entropy_has_gradient = inputs[-1]
+        ctx.mark_non_differentiable(*(stats[:-1] if entropy_has_gradient else stats), *output[5:])
+        target_and_weights = inputs[len(operands) : wanted + 1]
+        kept = *target_and_weights, saved, stats[-1], of_targets, total
+        ctx.save_for_backward(sizes, *inputs[: len(operands)], *kept, *output[_FOUND:])
+        ctx.options, ctx.count = inputs[wanted + 2 :], len(inputs)
 
     def differentiate(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Any:
         needs = list(ctx.needs_input_grad[:wanted])
-        found = getattr(ops, gradient)(grad_output, others[3], *ctx.saved_tensors, needs, *ctx.plain)
+        found = getattr(ops, gradient)(grad_output, others[3], needs, *ctx.saved_tensors, *ctx.options)
         grads = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         return *grads, *[None] * (ctx.count - wanted)
 
@@ -363,25 +259,26 @@ def _define(
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # a graph would send the header of the call that was recorded
 _OPERANDS = ["Tensor target", "Tensor? weight", "Tensor? sample_weight", "Tensor? normalizer"]
+_OF_BACKWARD = [*_OPERANDS[:3], "Tensor saved", "Tensor entropy", "Tensor of_targets", "Tensor total"]  # Kept
 _cross_entropy = _define(
     "parallel_cross_entropy",
-    ["Tensor logits", *_OPERANDS],
+    ["Tensor logits"],
     _CALL,
     _forward,
     _forward_fake,
     _backward,
-    _backward_fake,
-    "",
+    torch.preserve_format,
+    logits=False,
 )
 _linear_cross_entropy = _define(
     "parallel_linear_cross_entropy",
-    ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias", *_OPERANDS],
+    ["Tensor input", "Tensor linear_weight", "Tensor? linear_bias"],
     f"{_HEAD}, {_CALL}",
     _head_forward,
     _head_forward_fake,
     _head_backward,
-    _head_backward_fake,
-    "kept",
+    torch.contiguous_format,
+    logits=True,
 )
 
 
@@ -401,16 +298,6 @@ def _results(call: Call, found: Sequence[Tensor]) -> Sequence[Tensor]:
     return found[:5] if call.stats else found[:1]
 
 
-def _check(call: Call, t: Operands) -> None:
-    """Raises where the size of a result is not known before the graph runs."""
-    if call.sharded_weight and call.given is None and not t.target.is_floating_point():
-        raise NotImplementedError(
-            f"{call.function}(): within torch.compile weight_shard needs shard_sizes where target has class indices: "
-            "the graph has to know how many classes all ranks have. Give shard_sizes, or the weights of all classes as "
-            "weight"
-        )
-
-
 def gather(mine: Tensor, group: "ProcessGroup") -> Tensor:
     """The vectors of all ranks; not differentiable."""
     found: Tensor = ops.parallel_gather(mine.detach(), group.group_name, dist.get_world_size(group))
@@ -419,7 +306,6 @@ def gather(mine: Tensor, group: "ProcessGroup") -> Tensor:
 
 def cross_entropy(call: Call, t: Operands) -> Sequence[Tensor]:
     """Loss and statistics, as ParallelCrossEntropy has them."""
-    _check(call, t)
     return _results(call, _cross_entropy(*t, *_plain(call)))
 
 
@@ -427,7 +313,6 @@ def linear_cross_entropy(
     call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
 ) -> Sequence[Tensor]:
     """Loss and statistics, as ParallelLinearCrossEntropy has them."""
-    _check(call, t)
     return _results(call, _linear_cross_entropy(x, weight, bias, *t[1:], *head, *_plain(call)))
 
 

@@ -1,4 +1,4 @@
-"""What travels between the ranks of a group: one all-gather of numbers per row, with a few about each rank in front.
+"""What travels between the ranks of a group: one all-gather of numbers, with a few about each rank in front.
 
 The numbers in front (:data:`HEADER`) let ranks agree without a collective of their own:
 
@@ -44,6 +44,11 @@ class Layout(NamedTuple):
     rank: int
 
     @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(self.sizes)
+
+    @property
     def offset(self) -> int:
         """Of this rank's first class."""
         return sum(self.sizes[: self.rank])
@@ -67,14 +72,14 @@ class Bad(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a rank contributes: ``numbers`` [fields, rows], ``failed``: on CUDA, whether a target is bad."""
+    """What a rank contributes: ``numbers`` [length], ``failed``: on CUDA, whether a target is bad."""
 
     numbers: Tensor
     failed: Tensor | None = None
 
 
 class Gathered(NamedTuple):
-    """``numbers`` [ranks, fields, rows]; ``poison``: nan where a rank failed that nobody could read of, else None."""
+    """``numbers`` [ranks, length]; ``poison``: nan where a rank failed that nobody could read of, else None."""
 
     layout: Layout
     numbers: Tensor
@@ -141,18 +146,18 @@ def exchange(
     classes: int,
     given: Layout | None,
     alike: int,
-    shape: Sequence[int],
+    length: int,
     like: Tensor,
     part: Callable[[Layout], Part],
     bad: Callable[[Layout], Bad | None],
 ) -> Gathered:
-    """All ranks' numbers per row, in rank order, on every rank.
+    """All ranks' numbers, in rank order, on every rank.
 
     Args:
         classes: of this rank.
         given: what the caller says of all ranks' classes.
         alike: :func:`fingerprint` of what must be the same on all ranks.
-        shape: [fields, rows], the same on all ranks.
+        length: how many numbers a rank has, the same on all ranks.
         like: a tensor on the device, of the dtype whose accumulation type the numbers have.
         part: makes this rank's numbers. What it raises, all ranks raise.
         bad: the target on account of which ``part`` raised an IndexError.
@@ -165,11 +170,11 @@ def exchange(
     if layout is None:
         layout, sure = Layout(told or (classes,) * ranks, rank), GUESSED
     while True:
-        mine, error = _packed(layout, sure, classes, alike, shape, like, part, bad)
+        mine, error = _packed(layout, sure, classes, alike, length, like, part, bad)
         everyone = gather(mine, group)
-        width = everyone.shape[1] - shape[0] * shape[1]
+        width = everyone.shape[1] - length
         headers = everyone[:, :width].reshape(-1).view(torch.int64).view(ranks, HEADER)
-        numbers = everyone[:, width:].view(ranks, *shape)
+        numbers = everyone[:, width:]
         if not headers.is_cpu and sure != GUESSED:
             if error is not None:
                 raise error
@@ -216,7 +221,7 @@ def _packed(
     sure: int,
     classes: int,
     alike: int,
-    shape: Sequence[int],
+    length: int,
     like: Tensor,
     part: Callable[[Layout], Part],
     bad: Callable[[Layout], Bad | None],
@@ -235,14 +240,14 @@ def _packed(
         error, failed = e, OTHERWISE
         if isinstance(e, IndexError) and (place := bad(layout)) is not None:
             failed, first = BAD_TARGET, place
-        made = Part(torch.full(list(shape), torch.nan, dtype=accum, device=like.device))
+        made = Part(torch.full([length], torch.nan, dtype=accum, device=like.device))
     header = [classes, fingerprint(layout.sizes), sure, alike, failed, first.row, first.value]
     bits = torch.tensor(header, dtype=torch.int64)
     if like.is_cuda:
         bits = bits.pin_memory().to(like.device, non_blocking=True)
     if made.failed is not None:
         bits[FAILED] = torch.where(made.failed, BAD_TARGET, bits[FAILED])
-    return torch.cat([bits.view(accum), made.numbers.reshape(-1)]), error
+    return torch.cat([bits.view(accum), made.numbers]), error
 
 
 def _agreed(function: str, found: list[list[int]], rank: int, readable: bool) -> Layout | None:

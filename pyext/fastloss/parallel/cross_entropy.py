@@ -26,7 +26,7 @@ from ..losses.cross_entropy import (
     _classes_second,
     canonical,
 )
-from ..rows import MASS, RowLoss, RowOptions
+from ..rows import MASS, RowLoss, RowOptions, TargetWeights
 from . import _exchange
 from ._exchange import Bad, Layout, Part
 
@@ -75,35 +75,54 @@ class Merged(NamedTuple):
 
     Attributes:
         row: loss, statistics, and what the gradient of each shard needs.
-        weight: of all classes. Of shards with probability targets it has zeros where the others' are, which are not
-            looked at.
+        met: what class indices take of the others' class weights, where those are sharded.
         best: the class that probabilities want most, with ``stats``.
     """
 
     layout: Layout
     row: RowLoss
-    weight: Tensor | None
+    met: TargetWeights | None
     best: Tensor | None
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
-def placed(weight: Tensor | None, call: Call, layout: Layout) -> Tensor | None:
-    """The weights of all classes, as far as this rank has them."""
+def known_weights(
+    weight: Tensor | None, met: TargetWeights | None, target: Tensor, call: Call, layout: Layout
+) -> Tensor | None:
+    """Class weights [C] with which this rank's numbers and gradients are those of all classes' weights.
+
+    Of the other ranks' weights only those of the targets matter, and the sum of all. Where ``met`` says them, they are
+    in their places; what is missing in the sum has the first class that is no target.
+    """
     if weight is None or not call.sharded_weight:
         return weight
-    whole = weight.new_zeros([layout.total])
-    whole[layout.ranges()[layout.rank]] = weight
-    return whole
+    here, o = layout.ranges()[layout.rank], call.options
+    whole = weight.new_zeros([layout.total + 1])  # the last: of rows without a target
+    if met is None:
+        whole[here] = weight
+        return whole[:-1]
+    index = target.to(torch.int64).flatten()
+    index = torch.where((index >= 0) & (index < layout.total) & (index != o.ignore_index), index, layout.total)
+    whole.scatter_(0, index, met.of_targets.flatten())
+    whole[here] = weight
+    whole[-1:] = 0
+    if o.label_smoothing > 0:
+        free = torch.ones_like(whole, dtype=torch.bool).scatter_(0, index, False)
+        free[here] = False
+        free[-1:] = False
+        present = whole.double().sum()
+        missing = torch.where(free.any() & (met.total != present), met.total - present, 0.0)
+        whole += torch.where(free & (free.cumsum(0) == 1), missing, 0.0).to(whole.dtype)
+    return whole[:-1]
 
 
-def _gathered_weight(weight: Tensor, call: Call, layout: Layout) -> Tensor:
-    """The shards of the class weights, one after the other."""
-    padded = weight.new_zeros([max(layout.sizes)])
-    padded[: weight.shape[0]] = weight
-    shards = _exchange.gather(padded, call.group)
-    return torch.cat([shard[:n] for shard, n in zip(shards, layout.sizes, strict=True)])
+def _own_targets_weights(weight: Tensor, target: Tensor, call: Call, layout: Layout) -> Tensor:
+    """The weight of each row's target where it is one of this rank's classes, else 0."""
+    classes, index = weight.shape[0], target.to(torch.int64) - layout.offset
+    own = (index >= 0) & (index < classes) & (target != call.options.ignore_index)
+    return torch.cat([weight, weight.new_zeros([1])])[torch.where(own, index, classes)]
 
 
 def _first_bad(target: Tensor, ignore_index: int, classes: int) -> Bad | None:
@@ -127,60 +146,87 @@ def _wanted(target: Tensor, offset: int) -> tuple[Tensor, Tensor]:
 
 
 class Stacked(NamedTuple):
-    """How the numbers of a row are sent: without those that ranks can work out themselves."""
+    """How the numbers of a rank are sent: without those that ranks can work out themselves.
+
+    Attributes:
+        weighted: with the weight of each target from the rank that has it, and at the end, for smoothing, the sum of
+            the rank's weights.
+    """
 
     soft: bool
     smooth: bool
     stats: bool
+    weighted: bool
 
     @property
     def fields(self) -> int:
         """Numbers of a row."""
-        return 3 + (2 if self.soft else self.smooth) + 3 * self.stats + 2 * (self.stats and self.soft)
+        dots = 2 if self.soft else int(self.smooth)
+        return 3 + dots + 3 * self.stats + 2 * (self.stats and self.soft) + self.weighted
 
-    def packed(self, stats: Tensor, target: Tensor, layout: Layout) -> Tensor:
-        """Statistics [fields, N, d1, ...] as [numbers, rows]."""
+    def length(self, rows: int) -> int:
+        """Numbers of a rank."""
+        return self.fields * rows + (self.weighted and self.smooth)
+
+    def packed(self, stats: Tensor, target: Tensor, layout: Layout, weights: Tensor | None) -> Tensor:
+        """Statistics [fields, N, d1, ...] and ``weights`` of targets as [numbers, rows]."""
         if self.smooth and not self.soft:  # MASS is the sum of the rank's class weights
             stats = torch.cat([stats[:MASS], stats[MASS + 1 :]])
         if self.stats and self.soft:
             stats = torch.cat([stats, torch.stack(_wanted(target.detach().to(stats.dtype), layout.offset))])
+        if weights is not None:
+            stats = torch.cat([stats, weights.unsqueeze(0)])
         return stats.reshape(self.fields, -1)
 
     def unpacked(
         self, numbers: Tensor, shape: Sequence[int], weight: Tensor | None, layout: Layout
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Statistics of each rank, and the classes that probabilities want."""
-        numbers, best = numbers.reshape(*numbers.shape[:2], *shape), None
+    ) -> tuple[list[Tensor], TargetWeights | None, Tensor | None]:
+        """Of each rank's numbers [ranks, length]: statistics, what there is to know of class weights, and the classes
+        that probabilities want. ``weight``: of all classes, where all ranks have them."""
+        sums = numbers[:, -1] if self.weighted and self.smooth else None
+        numbers = numbers if sums is None else numbers[:, :-1]
+        numbers, met, best = numbers.reshape(layout.ranks, self.fields, *shape), None, None
+        if self.weighted:
+            total = numbers.new_zeros([], dtype=torch.float64) if sums is None else sums.double().sum()
+            numbers, met = numbers[:, :-1], TargetWeights(numbers[:, -1].sum(0), total)
         if self.stats and self.soft:
             numbers, wanted = numbers[:, :-2], numbers[:, -2:]
             first = wanted[:, 0].argmax(0, keepdim=True)
             best = wanted[:, 1].gather(0, first)[0].to(torch.int64)
         if not self.smooth or self.soft:
-            return list(numbers), best
+            return list(numbers), met, best
         found = []
-        for each, n, classes in zip(numbers, layout.sizes, layout.ranges(), strict=True):
-            mass = each.new_full([], n) if weight is None else weight[classes].double().sum().to(each.dtype)
+        for r, (each, n, classes) in enumerate(zip(numbers, layout.sizes, layout.ranges(), strict=True)):
+            if sums is not None:
+                mass = sums[r]
+            else:
+                mass = each.new_full([], n) if weight is None else weight[classes].double().sum().to(each.dtype)
             found.append(torch.cat([each[:MASS], mass.expand(1, *shape), each[MASS:]]))
-        return found, best
+        return found, met, best
 
 
 def numbers_of(call: Call, layout: Layout, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """What a rank sends about some rows, [numbers, rows]."""
-    stacked = stacked_for(call, target)
+    target, stacked = target.detach(), stacked_for(call, target)
     stats = rows.row_stats(
         logits.detach(),
-        target.detach(),
+        target,
         call.of(layout),
         class_offset=layout.offset,
-        weight=placed(weight, call, layout),
+        weight=known_weights(weight, None, target, call, layout),
         best=call.stats,
     )
-    return stacked.packed(stats, target, layout)
+    weights = None
+    if stacked.weighted:
+        assert weight is not None
+        weights = _own_targets_weights(weight, target, call, layout)
+    return stacked.packed(stats, target, layout, weights)
 
 
 def stacked_for(call: Call, target: Tensor) -> Stacked:
     """How these numbers are sent."""
-    return Stacked(target.is_floating_point(), call.options.label_smoothing > 0, call.stats)
+    soft = target.is_floating_point()
+    return Stacked(soft, call.options.label_smoothing > 0, call.stats, call.sharded_weight and not soft)
 
 
 def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: Any) -> Merged:
@@ -190,6 +236,7 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
     rows_count = 1
     for n in shape:
         rows_count *= n
+    length = stacked.length(rows_count)
 
     def part(layout: Layout) -> Part:
         if t.weight is not None and not call.sharded_weight and t.weight.shape[0] != layout.total:
@@ -201,7 +248,11 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
         if like.is_cuda and not target.is_floating_point():
             index = target.to(torch.int64)
             failed = (((index < 0) | (index >= layout.total)) & (index != o.ignore_index)).any()
-        return Part(make(layout), failed)
+        numbers = make(layout).reshape(-1)
+        if numbers.shape[0] < length:
+            assert t.weight is not None
+            numbers = torch.cat([numbers, t.weight.double().sum().to(numbers.dtype).view(1)])
+        return Part(numbers, failed)
 
     alike = _exchange.fingerprint(
         call.function,
@@ -219,33 +270,30 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
         classes,
         call.given,
         alike,
-        [stacked.fields, rows_count],
+        length,
         like,
         part,
         lambda layout: _first_bad(target, o.ignore_index, layout.total),
     )
-    weight = placed(t.weight, call, layout)
-    if weight is not None and call.sharded_weight and not stacked.soft:
-        assert t.weight is not None
-        weight = _gathered_weight(t.weight, call, layout)
-    m = loss_of(call, t._replace(weight=weight), shape, layout, numbers)
+    m = loss_of(call, t, shape, layout, numbers)
     if poison is not None:
         m = m._replace(row=m.row._replace(loss=m.row.loss + poison.to(m.row.loss.dtype)))
     return m
 
 
 def loss_of(call: Call, t: Operands, shape: Sequence[int], layout: Layout, numbers: Tensor) -> Merged:
-    """The loss of all ranks' ``numbers`` [ranks, numbers, rows]; ``t.weight``: of all classes."""
-    stats, best = stacked_for(call, t.target).unpacked(numbers, shape, t.weight, layout)
+    """The loss of all ranks' ``numbers`` [ranks, length]."""
+    weight = None if call.sharded_weight else t.weight
+    stats, met, best = stacked_for(call, t.target).unpacked(numbers, shape, weight, layout)
     row = rows.row_loss(
         rows.merge_row_stats(stats),
         t.target.detach(),
         call.of(layout),
-        weight=t.weight,
+        weight=weight if met is None else met,
         sample_weight=t.sample_weight,
         normalizer=t.normalizer,
     )
-    return Merged(layout, row, t.weight, best)
+    return Merged(layout, row, met, best)
 
 
 def statistics(row: RowLoss, target: Tensor, best: Tensor | None, o: RowOptions) -> CrossEntropyStats:
@@ -267,29 +315,64 @@ def statistics(row: RowLoss, target: Tensor, best: Tensor | None, o: RowOptions)
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
+class Kept(NamedTuple):
+    """What backward needs beside the logits, or what they are made of.
+
+    Attributes:
+        weight: the class weights as they were given.
+        saved, entropy: of :class:`RowLoss`.
+        of_targets, total: of :class:`TargetWeights`, where there are.
+    """
+
+    target: Tensor
+    weight: Any
+    sample_weight: Any
+    saved: Tensor
+    entropy: Any
+    of_targets: Any = None
+    total: Any = None
+
+    def with_known_weights(self, call: Call, layout: Layout) -> "Kept":
+        """With the class weights that the gradients take, see :func:`known_weights`."""
+        met = None if self.of_targets is None else TargetWeights(self.of_targets, self.total)
+        return self._replace(weight=known_weights(self.weight, met, self.target, call, layout))
+
+
+def kept(t: Operands, m: Merged) -> Kept:
+    """After forward."""
+    return Kept(t.target, t.weight, t.sample_weight, m.row.saved, m.row.entropy, *(m.met or ()))
+
+
 class ParallelCrossEntropy(Function):
     """The loss, and the gradients by this rank's logits, probabilities and class weights."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> Any:
         t = Operands(*operands)
-        logits, target, weight, sample_weight, _ = t
-        shape = _rowwise.row_shape(logits)
-        m = merged(call, t, shape, logits.shape[1], lambda layout: numbers_of(call, layout, logits, target, weight))
+        m = loss_of_logits(call, t)
         ctx.call, ctx.layout = call, m.layout
-        ctx.save_for_backward(logits, target, m.weight, sample_weight, m.row.saved, m.row.entropy)
-        return results(ctx, call, m, target)
+        ctx.save_for_backward(t.logits, *kept(t, m))
+        return results(ctx, call, m, t.target)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        logits, target, weight, sample_weight, saved, entropy = ctx.saved_tensors
-        needs, by_entropy = ctx.needs_input_grad[1:4], grads[-1] if ctx.call.entropy else None
-        operands = logits, target, weight, sample_weight
+        logits, *others = ctx.saved_tensors
+        call, layout, by_entropy = ctx.call, ctx.layout, grads[-1] if ctx.call.entropy else None
         with torch.no_grad():
-            found = gradients(ctx.call, ctx.layout, grads[0], *operands, saved, needs, entropy, by_entropy)
+            known = Kept(*others).with_known_weights(call, layout)
+            found = gradients(call, layout, logits, known, grads[0], by_entropy, ctx.needs_input_grad[1:4])
         if torch.is_grad_enabled():
-            found = no_second_derivatives(ctx.call.function, found)
+            found = no_second_derivatives(call.function, found)
         return (None, *found, None, None)
+
+
+def loss_of_logits(call: Call, t: Operands) -> Merged:
+    """The loss of all ranks, from this rank's logits."""
+
+    def make(layout: Layout) -> Tensor:
+        return numbers_of(call, layout, t.logits, t.target, t.weight)
+
+    return merged(call, t, _rowwise.row_shape(t.logits), t.logits.shape[1], make)
 
 
 def results(ctx: Any, call: Call, m: Merged, target: Tensor) -> tuple[Tensor, ...]:
@@ -315,45 +398,35 @@ def no_second_derivatives(function: str, grads: Sequence[Tensor | None]) -> tupl
 def gradients(
     call: Call,
     layout: Layout,
-    grad_output: Tensor | None,
     logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    saved: Tensor,
+    known: Kept,
+    grad_output: Tensor | None,
+    by_entropy: Tensor | None,
     needs: Sequence[bool],
-    entropy: Tensor | None = None,
-    by_entropy: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """By this rank's logits, probabilities and class weights, as far as ``needs`` names them; no collective.
 
-    ``grad_output``, ``by_entropy``: the gradients by the loss and by the entropies, None: 0.
+    ``known``: with the class weights that it takes. ``grad_output``, ``by_entropy``: the gradients by the loss and by
+    the entropies, None: 0.
     """
-    o, place = call.of(layout), {"class_offset": layout.offset, "sample_weight": sample_weight}
+    target, weight, sample_weight, saved, entropy = known[:5]
+    o = call.of(layout)
+    place: Any = {"class_offset": layout.offset, "sample_weight": sample_weight}
     by_logits = by_target = by_weight = None
     if grad_output is None:
         if by_entropy is not None and needs[0]:
             by_logits = _entropy_gradient(by_entropy, entropy, saved, logits, target, o)
         return by_logits, by_target, by_weight
     if needs[0]:
-        by_logits = rows.row_gradient(logits, target, saved, grad_output, o, weight=weight, **place)  # type: ignore[arg-type]
+        by_logits = rows.row_gradient(logits, target, saved, grad_output, o, weight=weight, **place)
         if by_entropy is not None:
             by_logits += _entropy_gradient(by_entropy, entropy, saved, logits, target, o)
     if needs[1]:
-        by_target = rows.row_gradient(  # type: ignore[call-arg]
-            logits,
-            target,
-            saved,
-            grad_output,
-            o,
-            weight=weight,
-            of_target=True,
-            **place,  # type: ignore[arg-type]
-        )
+        by_target = rows.row_gradient(logits, target, saved, grad_output, o, weight=weight, of_target=True, **place)
     if needs[2]:  # with unit weights and no smoothing the probabilities' gradient is u (lse - z), mapped
         assert weight is not None
         wide, plain = target.detach().to(weight.dtype), RowOptions(**(vars(o) | {"label_smoothing": 0.0}))
-        per_class = rows.row_gradient(logits, wide, saved, grad_output, plain, of_target=True, **place)  # type: ignore[arg-type]
+        per_class = rows.row_gradient(logits, wide, saved, grad_output, plain, of_target=True, **place)
         p = wide * (1 - o.label_smoothing) + o.label_smoothing / o.total_classes
         product = p * per_class
         if o.zero_times_inf == "zero":
@@ -531,7 +604,8 @@ def cross_entropy(
     Rank 0 has the first classes, rank 1 those that follow, and so on; shards may have any sizes, 0 too. All ranks call
     with the same arguments, but for their shards of logits, probabilities and class weights. All get the same loss, bit
     for bit. Forward has one all-gather, of 12 bytes a row and rank for class indices (16 with smoothing, 20 for
-    probabilities, 12 more with ``return_stats``; twice as many in float64). Backward has none.
+    probabilities, 12 more with ``return_stats``, 4 more with ``weight_shard`` and class indices; twice as many in
+    float64). Backward has none.
 
     Args:
         logits_shard: of this rank's classes, shape (C_r), (N, C_r) or (N, C_r, d1, ..., dK).
@@ -540,12 +614,12 @@ def cross_entropy(
         group: process group, or DeviceMesh of one dimension; None: the default group.
         weight: of all classes, shape (C), the same on every rank; no gradient.
         weight_shard: instead, those of this rank's classes, shape (C_r). Differentiable with probability targets. With
-            class indices a second all-gather brings the others' weights.
+            class indices the weight of each target travels too, in the same all-gather.
         row_map, map_params: a function of each row's nll, see :func:`fastloss.rows.row_maps`: ``"focal", (gamma,)`` is
             :func:`fastloss.focal_loss`.
         shard_sizes: how many classes each rank has. None: ranks tell each other, in the group's first call by its store
             and then within the all-gather. A rank takes what it has seen before; where that was wrong they do it again,
-            with a second all-gather. Within torch.compile needed for ``weight_shard`` with class indices.
+            with a second all-gather.
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, class_dim,
             all_ignored, zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
 

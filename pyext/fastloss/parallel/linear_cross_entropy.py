@@ -26,11 +26,13 @@ from . import _exchange
 from ._exchange import Layout
 from .cross_entropy import (
     Call,
+    Kept,
     Merged,
     Operands,
     Sharded,
     checked,
     gradients,
+    kept,
     merged,
     no_second_derivatives,
     numbers_of,
@@ -96,35 +98,20 @@ def _numbers(
     return torch.cat(found, 1), z if len(found) == 1 else None
 
 
-class Saved(NamedTuple):
-    """What backward needs: the operands, with the weights of all classes as far as they are looked at, what
-    :func:`fastloss.rows.row_loss` saved, the entropies, and the logits where they are one chunk."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    target: Tensor
-    class_weight: Any
-    sample_weight: Tensor | None
-    saved: Tensor
-    entropy: Any
-    kept: Any
-
-
 def loss_of_head(
     call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
 ) -> tuple[Merged, Tensor | None]:
     """The loss of all ranks, and this rank's logits where they are one chunk."""
     everything = _all_rows(x, call, head).detach()
-    kept: Tensor | None = None
+    logits: Tensor | None = None
 
     def make(layout: Layout) -> Tensor:
-        nonlocal kept
-        numbers, kept = _numbers(everything, weight, bias, call, head, t, layout)
+        nonlocal logits
+        numbers, logits = _numbers(everything, weight, bias, call, head, t, layout)
         return numbers
 
     with torch.autocast(x.device.type, enabled=False):
-        return merged(call, t, [everything.shape[0]], weight.shape[0], make), kept
+        return merged(call, t, [everything.shape[0]], weight.shape[0], make), logits
 
 
 class ParallelLinearCrossEntropy(Function):
@@ -135,9 +122,9 @@ class ParallelLinearCrossEntropy(Function):
         ctx: Any, call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any
     ) -> Any:
         t = Operands(*operands)
-        m, kept = loss_of_head(call, head, x, weight, bias, t)
+        m, logits = loss_of_head(call, head, x, weight, bias, t)
         ctx.call, ctx.head, ctx.layout = call, head, m.layout
-        ctx.save_for_backward(x, weight, bias, t.target, m.weight, t.sample_weight, m.row.saved, m.row.entropy, kept)
+        ctx.save_for_backward(x, weight, bias, logits, *kept(t, m))
         return results(ctx, call, m, t.target)
 
     @staticmethod
@@ -146,10 +133,11 @@ class ParallelLinearCrossEntropy(Function):
         by_entropy = grads[-1] if ctx.call.entropy else None
         if grads[0] is None and by_entropy is None:
             return (None,) * 10
-        t = Saved(*ctx.saved_tensors)
+        x, weight, bias, logits, *others = ctx.saved_tensors
+        linear, known = (x, weight, bias, logits), Kept(*others).with_known_weights(ctx.call, ctx.layout)
         found: Sequence[Tensor | None]
-        with torch.no_grad(), torch.autocast(t.x.device.type, enabled=False):
-            found = head_gradients(ctx.call, ctx.head, ctx.layout, t, grads[0], by_entropy, needs)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            found = head_gradients(ctx.call, ctx.head, ctx.layout, linear, known, grads[0], by_entropy, needs)
         if torch.is_grad_enabled():
             found = no_second_derivatives(ctx.call.function, found)
         return (None, None, *found[:3], None, *found[3:], None, None)
@@ -159,13 +147,19 @@ def head_gradients(
     call: Call,
     head: Head,
     layout: Layout,
-    t: Saved,
+    linear: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    known: Kept,
     grad_output: Tensor | None,
     by_entropy: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """By input, head, bias, probabilities and class weights, as far as ``needs`` names them."""
-    x, weight, bias, target, class_weight, sample_weight, saved, entropy, kept = t
+    """By input, head, bias, probabilities and class weights, as far as ``needs`` names them.
+
+    ``linear``: input, head and bias, and the logits where they were one chunk. ``known``: as in
+    :func:`~fastloss.parallel.cross_entropy.gradients`.
+    """
+    x, weight, bias, logits = linear
+    target, class_weight, sample_weight, saved, entropy = known[:5]
     everything = _all_rows(x, call, head).detach()
     count, features = everything.shape
     ranks = dist.get_world_size(call.group) if head.gathered else 1
@@ -175,7 +169,7 @@ def head_gradients(
     step = max(1, head.rows(count, features, max(layout.sizes), x.device) // ranks)
     z = (
         None
-        if kept is not None
+        if logits is not None
         else x.new_empty([ranks * min(step, max(mine, 1)), weight.shape[0]], dtype=products.held)
     )
     per_row, ends = saved[:-2].view((saved.numel() - 2) // max(count, 1), count), saved[-2:]
@@ -191,7 +185,8 @@ def head_gradients(
 
         x_rows = products.cast(pick(everything))
         if z is None:
-            part = pick(kept[:count])
+            assert logits is not None
+            part = pick(logits[:count])
         else:
             part = z[: x_rows.shape[0]]
             products.logits(x_rows, part)
@@ -200,8 +195,8 @@ def head_gradients(
         s = None if sample_weight is None else pick(sample_weight)
         numbers = torch.cat([*(pick(field) for field in per_row), ends])
         wanted = (any(needs[:3]), needs[3], needs[4])
-        operands = part, pick(target), class_weight, s
-        by_logits, by_target, by_weight = gradients(call, layout, g, *operands, numbers, wanted, h, by_h)
+        chunk = Kept(pick(target), class_weight, s, numbers, h)
+        by_logits, by_target, by_weight = gradients(call, layout, part, chunk, g, by_h, wanted)
         if grad_target is not None:
             columns = target.shape[1]
             grad_target.view(ranks, mine, columns)[:, rows] = by_target.view(ranks, rows.stop - begin, columns)  # type: ignore[union-attr]
