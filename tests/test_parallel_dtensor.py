@@ -258,6 +258,44 @@ def test_a_head_that_is_a_dtensor(team, soft):
     team.run(linear, 4, soft)
 
 
+def tokens(rank, group):
+    """token_log_probs and its linear form: classes over one axis, rows over the other, or neither."""
+    mesh, g = mesh_of(2, 2), torch.Generator().manual_seed(4)
+    hidden, head, bias = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 5, 4), (7, 4), (7,)))
+    index = torch.randint(7, (3, 5), generator=g)
+    index[1, 2] = -100
+    given = {"temperature": 0.8, "softcap": 3.0, "return_entropy": True}
+
+    def compare(function, whole, placements, plain):
+        leaves = [t.clone().requires_grad_() for t in whole]
+        want = function(*leaves)
+        mine = [distribute_tensor(t, mesh, p).requires_grad_() for t, p in zip(whole, placements, strict=True)]
+        found = function(*mine, index=index if plain else distribute_tensor(index, mesh, [R, R]))
+        assert all(isinstance(t, DTensor) and t.placements == found[0].placements for t in found)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a.full_tensor(), b)
+        losses = [t[0].square().sum() + t[1].sum() for t in (found, want)]
+        for a, b in zip(torch.autograd.grad(losses[0], mine), torch.autograd.grad(losses[1], leaves), strict=True):
+            torch.testing.assert_close(a.full_tensor(), b)
+
+    def of_logits(z, index=index):
+        return fastloss.token_log_probs(z, index, **given)
+
+    def of_head(x, w, b, index=index):
+        return fastloss.linear_token_log_probs(x, w, index, bias=b, memory_budget=200, **given)
+
+    for seed, placements in enumerate(
+        ([Shard(0), Shard(2)], [Shard(2), Shard(1)], [R, Shard(2)], [Shard(0), Shard(1)])
+    ):
+        compare(of_logits, [torch.nn.functional.linear(hidden, head, bias)], [placements], seed % 2 == 0)
+    for of_input, of_head_ in (([Shard(0), R], [R, Shard(0)]), ([R, Shard(1)], [Shard(0), R]), ([Shard(0), R], [R, R])):
+        compare(of_head, [hidden, head, bias], [of_input, of_head_, of_head_], False)
+
+
+def test_log_probabilities_of_dtensors(team):
+    team.run(tokens, 4)
+
+
 @functools.cache
 def example():
     path = Path(__file__).resolve().parent.parent / "examples" / "tensor_parallel.py"
@@ -297,6 +335,7 @@ def errors(rank, group):
     hidden, head = torch.zeros(4, 3), distribute_tensor(torch.zeros(6, 3), mesh, [R, Shard(0)])
     found += [
         raised(fastloss.linear_cross_entropy, distribute_tensor(hidden, mesh, [R, R]), torch.zeros(6, 3), target),
+        raised(fastloss.token_log_probs, x, distribute_tensor(target, mesh, [R, R])),
         raised(fastloss.linear_cross_entropy, hidden, head, target, max_rows=3),
         raised(fastloss.linear_cross_entropy, hidden, head, target[:2]),
     ]
@@ -316,7 +355,8 @@ def test_errors(team):
         (ValueError, "another device mesh"),
         (NotImplementedError, "to_local"),
         (NotImplementedError, "to_local"),
-        (NotImplementedError, "linear_weight is not"),
+        (NotImplementedError, "the weight is not"),
+        (NotImplementedError, "logits are not"),
         (NotImplementedError, "max_rows"),
         (ValueError, "DTensor.from_local(target"),
     )

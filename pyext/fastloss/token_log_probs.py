@@ -191,7 +191,8 @@ def token_log_probs(
 
     A logit of -inf has probability 0 and adds nothing to the entropy. A row of which no result has an incoming gradient
     (or one of 0) has gradient 0, and its logits are not read. ``torch.func`` and forward mode are served by torch
-    operations, which make log-probabilities of all tokens; so are second derivatives.
+    operations, which make log-probabilities of all tokens; so are second derivatives. DTensors as
+    :func:`fastloss.cross_entropy` takes them give DTensors, sharded as the rows are (docs/parallel.md).
 
     >>> log_prob, entropy = token_log_probs(torch.zeros(2, 4), torch.tensor([1, -100]), return_entropy=True)
     >>> log_prob.tolist(), entropy.tolist()
@@ -209,6 +210,18 @@ def token_log_probs(
     refuse_rehearsal(function)
     _arguments.require_tensor("logits", logits, function)
     _arguments.require_tensor("index", index, function)
+    if not torch.compiler.is_compiling() and _arguments.is_dtensor(logits, index):
+        from .parallel.dtensor import run_token_log_probs  # which imports this module
+
+        return run_token_log_probs(
+            function,
+            logits,
+            index,
+            temperature=temperature,
+            softcap=softcap,
+            return_entropy=return_entropy,
+            ignore_index=ignore_index,
+        )
     _arguments.require_supported_tensors(function, logits, index)
     _arguments.require_same_device(function, ("logits", logits), ("index", index))
     o = options(function, temperature, softcap, return_entropy, ignore_index)

@@ -865,8 +865,6 @@ def _token_log_probs(
     x = logits
     if not _row_major(x) or x.looked_at or isinstance(index, LazyLogits) or 0 in x._hidden.shape:
         return NotImplemented
-    if is_dtensor(x._weight):
-        return NotImplemented
     form = x._form
     wide = form.dtype is x._hidden.dtype or (form.dtype is torch.float32 and x._hidden.dtype in HALVES)
     if not wide or form.scale <= 0 or (form.cap is not None and softcap is not None):
@@ -893,6 +891,8 @@ def _token_log_probs(
             ignore_index=ignore_index,
         )
     _count(x, form.dtype)
+    if form.placed is None and is_dtensor(x._weight):
+        result = tuple(t.full_tensor() for t in result) if return_entropy else result.full_tensor()
     return result
 
 
@@ -925,6 +925,8 @@ def _gather(func: Any, x: Any, dim: Any, index: Any, **kwargs: Any) -> Any:
     """Logits of a few classes for each row: products of hidden states and rows of the weight."""
     if not _row_major(x) or x.looked_at or kwargs or type(dim) is not int or type(index) is not Tensor:
         return NotImplemented
+    if is_dtensor(x._weight):  # each rank has some of its rows
+        return NotImplemented
     hidden, dims = x._hidden, x._hidden.dim()
     fits = index.dtype is torch.int64 and index.shape[:-1] == hidden.shape[:-1] and index.dim() == dims
     # No more numbers than the logits have.
@@ -953,6 +955,8 @@ def _logits_at(x: LazyLogits, index: Tensor) -> Tensor:
 def _log_sum_exp(func: Any, x: Any, dim: Any, keepdim: Any = False) -> Any:
     """Over the classes. Of rows that are iterated over, for all of them at once."""
     if not _row_major(x) or x.looked_at or 0 in x._hidden.shape or keepdim not in (False, True):
+        return NotImplemented
+    if is_dtensor(x._weight):  # the derivative takes rows of it
         return NotImplemented
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]

@@ -313,6 +313,7 @@ def linear_token_log_probs(
         ValueError, RuntimeError, TypeError: shapes, dtypes, devices and numbers that do not fit.
         NotImplementedError: under torch.export and torch.jit.trace.
 
+    DTensors as :func:`fastloss.linear_cross_entropy` takes them give DTensors, sharded as the rows are.
     Second derivatives make each chunk again. Under torch.func and forward mode the logits are made in chunks as well,
     but reverse mode then keeps them.
 
@@ -324,6 +325,21 @@ def linear_token_log_probs(
         _arguments.require_tensor(name, t, function)
     if bias is not None:
         _arguments.require_tensor("bias", bias, function)
+    if not torch.compiler.is_compiling() and _arguments.is_dtensor(input, weight, bias, index):
+        from ..parallel.dtensor import run_linear_token_log_probs  # which imports this module
+
+        return run_linear_token_log_probs(
+            function,
+            input,
+            weight,
+            bias,
+            index,
+            temperature=temperature,
+            softcap=softcap,
+            return_entropy=return_entropy,
+            memory_budget=memory_budget,
+            ignore_index=ignore_index,
+        )
     _arguments.require_supported_tensors(function, input, weight, index, bias)
     _arguments.require_same_device(function, ("input", input), ("weight", weight), ("index", index), ("bias", bias))
     refuse_recorders(function, _INSTEAD)

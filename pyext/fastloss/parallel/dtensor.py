@@ -18,13 +18,17 @@ from .._arguments import is_dtensor
 from ..formulas import ROW_MAP_KINDS
 from ..head.linear_cross_entropy import _logits_dtype
 from ..head.linear_cross_entropy import run as run_head
+from ..head.linear_token_log_probs import linear_token_log_probs
 from ..losses import _rowwise
 from ..losses.cross_entropy import CrossEntropyStats, Given
 from ..losses.cross_entropy import run as run_whole
+from ..token_log_probs import token_log_probs
 from .count import summed
 from .cross_entropy import Sharded
 from .cross_entropy import run as run_sharded
 from .linear_cross_entropy import run as run_sharded_head
+from .token_log_probs import linear_token_log_probs as sharded_linear_token_log_probs
+from .token_log_probs import token_log_probs as sharded_token_log_probs
 
 
 class Axes(NamedTuple):
@@ -163,8 +167,10 @@ def _redistributed(function: str, logits: Any, axes: Axes) -> Any:
     return logits.redistribute(axes.mesh, list(axes.logits))
 
 
-def _shard_sizes(classes: int, ranks: int) -> list[int]:
-    """Of each rank, as DTensor cuts an axis."""
+def _sizes(classes: int, axes: Axes) -> list[int]:
+    """The classes of each rank along their axis, as DTensor cuts it."""
+    assert axes.classes is not None
+    ranks = axes.mesh.size(axes.classes)
     each = -(-classes // ranks)
     return [max(0, min(each, classes - r * each)) for r in range(ranks)]
 
@@ -281,7 +287,7 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
     s: Sharded | None = None
     if axes.classes is not None:
         kind, parameters = ROW_MAP_KINDS[p.row_map[0]]
-        sizes = _shard_sizes(p.classes, axes.mesh.size(axes.classes))
+        sizes = _sizes(p.classes, axes)
         shard = None if over_classes is None else g.weight
         g = g._replace(weight=None) if over_classes is not None else g
         s = Sharded(axes.mesh.get_group(axes.classes), sizes, shard, kind, p.row_map[1:][: len(parameters)])
@@ -290,16 +296,13 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
     result = local(g, s) if per_row or not target.is_cpu else _or_all_raise(p.function, lambda: local(g, s), groups)
     loss, stats = result if g.return_stats else (result, None)
     if per_row:
-        loss = DTensor.from_local(loss, axes.mesh, axes.rows, run_check=False, **_whole_shape(p.rows_shape))
+        loss = _of_rows(loss, axes, p.rows_shape)
     else:
         loss = _SumOverRows.apply(loss, groups).to(rounded or loss.dtype) if groups else loss
         loss = DTensor.from_local(loss, axes.mesh, axes.replicated, run_check=False)
     if stats is None:
         return loss
-    lse, argmax, entropy = (
-        DTensor.from_local(t, axes.mesh, axes.rows, run_check=False, **_whole_shape(p.rows_shape))
-        for t in (stats.lse, stats.argmax, stats.entropy)
-    )
+    lse, argmax, entropy = _of_rows((stats.lse, stats.argmax, stats.entropy), axes, p.rows_shape)
     counted = torch.ones(list(p.local_rows), device=target.device) if p.soft else _counts(target, ignored)
     n = counted.sum().double()
     hits = torch.where(n > 0, stats.accuracy.double() * n, 0.0)
@@ -314,31 +317,28 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
 # ------------------------------------------------------------------------------------------------------- linear heads
 
 
-def run_linear(
-    function: str,
-    input: Any,
-    linear_weight: Any,
-    linear_bias: Any,
-    target: Any,
-    g: Given,
-    c: Any,
-    ignore_index: Any,
-    row_map: int,
-    map_a: float,
-) -> Any:
-    """:func:`run` of ``linear(input, linear_weight, linear_bias)``: the weight's placements say who has which classes,
-    the input's who has which rows."""
+class LinearAxes(NamedTuple):
+    """What the axes of a mesh do to logits of ``linear(input, weight, bias)``; ``input``, ``weight``: placements."""
+
+    axes: Axes
+    input: tuple[Any, ...]
+    weight: tuple[Any, ...]
+
+
+def _linear_axes(function: str, input: Any, linear_weight: Any) -> LinearAxes:
+    """Those of operands as they are, or as they should be redistributed: the weight's placements say who has which
+    classes, the input's who has which rows."""
     from torch.distributed.tensor import Replicate, Shard
 
     if not is_dtensor(linear_weight):
         raise NotImplementedError(
-            f"{function}(): input, target or another operand is a DTensor, but linear_weight is not; make one of it "
-            "with DTensor.from_local(linear_weight, mesh, placements)"
+            f"{function}(): input, target or another operand is a DTensor, but the weight is not; make one of it with "
+            "DTensor.from_local(weight, mesh, placements)"
         )
     if linear_weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != linear_weight.shape[1]:
         raise RuntimeError(
-            f"{function}(): for DTensors input needs shape (..., D) and linear_weight (C, D), got {list(input.shape)} "
-            f"and {list(linear_weight.shape)}"
+            f"{function}(): for DTensors input needs shape (..., D) and the weight (C, D), got {list(input.shape)} and "
+            f"{list(linear_weight.shape)}"
         )
     mesh, last = linear_weight.device_mesh, input.dim() - 1
     over_classes, of_input, logits, data = [], [], [], []
@@ -356,14 +356,41 @@ def run_linear(
     axes = Axes(mesh, tuple(logits), tuple(of_input), classes, tuple(data))
     if tuple(linear_weight.placements) != tuple(over_classes):
         _arguments.warn(
-            f"{function}(): linear_weight in the placements {tuple(linear_weight.placements)} is redistributed to "
+            f"{function}(): a weight in the placements {tuple(linear_weight.placements)} is redistributed to "
             f"{tuple(over_classes)}, which moves it between ranks: fastloss takes Shard(0) over one axis of the mesh, "
             "and Replicate"
         )
+    return LinearAxes(axes, tuple(of_input), tuple(over_classes))
+
+
+def _linear_operands(at: LinearAxes, input: Any, linear_weight: Any, linear_bias: Any) -> tuple[Any, Any, Any]:
+    """This rank's. Gathering the input over the axis of the classes is what a column-parallel layer does too."""
+    return (
+        _local(input, at.axes, at.input),
+        _local(linear_weight, at.axes, at.weight, of_all_rows=True),
+        _local(linear_bias, at.axes, at.weight, of_all_rows=True),
+    )
+
+
+def run_linear(
+    function: str,
+    input: Any,
+    linear_weight: Any,
+    linear_bias: Any,
+    target: Any,
+    g: Given,
+    c: Any,
+    ignore_index: Any,
+    row_map: int,
+    map_a: float,
+) -> Any:
+    """:func:`run` of ``linear(input, linear_weight, linear_bias)``."""
+    at = _linear_axes(function, input, linear_weight)
+    axes, last = at.axes, input.dim() - 1
     rows_shape = input.shape[:-1]
     shape = torch.Size((*rows_shape, linear_weight.shape[0]))
     _check(function, linear_weight, target, g, last, shape)
-    if classes is not None and not c.options is c.accumulate_in is c.max_rows is None:
+    if axes.classes is not None and not c.options is c.accumulate_in is c.max_rows is None:
         raise NotImplementedError(
             f"{function}(): options, accumulate_in and max_rows are not for a head whose classes are sharded; give "
             "memory_budget"
@@ -374,10 +401,7 @@ def run_linear(
             "ignore_index cannot be specified when target contains probabilities; give the rows to leave out a "
             "sample_weight of 0"
         )
-    # Gathering the input over the axis of the classes is what a column-parallel layer does too.
-    x = _local(input, axes, of_input)
-    w = _local(linear_weight, axes, over_classes, of_all_rows=True)
-    bias = _local(linear_bias, axes, over_classes, of_all_rows=True)
+    x, w, bias = _linear_operands(at, input, linear_weight, linear_bias)
     target = _local(target if soft else target.reshape(rows_shape), axes, axes.logits if soft else axes.rows)
 
     def local(g: Given, s: Sharded | None) -> Any:
@@ -438,4 +462,50 @@ def _whole_shape(shape: torch.Size) -> dict[str, Any]:
     return {"shape": shape, "stride": tuple(stride[: len(shape)])}
 
 
-__all__ = ["run", "run_linear"]
+# -------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def run_token_log_probs(function: str, logits: Any, index: Any, **options: Any) -> Any:
+    """:func:`fastloss.token_log_probs`, and ``options`` its own: DTensors that are sharded as the rows are."""
+    if not is_dtensor(logits):
+        raise NotImplementedError(
+            f"{function}(): index is a DTensor, but logits are not; make one of them with "
+            "DTensor.from_local(logits, mesh, placements)"
+        )
+    last, rows_shape = logits.dim() - 1, logits.shape[:-1]
+    axes = axes_of(logits, last)
+    _check(function, logits, index, Given(), last, logits.shape)
+    local = _redistributed(function, logits, axes).to_local(grad_placements=list(axes.logits))
+    index = _local(index.reshape(rows_shape), axes, axes.rows)
+    if axes.classes is None:
+        return _of_rows(token_log_probs(local, index, **options), axes, rows_shape)
+    given = {"group": axes.mesh.get_group(axes.classes), "shard_sizes": _sizes(logits.shape[-1], axes)}
+    return _of_rows(sharded_token_log_probs(local, index, **given, **options), axes, rows_shape)
+
+
+def run_linear_token_log_probs(
+    function: str, input: Any, linear_weight: Any, linear_bias: Any, index: Any, **options: Any
+) -> Any:
+    """:func:`run_token_log_probs` of ``linear(input, linear_weight, linear_bias)``."""
+    at = _linear_axes(function, input, linear_weight)
+    axes, rows_shape, classes = at.axes, input.shape[:-1], linear_weight.shape[0]
+    _check(function, linear_weight, index, Given(), input.dim() - 1, torch.Size((*rows_shape, classes)))
+    x, w, bias = _linear_operands(at, input, linear_weight, linear_bias)
+    index = _local(index.reshape(rows_shape), axes, axes.rows)
+    if axes.classes is None:
+        return _of_rows(linear_token_log_probs(x, w, index, bias=bias, **options), axes, rows_shape)
+    given = {"group": axes.mesh.get_group(axes.classes), "shard_sizes": _sizes(classes, axes)}
+    found = sharded_linear_token_log_probs(x, w, index, linear_bias_shard=bias, **given, **options)
+    return _of_rows(found, axes, rows_shape)
+
+
+def _of_rows(found: Any, axes: Axes, rows_shape: torch.Size) -> Any:
+    """As DTensors: what has one element for each row, or a tuple of such."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(found, tuple):
+        return tuple(_of_rows(t, axes, rows_shape) for t in found)
+    return DTensor.from_local(found, axes.mesh, axes.rows, run_check=False, **_whole_shape(rows_shape))
+
+
+__all__ = ["run", "run_linear", "run_linear_token_log_probs", "run_token_log_probs"]
