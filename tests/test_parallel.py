@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 
 import fastloss
 import pytest
@@ -637,6 +638,44 @@ def counting():
 
 def test_torch_compile_takes_the_losses_into_one_graph(team):
     team.run(compiled, 2)
+
+
+def reordered(rank, group):
+    """Inductor may move what does not depend on each other: on the second rank it turns the order round."""
+    from torch._inductor import config, memory
+
+    def plan(nodes, *about):
+        memory.prepare_planning_info(nodes, *about)
+        left, found = list(nodes), []
+        while left and rank:
+            found.append([n for n in left if not n.mpi_node.pred_nodes & set(left)][-1])
+            left.remove(found[-1])
+        return found or nodes
+
+    x, target, _ = problem(3, (6, 7), torch.float32)
+    shards, hidden = [x[:, :3] if rank == 0 else x[:, 3:], x[:4, :2] if rank == 0 else x[:4, 2:]], torch.ones(6, 2)
+    leaves = [t.clone().requires_grad_() for t in (*shards, x[: 3 if rank == 0 else 4, :2], hidden)]
+
+    def losses(a, b, head, hidden):
+        of_head = [parallel.linear_cross_entropy(hidden[:n], head, target[:n], group) for n in (6, 5)]
+        return sum(of_head) + parallel.cross_entropy(a, target, group) + parallel.cross_entropy(b, target[:4], group)
+
+    found, own = [], memory.reorder_for_peak_memory
+    try:
+        memory.reorder_for_peak_memory = plan
+        with config.patch(force_disable_caches=True):
+            for function in (losses, torch.compile(losses, fullgraph=True)):
+                function(*leaves)  # ranks learn of each other's classes
+                loss = function(*leaves)
+                found.append((loss, *torch.autograd.grad(loss, leaves)))
+    finally:
+        memory.reorder_for_peak_memory = own
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
+def test_inductor_keeps_the_order_of_collectives(team):
+    team.run(reordered, 2)
 
 
 def counted(rank, group):

@@ -16,7 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType as EffectType
 from torch._higher_order_ops.effects import _register_effectful_op
+from torch._inductor import ir
+from torch._inductor.lowering import register_lowering
+from torch._inductor.virtualized import V
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.utils._pytree import tree_map
 
 from .._autograd import accum_dtype
 from .._library import ops
@@ -196,6 +200,21 @@ def _head_backward(
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
+def _keep_in_order(operator: Any) -> None:
+    """Inductor of torch 2.13 notes what an operator whose order matters has to wait for under the name of a buffer, and
+    looks it up under that of an operation, so that it moves operators past each other: this notes it under both."""
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        graph, first = V.graph, len(V.graph.operations)
+        found = ir.FallbackKernel.create(operator, *args, **kwargs)
+        last: Any = graph.effectful_ops.get(EffectType.ORDERED)
+        for each in graph.operations[first:] if last is not None else ():
+            graph.additional_star_deps[each.get_operation_name()].add(last.get_name())
+        return tree_map(lambda x: x.wrap_for_lowering() if isinstance(x, ir.IRNode) else x, found)
+
+    register_lowering(operator, type_promotion_kind=None)(lower)
+
+
 def _define(
     name: str,
     operands: Sequence[str],
@@ -236,6 +255,7 @@ def _define(
         _library.impl(operator, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastloss::{operator}", of_shapes, lib=_library)
         _register_effectful_op(getattr(ops, operator).default, EffectType.ORDERED)
+        _keep_in_order(getattr(ops, operator).default)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, *stats, saved, sizes, of_targets, total = output[:_FOUND]
@@ -292,6 +312,7 @@ torch.library.register_fake(
     "fastloss::parallel_gather", lambda mine, group, ranks: mine.new_empty([ranks, mine.numel()]), lib=_library
 )
 _register_effectful_op(ops.parallel_gather.default, EffectType.ORDERED)
+_keep_in_order(ops.parallel_gather.default)
 
 
 def _results(call: Call, found: Sequence[Tensor]) -> Sequence[Tensor]:
