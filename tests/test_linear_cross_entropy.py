@@ -163,6 +163,9 @@ def test_nothing_counts(device):
             torch.testing.assert_close(loss, want, equal_nan=True)
             if s is not None and reduction == "mean":  # a loss of nan without a gradient would go unseen
                 assert loss.isnan() and torch.autograd.grad(loss, w)[0].isnan().all()
+    for all_ignored, value in (("nan", torch.nan), ("zero", 0.0)):
+        stats = fastloss.linear_cross_entropy(x, w, ignored, all_ignored=all_ignored, return_stats=True)[1]
+        torch.testing.assert_close(stats.accuracy, torch.tensor(value, device=device), equal_nan=True)
     loss = fastloss.linear_cross_entropy(x, w, ignored, all_ignored="zero")
     assert not torch.autograd.grad(loss, x)[0].any()
 

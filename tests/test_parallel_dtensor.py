@@ -213,6 +213,10 @@ def sharded_weights(rank, group):
                 for by_weight in others:
                     by_weight = by_weight.full_tensor() if isinstance(by_weight, DTensor) else by_weight
                     torch.testing.assert_close(by_weight, grads[2])
+            if not soft:  # nothing counts
+                nothing = {"weight": options["weight"], "z_loss": 0.1, "all_ignored": "zero"}
+                loss = fastloss.cross_entropy(logits, torch.full((5,), -100), **nothing)
+                assert loss.full_tensor() == 0 and not torch.autograd.grad(loss, logits)[0].full_tensor().any()
 
 
 def test_sharded_class_weights(team):

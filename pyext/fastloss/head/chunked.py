@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._autograd import Grads, Needs, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, SUM, ops
-from ..losses.cross_entropy import STATS, Options, rules
+from ..formulas import ALL_IGNORED_ZERO
+from ..losses.cross_entropy import STATS, Options, accuracy_of, rules
 from .chunks import rows_per_chunk
 
 COUNT = -1  # of max_rows: count the rows, and wait for the GPU
@@ -418,12 +419,8 @@ def _whole_stats(parts: Sequence[Sequence[Tensor]], t: Operands, o: Options) -> 
 
 def accuracy(argmax: Tensor, t: Operands, o: Options) -> Tensor:
     """The share of the counted targets that were predicted."""
-    if is_soft(t):
-        return (argmax == t.target.argmax(1)).float().mean()
-    counts = _counts(t, o)
-    assert counts is not None
-    hits = counts & (argmax == t.target.to(torch.int64))
-    return (hits.sum().double() / counts.sum()).float()
+    wanted = t.target.argmax(1) if is_soft(t) else t.target.to(torch.int64)
+    return accuracy_of(argmax == wanted, None if is_soft(t) else _counts(t, o), bool(o.flags & ALL_IGNORED_ZERO))
 
 
 # ------------------------------------------------------------------------------------------------------- operators

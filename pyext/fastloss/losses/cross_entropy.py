@@ -45,6 +45,13 @@ class CrossEntropyStats(NamedTuple):
     entropy: Tensor
 
 
+def accuracy_of(hits: Tensor, counts: Tensor | None, all_ignored_zero: bool) -> Tensor:
+    """The share of hits in the rows that count; None: all."""
+    counts = torch.ones_like(hits) if counts is None else counts
+    share = ((hits & counts).sum().double() / counts.sum()).float()
+    return torch.where(counts.any(), share, 0.0) if all_ignored_zero else share
+
+
 class Options(NamedTuple):
     """The operators' trailing arguments, in their order."""
 

@@ -24,6 +24,7 @@ from ..losses.cross_entropy import (
     Unmade,
     _class_dim,
     _classes_second,
+    accuracy_of,
     canonical,
 )
 from ..rows import MASS, RowLoss, RowOptions, TargetWeights
@@ -299,16 +300,9 @@ def loss_of(call: Call, t: Operands, shape: Sequence[int], layout: Layout, numbe
 def statistics(row: RowLoss, target: Tensor, best: Tensor | None, o: RowOptions) -> CrossEntropyStats:
     """As :func:`fastloss.cross_entropy` returns them."""
     assert row.argmax is not None and row.entropy is not None
-    if best is not None:
-        accuracy = (row.argmax == best).float().mean()
-        if o.all_ignored == "zero" and row.argmax.numel() == 0:
-            accuracy = torch.zeros_like(accuracy)
-    else:
-        index = target.to(torch.int64)
-        counts = index != o.ignore_index
-        accuracy = ((counts & (row.argmax == index)).sum().double() / counts.sum()).float()
-        if o.all_ignored == "zero":
-            accuracy = torch.where(counts.any(), accuracy, 0.0)
+    wanted = target.to(torch.int64) if best is None else best
+    counts = wanted != o.ignore_index if best is None else None
+    accuracy = accuracy_of(row.argmax == wanted, counts, o.all_ignored == "zero")
     return CrossEntropyStats(row.lse, row.argmax, accuracy, row.entropy)
 
 

@@ -153,7 +153,8 @@ def denominators(
     count, total = sum_over(torch.stack([shares.sum(), weights.sum()]), groups)
     if not g.z_loss:
         return Denominators(total, g.weight)
-    return Denominators(count, (g.weight.double() * (count / total)).to(g.weight.dtype))
+    ratio = torch.where((count == 0) & (total == 0), 1.0, count / total)  # 1: no target counts
+    return Denominators(count, (g.weight.double() * ratio).to(g.weight.dtype))
 
 
 def _redistributed(function: str, logits: Any, axes: Axes) -> Any:
