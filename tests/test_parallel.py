@@ -441,6 +441,29 @@ def test_a_bad_target_of_one_rank_raises_on_all(team, ranks):
             assert rank == culprit or f"rank {culprit} of the group" in message
 
 
+def bad_everywhere(rank, group):
+    """What each function raises where the last rank has a bad target, as it is and in a graph."""
+    z, x, head, weight = torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(3, 2), torch.ones(3)
+    target = torch.tensor([0, 1, 99 if rank == dist.get_world_size(group) - 1 else 2, -100])
+    functions = (
+        lambda: parallel.cross_entropy(z, target, group, weight_shard=weight, label_smoothing=0.1),
+        lambda: parallel.linear_cross_entropy(x, head, target, group, memory_budget=1),
+        lambda: parallel.token_log_probs(z, target, group),
+        lambda: parallel.linear_token_log_probs(x, head, target, group, return_entropy=True),
+    )
+    found = [raised(f) for f in functions]
+    found += [raised(torch.compile(f, backend="eager", fullgraph=True)) for f in functions]
+    found.append(raised(parallel.count, target, group, weight=weight))
+    in_graph = torch.compile(parallel.count, backend="eager", fullgraph=True)
+    assert in_graph(target, group, weight=weight).isnan()
+    return found
+
+
+def test_a_bad_target_raises_on_all_ranks_from_every_function(team):
+    for found in team.run(bad_everywhere, 3):
+        assert len(found) == 9 and all(kind is IndexError and "bounds" in words for kind, words in found), found
+
+
 def unlike(rank, group, options, other):
     return raised(
         parallel.cross_entropy, torch.zeros(4, 3), torch.zeros(4).long(), group, **(other if rank else options)

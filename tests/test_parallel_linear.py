@@ -134,6 +134,46 @@ def test_what_travels(team):
         assert backward[0] == rows and backward[1:] == [("reduce_scatter_base", 4 * 6 * 4)] * 3
 
 
+def order(rank, group, sequence):
+    """What backward does of each chunk, in turn."""
+    x, w, _, target, _ = head_problem(0, 12, 10, 6, torch.float32, False, {})
+    rows = slice(6 * rank, 6 * rank + 6) if sequence else slice(None)
+    x, w, done = x[rows].clone().requires_grad_(), w[5 * rank : 5 * rank + 5].clone().requires_grad_(), []
+    name = "all_reduce" if not sequence else "reduce_scatter_" + ("single" if dist_has_single() else "tensor")
+    start, by_weight = getattr(dist, name), chunked._Products.by_weight_and_bias
+
+    class Started:
+        def __init__(self, *args, **kwargs):
+            assert kwargs["async_op"]
+            done.append("start")
+            self.work = start(*args, **kwargs)
+
+        def wait(self):
+            done.append("wait")
+            self.work.wait()
+
+    loss = parallel.linear_cross_entropy(x, w, target, group, memory_budget=5 * 4 * 4, sequence_parallel=sequence)
+    try:
+        setattr(dist, name, Started)
+        chunked._Products.by_weight_and_bias = lambda *args: (done.append("weight"), by_weight(*args))
+        loss.backward()
+    finally:
+        setattr(dist, name, start)
+        chunked._Products.by_weight_and_bias = by_weight
+    return done
+
+
+def dist_has_single():
+    """Whether torch has the names of 2.13."""
+    return hasattr(dist, "reduce_scatter_single")
+
+
+def test_the_sum_of_a_chunk_travels_while_the_weights_gradient_is_computed(team):
+    for sequence in (False, True):
+        for done in team.run(order, 2, sequence):
+            assert done == ["start", "weight"] * 3 + ["wait"] * 3
+
+
 def errors(rank, group):
     x, w, t = torch.zeros(2, 2, 6), torch.zeros(5, 6), torch.zeros(2, 2, dtype=torch.long)
     bad = torch.full_like(t, 10 if rank else 0)

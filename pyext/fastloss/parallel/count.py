@@ -35,13 +35,15 @@ def count(
             gradients are accumulated.
         group: process group, or DeviceMesh of one dimension; None: the default group.
         ignore_index: class index (or several) of targets that do not count.
-        weight: class weights, by which :func:`fastloss.cross_entropy` divides too; the targets must be good.
+        weight: class weights, by which :func:`fastloss.cross_entropy` divides too.
         sample_weight: of each target, in the shape of ``target``.
 
     Returns:
         float64, shape (), on the device of ``target``.
 
     Raises:
+        IndexError: with ``weight``, a target of a rank that it does not have: raised on every rank. Where nobody can
+            read of it, on CUDA and in a graph, the count is nan.
         ValueError: no group; sample_weight of another shape.
         RuntimeError: targets that are no integers; errors of torch.distributed.
 
@@ -67,9 +69,18 @@ def count(
                 f"{list(sample_weight.shape)}"
             )
         shares = torch.where(counts, sample_weight.detach().double(), 0.0)
-    if weight is not None:
-        shares = torch.where(counts, shares * weight.detach().double()[torch.where(counts, index, 0)], 0.0)
-    return summed(shares.sum(), group)
+    if weight is None:
+        return summed(shares.sum(), group)
+    bad = counts & ((index < 0) | (index >= weight.shape[0]))
+    weights = torch.cat([weight.detach().double(), weight.new_zeros([1], dtype=torch.float64)])
+    share = torch.where(counts, shares * weights[torch.where(counts & ~bad, index, weight.shape[0])], 0.0).sum()
+    readable = target.is_cpu and not torch.compiler.is_compiling()
+    share = torch.where(bad.any(), -torch.inf if readable else torch.nan, share)
+    total = summed(share, group)
+    if readable and (total == -torch.inf or share == -torch.inf):  # on every rank; infinite weights apart
+        where = f"Target {int(index[bad][0])} of this rank" if bad.any() else "a target of another rank"
+        raise IndexError(f"{function}(): {where} is out of bounds: weight has {weight.shape[0]} classes")
+    return total
 
 
 def summed(value: Tensor, group: "ProcessGroup") -> Tensor:
