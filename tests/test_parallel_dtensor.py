@@ -145,6 +145,24 @@ def test_other_placements_are_redistributed_with_a_warning(team):
     team.run(redistributed, 4)
 
 
+def compiled(rank, group):
+    """Losses of DTensors are a break in a graph, or raise, and say why."""
+    mesh, (x, target, _) = mesh_of(2, 2), problem(3, (5, 8), torch.float64)
+    logits = distribute_tensor(x, mesh, [Shard(0), Shard(1)])
+    for function, want in (
+        (fastloss.cross_entropy, fastloss.cross_entropy(x, target)),
+        (lambda z, t: fastloss.token_log_probs(z, t.clamp(min=0)), fastloss.token_log_probs(x, target.clamp(min=0))),
+    ):
+        got = torch.compile(lambda z, t, f=function: f(z * 1, t), backend="aot_eager")(logits, target)
+        torch.testing.assert_close(got.full_tensor(), want)
+    return raised(torch.compile(fastloss.cross_entropy, backend="eager", fullgraph=True), logits, target)
+
+
+def test_dtensors_break_graphs(team):
+    for _, message in team.run(compiled, 4):
+        assert "losses of DTensors run outside of graphs" in message, message
+
+
 def collectives(rank, group, placements, options):
     mesh = mesh_of(2, 2)
     x, target, options = problem(1, (8, 10), torch.float32, False, options)

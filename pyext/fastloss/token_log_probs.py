@@ -210,7 +210,7 @@ def token_log_probs(
     refuse_rehearsal(function)
     _arguments.require_tensor("logits", logits, function)
     _arguments.require_tensor("index", index, function)
-    if not torch.compiler.is_compiling() and _arguments.is_dtensor(logits, index):
+    if _arguments.is_dtensor(logits, index):
         from .parallel.dtensor import run_token_log_probs  # which imports this module
 
         return run_token_log_probs(

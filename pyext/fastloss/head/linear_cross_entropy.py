@@ -435,7 +435,7 @@ def run(
 ) -> Any:
     """The loss that ``function`` asks for, each row's nll mapped as ``row_map`` says; see ``cross_entropy.run``."""
     tensors = input, linear_weight, linear_bias, target, g.weight, g.sample_weight
-    if not torch.compiler.is_compiling() and _arguments.is_dtensor(*tensors):
+    if _arguments.is_dtensor(*tensors):
         from ..parallel.dtensor import run_linear
 
         return run_linear(function, input, linear_weight, linear_bias, target, g, c, ignore_index, row_map, map_a)

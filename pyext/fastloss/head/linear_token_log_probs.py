@@ -325,7 +325,7 @@ def linear_token_log_probs(
         _arguments.require_tensor(name, t, function)
     if bias is not None:
         _arguments.require_tensor("bias", bias, function)
-    if not torch.compiler.is_compiling() and _arguments.is_dtensor(input, weight, bias, index):
+    if _arguments.is_dtensor(input, weight, bias, index):
         from ..parallel.dtensor import run_linear_token_log_probs  # which imports this module
 
         return run_linear_token_log_probs(

@@ -633,7 +633,7 @@ def run(
 ) -> Any:
     """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says, the target's logit
     moved by ``margins``, an angle and a cosine."""
-    if not torch.compiler.is_compiling() and _arguments.is_dtensor(input, target, g.weight, g.sample_weight):
+    if _arguments.is_dtensor(input, target, g.weight, g.sample_weight):
         from ..parallel import dtensor
 
         if margins != (0.0, 0.0):

@@ -6,6 +6,7 @@ divided by what all have to divide by; the sum over them is one number more. Log
 redistributed first, with a warning.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,21 @@ from .cross_entropy import run as run_sharded
 from .linear_cross_entropy import run as run_sharded_head
 from .token_log_probs import linear_token_log_probs as sharded_linear_token_log_probs
 from .token_log_probs import token_log_probs as sharded_token_log_probs
+
+
+def _outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph break before ``function``, and one that says why."""
+    disabled = torch.compiler.disable(
+        function,
+        reason="losses of DTensors run outside of graphs; without fullgraph=True they are a graph break, and "
+        "fastloss.parallel takes this rank's part, .to_local(), into a graph",
+    )
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return either
 
 
 class Axes(NamedTuple):
@@ -200,6 +216,7 @@ def _check(function: str, placed: Any, target: Any, g: Given, class_dim: int, sh
         raise ValueError(f"{function}(inplace_grad=True): not for DTensors; leave it out")
 
 
+@_outside_of_graphs
 def run(function: str, input: Any, target: Any, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
     """The loss that ``function`` asks for, as a DTensor: replicated, or for ``'none'`` sharded as the rows are."""
     if not is_dtensor(input):
@@ -373,6 +390,7 @@ def _linear_operands(at: LinearAxes, input: Any, linear_weight: Any, linear_bias
     )
 
 
+@_outside_of_graphs
 def run_linear(
     function: str,
     input: Any,
@@ -466,6 +484,7 @@ def _whole_shape(shape: torch.Size) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- log-probabilities
 
 
+@_outside_of_graphs
 def run_token_log_probs(function: str, logits: Any, index: Any, **options: Any) -> Any:
     """:func:`fastloss.token_log_probs`, and ``options`` its own: DTensors that are sharded as the rows are."""
     if not is_dtensor(logits):
@@ -484,6 +503,7 @@ def run_token_log_probs(function: str, logits: Any, index: Any, **options: Any) 
     return _of_rows(sharded_token_log_probs(local, index, **given, **options), axes, rows_shape)
 
 
+@_outside_of_graphs
 def run_linear_token_log_probs(
     function: str, input: Any, linear_weight: Any, linear_bias: Any, index: Any, **options: Any
 ) -> Any:
