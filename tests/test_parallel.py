@@ -263,6 +263,33 @@ def special(rank, group):
     got = parallel.cross_entropy(x[:, rank : rank + 1], target, group, row_map="focal", map_params=(2.0,), **given)
     torch.testing.assert_close(got, fastloss.focal_loss(x, target, gamma=2.0, **given), equal_nan=True)
 
+    # Weights of other ranks' classes that are not finite, of targets and of others; all classes are targets; -100 as a
+    # target of 8 bits is a class.
+    x = torch.randn(5, 200, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ends = cuts(200, ranks, 1, "equal")
+    here = slice(ends[rank], ends[rank + 1])
+    for at, value, values in (
+        (3, inf, [0, 3, 199]),
+        (3, inf, [0, 199, 1]),
+        (198, nan, [0, 2, 199]),
+        (0, 1, [156, 0, 7]),
+    ):
+        weight = torch.rand(200, generator=torch.Generator().manual_seed(4), dtype=torch.float64) - 0.2
+        weight[at] = value
+        target = torch.tensor([*values, *values[:2]], dtype=torch.uint8)
+        for smoothing in (0.0, 0.3):
+            leaf, shard = x.clone().requires_grad_(), x[:, here].clone().requires_grad_()
+            given = {"label_smoothing": smoothing, "reduction": "sum"}
+            want = fastloss.cross_entropy(leaf, target, weight=weight, **given)
+            got = parallel.cross_entropy(shard, target, group, weight_shard=weight[here], **given)
+            torch.testing.assert_close(got, want, equal_nan=True)
+            (grad,) = torch.autograd.grad(got, shard)
+            torch.testing.assert_close(grad, torch.autograd.grad(want, leaf)[0][:, here], equal_nan=True)
+    x, weight = torch.zeros(ranks, ranks, dtype=torch.float64), torch.arange(ranks).double()
+    given = {"label_smoothing": 0.3, "reduction": "none"}
+    got = parallel.cross_entropy(x[:, [rank]], torch.arange(ranks), group, weight_shard=weight[[rank]], **given)
+    torch.testing.assert_close(got, fastloss.cross_entropy(x, torch.arange(ranks), weight=weight, **given))
+
     alone = dist.new_group([rank], use_local_synchronization=True)  # 5 rows of an odd number of floats
     x, target, _ = problem(1, (5, 7), torch.float32)
     torch.testing.assert_close(parallel.cross_entropy(x, target, alone), fastloss.cross_entropy(x, target))

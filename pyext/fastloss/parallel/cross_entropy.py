@@ -121,9 +121,9 @@ def known_weights(
 
 def _own_targets_weights(weight: Tensor, target: Tensor, call: Call, layout: Layout) -> Tensor:
     """The weight of each row's target where it is one of this rank's classes, else 0."""
-    classes, index = weight.shape[0], target.to(torch.int64) - layout.offset
-    own = (index >= 0) & (index < classes) & (target != call.options.ignore_index)
-    return torch.cat([weight, weight.new_zeros([1])])[torch.where(own, index, classes)]
+    index, here = target.to(torch.int64), layout.ranges()[layout.rank]
+    own = (index >= here.start) & (index < here.stop) & (index != call.options.ignore_index)
+    return torch.cat([weight, weight.new_zeros([1])])[torch.where(own, index - here.start, weight.shape[0])]
 
 
 def _first_bad(target: Tensor, ignore_index: int, classes: int) -> Bad | None:
