@@ -166,6 +166,8 @@ def test_dtensors_break_graphs(team):
 def collectives(rank, group, placements, options):
     mesh = mesh_of(2, 2)
     x, target, options = problem(1, (8, 10), torch.float32, False, options)
+    if options.pop("shard", False):
+        options["weight"] = distribute_tensor(options["weight"], mesh, [R, Shard(0)])
     logits, labels = distribute_tensor(x, mesh, placements), target
     logits.requires_grad_()
     with Collectives() as forward:
@@ -179,6 +181,9 @@ def test_what_travels(team):
     """Over the classes the statistics of this rank's rows; over the rows one number for the mean, one for the sum."""
     for forward, backward in team.run(collectives, 4, [Shard(0), Shard(1)], {}):
         assert sorted(forward) == sorted([8, 56 + 4 * 12, 4, 4]) and backward == []
+    for forward, backward in team.run(collectives, 4, [Shard(0), Shard(1)], {"weight": True, "shard": True}):
+        # of the denominators over the classes and the rows; the weights of targets travel with the statistics
+        assert sorted(forward) == sorted([8, 16, 56 + 4 * 16, 4, 4]) and backward == []
     for forward, backward in team.run(collectives, 4, [R, Shard(1)], {"reduction": "sum"}):
         assert forward == [56 + 8 * 12] and backward == []
 

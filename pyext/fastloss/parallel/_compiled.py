@@ -208,8 +208,9 @@ def _keep_in_order(operator: Any) -> None:
         graph, first = V.graph, len(V.graph.operations)
         found = ir.FallbackKernel.create(operator, *args, **kwargs)
         last: Any = graph.effectful_ops.get(EffectType.ORDERED)
-        for each in graph.operations[first:] if last is not None else ():
-            graph.additional_star_deps[each.get_operation_name()].add(last.get_name())
+        noted: Any = getattr(graph, "additional_star_deps", None)  # not in every torch
+        for each in graph.operations[first:] if last is not None and noted is not None else ():
+            noted[each.get_operation_name()].add(last.get_name())
         return tree_map(lambda x: x.wrap_for_lowering() if isinstance(x, ir.IRNode) else x, found)
 
     register_lowering(operator, type_promotion_kind=None)(lower)

@@ -147,10 +147,24 @@ def _counts(target: Tensor, ignored: Sequence[int]) -> Tensor:
     return torch.stack([target.to(torch.int64) == i for i in ignored]).any(0).logical_not()
 
 
+class OwnClasses(NamedTuple):
+    """Those whose weights a rank has, from ``first`` on, where each rank of ``group`` has those of its own."""
+
+    first: int
+    group: Any
+
+
 def denominators(
-    target: Tensor, soft_rows: Sequence[int] | None, g: Given, ignored: Sequence[int], groups: Sequence[Any]
+    target: Tensor,
+    soft_rows: Sequence[int] | None,
+    g: Given,
+    ignored: Sequence[int],
+    groups: Sequence[Any],
+    own: OwnClasses | None = None,
 ) -> Denominators:
     """Of rows that are sharded over ``groups``, from this rank's. ``soft_rows``: the shape of rows of probabilities.
+
+    ``own``: which of the classes ``g.weight`` has; None: all.
 
     The z-loss is divided by the count of the targets instead of their weights' sum, so that with both the weights are
     multiplied by the ratio, see ``chunked.with_denominators``.
@@ -163,10 +177,12 @@ def denominators(
     shares = torch.where(counts, 1.0 if s is None else s, 0.0).double()
     if g.weight is None:
         return Denominators(sum_over(shares.sum(), groups), None)
-    index = target.to(torch.int64)
-    index = torch.where((index >= 0) & (index < g.weight.shape[0]), index, 0)  # a bad one is reported later
-    weights = torch.where(counts, shares * g.weight.detach().double()[index], 0.0)
-    count, total = sum_over(torch.stack([shares.sum(), weights.sum()]), groups)
+    index, none = target.to(torch.int64) - (0 if own is None else own.first), g.weight.shape[0]
+    index = torch.where((index >= 0) & (index < none), index, none)  # another rank's, or a bad one, reported later
+    per_class = torch.cat([g.weight.detach().double(), shares.new_zeros([1])])
+    weights = torch.where(counts, shares * per_class[index], 0.0).sum()
+    weights = weights if own is None else summed(weights, own.group)
+    count, total = sum_over(torch.stack([shares.sum(), weights]), groups)
     if not g.z_loss:
         return Denominators(total, g.weight)
     ratio = torch.where((count == 0) & (total == 0), 1.0, count / total)  # 1: no target counts
@@ -295,9 +311,11 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
     groups = [axes.mesh.get_group(axis) for axis in axes.data]
     ignored = _rowwise.ignore_indices(p.function, g.ignore_index)
     if groups and g.reduction == "mean" and g.normalizer is None:
-        if over_classes is not None and not p.soft:  # their sum needs all of them
-            over_classes, g = None, g._replace(weight=_whole_weight(g.weight, axes, p.classes))
-        normalizer, weight = denominators(target, p.local_rows if p.soft else None, g, ignored, groups)
+        own = None
+        if over_classes is not None and axes.classes is not None:
+            before = _sizes(p.classes, axes)[: axes.mesh.get_local_rank(axes.classes)]
+            own = OwnClasses(sum(before), axes.mesh.get_group(axes.classes))
+        normalizer, weight = denominators(target, p.local_rows if p.soft else None, g, ignored, groups, own)
         g = g._replace(normalizer=normalizer, weight=weight)
     rounded = _rounded_later(p, target, g) if groups else None
     if rounded is not None:
@@ -463,14 +481,6 @@ def _class_placements(axes: Axes) -> tuple[Any, ...]:
     from torch.distributed.tensor import Shard
 
     return tuple(Shard(0) if axis == axes.classes else p for axis, p in enumerate(axes.replicated))
-
-
-def _whole_weight(shard: Any, axes: Axes, classes: int) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    placements, sizes = _class_placements(axes), torch.Size([classes])
-    placed = DTensor.from_local(shard.detach(), axes.mesh, placements, run_check=False, **_whole_shape(sizes))
-    return placed.full_tensor()  # type: ignore[no-any-return]
 
 
 def _whole_shape(shape: torch.Size) -> dict[str, Any]:
