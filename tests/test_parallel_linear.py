@@ -131,7 +131,8 @@ def test_what_travels(team):
     for forward, backward in team.run(collectives, 2, True):
         rows = ("allgather_base", 6 * 6 * 4)
         assert forward == [rows, statistics]
-        assert backward[0] == rows and backward[1:] == [("reduce_scatter_base", 4 * 6 * 4)] * 3
+        gathered, scattered = ("allgather_base", 2 * 6 * 4), ("reduce_scatter_base", 4 * 6 * 4)
+        assert backward == [gathered, *[gathered, scattered] * 2, scattered]  # the next chunk's input comes meanwhile
 
 
 def order(rank, group, sequence):

@@ -125,10 +125,15 @@ def given_layout(function: str, shard_sizes: Sequence[int], group: "ProcessGroup
 
 def gather(mine: Tensor, group: "ProcessGroup") -> Tensor:
     """The vectors of all ranks, which are equally long, [ranks, length]."""
+    return start_gather(mine, group, wait=True)[0]
+
+
+def start_gather(mine: Tensor, group: "ProcessGroup", wait: bool = False) -> tuple[Tensor, Any]:
+    """:func:`gather`, and the work to wait for before its result is looked at."""
     everyone = mine.new_empty([dist.get_world_size(group) * mine.numel()])
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name from torch 2.13 on
-    all_gather(everyone, mine, group=group)
-    return everyone.view(dist.get_world_size(group), mine.numel())
+    work = all_gather(everyone, mine, group=group, async_op=not wait)
+    return everyone.view(dist.get_world_size(group), mine.numel()), work
 
 
 # What the ranks of a group had when this one had so many classes.
@@ -318,4 +323,15 @@ def _poison(headers: Tensor) -> Tensor:
     return torch.where(fine.all(), 0.0, torch.nan)
 
 
-__all__ = ["Bad", "Gathered", "Layout", "Part", "exchange", "fingerprint", "gather", "given_layout", "process_group"]
+__all__ = [
+    "Bad",
+    "Gathered",
+    "Layout",
+    "Part",
+    "exchange",
+    "fingerprint",
+    "gather",
+    "given_layout",
+    "process_group",
+    "start_gather",
+]

@@ -160,11 +160,11 @@ def head_gradients(
     """
     x, weight, bias, logits = linear
     target, class_weight, sample_weight, saved, entropy = known[:5]
-    everything = _all_rows(x, call, head).detach()
-    count, features = everything.shape
+    x = x.detach()
+    mine, features = x.shape  # rows of each rank's input
     ranks = dist.get_world_size(call.group) if head.gathered else 1
-    mine = count // ranks  # rows of each rank's input
-    products = _products(everything, weight, bias, head, needs[:3])
+    count = mine * ranks
+    products = _products(x, weight, bias, head, needs[:3])
     # Every rank makes the same chunks, for each of which there is a collective.
     step = max(1, head.rows(count, features, max(layout.sizes), x.device) // ranks)
     z = (
@@ -176,14 +176,19 @@ def head_gradients(
     grad_x = x.new_empty([mine, features], dtype=products.held) if needs[0] else None
     grad_target = torch.empty_like(target, memory_format=torch.contiguous_format) if needs[3] else None
     grad_class_weight = torch.zeros_like(class_weight[layout.ranges()[layout.rank]]) if needs[4] else None
-    started = []
+    started, coming = [], _input_of_chunk(x[:step], call, head)
     for begin in range(0, max(mine, 1), step):
         rows = slice(begin, min(begin + step, mine))
 
         def pick(whole: Tensor, rows: slice = rows) -> Tensor:  # of each rank's rows
             return whole.view(ranks, mine, *whole.shape[1:])[:, rows].flatten(0, 1)
 
-        x_rows = products.cast(pick(everything))
+        arriving, work = coming
+        if work is not None:
+            work.wait()
+        if rows.stop < mine:  # while this chunk is computed
+            coming = _input_of_chunk(x[rows.stop : rows.stop + step], call, head)
+        x_rows = products.cast(arriving)
         if z is None:
             assert logits is not None
             part = pick(logits[:count])
@@ -212,11 +217,19 @@ def head_gradients(
                 partial.zero_()
             started.append((_start_sum(partial, grad_x[rows], call, head), partial))
         products.by_weight_and_bias(by_logits, x_rows)
-    for work, _ in started:
-        work.wait()
+    for summing, _ in started:
+        summing.wait()
     found = grad_x, products.grad_weight, products.grad_bias, grad_target, grad_class_weight
     dtypes = x, weight, bias, target, class_weight
     return tuple(None if g is None else g.to(like.dtype) for g, like in zip(found, dtypes, strict=True))
+
+
+def _input_of_chunk(x: Tensor, call: Call, head: Head) -> tuple[Tensor, Any]:
+    """The input's rows of a chunk, of this rank or of all, and the work to wait for, or None."""
+    if not head.gathered:
+        return x, None
+    everyone, work = _exchange.start_gather(x.reshape(-1), call.group)
+    return everyone.view(-1, x.shape[1]), work
 
 
 def _start_sum(partial: Tensor, out: Tensor, call: Call, head: Head) -> Any:
@@ -340,7 +353,7 @@ def linear_cross_entropy(
         memory_budget: as :func:`fastloss.linear_cross_entropy`; the same on every rank.
         sequence_parallel: ``input`` has this rank's rows alone, equally many on each rank, in rank order along its
             first dimension; ``target`` and ``sample_weight`` have those of all ranks. The input is gathered in forward
-            and again in backward, and its gradient scattered instead of summed everywhere.
+            and, a chunk at a time, again in backward, and its gradient scattered instead of summed everywhere.
         reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, all_ignored,
             zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
 
