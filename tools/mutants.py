@@ -56,6 +56,8 @@ EQUIVALENT: list[tuple[str, int, str]] = [
     ("blockIdx.x < inner_tiles ? 0", 1, "the loop wraps round"),
     ("blockIdx.x < inner_tiles ? 0", -1, "saves a division, the quotient is 0"),
     ("base < classes; base += chunk", 1, "classes past the last one are -inf"),
+    ("c0 < p.a.classes; c0 += kTogether", 1, "classes past the last one are -inf"),
+    ("col < a.cols; col += parts * blockDim.x * step", 1, "a group past the row has no element"),
     ("count >= kGroup && run_from(p, i) >= kGroup", 1, "the same one element at a time"),
     ("k * lanes >= classes) break;  // spares the rest", 1, "what follows has a guard of its own"),
 ]
