@@ -220,6 +220,30 @@ def test_both_gradients_of_rmse(cached, device, monkeypatch):
         torch.testing.assert_close(alone, torch.autograd.grad(want, t)[0])
 
 
+@reductions
+@pytest.mark.parametrize("name", (*OURS, "binary_cross_entropy", "binary_cross_entropy_with_logits"))
+def test_weights_of_elements_and_samples_are_multiplied_wide(name, reduction, device):
+    """In halves the product would overflow, and for a loss in float64 that of float32 would be rounded."""
+    function = SPECS[name].function
+    for dtype, narrow, wide in (
+        (torch.float16, torch.float16, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+    ):
+        x, t = (v.detach().sigmoid() / 64 for v in pair(4, 3, device=device, dtype=dtype))
+        w, s = (
+            torch.full((4, 3), 300.1, device=device, dtype=narrow),
+            torch.full((4,), 299.9, device=device, dtype=narrow),
+        )
+        results = []
+        for weight, sample_weight in ((w, s), (w, s.to(wide)), (w.to(wide) * s.to(wide)[:, None], None)):
+            leaf = x.clone().requires_grad_()
+            loss = function(leaf, t, reduction=reduction, weight=weight, sample_weight=sample_weight)
+            results.append((loss.detach().to(dtype), *torch.autograd.grad(loss.sum(), leaf)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert not results[0][0].isnan().any()
+
+
 def test_rmse_of_residuals_of_all_sizes(device):
     """Squares that overflow or vanish in float32 in some stretches of a row and not in others; weights that hide it."""
     sizes = torch.tensor([1e-30, 1e-19, 1e-10, 1.0, 1e18, 1e19, 1e25, 0.0])

@@ -230,7 +230,8 @@ def refuse_rehearsal(function: str) -> None:
     """Of a function that no engine serves: better no explanation than a wrong one."""
     if _steps is not None:
         raise NotImplementedError(
-            f"explain(): {function}() is no loss; its documentation says what it computes and how"
+            f"explain(): {function}() makes a gradient of its own, of which explain() does not know; its documentation "
+            "says what it computes and how"
         )
 
 

@@ -74,6 +74,11 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         leave to torch (a direct call raises for them, but for sparse probabilities, which it makes dense). Of jagged
         nested tensors, which :func:`fastloss.patch` leaves to torch as well, it is about the direct call.
 
+    Raises:
+        NotImplementedError: ``fastloss.parallel``, ``token_log_probs``, and of what takes hidden states all but
+            :func:`fastloss.linear_cross_entropy`: these make their gradients by themselves.
+        TypeError: the first argument is neither a loss nor its input.
+
     Example::
 
         >>> print(fastloss.explain(fastloss.l1_loss, x, t, reduction="sum").gradient)

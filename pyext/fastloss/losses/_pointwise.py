@@ -329,6 +329,17 @@ def per_sample(function: str, sample_weight: Tensor, shape: torch.Size) -> Tenso
     return sample_weight.view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else sample_weight
 
 
+def with_sample_weight(
+    function: str, weight: Tensor | None, sample_weight: Tensor, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """The weight of each element times that of its sample, for a loss of ``dtype``."""
+    if weight is not None and sample_weight.dtype in DTYPE_CODES:
+        # The product is rounded no more than the loss's sums are, and halves do not overflow in it.
+        sample_weight = sample_weight.to(torch.promote_types(weight.dtype, accum_dtype(dtype)))
+    by_sample = per_sample(function, sample_weight, shape)
+    return by_sample if weight is None else weight * by_sample
+
+
 def broadcast_weight(function: str, name: str, t: Tensor | None, input: Tensor) -> Tensor | None:
     """A weight in the input's shape, of a dtype that the kernels read; torch's exception if it does not broadcast."""
     if t is None:
@@ -510,8 +521,7 @@ def check(
             code = SUM if code == MEAN and weight.numel() and not input.numel() else code  # 0 over that sum
         weight = _expand(function, "weight", weight, shape)
     if sample_weight is not None:
-        by_sample = per_sample(function, sample_weight, shape)
-        weight = by_sample if weight is None else weight * by_sample
+        weight = with_sample_weight(function, weight, sample_weight, shape, dtype)
         denominator = denominator or 1.0
     if mask is not None:
         mask = expanded_mask(function, mask, shape)

@@ -119,8 +119,7 @@ def _checked(
         raise NotImplementedError(f"{_NAME}(): at most {_pointwise.MAX_DIMS} dimensions; flatten some of them")
     weight = _pointwise.broadcast_weight(_NAME, "weight", weight, input)
     if sample_weight is not None:
-        per_sample = _pointwise.per_sample(_NAME, sample_weight, input.shape)
-        weight = per_sample if weight is None else weight * per_sample
+        weight = _pointwise.with_sample_weight(_NAME, weight, sample_weight, input.shape, dtype)
     if mask is not None:
         mask = _pointwise.expanded_mask(_NAME, mask, input.shape)
     return Operands(input, target, weight, mask, reduction, 0.0, dtype)

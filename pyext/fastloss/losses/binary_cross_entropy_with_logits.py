@@ -125,8 +125,7 @@ def _checked(
         _pointwise.broadcast_weight(_NAME, name, others[name], input) for name in ("weight", "pos_weight")
     )
     if sample_weight is not None:
-        per_sample = _pointwise.per_sample(_NAME, sample_weight, input.shape)
-        weight = per_sample if weight is None else weight * per_sample
+        weight = _pointwise.with_sample_weight(_NAME, weight, sample_weight, input.shape, dtype)
     if mask is not None:
         mask = _pointwise.expanded_mask(_NAME, mask, input.shape)
     return Operands(input, target, weight, mask, reduction, 0.0, dtype, () if pos_weight is None else (pos_weight,))
