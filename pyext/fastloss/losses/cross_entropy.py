@@ -21,8 +21,8 @@ from .._recorded import not_scriptable, record, recordable, recording
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from . import _rowwise
 
-# Numbers of the row maps.
-ROW_MAPS = {name: number for number, (name, _) in enumerate(formulas.ROW_MAP_KINDS)}
+# Of the row maps, by name.
+ROW_MAP_NUMBERS = {name: number for number, (name, _) in enumerate(formulas.ROW_MAP_KINDS)}
 # The other bits of `flags`, as in cross_entropy_torch.cpp.
 SAVE, GRAD, STATS = 1, 2, 16
 

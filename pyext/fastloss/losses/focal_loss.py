@@ -11,7 +11,7 @@ from .. import _arguments
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAPS, given, run
+from .cross_entropy import ROW_MAP_NUMBERS, given, run
 
 
 @recordable
@@ -73,7 +73,7 @@ def focal_loss(
     if recording():
         return record("focal_loss", arguments)
     gamma = _arguments.as_non_negative("focal_loss", "gamma", gamma)
-    return run("focal_loss", input, target, given(arguments), ROW_MAPS["focal"], float(gamma))
+    return run("focal_loss", input, target, given(arguments), ROW_MAP_NUMBERS["focal"], float(gamma))
 
 
 class FocalLoss(CrossEntropyModule):

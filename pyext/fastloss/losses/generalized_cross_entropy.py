@@ -11,7 +11,7 @@ from .. import _arguments
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAPS, given, run
+from .cross_entropy import ROW_MAP_NUMBERS, given, run
 
 
 @recordable
@@ -82,7 +82,12 @@ def generalized_cross_entropy(
             f"generalized_cross_entropy(): q must be above 0 and at most 1, got {q}; for 0 use cross_entropy"
         )
     return run(
-        "generalized_cross_entropy", input, target, given(arguments), ROW_MAPS["generalized_cross_entropy"], float(q)
+        "generalized_cross_entropy",
+        input,
+        target,
+        given(arguments),
+        ROW_MAP_NUMBERS["generalized_cross_entropy"],
+        float(q),
     )
 
 

@@ -11,7 +11,7 @@ from .. import _arguments
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAPS, given, run
+from .cross_entropy import ROW_MAP_NUMBERS, given, run
 
 
 @recordable
@@ -76,7 +76,7 @@ def poly1_loss(
     epsilon = _arguments.as_float("poly1_loss", "epsilon", epsilon)
     if not -1 <= epsilon < float("inf"):
         raise ValueError(f"poly1_loss(): epsilon must be -1 or more, and finite, got {epsilon}")
-    return run("poly1_loss", input, target, given(arguments), ROW_MAPS["poly1"], float(epsilon))
+    return run("poly1_loss", input, target, given(arguments), ROW_MAP_NUMBERS["poly1"], float(epsilon))
 
 
 class Poly1Loss(CrossEntropyModule):

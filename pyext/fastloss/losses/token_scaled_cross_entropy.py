@@ -10,7 +10,7 @@ from torch.overrides import has_torch_function_variadic
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAPS, given, run
+from .cross_entropy import ROW_MAP_NUMBERS, given, run
 
 
 @recordable
@@ -73,7 +73,7 @@ def token_scaled_cross_entropy(
         )
     if recording():
         return record("token_scaled_cross_entropy", arguments)
-    return run("token_scaled_cross_entropy", input, target, given(arguments), ROW_MAPS["token_scaled"])
+    return run("token_scaled_cross_entropy", input, target, given(arguments), ROW_MAP_NUMBERS["token_scaled"])
 
 
 class TokenScaledCrossEntropyLoss(CrossEntropyModule):
