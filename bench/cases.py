@@ -36,7 +36,7 @@ _WITH_GOALS = ("l1_loss", "mse_loss", "rmse_loss")
 BCE, FOCAL, DICE = "binary_cross_entropy_with_logits", "focal_loss", "dice_loss"
 DICE_CE, TVERSKY = "dice_ce_loss", "focal_tversky_loss"
 OF_AREAS = (DICE, DICE_CE, TVERSKY)  # from sums over all pixels
-TOKENS = "token_log_probs"
+TOKENS, NLL = "token_log_probs", "nll_loss"
 SIGMOID_FOCAL, ASYMMETRIC = "sigmoid_focal_loss", "asymmetric_loss"
 TRIPLET, COSINE, MULTILABEL = "triplet_margin_loss", "cosine_embedding_loss", "multilabel_soft_margin_loss"
 CHARBONNIER, QUANTILE, RMSLE = "charbonnier_loss", "quantile_loss", "rmsle_loss"
@@ -243,6 +243,8 @@ class Case:
 
     def fewest_bytes(self, mode: str) -> tuple[int, int]:
         """(read, written) by an implementation that moves nothing twice."""
+        if self.loss == NLL:  # one number of each row
+            return self.bytes // self.shape[1], 0 if mode == FORWARD else self.bytes
         reads = 2 if self.soft or self.elementwise or self.loss in DIVERGENCES else 1
         if self.loss in (TRIPLET, *_FURTHER):
             reads = 3
@@ -257,7 +259,7 @@ class Case:
 
     @property
     def exps(self) -> int:
-        linear = (*POINTWISE, *_VECTORS, CHARBONNIER, QUANTILE, "hinge_embedding_loss", "margin_ranking_loss")
+        linear = (*POINTWISE, *_VECTORS, NLL, CHARBONNIER, QUANTILE, "hinge_embedding_loss", "margin_ranking_loss")
         if self.loss in linear:
             return 0
         return self.numel * (2 if self.loss in DIVERGENCES else 1)  # one for each logit
@@ -413,6 +415,8 @@ CPU = [
     Case("ArcFace 2048x32000 float32", (2048, 32000), "float32", loss="arcface_loss", detail=True),
     *(Case(f"{name} 1024x64 float32", (1024, 64), "float32", _FROM_HERE_UP, loss, systems=_TWO, detail=True)
       for name, loss in (("Poly-1", "poly1_loss"), ("Generalized CE", "generalized_cross_entropy"), ("Token-scaled CE", "token_scaled_cross_entropy"), ("ArcFace", "arcface_loss"), ("CosFace", "cosface_loss"))),  # noqa: E501
+    *(Case(f"NLL {name} float32", shape, "float32", _FROM_HERE_UP, NLL, systems=_TWO, detail=True)
+      for name, shape in (("8192x1000", (8192, 1000)), ("2x21x512x512", (2, 21, 512, 512)))),
     Case("Dice 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(4.5, 3), DICE, own={"activation": "softmax"}),
     Case("Dice and CE 2x21x512x512 float32", (2, 21, 512, 512), "float32", _both(6, 3), DICE_CE),
     Case("Focal Tversky 2x21x512x512 float32", (2, 21, 512, 512), "float32", loss=TVERSKY, detail=True),
