@@ -1,10 +1,12 @@
 """Building and installing: what holds before anything is compiled, and what a user is told when it cannot be."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import fastloss
 import pytest
 from fastloss import _version
 from fastloss.__main__ import code_for
@@ -124,3 +126,12 @@ def test_import_checks_the_version_of_torch(tmp_path):
 )
 def test_which_code_a_gpu_runs(gpu, said):
     assert said in code_for(*gpu, ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+
+
+def test_the_package_does_without_its_testing():
+    """fastloss.testing is for tests, of users too; what it needs stands elsewhere."""
+    package = Path(fastloss.__file__).parent
+    modules = [path for path in package.rglob("*.py") if "testing" not in path.relative_to(package).parts]
+    assert len(modules) > 50
+    for path in modules:
+        assert not re.search(r"^\s*(from|import)\s[^#\n]*\btesting\b", path.read_text(), re.M), path
