@@ -28,12 +28,11 @@ void add_terms(const S* x, int64_t stride, int64_t count, accum_t<S> x_t, const 
   for (int k = 0; k < Loss::sums; ++k) sums[k] += pairwise_sum(lanes[k], kLanes, 1);
 }
 
-// The loss of a row [classes] with target t, before its weight.
+// The loss of a row [classes] with target t, before its weight. The row is looked at where there are sums.
 template <class Loss, class S>
-FinishedRow finish_row(const RowLossArgs& a, const S* row, int64_t t) {
+FinishedRow finish_row(const RowLossArgs& a, const S* row, int64_t t, accum_t<S> x_t) {
   using T = accum_t<S>;
   const int64_t stride = a.input_strides.cls;
-  const T x_t = Loss::linear && !row ? T(0) : to_accum(row[t * stride]);
   double sums[Loss::sums + 1] = {};
   if constexpr (Loss::sums > 0) {
     const RowParams<T> p = row_params<T>(a);
@@ -48,6 +47,21 @@ S* row_of(S* x, const Strides& s, int64_t row, int64_t inner) {
   return x + row / inner * s.outer + row % inner * s.inner;
 }
 
+// The rows from `first` on, one after the other.
+template <class S>
+struct RowWalk {
+  const S* at;
+  int64_t place, inner;
+  Strides strides;
+
+  RowWalk(const S* x, const Strides& s, int64_t first, int64_t inner)
+      : at(row_of(x, s, first, inner)), place(first % inner), inner(inner), strides(s) {}
+  void next() {
+    at += strides.inner;
+    if (++place == inner) place = 0, at += strides.outer - inner * strides.inner;
+  }
+};
+
 template <class Loss, class S>
 Status row_loss_forward(const RowLossArgs& a, ParallelFor parallel_for) {
   using T = accum_t<S>;
@@ -57,33 +71,57 @@ Status row_loss_forward(const RowLossArgs& a, ParallelFor parallel_for) {
   const int64_t block = Loss::sums == 0 ? kRows : clamp_to(kElements / (a.classes + 1), 1, kRows);
   const int64_t rows = a.rows(), blocks = (rows + block - 1) / block;
   Scratch<RowLossPart> parts(blocks > 0 ? blocks : 1);
-  auto over_blocks = [&](const auto& row_body) {
-    parallel(parallel_for, blocks, Loss::sums == 0 ? 4 : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        RowLossPart p{0, 0, -1};
-        for (int64_t row = i * block; row < min_of(rows, (i + 1) * block); ++row) row_body(row, p);
-        parts[i] = p;
+  // What a block adds up. A bad target ends it: nobody will look at what has been stored. The elements of some rows'
+  // targets are read in a loop of their own, and asked for before: each is a miss, and with all else that is done about
+  // a row the processor would wait for few of them at a time.
+  const RowLossArgs call = a;  // a copy, which no store can change
+  const auto block_of = [&](const auto* target, int64_t first, int64_t last) {
+    constexpr int64_t kBatch = 64;
+    const int64_t cls = call.input_strides.cls;
+    const bool each = call.reduction == Reduction::none, by_class = weight && !call.mean_over_rows;
+    T x_t[kBatch];
+    double w[kBatch];  // of a row that does not count 0
+    RowLossPart p{0, 0, -1};
+    RowWalk<S> rows_read(x, call.input_strides, first, call.inner), rows_finished = rows_read, rows_ahead = rows_read;
+    const auto ask = [&](int64_t begin) {
+      for (int64_t row = begin; row < min_of(begin + kBatch, last); ++row, rows_ahead.next())
+        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(rows_ahead.at) +
+                                                         uintptr_t(int64_t(target[row]) * cls) * sizeof(S)));
+    };
+    if (Loss::sums == 0) ask(first);
+    for (int64_t begin = first; begin < last; begin += kBatch) {
+      if (Loss::sums == 0) ask(begin + kBatch);
+      const int64_t n = min_of(kBatch, last - begin);
+      for (int64_t j = 0; j < n; ++j, rows_read.next()) {
+        const int64_t t = int64_t(target[begin + j]);
+        const bool counts = call.counts(t);
+        if (counts && !call.has_class(t)) {
+          p.bad = begin + j;
+          return p;
+        }
+        x_t[j] = counts ? T(to_accum(rows_read.at[t * cls])) : T(0);
+        w[j] = !counts ? 0.0 : weight ? double(weight[t]) : 1.0;
+        p.weight += by_class ? w[j] : double(counts);
       }
-    });
+      for (int64_t j = 0; j < n; ++j) {
+        double loss = 0;
+        if (Loss::sums == 0 || call.counts(int64_t(target[begin + j])))
+          loss = w[j] * finish_row<Loss>(call, rows_finished.at, int64_t(target[begin + j]), x_t[j]).value;
+        p.loss += loss;
+        if (each) store_scalar(call.loss, call.loss_type, begin + j, loss + 0.0);
+        if (Loss::sums > 0) rows_finished.next();
+      }
+    }
+    return p;
   };
-  // First the targets alone, so that a bad one leaves nothing half done.
-  over_blocks([&](int64_t row, RowLossPart& p) {
-    const int64_t t = load_index(a.target, a.index_type, row);
-    if (a.counts(t) && !a.has_class(t) && p.bad < 0) p.bad = row;
+  with_index(a.index_type, [&](auto* tag) {
+    const auto* target = static_cast<decltype(tag)>(a.target);
+    parallel(parallel_for, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) parts[i] = block_of(target, i * block, min_of(rows, (i + 1) * block));
+    });
   });
   for (int64_t i = 0; i < blocks; ++i)
     if (parts[i].bad >= 0) return {Status::bad_target, parts[i].bad, load_index(a.target, a.index_type, parts[i].bad)};
-  over_blocks([&](int64_t row, RowLossPart& p) {
-    const int64_t t = load_index(a.target, a.index_type, row);
-    double loss = 0;
-    if (a.counts(t)) {
-      const double w = weight ? double(weight[t]) : 1.0;
-      loss = w * finish_row<Loss>(a, row_of(x, a.input_strides, row, a.inner), t).value;
-      p.weight += a.mean_over_rows ? 1 : w;
-      p.loss += loss;
-    }
-    if (a.reduction == Reduction::none) store_scalar(a.loss, a.loss_type, row, loss + 0.0);
-  });
   constexpr int64_t stride = sizeof(RowLossPart) / sizeof(double);
   const double total = pairwise_sum(&parts[0].loss, blocks, stride);
   const double total_weight = pairwise_sum(&parts[0].weight, blocks, stride);
@@ -139,8 +177,10 @@ Status row_loss_backward(const RowLossArgs& a, ParallelFor parallel_for) {
         for (int64_t i = first; i < last; ++i) {
           const int64_t row = o * a.inner + i, t = target_of(row);
           if (t < 0) continue;
-          const S* elements = Loss::linear ? nullptr : row_of(x, a.input_strides, row, a.inner);
-          const double at = finish_row<Loss>(a, elements, t).at_target;
+          T x_t = 0;
+          if constexpr (!Loss::linear)
+            x_t = to_accum(row_of(x, a.input_strides, row, a.inner)[t * a.input_strides.cls]);
+          const double at = finish_row<Loss, S>(a, nullptr, t, x_t).at_target;
           p[t * g.cls + i * g.inner] = from_accum<S, double>(scaled(at, t, row));
         }
       }
@@ -156,8 +196,9 @@ Status row_loss_backward(const RowLossArgs& a, ParallelFor parallel_for) {
           continue;
         }
         const S* elements = row_of(x, a.input_strides, row, a.inner);
-        const FinishedRow finished = finish_row<Loss>(a, elements, t);
-        const T factor = T(scaled(finished.factor, t, row)), x_t = to_accum(elements[t * a.input_strides.cls]);
+        const T x_t = to_accum(elements[t * a.input_strides.cls]);
+        const FinishedRow finished = finish_row<Loss>(a, elements, t, x_t);
+        const T factor = T(scaled(finished.factor, t, row));
         for (int64_t c = 0; c < a.classes; ++c) {
           const T slope = Loss::slope(to_accum(elements[c * a.input_strides.cls]), x_t, p);
           to[c * g.cls] = from_accum<S, T>(slope == T(0) ? T(0) : slope * factor);

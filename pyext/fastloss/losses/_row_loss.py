@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _arguments, errors, formulas
 from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
-from .._library import DTYPE_CODES, DTYPES, NONE, loop_vmap, ops
+from .._library import DTYPE_CODES, DTYPES, NONE, REDUCTIONS, direct, loop_vmap, ops
 from . import _rowwise
 
 NAMES: list[str] = ops.row_losses().split()
@@ -73,6 +73,13 @@ class _RowLoss(Rules):
         return str(_call(ops.row_loss_regime, *tensors, o=o))
 
 
+    def plain_value(self, input: Tensor, target: Tensor, o: Options) -> Tensor:
+        parameters = list(o[-4:])[: len(formulas.ROW_LOSSES[NAMES[o.loss]].parameters)]
+        return _value(input, target, None, o.loss, parameters, *o[1:5])  # type: ignore[no-any-return]
+
+
+_value = direct(ops.row_loss_value)
+
 # ------------------------------------------------------------------------------------------------ fake kernels, vmap
 
 
@@ -101,6 +108,14 @@ for _name in ("value", "forward", "backward"):
 
 _engine = Engine(_RowLoss())
 
+# Of a call of a loss without parameters that leaves everything but the reduction at its default.
+_USUAL_OPTIONS = {
+    (name, reduction, dtype): Options(number, code, DTYPE_CODES[dtype])
+    for number, name in enumerate(NAMES)
+    for reduction, code in REDUCTIONS.items()
+    for dtype in DTYPE_CODES
+}
+
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -125,6 +140,11 @@ def run(
         flags: see above.
         same_dtype: the weight must have the input's dtype; otherwise any floating one will do.
     """
+    usual = weight is None and type(reduction) is str and type(ignore_index) is int and ignore_index == -100
+    if usual and not (params or flags) and _rowwise.is_usual(input, target):
+        o = _USUAL_OPTIONS.get((function, reduction, input.dtype))
+        if o is not None and _arguments.autocast_dtype(input.dtype, input.device) is input.dtype:
+            return _engine.plain(input, target, o, fusable=False)
     red = _arguments.reduction_code(reduction)
     _arguments.require_tensor("input", input, function)
     _arguments.require_tensor("target", target, function)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _arguments
+from .. import _arguments, errors
+from .._autograd import ordinary
 from .._library import DTYPE_CODES
 
 INDEX_DTYPES = frozenset(
@@ -16,6 +17,28 @@ INDEX_DTYPES = frozenset(
 def row_shape(logits: Tensor) -> list[int]:
     """Of logits [N, C, d1, ...]: the shape of an index target."""
     return [*logits.shape[:1], *logits.shape[2:]]
+
+
+def is_usual(input: Any, target: Any) -> bool:
+    """Whether these are rows [N, C] and class indices [N] of which a loss would say nothing and change nothing: what
+    most calls have, seen at once for small inputs' sake."""
+    try:
+        if not (
+            ordinary()
+            and type(input) is type(target) is Tensor
+            and ((input.is_cpu and target.is_cpu) or _usual_on_cuda(input, target))
+            and target.dtype is torch.int64
+            and input.layout is target.layout is torch.strided
+        ):
+            return False
+        rows, classes = input.shape
+        return target.shape == (rows,) and rows != 0 != classes
+    except (RuntimeError, ValueError):  # strided nested tensors have no shape; other dimensions
+        return False
+
+
+def _usual_on_cuda(input: Tensor, target: Tensor) -> bool:
+    return input.is_cuda and input.device == target.device and not errors.immediate_errors()
 
 
 def index_target(target: Tensor) -> Tensor:

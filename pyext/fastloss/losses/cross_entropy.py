@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .. import _arguments, errors, formulas
-from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype, ordinary
+from .._autograd import Engine, Grads, Needs, Path, Rules, Tensors, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, direct, loop_vmap, ops
 from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
@@ -326,20 +326,7 @@ def _usual(
 ) -> Tensor | None:
     """The loss where nothing else is given and :func:`run` would find nothing to say or do: the common calls, for small
     inputs' sake. None where it might."""
-    try:
-        if not (
-            ordinary()
-            and type(input) is type(target) is Tensor
-            and type(reduction) is str
-            and ((input.is_cpu and target.is_cpu) or _usual_on_cuda(input, target))
-            and target.dtype is torch.int64
-            and input.layout is target.layout is torch.strided
-        ):
-            return None
-        rows, classes = input.shape
-        if target.shape != (rows,) or not (rows and classes):
-            return None
-    except (RuntimeError, ValueError):  # strided nested tensors have no shape; other dimensions
+    if type(reduction) is not str or not _rowwise.is_usual(input, target):
         return None
     dtype = input.dtype
     o, fusable = _USUAL_OPTIONS.get((reduction, dtype), _NO_OPTIONS)
@@ -356,16 +343,12 @@ def _usual(
         and weight.layout is torch.strided
         and not weight.is_nested
         and weight.dim() == 1
-        and weight.shape[0] == classes
+        and weight.shape[0] == input.shape[1]
         and weight.is_contiguous()
         and not weight.requires_grad
     ):
         return None
     return engine((input, target, weight, None, None), o)[0]
-
-
-def _usual_on_cuda(input: Tensor, target: Tensor) -> bool:
-    return input.is_cuda and input.device == target.device and not errors.immediate_errors()
 
 
 def _checked_options(function: str, g: Given) -> Given:
