@@ -72,7 +72,6 @@ class _RowLoss(Rules):
     def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
         return str(_call(ops.row_loss_regime, *tensors, o=o))
 
-
     def plain_value(self, input: Tensor, target: Tensor, o: Options) -> Tensor:
         parameters = list(o[-4:])[: len(formulas.ROW_LOSSES[NAMES[o.loss]].parameters)]
         return _value(input, target, None, o.loss, parameters, *o[1:5])  # type: ignore[no-any-return]
