@@ -71,53 +71,62 @@ Status row_loss_forward(const RowLossArgs& a, ParallelFor parallel_for) {
   const int64_t block = Loss::sums == 0 ? kRows : clamp_to(kElements / (a.classes + 1), 1, kRows);
   const int64_t rows = a.rows(), blocks = (rows + block - 1) / block;
   Scratch<RowLossPart> parts(blocks > 0 ? blocks : 1);
-  // What a block adds up. A bad target ends it: nobody will look at what has been stored. The elements of some rows'
-  // targets are read in a loop of their own, and asked for before: each is a miss, and with all else that is done about
-  // a row the processor would wait for few of them at a time.
+  // What a block adds up. A bad target ends it: nobody will look at what has been stored.
   const RowLossArgs call = a;  // a copy, which no store can change
+  const int64_t cls = call.input_strides.cls;
   const auto block_of = [&](const auto* target, int64_t first, int64_t last) {
-    constexpr int64_t kBatch = 64;
-    const int64_t cls = call.input_strides.cls;
-    const bool each = call.reduction == Reduction::none, by_class = weight && !call.mean_over_rows;
-    T x_t[kBatch];
-    double w[kBatch];  // of a row that does not count 0
     RowLossPart p{0, 0, -1};
-    RowWalk<S> rows_read(x, call.input_strides, first, call.inner), rows_finished = rows_read, rows_ahead = rows_read;
-    const auto ask = [&](int64_t begin) {
-      for (int64_t row = begin; row < min_of(begin + kBatch, last); ++row, rows_ahead.next())
-        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(rows_ahead.at) +
-                                                         uintptr_t(int64_t(target[row]) * cls) * sizeof(S)));
-    };
-    if (Loss::sums == 0) ask(first);
-    for (int64_t begin = first; begin < last; begin += kBatch) {
-      if (Loss::sums == 0) ask(begin + kBatch);
-      const int64_t n = min_of(kBatch, last - begin);
-      for (int64_t j = 0; j < n; ++j, rows_read.next()) {
-        const int64_t t = int64_t(target[begin + j]);
-        const bool counts = call.counts(t);
-        if (counts && !call.has_class(t)) {
-          p.bad = begin + j;
+    RowWalk<S> walk(x, call.input_strides, first, call.inner);
+    for (int64_t row = first; row < last; ++row, walk.next()) {
+      const int64_t t = int64_t(target[row]);
+      double loss = 0;
+      if (call.counts(t)) {
+        if (!call.has_class(t)) {
+          p.bad = row;
           return p;
         }
-        x_t[j] = counts ? T(to_accum(rows_read.at[t * cls])) : T(0);
-        w[j] = !counts ? 0.0 : weight ? double(weight[t]) : 1.0;
-        p.weight += by_class ? w[j] : double(counts);
-      }
-      for (int64_t j = 0; j < n; ++j) {
-        double loss = 0;
-        if (Loss::sums == 0 || call.counts(int64_t(target[begin + j])))
-          loss = w[j] * finish_row<Loss>(call, rows_finished.at, int64_t(target[begin + j]), x_t[j]).value;
+        const double w = weight ? double(weight[t]) : 1.0;
+        loss = w * finish_row<Loss>(call, walk.at, t, to_accum(walk.at[t * cls])).value;
+        p.weight += call.mean_over_rows ? 1 : w;
         p.loss += loss;
-        if (each) store_scalar(call.loss, call.loss_type, begin + j, loss + 0.0);
-        if (Loss::sums > 0) rows_finished.next();
       }
+      if (call.reduction == Reduction::none) store_scalar(call.loss, call.loss_type, row, loss + 0.0);
     }
     return p;
+  };
+  // The same of a loss of x_t alone that is summed up, in as few instructions as there can be: each element is a miss,
+  // and the processor waits for as many of them at a time as there are rows in its window.
+  const auto sums_of = [&](auto weighted, const auto* target, int64_t first, int64_t last) {
+    const bool over_rows = call.mean_over_rows, ignores = call.ignores;
+    const int64_t ignored = call.ignore_index, inner = call.inner;
+    const uint64_t classes = uint64_t(call.classes);
+    const int64_t step = inner == 1 ? call.input_strides.outer : call.input_strides.inner;
+    double loss = 0, total = 0;
+    for (int64_t begin = first, end; begin < last; begin = end) {
+      end = inner == 1 ? last : min_of(last, (begin / inner + 1) * inner);
+      const S* at = row_of(x, call.input_strides, begin, inner);
+      for (int64_t row = begin; row < end; ++row, at += step) {
+        const int64_t t = int64_t(target[row]);
+        if (t == ignored && ignores) continue;
+        if (uint64_t(t) >= classes) return RowLossPart{0, 0, row};
+        const double w = decltype(weighted)::value ? double(weight[t]) : 1.0;
+        loss += w * finish_row<Loss, S>(call, nullptr, t, to_accum(at[t * cls])).value;
+        total += over_rows ? 1.0 : w;
+      }
+    }
+    return RowLossPart{loss, total, -1};
+  };
+  const auto part_of = [&](const auto* target, int64_t first, int64_t last) {
+    if constexpr (Loss::sums == 0)
+      if (call.reduction != Reduction::none)
+        return weight ? sums_of(constant<true>{}, target, first, last)
+                      : sums_of(constant<false>{}, target, first, last);
+    return block_of(target, first, last);
   };
   with_index(a.index_type, [&](auto* tag) {
     const auto* target = static_cast<decltype(tag)>(a.target);
     parallel(parallel_for, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) parts[i] = block_of(target, i * block, min_of(rows, (i + 1) * block));
+      for (int64_t i = begin; i < end; ++i) parts[i] = part_of(target, i * block, min_of(rows, (i + 1) * block));
     });
   });
   for (int64_t i = 0; i < blocks; ++i)
