@@ -140,7 +140,7 @@ def run(
         same_dtype: the weight must have the input's dtype; otherwise any floating one will do.
     """
     usual = weight is None and type(reduction) is str and type(ignore_index) is int and ignore_index == -100
-    if usual and not (params or flags) and _rowwise.is_usual(input, target):
+    if usual and not (params or flags) and _rowwise.is_usual(input, target) and target.is_contiguous():
         o = _USUAL_OPTIONS.get((function, reduction, input.dtype))
         if o is not None and _arguments.autocast_dtype(input.dtype, input.device) is input.dtype:
             return _engine.plain(input, target, o, fusable=False)
