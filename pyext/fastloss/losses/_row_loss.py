@@ -73,8 +73,7 @@ class _RowLoss(Rules):
         return str(_call(ops.row_loss_regime, *tensors, o=o))
 
     def plain_value(self, input: Tensor, target: Tensor, o: Options) -> Tensor:
-        parameters = list(o[-4:])[: len(formulas.ROW_LOSSES[NAMES[o.loss]].parameters)]
-        return _value(input, target, None, o.loss, parameters, *o[1:5])  # type: ignore[no-any-return]
+        return _call(_value, input, target, None, o=o)  # type: ignore[no-any-return]
 
 
 _value = direct(ops.row_loss_value)

@@ -70,22 +70,26 @@ class Options(NamedTuple):
     flags: int = 0
 
 
-_DEFAULTS = tuple(Options._field_defaults.values())
+_DEFAULTS = tuple(Options._field_defaults.values())[:-1]
 
 
 _plain_value, _plain_grad = direct(ops.cross_entropy_plain_value), direct(ops.cross_entropy_plain_grad)
 
 
+def _is_bare(tensors: Tensors, o: Options) -> bool:
+    """Logits and target are given, and nothing else."""
+    return tensors[2] is tensors[3] is tensors[4] is None and o[2:-1] == _DEFAULTS
+
+
 def _is_plain(tensors: Tensors, o: Options) -> bool:
-    """Logits and target are given, and nothing else; the loss has the logits' dtype."""
-    given = tensors[2] is tensors[3] is tensors[4] is None
-    return given and o[2:] == _DEFAULTS and DTYPES[o.loss_dtype] is tensors[0].dtype
+    """Nothing but the loss is asked for either, in the logits' dtype: what the plain operators take."""
+    return _is_bare(tensors, o) and not o.flags and DTYPES[o.loss_dtype] is tensors[0].dtype
 
 
 def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
     logits, target, *others = tensors
     first = (*before, logits, target, o.reduction, o.loss_dtype, o.flags | flags)
-    if all(t is None for t in others) and o[2:-1] == _DEFAULTS[:-1]:
+    if _is_bare(tensors, o):
         return op(*first)
     parameters = [o.map_a, o.map_b][: len(formulas.ROW_MAP_KINDS[o.row_map][1])]
     margins = [[o.margin_angle, o.margin_cosine]] if o.margin_angle or o.margin_cosine else []
