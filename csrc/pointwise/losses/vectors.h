@@ -68,17 +68,16 @@ struct TripletMargin : PlainLoss {
   }
   template <class T>
   static constexpr Finished<3> finish(const T (&s)[3], T share, const Params<T>& p) {
-    T distance[3] = {}, slope[3] = {};  // by the sum
-    for (int j = 0; j < 3; ++j) {
-      distance[j] = p[0] == 2 ? sqrt(s[j]) : p[0] == 1 ? s[j] : pow(s[j], 1 / p[0]);
-      slope[j] = distance[j] == 0 ? 0 : distance[j] / (p[0] * s[j]);
-    }
-    // How much of D_an is the one, how much the other: half each where they are the same, as in torch's minimum.
-    T an = 1, pn = 0;
-    if (p[3] != 0 && !(distance[1] < distance[2])) pn = distance[1] == distance[2] ? T(0.5) : T(1), an = 1 - pn;
-    const T hinge = p[1] + distance[0] - (pn > 0 ? distance[2] : distance[1]);
+    const auto distance = [&](T sum) { return p[0] == 2 ? sqrt(sum) : p[0] == 1 ? sum : pow(sum, 1 / p[0]); };
+    const auto slope = [&](T d, T sum) { return d == 0 ? T(0) : d / (p[0] * sum); };  // of a distance, by its sum
+    const T ap = distance(s[0]), an = distance(s[1]), pn = p[3] != 0 ? distance(s[2]) : T(0);
+    // How much of the far distance is pn: half where it is the same as an, as in torch's minimum.
+    const T part = p[3] == 0 || an < pn ? T(0) : an == pn ? T(0.5) : T(1);
+    const T hinge = p[1] + ap - (part > 0 ? pn : an);
     if (hinge < 0) return {};
-    return {hinge, {share * slope[0], -an * share * slope[1], -pn * share * slope[2]}};
+    return {hinge,
+            {share * slope(ap, s[0]), (part - 1) * share * slope(an, s[1]),
+             part > 0 ? -part * share * slope(pn, s[2]) : 0}};
   }
 };
 

@@ -667,12 +667,12 @@ def loss_of_groups(
         inner, share: how each group itself is reduced: SUM, or MEAN, over the weights where ``share`` is 1.
     """
     row_dims = x.input.dim() - len(dims)
-    tensors: tuple[Any, ...] = (x.input, x.target, x.weight, x.mask, *x.further)
-    if list(dims) != list(range(row_dims, x.input.dim())):
+    absent = (None,) * (OPERANDS - 2 - len(x.further))
+    tensors: tuple[Any, ...] = (x.input, x.target, *x.further, *absent, x.weight, x.mask)
+    if any(dim != row_dims + i for i, dim in enumerate(dims)):
         tensors = tuple(dims_last(t, dims) for t in tensors)
-    input, target, weight, mask, *further = tensors
-    groups = Operands(input, target, weight, mask, inner, share, x.dtype, tuple(further))
-    each = run_checked(groups, loss, params, row_dims)
+    each = run(tensors, loss, params, inner, x.dtype, row_dims, share)
+    mask = tensors[-1]
     counted: Any = None
     if mask is not None:
         counted = mask.any(-1) if len(dims) == 1 else mask.flatten(row_dims).any(-1) if dims else mask

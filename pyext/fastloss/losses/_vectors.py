@@ -17,14 +17,19 @@ def checked(
     named = {**vectors, **others} if others else vectors
     for name, t in named.items():
         _arguments.require_tensor(name, t, function)
-    given, every = list(vectors.values()), named.values()
-    _arguments.require_supported_tensors(function, *every)
+    given = list(vectors.values())
+    _arguments.require_supported_tensors(function, *named.values())
     shape, device = given[0].shape, given[0].device
-    if any(t.device != device for t in every) or any(t.dtype not in DTYPE_CODES for t in given):
+    same = True  # in shape: of sizes that a recorder knows by name no set can be made
+    for t in given:
+        if t.dtype not in DTYPE_CODES or t.device != device:
+            return None
+        same = same and t.shape == shape
+    if others and any(t.device != device for t in others.values()):
         return None
     if not 1 <= len(shape) <= _pointwise.MAX_DIMS:
         return None
-    if all(t.shape == shape for t in given):  # of sizes that a recorder knows by name no set can be made
+    if same:
         return given
     if any(t.dim() != len(shape) or t.shape[-1] != shape[-1] for t in given):
         return None
