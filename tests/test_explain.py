@@ -3,10 +3,14 @@
 import fastloss
 import pytest
 import torch
+import torch.distributed as dist
 from fastloss._autograd import Path, choose
 from fastloss.testing import SPECS
+from ranks import Collectives
 from test_contract import CASES as ALL
 from test_contract import samples_of
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -121,12 +125,12 @@ def test_heads(options, gradient, device):
     soft = options.pop("soft", False)
     x, w = (torch.randn(n, 6, device=device, requires_grad=gradient) for n in (10, 5))
     t = torch.rand(10, 5, device=device, requires_grad=gradient) if soft else torch.arange(10, device=device) % 5
-    whole = "one chunk of 10 rows"
     for chunks, more in ((1, {}), (5, {"memory_budget": 2 * 5 * 4})):
         with Ran() as ran:
             said = fastloss.explain(fastloss.linear_cross_entropy, x, w, t, **options, **more)
         assert ran.names == [] and said.handled_by == "fastloss"
-        assert (whole if chunks == 1 else "5 chunks of 2 rows") in said.kernel
+        assert said.chunks == (chunks, 10 // chunks, 10 // chunks * 5 * 4)
+        assert f"{chunks} of {10 // chunks} rows" in str(said)
         with Ran() as forward:
             loss = fastloss.linear_cross_entropy(x, w, t, **options, **more)
         loss = loss[0] if "return_stats" in options else loss
@@ -138,6 +142,221 @@ def test_heads(options, gradient, device):
             assert backward.names == list(said.backward) * (1 if fused else chunks), said
         else:
             assert said.backward == () and said.bytes_allocated == 0
+
+
+class Products(TorchDispatchMode):
+    """Matrix products, and the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.times, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.times += function._schema.name.partition("::")[2] in ("mm", "addmm")
+        sizes = [t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return results
+
+
+def own_head(loss, gradient, device):
+    """A call of 10 rows, of which 6 count, and what a row of it takes."""
+    x, w = (torch.randn(n, 6, device=device, requires_grad=gradient) for n in (10, 40))
+    counts = torch.arange(10, device=device) < 6
+    if loss == "linear_kl_divergence":
+        teacher = torch.randn(10, 3, device=device), torch.randn(40, 3, device=device)
+        return fastloss.linear_kl_divergence, (x, w, *teacher), {"mask": counts}, 6 * 40 * 4
+    index = torch.where(counts, torch.arange(10, device=device), -100)
+    return fastloss.linear_token_log_probs, (x, w, index), {"return_entropy": loss == "entropies"}, 2 * 40 * 4
+
+
+@pytest.mark.parametrize("gradient", (True, False))
+@pytest.mark.parametrize("loss", ("linear_kl_divergence", "linear_token_log_probs", "entropies"))
+def test_heads_with_autograd_of_their_own(loss, gradient, device):
+    """Operators of a chunk, products and bytes: rows that do not count are in no chunk on a CPU."""
+    function, args, options, row = own_head(loss, gradient, device)
+    rows = 6 if device == "cpu" and loss != "entropies" else 10
+    for at_a_time in (10, 2):
+        options["memory_budget"] = at_a_time * row
+        with Ran() as ran:
+            said = fastloss.explain(function, *args, **options)
+        times, most = -(-rows // at_a_time), min(rows, at_a_time)
+        assert ran.names == [] and said.chunks == (times, most, most * row)
+        with Ran() as forward, Products() as products:
+            results = function(*args, **options)
+        assert forward.names == list(said.forward) * times
+        assert products.times == times * (2 if loss == "linear_kl_divergence" else 1)
+        assert max(most * 40 * 4, 6 * 40 * 4) >= products.largest >= most * 40 * 4
+        if not gradient:
+            assert said.gradient == Path.VALUE.value and said.backward == () and said.bytes_allocated == 0
+            continue
+        assert said.gradient == Path.RECOMPUTE.value and said.bytes_written == (10 + 40) * 6 * 4
+        assert said.bytes_allocated == said.bytes_written + said.chunks.nbytes
+        with Ran() as backward, Products() as products:
+            sum(t.sum() for t in (results if isinstance(results, tuple) else (results,))).backward()
+        assert backward.names == list(said.backward) * times
+        assert products.times == times * (4 if loss == "linear_kl_divergence" else 3)
+    with torch.autograd.forward_ad.dual_level():
+        said = fastloss.explain(function, *args, **options)
+        assert said.forward == said.backward == () and "torch's own" in said.gradient
+
+
+@pytest.mark.parametrize("gradient", (True, False))
+@pytest.mark.parametrize("entropy", (True, False))
+def test_token_log_probs(entropy, gradient, device):
+    x, index = torch.randn(3, 4, 40, device=device, requires_grad=gradient), torch.ones(3, 4, device=device).long()
+    said = fastloss.explain(fastloss.token_log_probs, x, index, return_entropy=entropy)
+    with Ran() as forward:
+        results = fastloss.token_log_probs(x, index, return_entropy=entropy)
+    assert forward.names == list(said.forward) and said.kernel and said.chunks is None
+    assert said.bytes_written == said.bytes_allocated == (x.nbytes if gradient else 0)
+    if gradient:
+        with Ran() as backward:
+            sum(t.sum() for t in (results if entropy else (results,))).backward()
+        assert backward.names == list(said.backward) and backward.gradient_bytes == said.bytes_allocated
+    else:
+        assert said.backward == ()
+
+
+SHARDED = {
+    "indices": ("cross_entropy", {}),
+    "no gradient": ("cross_entropy", {}),
+    "each": ("cross_entropy", {"reduction": "none"}),
+    "smoothed": ("cross_entropy", {"label_smoothing": 0.1}),
+    "statistics": ("cross_entropy", {"return_stats": True}),
+    "probabilities": ("cross_entropy", {}),
+    "probabilities and weights": ("cross_entropy", {}),
+    "head": ("linear_cross_entropy", {}),
+    "head, no gradient": ("linear_cross_entropy", {}),
+    "head in chunks": ("linear_cross_entropy", {"memory_budget": 5 * 5 * 4}),
+    "head, each": ("linear_cross_entropy", {"memory_budget": 5 * 5 * 4, "reduction": "none"}),
+    "head, rows sharded": ("linear_cross_entropy", {"memory_budget": 4 * 5 * 4, "sequence_parallel": True}),
+    "tokens": ("token_log_probs", {}),
+    "tokens and entropies": ("token_log_probs", {"return_entropy": True}),
+    "tokens of a head": ("linear_token_log_probs", {"memory_budget": 5 * 5 * 4, "return_entropy": True}),
+    "count": ("count", {}),
+}
+COLLECTIVES = {"allgather_base": "all_gather", "allreduce": "all_reduce", "reduce_scatter_base": "reduce_scatter"}
+
+
+def sharded_call(rank, ranks, kind, gradient):
+    """Of 12 rows and 5 classes for each rank."""
+    g = torch.Generator().manual_seed(0)
+    here, target = slice(5 * rank, 5 * rank + 5), torch.arange(12) % 5
+    whole = torch.randn(12, 5 * ranks, generator=g)
+    x, w = whole[:, here].clone().requires_grad_(gradient), torch.randn(5, 6, generator=g).requires_grad_(gradient)
+    if kind == "count":
+        return (target,), {}
+    if "head" in kind:
+        hidden = torch.randn(12, 6, generator=g)
+        if "rows sharded" in kind:
+            hidden = hidden[12 // ranks * rank : 12 // ranks * (rank + 1)].clone()
+        return (hidden.requires_grad_(gradient), w, target), {}
+    if "probabilities" in kind:
+        weight = {"weight_shard": torch.ones(5).requires_grad_(gradient)} if "weights" in kind else {}
+        return (x, whole.softmax(1)[:, here].clone().requires_grad_(gradient)), weight
+    return (x, target), {}
+
+
+def gathered(calls, when, said):
+    """The collectives that ran and those that were said, by name: how often and how many bytes."""
+    ran, told = {}, {}
+    for name, nbytes in calls:
+        times, so_far = ran.get(COLLECTIVES[name], (0, 0))
+        ran[COLLECTIVES[name]] = times + 1, so_far + nbytes
+    for c in said.collectives:
+        if c.when == when:
+            times, so_far = told.get(c.name, (0, 0))
+            told[c.name] = times + c.times, so_far + c.nbytes
+    return ran, told
+
+
+def sharded(rank, group, kind):
+    """What explain says on the first rank alone, and what then runs on all; returns what was sent in backward."""
+    function, options = SHARDED[kind]
+    loss, gradient = getattr(fastloss.parallel, function), "no gradient" not in kind and kind != "count"
+    args, more = sharded_call(rank, dist.get_world_size(group), kind, gradient)
+    options = {**options, **more}
+    loss(*args, group, **options)  # what the ranks tell each other through the store
+    if rank:
+        said = None
+    else:
+        with Ran() as ran, Collectives() as sent:
+            said = fastloss.explain(loss, *args, group, **options)
+        assert ran.names == [] and sent.calls == [] and said.handled_by == "fastloss"
+    with Ran() as forward, Collectives() as sent:
+        results = loss(*args, group, **options)
+    if said is None:
+        if gradient:
+            differentiate(results)
+        return None
+    ran, told = gathered(sent.calls, "forward", said)
+    assert ran == told, (ran, told)
+    chunks = 1 if said.chunks is None else said.chunks.times
+    assert forward.names == list(said.forward) * chunks, (forward.names, said)
+    assert chunks == (3 if "memory_budget" in options else 1), said
+    if not gradient:
+        assert said.backward == () and not any(c.when == "backward" for c in said.collectives)
+        assert said.gradient == ("none" if kind == "count" else Path.VALUE.value)
+        return {}
+    with Ran() as backward, Collectives() as sent:
+        differentiate(results)
+    ran, told = gathered(sent.calls, "backward", said)
+    assert ran == told, (ran, told)
+    assert backward.names == list(said.backward) * chunks, (backward.names, said)
+    leaves = [t for t in (*args, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+    assert said.bytes_written == sum(t.grad.nbytes for t in leaves), said
+    return ran
+
+
+def differentiate(results):
+    """By all that has a gradient."""
+    parts = results if isinstance(results, tuple) else (results,)
+    sum(t.sum() for t in parts if isinstance(t, torch.Tensor)).backward()
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_sharded(team, kind):
+    """One rank asks alone; collectives, bytes and operators are then those that run."""
+    sent = team.run(sharded, 2, kind)[0]
+    assert bool(sent) == ("head" in kind and "no gradient" not in kind)
+
+
+def test_bytes_of_a_row(team):
+    assert team.run(row_bytes, 2)[0] == [("forward", "all_gather", 1, 12, 56 + 12 * 12)]
+
+
+def row_bytes(rank, group):
+    args, _ = sharded_call(rank, 2, "indices", True)
+    return [tuple(c) for c in fastloss.explain(fastloss.parallel.cross_entropy, *args, group).collectives]
+
+
+def dtensors(rank, group):
+    """DTensors run the same functions, and explain says so; what would have to move first is refused."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    x = torch.randn(12, 5, requires_grad=True)
+    target = torch.arange(12) % 5
+    placed = DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
+    by_rows = DTensor.from_local(x, mesh, [Shard(0)], run_check=False)
+    labels = DTensor.from_local(target, mesh, [Shard(0)], run_check=False)
+    found = []
+    for args in ((placed, target), (by_rows, labels)):
+        with Collectives() as sent:
+            said = fastloss.explain(fastloss.cross_entropy, *args)
+        assert sent.calls == []
+        with Ran() as forward, Collectives() as sent:
+            fastloss.cross_entropy(*args)
+        ran, told = gathered(sent.calls, "forward", said)
+        assert forward.names == list(said.forward)
+        found.append((ran, told))
+    with pytest.raises(NotImplementedError, match="redistribute"):
+        fastloss.explain(fastloss.cross_entropy, DTensor.from_local(x, mesh, [Partial()]), target)
+    return found
+
+
+def test_dtensors(team):
+    for ran, told in team.run(dtensors, 2)[0]:
+        assert ran == told and ran
 
 
 def test_hooks_transforms_and_recorders(device):

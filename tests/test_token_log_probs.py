@@ -333,17 +333,6 @@ def test_wrong_arguments(device):
         fastloss.token_log_probs(logits, index.tolist())
 
 
-def test_explain_says_that_it_cannot():
-    logits, index = problem(2, 7)
-    for arguments in (
-        (fastloss.token_log_probs, logits, index),
-        (fastloss.linear_token_log_probs, logits, torch.eye(7), index),
-        (fastloss.linear_kl_divergence, logits, torch.eye(7), logits, torch.eye(7)),
-    ):
-        with pytest.raises(NotImplementedError, match="gradient of its own"):
-            fastloss.explain(*arguments)
-
-
 def test_an_index_out_of_range_is_named():
     logits, index = problem(2, 3, 7, ignored=False)
     index[1, 2] = 7

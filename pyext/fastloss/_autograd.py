@@ -105,6 +105,26 @@ class Rules:
         """Allocated by the operators for the gradients that ``needs`` names."""
         return sum(t.nbytes for t, needed in zip(tensors, needs, strict=False) if needed)
 
+    def chunks(self, tensors: Tensors, o: Any) -> "Chunks | None":
+        """Of a loss that makes its logits."""
+        return None
+
+    def rehearsed(self, path: "Path", tensors: Tensors, o: Any, needs: Needs) -> "Rehearsed":
+        """What a call would do."""
+        operands = sum(distinct_bytes(t) for t in tensors if t is not None)
+        fused = path in (Path.VALUE, Path.FUSED, Path.IN_PLACE)
+        forward, backward = self.operators(path, tensors, o, needs)
+        return Rehearsed(
+            kernel=self.regime(tensors, o, path),
+            gradient=path.value,
+            forward=forward,
+            backward=backward,
+            bytes_read=operands if fused else 2 * operands,
+            bytes_written=sum(t.nbytes for t, needed in zip(tensors, needs, strict=False) if needed),
+            bytes_allocated=0 if path is Path.IN_PLACE else self.gradient_bytes(tensors, o, needs),
+            chunks=self.chunks(tensors, o),
+        )
+
     # ---- derived from the formula; overridden where the order of its operations matters to infinities
 
     def gradients(self, grad_output: Tensor, tensors: Tensors, o: Any, needs: Needs) -> Grads:
@@ -191,48 +211,95 @@ def choose(
     return Path.FUSED if in_forward else Path.RECOMPUTE
 
 
-class Step(NamedTuple):
-    """One call of an engine, as :func:`fastloss.explain` hears of it."""
+class Chunks(NamedTuple):
+    """Rows whose logits are in memory at a time: how many times, how many rows at most, and what these take."""
 
-    rules: Rules
-    path: Path
-    tensors: tuple[Any, ...]
-    options: Any
-    needs: tuple[bool, ...]
+    times: int
+    rows: int
+    nbytes: int
 
 
-_steps: list[Step] | None = None  # where engines report to instead of computing
+class Collective(NamedTuple):
+    """What a call asks torch.distributed for.
+
+    Attributes:
+        when: ``"forward"`` or ``"backward"``.
+        name: ``"all_gather"``, ``"all_reduce"``, ``"reduce_scatter"``.
+        times: how often.
+        row_bytes: that this rank sends for each of its rows.
+        nbytes: that it sends altogether.
+    """
+
+    when: str
+    name: str
+    times: int
+    row_bytes: int
+    nbytes: int
+
+
+class Rehearsed(NamedTuple):
+    """What one call of a loss would do, as :func:`fastloss.explain` hears of it; see there."""
+
+    kernel: str
+    gradient: str
+    forward: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_allocated: int = 0
+    chunks: Chunks | None = None
+    collectives: tuple[Collective, ...] = ()
+
+
+_rehearsed: list[Rehearsed] | None = None  # where losses report to instead of computing
 
 
 @contextlib.contextmanager
-def rehearsal() -> Iterator[list[Step]]:
-    """Within it nothing is computed: engines report the steps that they would take and return losses of zeros."""
-    global _steps
-    before, _steps = _steps, []
+def rehearsal() -> Iterator[list[Rehearsed]]:
+    """Within it nothing is computed: losses report what they would do and return zeros."""
+    global _rehearsed
+    before, _rehearsed = _rehearsed, []
     try:
-        yield _steps
+        yield _rehearsed
     finally:
-        _steps = before
+        _rehearsed = before
 
 
 def rehearsing() -> bool:
-    """Whether a loss that makes its own autograd is to report a step instead of computing."""
-    return _steps is not None
+    """Whether a loss that makes its own autograd is to report instead of computing."""
+    return _rehearsed is not None
 
 
-def report_step(step: Step) -> None:
-    """Such a step."""
-    assert _steps is not None
-    _steps.append(step)
+def report(call: Rehearsed) -> None:
+    """Of such a loss."""
+    assert _rehearsed is not None
+    _rehearsed.append(call)
 
 
-def refuse_rehearsal(function: str) -> None:
-    """Of a function that no engine serves: better no explanation than a wrong one."""
-    if _steps is not None:
-        raise NotImplementedError(
-            f"explain(): {function}() makes a gradient of its own, of which explain() does not know; its documentation "
-            "says what it computes and how"
-        )
+def recomputing(*operands: Tensor | None) -> Path:
+    """The path of a loss without a fused gradient."""
+    return choose(
+        wanted=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands),
+        transformed=transforms_active(),
+        forward_mode=forward_ad._current_level >= 0,
+        fusable=False,
+        deferred=False,
+        in_forward=False,
+        in_place=False,
+    )
+
+
+def distinct_bytes(t: Tensor) -> int:
+    """Of a tensor that may be expanded."""
+    distinct = t.element_size()
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        distinct *= size if stride else min(size, 1)
+    return distinct
+
+
+def nothing(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory: the result of a rehearsal."""
+    return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
 
 
 # ----------------------------------------------------------------------------------------------------------- the engine
@@ -256,7 +323,7 @@ class Engine:
     ) -> tuple[Tensor, ...]:
         """Loss and statistics. ``in_forward``: None leaves it to the dtype."""
         path = self._path(tensors, o, in_forward, in_place)
-        if _steps is not None:
+        if _rehearsed is not None:
             return self._rehearse(path, tensors, o)
         if path is Path.VALUE:
             return self.rules.value(tensors, o)
@@ -285,7 +352,7 @@ class Engine:
         return self((input, target, *self._absent), o)[0]
 
     def _path(self, tensors: Tensors, o: Any, in_forward: bool | None, in_place: bool) -> Path:
-        if recording() and _steps is None:
+        if recording() and _rehearsed is None:
             raise RuntimeError(
                 f"fastloss, {self.rules.name}: torch.jit.trace and torch.export would record this call's sizes and no "
                 "gradient. The loss's function needs @recordable and record(), see CONTRIBUTING.md"
@@ -308,12 +375,11 @@ class Engine:
         )
 
     def _rehearse(self, path: Path, tensors: tuple[Any, ...], o: Any) -> tuple[Tensor, ...]:
-        assert _steps is not None
         needs = tuple(t is not None and t.requires_grad and path is not Path.VALUE for t in tensors[: self.rules.wants])
-        _steps.append(Step(self.rules, path, tensors, o, needs))
+        report(self.rules.rehearsed(path, tensors, o, needs))
         shapes = self.rules.value([None if t is None else t.detach().to("meta") for t in tensors], o)
         first = next(t for t in tensors if t is not None)
-        zeros = [torch.zeros((), dtype=s.dtype, device=first.device).expand(s.shape) for s in shapes]
+        zeros = [nothing(first, s.shape, s.dtype) for s in shapes]
         return (zeros[0].requires_grad_(any(needs)), *zeros[1:])
 
     def _functions(self, rules: Rules) -> None:
@@ -615,7 +681,7 @@ def ordinary() -> bool:
         or _tracing_state() is not None
         or _is_compiling()  # by torch.export as well
         or _saved_tensor_hooks(True) is not None
-        or _steps is not None
+        or _rehearsed is not None
     )
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import Path, Step, rehearsal
+from ._arguments import is_dtensor
+from ._autograd import Chunks, Collective, rehearsal
 from ._nested import is_jagged
 from ._tables import html_table
 from .head.lazy_head import is_lazy, lazy_head
@@ -28,7 +29,11 @@ class Explanation:
         bytes_read, bytes_written: by the kernels at least, forward and backward, what is small beside the operands left
             out of the second.
         bytes_allocated: for gradients, forward and backward.
-        forward, backward: the operators that are called, in their order.
+        forward, backward: fastloss's operators that are called, in their order; with ``chunks`` those of each chunk.
+        chunks: of a loss that makes its logits, a few rows at a time: ``times``, ``rows`` of the largest, and its
+            ``nbytes``. Rows that reach no matrix product are in none of them. None: logits are not made.
+        collectives: what torch.distributed is asked for: ``when`` (``"forward"``, ``"backward"``), ``name``, ``times``,
+            and what this rank sends, ``row_bytes`` for each row, ``nbytes`` altogether.
     """
 
     handled_by: str
@@ -40,11 +45,13 @@ class Explanation:
     bytes_allocated: int = 0
     forward: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
+    chunks: Chunks | None = None
+    collectives: tuple[Collective, ...] = ()
 
     def _rows(self) -> list[tuple[str, str]]:
         mib = 1 / 2**20
         moved = f"{self.bytes_read * mib:.1f} MiB read, {self.bytes_written * mib:.1f} MiB written at least"
-        return [
+        rows = [
             ("handled by", self.handled_by),
             ("device", self.device),
             ("kernel", self.kernel),
@@ -52,6 +59,16 @@ class Explanation:
             ("bytes", f"{moved}, {self.bytes_allocated * mib:.1f} MiB allocated for gradients"),
             ("operators", f"{', '.join(self.forward) or 'none'}; backward: {', '.join(self.backward) or 'none'}"),
         ]
+        if self.chunks is not None:
+            c = self.chunks
+            rows.append(("chunks", f"{c.times} of {c.rows} rows, {c.nbytes * mib:.1f} MiB each"))
+        if self.collectives:
+            sent = (
+                f"{c.when}: {c.times} {c.name}, {c.row_bytes} bytes a row, {c.nbytes * mib:.1f} MiB"
+                for c in self.collectives
+            )
+            rows.append(("sent", "; ".join(sent)))
+        return rows
 
     def __str__(self) -> str:
         return "\n".join(f"{what:<12}{text}" for what, text in self._rows())
@@ -69,14 +86,16 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     arguments raise what they would raise there. ``explain(model)`` of a model with a lazy head is about its last step,
     which has run: whether it was fused, and how much memory it did without.
 
+    Of ``fastloss.parallel`` one rank may ask alone: there is no collective. Where ``shard_sizes`` does not say how many
+    classes the others have, it is what the ranks had in an earlier call, or as many as this one has.
+
     Returns:
         An :class:`Explanation`. ``handled_by`` is ``"torch: <reason>"`` for inputs that :func:`fastloss.patch` would
-        leave to torch (a direct call raises for them, but for sparse probabilities, which it makes dense). Of jagged
-        nested tensors, which :func:`fastloss.patch` leaves to torch as well, it is about the direct call.
+        leave to torch (a direct call raises for them, but for sparse probabilities, which it makes dense). Of DTensors,
+        of jagged nested tensors and of ``fastloss.parallel`` it is about the direct call.
 
     Raises:
-        NotImplementedError: ``fastloss.parallel``, ``token_log_probs``, and of what takes hidden states all but
-            :func:`fastloss.linear_cross_entropy`: these make their gradients by themselves.
+        NotImplementedError: DTensors that the call would move between ranks before it begins.
         TypeError: the first argument is neither a loss nor its input.
 
     Example::
@@ -97,27 +116,28 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     if device.startswith("cuda") and torch.cuda.is_available():
         device += f" ({torch.cuda.get_device_name(device)})"
     given_tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-    reason = None if any(map(is_jagged, given)) else takes(tuple(args), given_tensors)
+    sharded = getattr(loss, "__module__", "").startswith(f"{__package__}.parallel")
+    served = sharded or any(is_jagged(t) or is_dtensor(t) for t in given)  # by who calls fastloss itself
+    reason = None if served else takes(tuple(args), given_tensors)
     if reason is not None:
         theirs = hasattr(F, getattr(loss, "__name__", "")) or isinstance(loss, torch.nn.Module)
         return Explanation(f"{'torch' if theirs else 'nobody'}: {reason}", device, "torch's own", "torch's own", 0, 0)
-    with rehearsal() as steps:
+    with rehearsal() as calls:
         loss(*args, **kwargs)
-    if not steps:
+    if not calls:
         return Explanation("fastloss", device, "none", "composed of torch operations", 0, 0)
-    read, written, allocated = (sum(column) for column in zip(*map(_cost, steps), strict=True))
-    paths = dict.fromkeys(step.path for step in steps)
-    kernels = dict.fromkeys(step.rules.regime(step.tensors, step.options, step.path) for step in steps)
     return Explanation(
         "fastloss",
         device,
-        "; ".join(kernels),
-        "; ".join(path.value for path in paths),
-        read,
-        written,
-        allocated,
-        forward=tuple(name for step in steps for name in _operators(step)[0]),
-        backward=tuple(name for step in reversed(steps) for name in _operators(step)[1]),
+        "; ".join(dict.fromkeys(call.kernel for call in calls if call.kernel)) or "none",
+        "; ".join(dict.fromkeys(call.gradient for call in calls if call.gradient)) or "none",
+        sum(call.bytes_read for call in calls),
+        sum(call.bytes_written for call in calls),
+        sum(call.bytes_allocated for call in calls),
+        forward=tuple(name for call in calls for name in call.forward),
+        backward=tuple(name for call in reversed(calls) for name in call.backward),
+        chunks=next((call.chunks for call in calls if call.chunks is not None), None),
+        collectives=tuple(c for call in calls for c in call.collectives),
     )
 
 
@@ -131,28 +151,3 @@ def _last_step(model: torch.nn.Module) -> Explanation:
         f"linear_cross_entropy, {report.losses} of the head's last output; {report.bytes_not_allocated / 2**20:.1f} MiB"
     )
     return Explanation("fastloss", device, f"{kernel} not allocated", "from hidden states and the head's weight", 0, 0)
-
-
-def _operators(step: Step) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return step.rules.operators(step.path, step.tensors, step.options, step.needs)
-
-
-def _in_forward(step: Step) -> bool:
-    return step.path in (Path.FUSED, Path.IN_PLACE)
-
-
-def _cost(step: Step) -> tuple[int, int, int]:
-    """Bytes read, written and allocated."""
-    operands = sum(_distinct_bytes(t) for t in step.tensors if t is not None)
-    gradients = sum(t.nbytes for t, needed in zip(step.tensors, step.needs, strict=False) if needed)
-    times = 1 if step.path is Path.VALUE or _in_forward(step) else 2
-    allocated = step.rules.gradient_bytes(step.tensors, step.options, step.needs)
-    return times * operands, gradients, 0 if step.path is Path.IN_PLACE else allocated
-
-
-def _distinct_bytes(t: Tensor) -> int:
-    """Of a tensor that may be expanded."""
-    distinct = t.element_size()
-    for size, stride in zip(t.shape, t.stride(), strict=True):
-        distinct *= size if stride else min(size, 1)
-    return distinct

@@ -6,6 +6,7 @@ at once. Where torch.func, forward mode or a recorder is active the same is comp
 (:func:`composed`), and so are second and higher derivatives.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,23 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _arguments, errors
 from ._autograd import (
+    Path,
+    Rehearsed,
     accum_dtype,
     attach,
     differentiated_again,
+    distinct_bytes,
+    nothing,
+    recomputing,
     recording,
-    refuse_rehearsal,
+    rehearsing,
+    report,
     transforms_active,
 )
 from ._library import DTYPE_CODES, NONE, loop_vmap, ops
 from .losses import _rowwise
-from .losses.cross_entropy import SAVE
+from .losses.cross_entropy import SAVE, STATS, rules
+from .losses.cross_entropy import Options as RowOptions
 
 IGNORE_INDEX = -100
 
@@ -150,6 +158,41 @@ class TokenLogProbs(Function):
         return grad, None, None
 
 
+COMPOSED = "torch's own, of all logits"  # how a gradient is made where _composed() serves
+
+
+def forward_operator(o: Options) -> str:
+    """That of :func:`values`."""
+    return "cross_entropy_forward_stats" if o.entropy else "cross_entropy_forward"
+
+
+def nothings(like: Tensor, rows: Sequence[int], o: Options) -> tuple[Tensor, ...]:
+    """The results of a rehearsal."""
+    return (nothing(like, rows, accum_dtype(like.dtype)),) * (1 + o.entropy)
+
+
+def _rehearse(logits: Tensor, index: Tensor, o: Options) -> tuple[Tensor, ...]:
+    path = recomputing(logits)
+    if path in (Path.TRANSFORMED, Path.FORWARD_MODE):
+        report(Rehearsed("composed of torch operations", COMPOSED))
+    else:
+        dtype, flags = DTYPE_CODES[accum_dtype(logits.dtype)], STATS * o.entropy
+        options = RowOptions(NONE, dtype, o.ignore_index, softcap=o.softcap, logit_scale=o.logit_scale, flags=flags)
+        wanted = path is Path.RECOMPUTE
+        report(
+            Rehearsed(
+                rules.regime((logits, index, None, None, None), options, path),
+                path.value,
+                (forward_operator(o),),
+                ("token_log_probs_backward",) * wanted,
+                (distinct_bytes(logits) + distinct_bytes(index)) * (1 + wanted),
+                logits.nbytes * wanted,
+                logits.nbytes * wanted,
+            )
+        )
+    return nothings(logits, index.shape, o)
+
+
 def token_log_probs(
     logits: Tensor,
     index: Tensor,
@@ -207,7 +250,6 @@ def token_log_probs(
             "ignore_index": ignore_index,
         }
         return handle_torch_function(token_log_probs, (logits, index), logits, index, **keywords)
-    refuse_rehearsal(function)
     _arguments.require_tensor("logits", logits, function)
     _arguments.require_tensor("index", index, function)
     if _arguments.is_dtensor(logits, index):
@@ -234,7 +276,9 @@ def token_log_probs(
     single = logits.dim() == 1
     x = logits.unsqueeze(0) if single else logits if logits.dim() == 2 else logits.movedim(-1, 1)
     index = index.unsqueeze(0) if single else index
-    if transforms_active() or forward_ad._current_level >= 0 or recording():
+    if rehearsing():
+        results = _rehearse(x, index, o)
+    elif transforms_active() or forward_ad._current_level >= 0 or recording():
         results = composed(x, index, o)
     else:
         results = TokenLogProbs.apply(x, index, o)

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autograd import Grads, Needs, accum_dtype
+from .._autograd import Chunks, Grads, Needs, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, SUM, ops
 from ..formulas import ALL_IGNORED_ZERO
 from ..losses.cross_entropy import STATS, Options, accuracy_of, rules
-from .chunks import rows_per_chunk
+from .chunks import rows_per_chunk, split
 
 COUNT = -1  # of max_rows: count the rows, and wait for the GPU
 _BLOCK = 32 << 20  # bytes of an operand's copy in another dtype
@@ -217,6 +217,14 @@ def rows_at_a_time(t: Operands, o: HeadOptions) -> int:
     rows, features = t.input.shape
     size = rows, features, t.linear_weight.shape[0]
     return rows_that_fit(size, DTYPES[o.logits_dtype], t.input.device, o.budget or None)
+
+
+def chunks_of(t: Operands, o: HeadOptions) -> Chunks:
+    """How many, and the largest of them: of the rows that reach a product."""
+    kept = _kept(t, o).rows
+    rows = t.input.shape[0] if kept is None else kept.shape[0]
+    held, step = chunk_dtype(t.input.device, DTYPES[o.logits_dtype]), rows_at_a_time(t, o)
+    return split(rows, step, t.linear_weight.shape[0] * held.itemsize)
 
 
 # Whether this CPU multiplies matrices of a 16-bit dtype faster than those of float32.
@@ -514,6 +522,7 @@ __all__ = [
     "as_logits",
     "backward_operator",
     "chunk_dtype",
+    "chunks_of",
     "classes_of",
     "first_rows",
     "forward_operator",

@@ -1,5 +1,7 @@
 """How many rows of logits are made at once: a pure function of shapes, dtype, device and a budget of memory."""
 
+from .._autograd import Chunks
+
 LEAST_BUDGET = 64 << 20  # bytes, where the input's own gradient takes less
 FED_ROWS = 1024  # of a chunk on a GPU: with them the weight's products take longer than its traffic (docs/tuning.md)
 SUM = 4  # bytes of a sum in float32
@@ -65,4 +67,14 @@ def rows_per_chunk(
     return rows_within(budget, rows, of_a_row, device)
 
 
-__all__ = ["FED_ROWS", "LEAST_BUDGET", "default_budget", "rows_per_chunk", "rows_within"]
+def split(rows: int, at_a_time: int, bytes_of_a_row: int) -> Chunks:
+    """The chunks of so many rows, of which there is one at least.
+
+    >>> split(5, 2, 8)
+    Chunks(times=3, rows=2, nbytes=16)
+    """
+    most = min(at_a_time, rows)
+    return Chunks(max(1, -(-rows // at_a_time)), most, max(most, 1) * bytes_of_a_row)
+
+
+__all__ = ["FED_ROWS", "LEAST_BUDGET", "default_budget", "rows_per_chunk", "rows_within", "split"]

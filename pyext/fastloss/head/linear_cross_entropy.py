@@ -19,21 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import _arguments, errors
 from .._autograd import (
+    Chunks,
     Grads,
     Needs,
     Path,
     Rules,
-    Step,
     Tensors,
     accum_dtype,
     backward_of_fused,
     batched_by_legacy,
     choose,
     differentiable,
+    nothing,
     opaque,
     recording,
     rehearsing,
-    report_step,
+    report,
     saved_tensor_hooks_active,
     transforms_active,
     version_of,
@@ -81,11 +82,11 @@ class _HeadRules(Rules):
         return tuple(found)
 
     def regime(self, tensors: Tensors, o: HeadOptions, path: Path) -> str:
-        rows, step = tensors[0].shape[0], chunked.rows_at_a_time(chunked.Operands(*tensors), o)
-        count = max(1, -(-rows // step))
         dtype = str(chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])).removeprefix("torch.")
-        chunks = "one chunk" if count == 1 else f"{count} chunks"
-        return f"torch's products and cross entropy, {chunks} of {min(step, rows)} rows of logits in {dtype}"
+        return f"torch's products and cross entropy, of logits in {dtype}"
+
+    def chunks(self, tensors: Tensors, o: HeadOptions) -> Chunks:
+        return chunked.chunks_of(Operands(*tensors), o)
 
     def operators(
         self, path: Path, tensors: Tensors, o: HeadOptions, needs: Needs
@@ -109,9 +110,7 @@ class _HeadRules(Rules):
         """Of a chunk, whose logits become their gradient, and of the operands."""
         if not any(needs):
             return 0
-        held = chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])
-        step = chunked.rows_at_a_time(chunked.Operands(*tensors), o)
-        chunk = min(step, max(tensors[0].shape[0], 1)) * tensors[1].shape[0] * held.itemsize
+        chunk = self.chunks(tensors, o).nbytes
         sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
         rest = sum(tensors[i].nbytes for i in (0, 3, 4) if needs[i])
         return chunk + sums + rest
@@ -283,11 +282,10 @@ def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor,
     half = any(x is not None and x.requires_grad and x.dtype is torch.float16 for x in t[:WANTS])
     needs = tuple(wanted and x is not None and x.requires_grad for x in t[:WANTS])
     if rehearsing():
-        report_step(Step(_head_rules, _path(wanted, half, o, in_forward), t, o, needs))
-        nothing = torch.zeros((), dtype=DTYPES[o.loss_dtype], device=t.input.device)
-        rows = torch.zeros((), dtype=torch.int64, device=t.input.device).expand(chunked.row_shape(t))
-        loss = nothing.expand(rows.shape) if o.reduction == NONE else nothing
-        return (loss, rows, rows, nothing, rows) if o.flags & STATS else (loss,)
+        report(_head_rules.rehearsed(_path(wanted, half, o, in_forward), t, o, needs))
+        rows = nothing(t.input, chunked.row_shape(t), torch.int64)
+        loss = nothing(t.input, rows.shape if o.reduction == NONE else [], DTYPES[o.loss_dtype])
+        return (loss, rows, rows, loss, rows) if o.flags & STATS else (loss,)
     if transforms_active():
         return _opaque_composed(*t, *o)  # type: ignore[no-any-return]
     if forward_ad._current_level >= 0:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .. import _arguments
-from .._autograd import Grads, accum_dtype, differentiated_again
+from .._autograd import Grads, accum_dtype, differentiated_again, nothing, rehearsing
 from .._library import MEAN, NONE
-from .chunks import rows_within
+from .chunks import rows_within, split
 from .linear_token_log_probs import (
     add_gradients,
     autocast,
@@ -21,6 +21,7 @@ from .linear_token_log_probs import (
     places,
     ranges,
     refuse_recorders,
+    rehearse,
     transformed,
     whole,
     with_derivatives,
@@ -222,6 +223,11 @@ def linear_kl_divergence(
     bytes_of_a_row = 6 * s_weight.shape[0] * wide.itemsize  # logits, their softmax, and a temporary, of both
     budget = budget_of(function, memory_budget, s_hidden, s_weight.shape[0], bytes_of_a_row)
     at_a_time = rows_within(budget, rows, bytes_of_a_row, s_hidden.device.type)
+    if rehearsing():
+        kept = None if mask is None else kept_rows(mask.reshape(-1))
+        chunks = split(rows if kept is None else kept.shape[0], at_a_time, bytes_of_a_row)
+        rehearse("torch's products and softmax", s_hidden, (s_weight,), (t_hidden, t_weight), chunks)
+        return nothing(s_hidden, shape if code == NONE else [], wide)
     if rows:
         hidden, teacher = s_hidden.reshape(-1, s_hidden.shape[-1]), t_hidden.detach().reshape(-1, t_hidden.shape[-1])
         counts = None if mask is None else mask.reshape(-1)

@@ -1,6 +1,6 @@
 """Log-probabilities and entropies from hidden states: the logits of some rows at a time, made again in backward."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +10,38 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import _arguments, errors
 from .._autograd import (
+    Chunks,
     Grads,
+    Path,
+    Rehearsed,
     accum_dtype,
     attach,
     batched_by_legacy,
     differentiated_again,
+    distinct_bytes,
+    recomputing,
     recording,
-    refuse_rehearsal,
+    rehearsing,
+    report,
     transforms_active,
 )
 from .._library import DTYPE_CODES
 from ..losses import _rowwise
-from ..token_log_probs import IGNORE_INDEX, Options, check_index, composed, composed_gradient, gradient, options, values
+from ..token_log_probs import (
+    COMPOSED,
+    IGNORE_INDEX,
+    Options,
+    check_index,
+    composed,
+    composed_gradient,
+    forward_operator,
+    gradient,
+    nothings,
+    options,
+    values,
+)
 from .chunked import add_product
-from .chunks import default_budget, rows_within
+from .chunks import default_budget, rows_within, split
 
 
 def ranges(rows: int, at_a_time: int) -> Iterator[slice]:
@@ -112,7 +130,6 @@ def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
 
 def refuse_recorders(function: str, instead: str) -> None:
     """Their programs would hold the number of chunks of this call."""
-    refuse_rehearsal(function)
     if recording():
         raise NotImplementedError(
             f"{function}(): not under torch.export and torch.jit.trace, which would record this call's sizes; use "
@@ -275,6 +292,38 @@ def add_gradients(
         grad_bias.add_(grad.sum(0, dtype=grad_bias.dtype))
 
 
+def rehearse(
+    kernel: str,
+    hidden: Tensor,
+    shared: Sequence[Tensor | None],
+    further: Sequence[Tensor],
+    chunks: Chunks,
+    operators: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+) -> None:
+    """Reports what a head does that makes its logits again in backward.
+
+    Args:
+        hidden, shared, further: operands: of the rows, of all rows alike, and those without a gradient.
+        operators: of a chunk, in forward and in backward.
+    """
+    path = recomputing(hidden, *shared)
+    again, composed = path is Path.RECOMPUTE, path in (Path.TRANSFORMED, Path.FORWARD_MODE)
+    grads = [t for t in (hidden, *shared) if again and t is not None and t.requires_grad]
+    made = sum(t.nbytes if t is hidden else t.numel() * accum_dtype(t.dtype).itemsize for t in grads)
+    report(
+        Rehearsed(
+            kernel,
+            COMPOSED if composed else path.value,
+            () if composed else operators[0],
+            operators[1] if again else (),
+            sum(distinct_bytes(t) for t in (hidden, *shared, *further) if t is not None) * (1 + again),
+            sum(t.nbytes for t in grads),
+            made + chunks.nbytes if again else 0,
+            chunks,
+        )
+    )
+
+
 def linear_token_log_probs(
     input: Tensor,
     weight: Tensor,
@@ -365,6 +414,13 @@ def linear_token_log_probs(
         total = hidden.sum() + matrix.sum() + (0 if offset is None else offset.sum())
         nothing = (total * 0).to(accum_dtype(hidden.dtype)).expand(rows_shape)
         return (nothing, nothing.clone()) if return_entropy else nothing
+    if rehearsing():
+        kept = None if return_entropy else kept_rows(index != o.ignore_index)
+        chunks = split(rows if kept is None else kept.shape[0], at_a_time, bytes_of_a_row)
+        operators = (forward_operator(o),), ("token_log_probs_backward",)
+        rehearse("torch's products and cross entropy", flat, (matrix, offset), (index,), chunks, operators)
+        results = nothings(flat, rows_shape, o)
+        return results if return_entropy else results[0]
     run = _composed if transformed() else _LinearTokenLogProbs.apply
     results = run(flat, matrix, offset, index.reshape(-1), o, at_a_time)
     if errors.immediate_errors() and input.is_cuda:

@@ -145,6 +145,11 @@ def fingerprint(*values: Any) -> int:
     return zlib.crc32(repr(values).encode())
 
 
+def assumed_layout(group: "ProcessGroup", classes: int, given: Layout | None) -> Layout | None:
+    """What a rank with so many classes takes the others' to be without being told; None: it has no idea."""
+    return given or _seen.get(group, {}).get(classes)
+
+
 def exchange(
     function: str,
     group: "ProcessGroup",
@@ -171,7 +176,7 @@ def exchange(
     _raise_what_is_late(function, group)
     told = None if group in _seen else _told(group, classes, wait=given is None)
     known = _seen.setdefault(group, {})
-    layout, sure = given or known.get(classes), GIVEN if given else SEEN
+    layout, sure = assumed_layout(group, classes, given), GIVEN if given else SEEN
     if layout is None:
         layout, sure = Layout(told or (classes,) * ranks, rank), GUESSED
     while True:
@@ -328,6 +333,7 @@ __all__ = [
     "Gathered",
     "Layout",
     "Part",
+    "assumed_layout",
     "exchange",
     "fingerprint",
     "gather",

@@ -5,6 +5,7 @@ those of all ranks to all ranks, who merge them in rank order and so have the sa
 the logits again and writes their gradient, without a collective. ``_exchange.py`` says what travels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -13,7 +14,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _arguments, rows
-from .._autograd import accum_dtype, refuse_rehearsal
+from .._autograd import (
+    Collective,
+    Path,
+    Rehearsed,
+    accum_dtype,
+    distinct_bytes,
+    nothing,
+    recomputing,
+    rehearsing,
+    report,
+)
 from .._library import REDUCTIONS, ops
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
 from ..losses import _rowwise
@@ -544,15 +555,66 @@ def _check_weight(function: str, weight: Tensor, classes: int, soft: bool, shard
         )
 
 
+# ---------------------------------------------------------------------------------------------------------- rehearsal
+
+
+NOT_SERVED = "none: torch.func and forward mode raise"
+
+
+def statistics_sent(call: Call, t: Operands, rows_count: int) -> Collective:
+    """The all-gather of forward."""
+    stacked, size = stacked_for(call, t.target), accum_dtype(t.logits.dtype).itemsize
+    length = stacked.length(rows_count)
+    return Collective("forward", "all_gather", 1, stacked.fields * size, 8 * _exchange.HEADER + length * size)
+
+
+def gradient_operators(call: Call, needs: Sequence[bool]) -> tuple[str, ...]:
+    """Those of :func:`gradients`."""
+    by_logits = ("row_gradient", *["token_log_probs_backward"] * call.entropy) if needs[0] else ()
+    return (*by_logits, *["row_target_gradient"] * (needs[1] + needs[2]))
+
+
+def no_results(call: Call, t: Operands, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """What forward returns, for rows of ``shape``."""
+    like, accum, per_row = t.target, accum_dtype(t.logits.dtype), call.options.reduction == "none"
+    loss = nothing(like, shape if per_row else [], call.options.loss_dtype or accum)
+    if not call.stats:
+        return (loss,)
+    lse, argmax = nothing(like, shape, accum), nothing(like, shape, torch.int64)
+    return loss, lse, argmax, nothing(like, [], torch.float32), lse
+
+
+def _rehearse(call: Call, t: Operands) -> tuple[Tensor, ...]:
+    shape, wanted = _rowwise.row_shape(t.logits), (t.logits, t.target, t.weight)
+    path = recomputing(*wanted)
+    again = path is Path.RECOMPUTE
+    needs = [again and x is not None and x.requires_grad for x in wanted]
+    made = sum(x.nbytes for x, needed in zip(wanted, needs, strict=True) if needed and x is not None)
+    report(
+        Rehearsed(
+            f"statistics of this rank's {t.logits.shape[1]} classes; loss of all ranks' by torch operations",
+            path.value if again or path is Path.VALUE else NOT_SERVED,
+            ("row_stats",),
+            gradient_operators(call, needs),
+            sum(distinct_bytes(x) for x in t if x is not None) * (1 + again),
+            made,
+            made,
+            collectives=(statistics_sent(call, t, math.prod(shape)),),
+        )
+    )
+    return no_results(call, t, shape)
+
+
 # After a graph break it is not to be a graph of its own.
 _apply = torch.compiler.disable(ParallelCrossEntropy.apply)
 
 
 def run(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded) -> Any:
     """The loss that ``function`` asks for."""
-    refuse_rehearsal(function)
     call, operands, shape = checked(function, logits, target, g, s)
-    if torch.compiler.is_compiling():
+    if rehearsing():
+        loss, *stats = _rehearse(call, operands)
+    elif torch.compiler.is_compiling():
         from . import _compiled  # which imports this module
 
         loss, *stats = _compiled.cross_entropy(call, operands)

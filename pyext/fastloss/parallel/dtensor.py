@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from .. import _arguments
 from .._arguments import is_dtensor
+from .._autograd import rehearsing
 from ..formulas import ROW_MAP_KINDS
 from ..head.linear_cross_entropy import _logits_dtype
 from ..head.linear_cross_entropy import run as run_head
@@ -103,8 +104,18 @@ def _placed(value: Any, axes: Axes, placements: Sequence[Any]) -> Any:
     if not is_dtensor(value):
         value = DTensor.from_local(value, axes.mesh, axes.replicated, run_check=False)
     if tuple(value.placements) != tuple(placements):
+        _refuse_to_move(any(not p.is_replicate() and p != q for p, q in zip(value.placements, placements, strict=True)))
         value = value.redistribute(axes.mesh, placements)
     return value
+
+
+def _refuse_to_move(moves: bool) -> None:
+    """What would move between ranks does not in a rehearsal, which one rank may ask for alone."""
+    if moves and rehearsing():
+        raise NotImplementedError(
+            "explain(): of DTensors that the call would redistribute first; give them in the placements that "
+            "docs/parallel.md names"
+        )
 
 
 def _local(value: Any, axes: Axes, placements: Sequence[Any], of_all_rows: bool = False) -> Any:
@@ -192,6 +203,7 @@ def denominators(
 def _redistributed(function: str, logits: Any, axes: Axes) -> Any:
     if tuple(logits.placements) == axes.logits:
         return logits
+    _refuse_to_move(True)
     _arguments.warn(
         f"{function}(): logits in the placements {tuple(logits.placements)} are redistributed to {axes.logits}, which "
         "moves logits between ranks: fastloss takes Shard of the classes over one axis of the mesh, Shard of the rows, "
@@ -303,6 +315,7 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
         over_classes = over_classes if by_shard or (p.soft and axes.classes is not None) else None
         weight = _local(weight, axes, axes.replicated if over_classes is None else over_classes, of_all_rows=True)
     normalizer: Any = g.normalizer
+    _refuse_to_move(is_dtensor(normalizer) and not all(p.is_replicate() for p in normalizer.placements))
     g = g._replace(
         weight=weight,
         sample_weight=_local(g.sample_weight, axes, axes.rows),

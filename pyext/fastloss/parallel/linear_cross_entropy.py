@@ -17,26 +17,40 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _arguments
-from .._autograd import accum_dtype, refuse_rehearsal
+from .._autograd import (
+    Collective,
+    Path,
+    Rehearsed,
+    accum_dtype,
+    distinct_bytes,
+    recomputing,
+    rehearsing,
+    report,
+)
 from .._library import DTYPE_CODES, NONE
 from ..head import chunked
+from ..head.chunks import split
 from ..head.linear_cross_entropy import _flattened, _integer, _logits_dtype
 from ..losses.cross_entropy import CrossEntropyStats, Given, Options, Unmade
 from . import _exchange
 from ._exchange import Layout
 from .cross_entropy import (
+    NOT_SERVED,
     Call,
     Kept,
     Merged,
     Operands,
     Sharded,
     checked,
+    gradient_operators,
     gradients,
     kept,
     merged,
+    no_results,
     no_second_derivatives,
     numbers_of,
     results,
+    statistics_sent,
 )
 
 
@@ -60,6 +74,11 @@ class Head(NamedTuple):
     def rows(self, rows: int, features: int, columns: int, device: torch.device) -> int:
         """Of a chunk."""
         return chunked.rows_that_fit((rows, features, columns), self.dtype, device, self.budget)
+
+    def own_rows_in_backward(self, rows: int, features: int, layout: Layout, sharing: int, device: torch.device) -> int:
+        """Of this rank's rows, which ``sharing`` ranks share, in a chunk of backward: every rank makes the same chunks,
+        for each of which there is a collective."""
+        return max(1, self.rows(rows, features, max(layout.sizes), device) // sharing)
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, needs: Sequence[bool]) -> Any:
@@ -165,8 +184,7 @@ def head_gradients(
     ranks = dist.get_world_size(call.group) if head.gathered else 1
     count = mine * ranks
     products = _products(x, weight, bias, head, needs[:3])
-    # Every rank makes the same chunks, for each of which there is a collective.
-    step = max(1, head.rows(count, features, max(layout.sizes), x.device) // ranks)
+    step = head.own_rows_in_backward(count, features, layout, ranks, x.device)
     z = (
         None
         if logits is not None
@@ -240,6 +258,57 @@ def _start_sum(partial: Tensor, out: Tensor, call: Call, head: Head) -> Any:
     return reduce_scatter(out, partial, group=call.group, async_op=True)
 
 
+# --------------------------------------------------------------------------------------------------------- rehearsal
+
+
+def _rehearse(
+    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
+) -> tuple[Tensor, ...]:
+    (mine, features), columns, device = x.shape, weight.shape[0], x.device
+    ranks = dist.get_world_size(call.group)
+    sharing = ranks if head.gathered else 1
+    count, held = mine * sharing, head.held(device).itemsize
+    chunks = split(count, head.rows(count, features, columns, device), columns * held)
+    assumed = Layout((columns,) * ranks, dist.get_rank(call.group))
+    layout = _exchange.assumed_layout(call.group, columns, call.given) or assumed
+    wanted = x, weight, bias, t.target, t.weight
+    path = recomputing(*wanted)
+    again = path is Path.RECOMPUTE
+    needs = [again and w is not None and w.requires_grad for w in wanted]
+    step = head.own_rows_in_backward(count, features, layout, sharing, device)
+    times = max(1, -(-mine // step))
+    gradient = path.value if path is Path.VALUE else NOT_SERVED
+    if again:
+        logits = "kept" if chunks.times == 1 else "made again"
+        gradient = f"in backward, from logits that are {logits}, {times} of {min(step * sharing, count)} rows at a time"
+    input_row, grad_row = features * x.element_size(), features * held
+    sent = [statistics_sent(call, t, count)]
+    if head.gathered:
+        sent.insert(0, Collective("forward", "all_gather", 1, input_row, mine * input_row))
+        if again:
+            sent.append(Collective("backward", "all_gather", times, input_row, mine * input_row))
+    if needs[0]:
+        name = "reduce_scatter" if head.gathered else "all_reduce"
+        sent.append(Collective("backward", name, times, sharing * grad_row, count * grad_row))
+    sizes = accum_dtype(head.dtype).itemsize  # of the sums of weight and bias
+    kinds = held, sizes, sizes, t.target.element_size(), 0 if t.weight is None else t.weight.element_size()
+    made = [w.numel() * kind for w, kind, needed in zip(wanted, kinds, needs, strict=True) if needed and w is not None]
+    report(
+        Rehearsed(
+            f"torch's products and statistics of this rank's {columns} classes; loss of all ranks' by torch operations",
+            gradient,
+            ("row_stats",),
+            gradient_operators(call, (any(needs[:3]), *needs[3:])),
+            sum(distinct_bytes(w) for w in (*wanted, t.sample_weight) if w is not None) * (1 + again),
+            sum(w.nbytes for w, needed in zip(wanted, needs, strict=True) if needed and w is not None),
+            sum(made) + chunks.nbytes * again,
+            chunks,
+            tuple(sent),
+        )
+    )
+    return no_results(call, t, [count])
+
+
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
@@ -259,7 +328,6 @@ def run(
     sequence_parallel: bool,
 ) -> Any:
     """The loss that ``function`` asks for."""
-    refuse_rehearsal(function)
     for name, t in (("input", input), ("linear_weight_shard", linear_weight), ("target", target)):
         _arguments.require_tensor(name, t, function)
     tensors = input, linear_weight, linear_bias, target, g.weight, g.sample_weight, s.weight_shard
@@ -293,7 +361,9 @@ def run(
     call, operands, final = checked(function, unmade, target, g, s)
     operands = operands._replace(logits=input.new_empty([0], dtype=dtype))
     x = input.reshape(-1, features)
-    if torch.compiler.is_compiling():
+    if rehearsing():
+        loss, *stats = _rehearse(call, head, x, linear_weight, linear_bias, operands)
+    elif torch.compiler.is_compiling():
         from . import _compiled  # which imports this module
 
         loss, *stats = _compiled.linear_cross_entropy(call, head, x, linear_weight, linear_bias, operands)
