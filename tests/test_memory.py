@@ -370,3 +370,17 @@ def test_pointwise(loss, device):
                 loss(leaf, u, **options).backward()
             leaf.grad = None
             assert memory.peak <= leaf.nbytes + (u.nbytes if wanted == 2 else 0) + few
+
+
+def test_roots_of_elements(device):
+    """Squares and roots in float64, for the sake of large ones; the operands are not copied into it."""
+    x, t, weight = (
+        torch.randn(512, 1000, device=device),
+        torch.randn(1000, device=device),
+        torch.rand(1000, device=device),
+    )
+    n, small = x.numel(), SMALL[device] + (1 << 16)
+    for options in ({"eps": 0.1}, {"eps": 0.1, "weight": weight}):
+        with measured(device) as memory:
+            fastloss.rmse_loss(x, t.expand_as(x), "none", **options)
+        assert memory.peak <= 16 * n + small

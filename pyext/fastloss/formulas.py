@@ -142,7 +142,7 @@ def kl_div(x: Tensor, t: Tensor, log_target: bool = False, share: float = 1.0) -
     return share * (t.exp() * (t - x) if log_target else torch.xlogy(t, t) - t * x)
 
 
-def _root(square: Tensor) -> Tensor:
+def root(square: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0."""
     zero = square == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
@@ -159,7 +159,7 @@ def _cosine_terms(x: Tensor, t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def _cosine_finish(product: Tensor, x_square: Tensor, t_square: Tensor, eps: float = 0.0) -> Tensor:
-    return 1 - product / (_root(x_square) * _root(t_square)).clamp(min=eps)
+    return 1 - product / (root(x_square) * root(t_square)).clamp(min=eps)
 
 
 def _cosine_embedding_terms(
@@ -238,7 +238,7 @@ def capsule_margin_loss(
 FORMULAS: dict[str, Formula] = {
     "l1_loss": Formula(l1_loss),
     "mse_loss": Formula(mse_loss),
-    "rmse_loss": Formula(lambda x, t, eps: (x - t) ** 2, ("eps",), lambda square, eps: _root(square + eps), wide=True),
+    "rmse_loss": Formula(lambda x, t, eps: (x - t) ** 2, ("eps",), lambda square, eps: root(square + eps), wide=True),
     "smooth_l1_loss": Formula(smooth_l1_loss, ("beta",)),
     "huber_loss": Formula(huber_loss, ("delta",)),
     "log_cosh_loss": Formula(log_cosh_loss),
@@ -255,7 +255,7 @@ FORMULAS: dict[str, Formula] = {
     "charbonnier_loss": Formula(charbonnier_loss, ("eps",)),
     "quantile_loss": Formula(quantile_loss, ("q",)),
     "quantiles_loss": Formula(quantile_loss),
-    "rmsle_loss": Formula(rmsle_loss, (), _root),
+    "rmsle_loss": Formula(rmsle_loss, (), root),
     "sigmoid_focal_loss": Formula(sigmoid_focal_loss, ("alpha", "gamma")),
     "asymmetric_loss": Formula(asymmetric_loss, ("gamma_pos", "gamma_neg", "clip")),
     "capsule_margin_loss": Formula(capsule_margin_loss, ("m_plus", "m_minus", "down_weight")),

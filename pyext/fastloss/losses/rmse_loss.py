@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .. import _arguments
-from .._autograd import accum_dtype
+from .. import _arguments, formulas
 from .._library import MEAN, NONE
 from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
@@ -98,18 +97,15 @@ def rmse_loss(
 
 
 def _of_elements(x: Operands, eps: float) -> Tensor:
-    """sqrt(w d^2 + eps) of each; without eps by way of sqrt(w) |d|, which does not overflow."""
-    weight = x.weight
-    if weight is not None and x.mask is not None:  # what is hidden may hold anything, also for the weight's gradient
-        weight = torch.where(x.mask, weight, 1)
-    if not eps:
-        weight = None if weight is None else weight.to(accum_dtype(x.dtype)).sqrt()
-        return _pointwise.run_checked(x._replace(weight=weight), "l1_loss")
-    # By the squares, smooth where the residual is 0, and the weights, of which those of 0 and below have a derivative.
-    # In float64, where squares of float32 do not overflow.
-    wide = x._replace(input=x.input.double(), target=x.target.double(), weight=None, dtype=torch.float64)
-    square = _pointwise.run_checked(wide, "mse_loss")
-    roots = ((square if weight is None else weight * square) + eps).sqrt()
+    """sqrt(w d^2 + eps) of each; without either |d|, which does not overflow."""
+    if x.weight is None and not eps:
+        return _pointwise.run_checked(x, "l1_loss")
+    # In float64 squares of float32 do not overflow. The operands stay as they are: the kernel reads them into it.
+    wide = x._replace(dtype=torch.float64)
+    if eps:
+        roots = (_pointwise.run_checked(wide, "mse_loss") + eps).sqrt()
+    else:
+        roots = formulas.root(_pointwise.run_checked(wide, "mse_loss"))
     return (roots if x.mask is None else torch.where(x.mask, roots, 0)).to(x.dtype)
 
 
