@@ -7,7 +7,7 @@ import fastloss
 import pytest
 import torch
 from fastloss._library import ops
-from fastloss.rows import RowOptions, merge_row_stats, row_gradient, row_loss, row_maps, row_stats
+from fastloss.rows import RowOptions, finish_row_stats, merge_row_stats, row_gradient, row_maps, row_stats
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FEATURES = {
@@ -99,7 +99,7 @@ def parts(x, target, ends):
 def in_shards(x, target, tensors, o, ends, g, best=False):
     weight = {"weight": tensors.get("weight")}
     stats = [row_stats(s, t, o, class_offset=a, **weight, best=best) for a, s, t in parts(x, target, ends)]
-    result = row_loss(merge_row_stats(stats), target, o, **tensors)
+    result = finish_row_stats(merge_row_stats(stats), target, o, **tensors)
     sample = {"sample_weight": tensors.get("sample_weight")}
 
     def gradient(of_target):
@@ -229,7 +229,7 @@ def test_the_slope_of_generalized_cross_entropy_where_a_probability_is_small():
     """q p^q is far below the rounding of 1, of which the map is a difference."""
     x, target = torch.tensor([[0.0, 30.0], [0.0, 3.0]]), torch.tensor([0, 0])
     o = RowOptions(total_classes=2, reduction="sum", row_map="generalized_cross_entropy", map_params=(0.7,))
-    loss, saved, *_ = row_loss(row_stats(x, target, o, class_offset=0), target, o)
+    loss, saved, *_ = finish_row_stats(row_stats(x, target, o, class_offset=0), target, o)
     grad = row_gradient(x, target, saved, torch.ones_like(loss), o, class_offset=0)
     wide = x.double().requires_grad_()
     p = wide.softmax(1)[:, 0]
@@ -273,13 +273,13 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="merge_row_stats"):
         merge_row_stats([stats, stats[:, :1]])
     with pytest.raises(ValueError, match="3 fields"):
-        row_loss(stats, t, RowOptions(total_classes=8, label_smoothing=0.1))
+        finish_row_stats(stats, t, RowOptions(total_classes=8, label_smoothing=0.1))
     with pytest.raises(ValueError, match="sample_weight must have shape"):
-        row_loss(stats, t, o, sample_weight=torch.ones(3))
+        finish_row_stats(stats, t, o, sample_weight=torch.ones(3))
     with pytest.raises(ValueError, match="normalizer"):
-        row_loss(stats, t, o, normalizer=torch.ones(3))
+        finish_row_stats(stats, t, o, normalizer=torch.ones(3))
     with pytest.raises(ValueError, match="grad_output must have shape"):
-        row_gradient(x, t, row_loss(stats, t, o).saved, torch.ones(2), o, class_offset=0)
+        row_gradient(x, t, finish_row_stats(stats, t, o).saved, torch.ones(2), o, class_offset=0)
 
 
 def test_plain_statistics_are_three_numbers_a_row():
@@ -287,3 +287,10 @@ def test_plain_statistics_are_three_numbers_a_row():
         torch.zeros(5, 7, 2), torch.zeros(5, 2, dtype=torch.int64), RowOptions(total_classes=7), class_offset=0
     )
     assert stats.shape == (3, 5, 2) and stats.dtype is torch.float32
+
+
+def test_the_old_name():
+    with pytest.warns(DeprecationWarning, match="finish_row_stats"):
+        assert fastloss.rows.row_loss is finish_row_stats
+    with pytest.raises(AttributeError, match="row_losses"):
+        _ = fastloss.rows.row_losses

@@ -270,7 +270,7 @@ def rehearsing() -> bool:
     return _rehearsed is not None
 
 
-def report(call: Rehearsed) -> None:
+def tell_rehearsal(call: Rehearsed) -> None:
     """Of such a loss."""
     assert _rehearsed is not None
     _rehearsed.append(call)
@@ -376,7 +376,7 @@ class Engine:
 
     def _rehearse(self, path: Path, tensors: tuple[Any, ...], o: Any) -> tuple[Tensor, ...]:
         needs = tuple(t is not None and t.requires_grad and path is not Path.VALUE for t in tensors[: self.rules.wants])
-        report(self.rules.rehearsed(path, tensors, o, needs))
+        tell_rehearsal(self.rules.rehearsed(path, tensors, o, needs))
         shapes = self.rules.value([None if t is None else t.detach().to("meta") for t in tensors], o)
         first = next(t for t in tensors if t is not None)
         zeros = [nothing(first, s.shape, s.dtype) for s in shapes]

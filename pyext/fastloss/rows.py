@@ -5,14 +5,14 @@ chunk of a head, and only O(rows) numbers pass between them:
 
 1. :func:`row_stats` reads the logits of one range once and gives three numbers per row;
 2. :func:`merge_row_stats` combines those of all ranges, in the order given: the same order gives the same bits;
-3. :func:`row_loss` makes of them the loss, and what the gradient needs;
+3. :func:`finish_row_stats` makes of them the loss, and what the gradient needs;
 4. :func:`row_gradient` reads the logits of one range again and writes their gradient.
 
 Any split gives the loss and the gradient of the whole, but for rounding::
 
     options = RowOptions(total_classes=6, label_smoothing=0.1)
     stats = [row_stats(x, target, options, class_offset=o) for o, x in ((0, logits[:, :2]), (2, logits[:, 2:]))]
-    loss, saved, *_ = row_loss(merge_row_stats(stats), target, options)
+    loss, saved, *_ = finish_row_stats(merge_row_stats(stats), target, options)
     one = torch.ones_like(loss)
     grad = torch.cat([row_gradient(logits[:, :2], target, saved, one, options, class_offset=0),
                       row_gradient(logits[:, 2:], target, saved, one, options, class_offset=2)], 1)
@@ -21,6 +21,7 @@ Nothing here records autograd's graph; who composes these functions does that. E
 arguments is free of synchronisation with a GPU.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -255,7 +256,7 @@ def merge_row_stats(stats: Sequence[Tensor]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- loss
 
 
-class RowLoss(NamedTuple):
+class LossOfRows(NamedTuple):
     """What the merged statistics of all classes give.
 
     Attributes:
@@ -291,7 +292,7 @@ def _spread(mass: Any, log_sum: Tensor, dot: Tensor) -> Tensor:
     return torch.where(mass - mass == 0, mass * log_sum - dot, mass + (log_sum - log_sum))
 
 
-def row_loss(
+def finish_row_stats(
     stats: Tensor,
     target: Tensor,
     options: RowOptions,
@@ -299,7 +300,7 @@ def row_loss(
     weight: Tensor | TargetWeights | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Tensor | None = None,
-) -> RowLoss:
+) -> LossOfRows:
     """The loss of all classes from their merged statistics, O(rows).
 
     Args:
@@ -316,12 +317,12 @@ def row_loss(
     soft, smooth = target.is_floating_point(), options.label_smoothing > 0
     if stats.shape[0] not in ((5, 8) if soft or smooth else (3, 6)):
         raise ValueError(
-            f"row_loss(): stats have {stats.shape[0]} fields, which are not those of these options and target; make "
-            "them by row_stats() with the same options"
+            f"finish_row_stats(): stats have {stats.shape[0]} fields, which are not those of these options and target; "
+            "make them by row_stats() with the same options"
         )
     met = weight if isinstance(weight, TargetWeights) else None
-    weight = None if isinstance(weight, TargetWeights) else _whole_weight("row_loss", weight, accum, o)
-    s = _row_vector("row_loss", "sample_weight", sample_weight, shape, accum)
+    weight = None if isinstance(weight, TargetWeights) else _whole_weight("finish_row_stats", weight, accum, o)
+    s = _row_vector("finish_row_stats", "sample_weight", sample_weight, shape, accum)
     s = torch.ones_like(stats[REF]) if s is None else s
 
     ref = torch.where(stats[REF] == -torch.inf, 0.0, stats[REF])
@@ -330,7 +331,7 @@ def row_loss(
     if soft:
         counts, e_t = torch.ones_like(ref, dtype=torch.bool), torch.zeros_like(ref)
     else:
-        index = _row_vector("row_loss", "target", target, shape, torch.int64)
+        index = _row_vector("finish_row_stats", "target", target, shape, torch.int64)
         counts = index != o.ignore_index
         bad = counts & ((index < 0) | (index >= o.total_classes))  # of CUDA; the CPU has raised
         counts = counts & ~bad
@@ -338,7 +339,7 @@ def row_loss(
         if weight is not None:
             w_t = torch.where(counts, weight[torch.where(counts, index, 0)], 1.0)
         elif met is not None:
-            given = _row_vector("row_loss", "weight.of_targets", met.of_targets, shape, accum)
+            given = _row_vector("finish_row_stats", "weight.of_targets", met.of_targets, shape, accum)
             w_t = torch.where(counts, given, 1.0)
     log_sum = torch.log(others + e_t)
     lse = ref + log_sum
@@ -384,7 +385,7 @@ def row_loss(
     divisors = count if soft else torch.where(counts, s.double() * w_t.double(), 0.0).sum(), count
     if normalizer is not None:
         if normalizer.numel() != 1:
-            raise ValueError(f"row_loss(): normalizer must be one number, got shape {list(normalizer.shape)}")
+            raise ValueError(f"finish_row_stats(): normalizer must be one number, got shape {list(normalizer.shape)}")
         divisors = (normalizer.detach().reshape(()).double(),) * 2
     if o.reduction == "none":
         loss = torch.stack(parts).sum(0) + (z_part if o.z_loss else 0.0)
@@ -402,7 +403,7 @@ def row_loss(
         own = torch.where(e_t > 0, e_t * (z_t - ref), 0.0)
         entropy = log_sum - (stats[EXP_DOT] + own) / (others + e_t)
     lse = torch.where(stats[REF].isinf(), stats[REF], lse)  # as logsumexp has it; the loss of such a row is nan
-    return RowLoss(
+    return LossOfRows(
         loss.to(o.loss_dtype_for(stats)), torch.cat([*(f.reshape(-1) for f in saved), ends]), lse, argmax, entropy
     )
 
@@ -426,7 +427,7 @@ def row_gradient(
 
     Args:
         logits, target, class_offset, weight: as in :func:`row_stats`.
-        saved, sample_weight: as in and from :func:`row_loss`.
+        saved, sample_weight: as in and from :func:`finish_row_stats`.
         grad_output: of the loss's shape and dtype.
         of_target: by the probabilities instead of the logits.
 
@@ -471,13 +472,21 @@ def _(grad_output: Any, saved: Any, class_offset: Any, total: Any, logits: Any, 
     return torch.empty_like(target)
 
 
+def __getattr__(name: str) -> Any:
+    """The name that :func:`finish_row_stats` had: a row loss is a loss over a class axis without a softmax."""
+    if name != "row_loss":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("fastloss.rows.row_loss is called finish_row_stats now", DeprecationWarning, stacklevel=2)
+    return finish_row_stats
+
+
 __all__ = [
-    "RowLoss",
+    "LossOfRows",
     "RowOptions",
     "TargetWeights",
+    "finish_row_stats",
     "merge_row_stats",
     "row_gradient",
-    "row_loss",
     "row_maps",
     "row_stats",
 ]

@@ -26,13 +26,13 @@ from ._autograd import (
     recomputing,
     recording,
     rehearsing,
-    report,
+    tell_rehearsal,
     transforms_active,
 )
 from ._library import DTYPE_CODES, NONE, loop_vmap, ops
 from .losses import _rowwise
 from .losses.cross_entropy import SAVE, STATS, rules
-from .losses.cross_entropy import Options as RowOptions
+from .losses.cross_entropy import Options as CrossEntropyOptions
 
 IGNORE_INDEX = -100
 
@@ -161,7 +161,7 @@ class TokenLogProbs(Function):
 COMPOSED = "torch's own, of all logits"  # how a gradient is made where _composed() serves
 
 
-def forward_operator(o: Options) -> str:
+def name_of_forward(o: Options) -> str:
     """That of :func:`values`."""
     return "cross_entropy_forward_stats" if o.entropy else "cross_entropy_forward"
 
@@ -174,16 +174,18 @@ def nothings(like: Tensor, rows: Sequence[int], o: Options) -> tuple[Tensor, ...
 def _rehearse(logits: Tensor, index: Tensor, o: Options) -> tuple[Tensor, ...]:
     path = recomputing(logits)
     if path in (Path.TRANSFORMED, Path.FORWARD_MODE):
-        report(Rehearsed("composed of torch operations", COMPOSED))
+        tell_rehearsal(Rehearsed("composed of torch operations", COMPOSED))
     else:
         dtype, flags = DTYPE_CODES[accum_dtype(logits.dtype)], STATS * o.entropy
-        options = RowOptions(NONE, dtype, o.ignore_index, softcap=o.softcap, logit_scale=o.logit_scale, flags=flags)
+        options = CrossEntropyOptions(
+            NONE, dtype, o.ignore_index, softcap=o.softcap, logit_scale=o.logit_scale, flags=flags
+        )
         wanted = path is Path.RECOMPUTE
-        report(
+        tell_rehearsal(
             Rehearsed(
                 rules.regime((logits, index, None, None, None), options, path),
                 path.value,
-                (forward_operator(o),),
+                (name_of_forward(o),),
                 ("token_log_probs_backward",) * wanted,
                 (distinct_bytes(logits) + distinct_bytes(index)) * (1 + wanted),
                 logits.nbytes * wanted,

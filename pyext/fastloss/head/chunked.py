@@ -17,7 +17,7 @@ from .._autograd import Chunks, Grads, Needs, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, SUM, ops
 from ..formulas import ALL_IGNORED_ZERO
 from ..losses.cross_entropy import STATS, Options, accuracy_of, rules
-from .chunks import rows_per_chunk, split
+from .chunks import cut, rows_per_chunk
 
 COUNT = -1  # of max_rows: count the rows, and wait for the GPU
 _BLOCK = 32 << 20  # bytes of an operand's copy in another dtype
@@ -224,7 +224,7 @@ def chunks_of(t: Operands, o: HeadOptions) -> Chunks:
     kept = _kept(t, o).rows
     rows = t.input.shape[0] if kept is None else kept.shape[0]
     held, step = chunk_dtype(t.input.device, DTYPES[o.logits_dtype]), rows_at_a_time(t, o)
-    return split(rows, step, t.linear_weight.shape[0] * held.itemsize)
+    return cut(rows, step, t.linear_weight.shape[0] * held.itemsize)
 
 
 # Whether this CPU multiplies matrices of a 16-bit dtype faster than those of float32.

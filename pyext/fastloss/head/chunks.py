@@ -67,14 +67,14 @@ def rows_per_chunk(
     return rows_within(budget, rows, of_a_row, device)
 
 
-def split(rows: int, at_a_time: int, bytes_of_a_row: int) -> Chunks:
+def cut(rows: int, at_a_time: int, bytes_of_a_row: int) -> Chunks:
     """The chunks of so many rows, of which there is one at least.
 
-    >>> split(5, 2, 8)
+    >>> cut(5, 2, 8)
     Chunks(times=3, rows=2, nbytes=16)
     """
     most = min(at_a_time, rows)
     return Chunks(max(1, -(-rows // at_a_time)), most, max(most, 1) * bytes_of_a_row)
 
 
-__all__ = ["FED_ROWS", "LEAST_BUDGET", "default_budget", "rows_per_chunk", "rows_within", "split"]
+__all__ = ["FED_ROWS", "LEAST_BUDGET", "cut", "default_budget", "rows_per_chunk", "rows_within"]

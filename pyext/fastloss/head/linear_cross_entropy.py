@@ -34,8 +34,8 @@ from .._autograd import (
     opaque,
     recording,
     rehearsing,
-    report,
     saved_tensor_hooks_active,
+    tell_rehearsal,
     transforms_active,
     version_of,
 )
@@ -282,7 +282,7 @@ def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor,
     half = any(x is not None and x.requires_grad and x.dtype is torch.float16 for x in t[:WANTS])
     needs = tuple(wanted and x is not None and x.requires_grad for x in t[:WANTS])
     if rehearsing():
-        report(_head_rules.rehearsed(_path(wanted, half, o, in_forward), t, o, needs))
+        tell_rehearsal(_head_rules.rehearsed(_path(wanted, half, o, in_forward), t, o, needs))
         rows = nothing(t.input, chunked.row_shape(t), torch.int64)
         loss = nothing(t.input, rows.shape if o.reduction == NONE else [], DTYPES[o.loss_dtype])
         return (loss, rows, rows, loss, rows) if o.flags & STATS else (loss,)

@@ -9,7 +9,7 @@ from torch.autograd import Function, forward_ad
 from .. import _arguments
 from .._autograd import Grads, accum_dtype, differentiated_again, nothing, rehearsing
 from .._library import MEAN, NONE
-from .chunks import rows_within, split
+from .chunks import cut, rows_within
 from .linear_token_log_probs import (
     add_gradients,
     autocast,
@@ -225,7 +225,7 @@ def linear_kl_divergence(
     at_a_time = rows_within(budget, rows, bytes_of_a_row, s_hidden.device.type)
     if rehearsing():
         kept = None if mask is None else kept_rows(mask.reshape(-1))
-        chunks = split(rows if kept is None else kept.shape[0], at_a_time, bytes_of_a_row)
+        chunks = cut(rows if kept is None else kept.shape[0], at_a_time, bytes_of_a_row)
         rehearse("torch's products and softmax", s_hidden, (s_weight,), (t_hidden, t_weight), chunks)
         return nothing(s_hidden, shape if code == NONE else [], wide)
     if rows:

@@ -22,7 +22,7 @@ from .._autograd import (
     recomputing,
     recording,
     rehearsing,
-    report,
+    tell_rehearsal,
     transforms_active,
 )
 from .._library import DTYPE_CODES
@@ -34,14 +34,14 @@ from ..token_log_probs import (
     check_index,
     composed,
     composed_gradient,
-    forward_operator,
     gradient,
+    name_of_forward,
     nothings,
     options,
     values,
 )
 from .chunked import add_product
-from .chunks import default_budget, rows_within, split
+from .chunks import cut, default_budget, rows_within
 
 
 def ranges(rows: int, at_a_time: int) -> Iterator[slice]:
@@ -310,7 +310,7 @@ def rehearse(
     again, composed = path is Path.RECOMPUTE, path in (Path.TRANSFORMED, Path.FORWARD_MODE)
     grads = [t for t in (hidden, *shared) if again and t is not None and t.requires_grad]
     made = sum(t.nbytes if t is hidden else t.numel() * accum_dtype(t.dtype).itemsize for t in grads)
-    report(
+    tell_rehearsal(
         Rehearsed(
             kernel,
             COMPOSED if composed else path.value,
@@ -416,8 +416,8 @@ def linear_token_log_probs(
         return (nothing, nothing.clone()) if return_entropy else nothing
     if rehearsing():
         kept = None if return_entropy else kept_rows(index != o.ignore_index)
-        chunks = split(rows if kept is None else kept.shape[0], at_a_time, bytes_of_a_row)
-        operators = (forward_operator(o),), ("token_log_probs_backward",)
+        chunks = cut(rows if kept is None else kept.shape[0], at_a_time, bytes_of_a_row)
+        operators = (name_of_forward(o),), ("token_log_probs_backward",)
         rehearse("torch's products and cross entropy", flat, (matrix, offset), (index,), chunks, operators)
         results = nothings(flat, rows_shape, o)
         return results if return_entropy else results[0]

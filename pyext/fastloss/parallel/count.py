@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments
-from .._autograd import Collective, Rehearsed, rehearsing, report
+from .._autograd import Collective, Rehearsed, rehearsing, tell_rehearsal
 from ..losses import _rowwise
 from . import _exchange
 
@@ -87,7 +87,7 @@ def count(
 def summed(value: Tensor, group: "ProcessGroup") -> Tensor:
     """The sum over the ranks, in their order."""
     if rehearsing():
-        report(Rehearsed("", "", collectives=(Collective("forward", "all_gather", 1, 0, value.nbytes),)))
+        tell_rehearsal(Rehearsed("", "", collectives=(Collective("forward", "all_gather", 1, 0, value.nbytes),)))
         return value
     if torch.compiler.is_compiling():
         from . import _compiled  # which imports the losses

@@ -23,7 +23,7 @@ from .._autograd import (
     nothing,
     recomputing,
     rehearsing,
-    report,
+    tell_rehearsal,
 )
 from .._library import REDUCTIONS, ops
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
@@ -38,7 +38,7 @@ from ..losses.cross_entropy import (
     accuracy_of,
     canonical,
 )
-from ..rows import MASS, RowLoss, RowOptions, TargetWeights
+from ..rows import MASS, LossOfRows, RowOptions, TargetWeights
 from . import _exchange
 from ._exchange import Bad, Layout, Part
 
@@ -92,7 +92,7 @@ class Merged(NamedTuple):
     """
 
     layout: Layout
-    row: RowLoss
+    row: LossOfRows
     met: TargetWeights | None
     best: Tensor | None
 
@@ -297,7 +297,7 @@ def loss_of(call: Call, t: Operands, shape: Sequence[int], layout: Layout, numbe
     """The loss of all ranks' ``numbers`` [ranks, length]."""
     weight = None if call.sharded_weight else t.weight
     stats, met, best = stacked_for(call, t.target).unpacked(numbers, shape, weight, layout)
-    row = rows.row_loss(
+    row = rows.finish_row_stats(
         rows.merge_row_stats(stats),
         t.target.detach(),
         call.of(layout),
@@ -308,7 +308,7 @@ def loss_of(call: Call, t: Operands, shape: Sequence[int], layout: Layout, numbe
     return Merged(layout, row, met, best)
 
 
-def statistics(row: RowLoss, target: Tensor, best: Tensor | None, o: RowOptions) -> CrossEntropyStats:
+def statistics(row: LossOfRows, target: Tensor, best: Tensor | None, o: RowOptions) -> CrossEntropyStats:
     """As :func:`fastloss.cross_entropy` returns them."""
     assert row.argmax is not None and row.entropy is not None
     wanted = target.to(torch.int64) if best is None else best
@@ -325,7 +325,7 @@ class Kept(NamedTuple):
 
     Attributes:
         weight: the class weights as they were given.
-        saved, entropy: of :class:`RowLoss`.
+        saved, entropy: of :class:`LossOfRows`.
         of_targets, total: of :class:`TargetWeights`, where there are.
     """
 
@@ -590,7 +590,7 @@ def _rehearse(call: Call, t: Operands) -> tuple[Tensor, ...]:
     again = path is Path.RECOMPUTE
     needs = [again and x is not None and x.requires_grad for x in wanted]
     made = sum(x.nbytes for x, needed in zip(wanted, needs, strict=True) if needed and x is not None)
-    report(
+    tell_rehearsal(
         Rehearsed(
             f"statistics of this rank's {t.logits.shape[1]} classes; loss of all ranks' by torch operations",
             path.value if again or path is Path.VALUE else NOT_SERVED,

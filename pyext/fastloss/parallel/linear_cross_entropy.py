@@ -25,11 +25,11 @@ from .._autograd import (
     distinct_bytes,
     recomputing,
     rehearsing,
-    report,
+    tell_rehearsal,
 )
 from .._library import DTYPE_CODES, NONE
 from ..head import chunked
-from ..head.chunks import split
+from ..head.chunks import cut
 from ..head.linear_cross_entropy import _flattened, _integer, _logits_dtype
 from ..losses.cross_entropy import CrossEntropyStats, Given, Options, Unmade
 from . import _exchange
@@ -268,7 +268,7 @@ def _rehearse(
     ranks = dist.get_world_size(call.group)
     sharing = ranks if head.gathered else 1
     count, held = mine * sharing, head.held(device).itemsize
-    chunks = split(count, head.rows(count, features, columns, device), columns * held)
+    chunks = cut(count, head.rows(count, features, columns, device), columns * held)
     assumed = Layout((columns,) * ranks, dist.get_rank(call.group))
     layout = _exchange.assumed_layout(call.group, columns, call.given) or assumed
     wanted = x, weight, bias, t.target, t.weight
@@ -293,7 +293,7 @@ def _rehearse(
     sizes = accum_dtype(head.dtype).itemsize  # of the sums of weight and bias
     kinds = held, sizes, sizes, t.target.element_size(), 0 if t.weight is None else t.weight.element_size()
     made = [w.numel() * kind for w, kind, needed in zip(wanted, kinds, needs, strict=True) if needed and w is not None]
-    report(
+    tell_rehearsal(
         Rehearsed(
             f"torch's products and statistics of this rank's {columns} classes; loss of all ranks' by torch operations",
             gradient,
