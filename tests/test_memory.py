@@ -384,3 +384,59 @@ def test_roots_of_elements(device):
         with measured(device) as memory:
             fastloss.rmse_loss(x, t.expand_as(x), "none", **options)
         assert memory.peak <= 16 * n + small
+
+
+WEIGHTED = {
+    "bce with logits": (fastloss.binary_cross_entropy_with_logits, {}),
+    "bce": (fastloss.binary_cross_entropy, {}),
+    "huber": (fastloss.huber_loss, {}),
+    "rmse": (fastloss.rmse_loss, {}),
+    "rmse of samples": (fastloss.rmse_loss, {"dim": 1}),
+    "charbonnier, masked": (fastloss.charbonnier_loss, {"mask": True}),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_by_class_and_by_sample(name, device):
+    """Their product is written out nowhere, neither forward nor in between; only reduction none multiplies
+    grad_output by the samples' weights in backward."""
+    loss, options = WEIGHTED[name]
+    x, t = (torch.rand(512, 1000, generator=torch.Generator().manual_seed(i)).to(device) for i in range(2))
+    weight, by_sample = torch.rand(1000, device=device).expand_as(x), torch.rand(512, device=device)
+    options = {**options, "weight": weight, "sample_weight": by_sample}
+    if "mask" in options:
+        options["mask"] = x[:1] > 0.1
+    small = SMALL[device] + (1 << 16)
+    with measured(device) as memory:
+        want = loss(x, t, **options)
+    assert memory.peak <= small
+    leaf = x.clone().requires_grad_()
+    with measured(device) as memory:
+        got = loss(leaf, t, **options)
+        got.backward()
+    assert torch.equal(got, want) and memory.peak <= x.nbytes + small
+    if name.startswith("rmse"):
+        return
+    leaf.grad = None
+    with measured(device) as memory:
+        each = loss(leaf, t, reduction="none", **options)
+    assert memory.peak <= each.nbytes + small
+    with measured(device) as memory:
+        each.backward(torch.ones_like(each))
+    assert memory.peak <= 3 * x.nbytes + small  # ones, these times the weights, the gradient
+
+
+def test_what_is_ignored_costs_a_byte_each(device):
+    """ignore_index of binary_cross_entropy_with_logits is a mask: one byte for an element, until backward."""
+    x = torch.randn(512, 1000, device=device, requires_grad=True)
+    t = (torch.rand(512, 1000, device=device) * 3).floor() - 1
+    n, small = x.numel(), SMALL[device] + (1 << 16)
+    with measured(device) as memory:
+        loss = fastloss.binary_cross_entropy_with_logits(x.detach(), t, ignore_index=-1)
+    assert n <= memory.peak <= n + small
+    with measured(device) as memory:
+        loss = fastloss.binary_cross_entropy_with_logits(x, t, ignore_index=-1)
+    assert memory.left <= n + x.nbytes + small
+    with measured(device) as memory:
+        loss.backward()
+    assert memory.peak <= small

@@ -683,13 +683,15 @@ def operator_calls(device):
         by_class = w.view(-1, *[1] * (x.dim() - 2)).expand_as(x)
         huber, bce = (_pointwise.NUMBERS[name] for name in ("huber_loss", "binary_cross_entropy_with_logits"))
         cosine = _pointwise.NUMBERS["cosine_distance_loss"]
-        for loss, reduction, row_dims, third, extra in (
-            (huber, NONE, 0, None, (by_class, mask)),
-            (huber, MEAN, 0, None, (None, None)),
-            (bce, SUM, 0, by_class, (None, None)),
-            (cosine, SUM, 1, None, (None, None)),
+        by_sample = w[:1].expand_as(x)
+        for loss, reduction, row_dims, third, extra, further in (
+            (huber, NONE, 0, None, (by_class, mask), ()),
+            (huber, MEAN, 0, None, (None, None), ()),
+            (huber, SUM, 0, None, (by_class, None), (by_sample,)),
+            (bce, SUM, 0, by_class, (None, None), ()),
+            (cosine, SUM, 1, None, (None, None), ()),
         ):
-            first, options = (x, u, loss, reduction, 0), ([0.5], third, None, *extra, row_dims, 0.0)
+            first, options = (x, u, loss, reduction, 0), ([0.5], third, None, *extra, row_dims, 0.0, *further)
             fused = reduction != NONE and loss != cosine
             yield ops.pointwise_value, (*first, 0, *options)
             for flags in (0, *((1, 3) if fused else ())):

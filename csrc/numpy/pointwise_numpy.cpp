@@ -29,7 +29,7 @@ struct Problem {
   std::vector<double> params;
   std::string reduction;
   int row_dims;
-  py::object weight, mask;
+  py::object weight, multiplier, mask;
   double weight_denominator;
 };
 
@@ -56,6 +56,7 @@ PointwiseArgs pointwise_args(const Problem& p) {
   a.weight_denominator = p.weight_denominator;
   for (size_t k = 0; k < p.operands.size(); ++k) set_operand(a, a.operands[k], p.operands[k], "operand");
   set_optional(a, a.weight, p.weight, "weight");
+  set_optional(a, a.multiplier, p.multiplier, "multiplier");
   set_optional(a, a.mask, p.mask, "mask");
   a.loss_type = a.accum;
   return a;
@@ -103,7 +104,7 @@ py::list backward(const py::array& grad_output, const py::array& factor, const P
                   const std::vector<py::object>& wanted) {
   PointwiseArgs a = pointwise_args(p);
   if (a.reduction == Reduction::none) {
-    set_operand(a, a.grad_output_elements, grad_output, "grad_output");
+    set_operand(a, a.multiplier, grad_output, "grad_output");
   } else {
     const void* data = flat_input(factor, a.rows * a.sums, py::dtype("float64"), "factor");
     a.factor = static_cast<double*>(const_cast<void*>(data));
@@ -167,27 +168,28 @@ void bind_pointwise(py::module_& m) {
   m.def(
       "pointwise_forward",
       [](const std::vector<py::array>& operands, const std::string& loss, const std::vector<double>& params,
-         const std::string& reduction, int row_dims, const py::object& weight, const py::object& mask,
-         double weight_denominator, const std::vector<py::object>& grads, bool value_only) {
-        return forward({operands, loss, params, reduction, row_dims, weight, mask, weight_denominator}, grads,
-                       value_only);
+         const std::string& reduction, int row_dims, const py::object& weight, const py::object& multiplier,
+         const py::object& mask, double weight_denominator, const std::vector<py::object>& grads, bool value_only) {
+        return forward({operands, loss, params, reduction, row_dims, weight, multiplier, mask, weight_denominator},
+                       grads, value_only);
       },
       "operands"_a, py::kw_only(), "loss"_a, "params"_a = std::vector<double>{}, "reduction"_a = "mean",
-      "row_dims"_a = 0, "weight"_a = none, "mask"_a = none, "weight_denominator"_a = 0.0,
+      "row_dims"_a = 0, "weight"_a = none, "multiplier"_a = none, "mask"_a = none, "weight_denominator"_a = 0.0,
       "grads"_a = std::vector<py::object>{}, "value_only"_a = false,
       "A dict of loss, factor and grads: for each operand False, True, or an array to write to.");
   m.def(
       "pointwise_backward",
       [](const py::array& grad_output, const py::array& factor, const std::vector<py::array>& operands,
          const std::string& loss, const std::vector<double>& params, const std::string& reduction, int row_dims,
-         const py::object& weight, const py::object& mask, double weight_denominator,
+         const py::object& weight, const py::object& multiplier, const py::object& mask, double weight_denominator,
          const std::vector<py::object>& grads) {
         return backward(grad_output, factor,
-                        {operands, loss, params, reduction, row_dims, weight, mask, weight_denominator}, grads);
+                        {operands, loss, params, reduction, row_dims, weight, multiplier, mask, weight_denominator},
+                        grads);
       },
       "grad_output"_a, "factor"_a, "operands"_a, py::kw_only(), "loss"_a, "params"_a = std::vector<double>{},
-      "reduction"_a = "mean", "row_dims"_a = 0, "weight"_a = none, "mask"_a = none, "weight_denominator"_a = 0.0,
-      "grads"_a = std::vector<bool>{true, true}, "A list of the gradients wanted.");
+      "reduction"_a = "mean", "row_dims"_a = 0, "weight"_a = none, "multiplier"_a = none, "mask"_a = none,
+      "weight_denominator"_a = 0.0, "grads"_a = std::vector<bool>{true, true}, "A list of the gradients wanted.");
   m.def("pointwise_config", &config, "sizes"_a, "operands"_a, py::kw_only(), "grads"_a, "weight"_a = false,
         "mask"_a = false, "reduction"_a = "mean", "row_dims"_a = 0, "sums"_a = 1, "streams"_a = true,
         "is_backward"_a = false,

@@ -10,7 +10,7 @@ void for_each_operand(PointwiseArgs& a, const F& f) {
     if (o.data) f(o);
   for (PointwiseOperand& o : a.grads)
     if (o.data) f(o);
-  for (PointwiseOperand* o : {&a.weight, &a.mask, &a.loss_elements, &a.grad_output_elements})
+  for (PointwiseOperand* o : {&a.weight, &a.mask, &a.loss_elements, &a.multiplier})
     if (o->data) f(*o);
 }
 

@@ -2,8 +2,8 @@
 //
 // Elements are numbered by an index space sizes[0] x ... x sizes[dim - 1], row-major; every operand has its own strides
 // there (0 where it is broadcast), so no operand is ever copied into another layout. A loss has two to four operands
-// x_k and one to four terms f_j (loss.h). With multipliers w_i (weight) and a mask, over the elements whose mask is
-// true:
+// x_k and one to four terms f_j (loss.h). With w_i (weight, times what else multiplies it) and a mask, over the
+// elements whose mask is true:
 //
 //   none   L_i = w_i f(x_i)                                        (0 where the mask is false)
 //   sum    S_j = sum_i w_i f_j(x_i)
@@ -73,8 +73,10 @@ struct PointwiseArgs {
   int64_t sizes[kPointwiseDims] = {};
   PointwiseOperand operands[kPointwiseOperands];  // input, target, ...
   PointwiseOperand weight;                        // w
-  PointwiseOperand mask;                          // bytes, 0 or 1 (type is not looked at)
-  DType accum = DType::f32;                       // f64 when an operand is
+  // What else multiplies w: a second weight, which broadcasts otherwise; in backward of reduction none the grad_output.
+  PointwiseOperand multiplier;
+  PointwiseOperand mask;     // bytes, 0 or 1 (type is not looked at)
+  DType accum = DType::f32;  // f64 when an operand is
   Reduction reduction = Reduction::mean;
   double weight_denominator = 0;  // mean: c above; 0: D counts elements
 
@@ -88,9 +90,8 @@ struct PointwiseArgs {
   PointwiseOperand grads[kPointwiseOperands];
 
   // ---- backward: factor is then an input
-  const void* grad_output = nullptr;  // [rows] of grad_output_type; null: ones
+  const void* grad_output = nullptr;  // [rows] of grad_output_type; null: ones. Reduction none: see multiplier
   DType grad_output_type = DType::f32;
-  PointwiseOperand grad_output_elements;  // reduction none
 
   constexpr int64_t count() const { return rows * cols; }
   void set_loss(const PointwiseLoss& what) {
@@ -102,7 +103,9 @@ struct PointwiseArgs {
     checks = what.checks;
   }
   // Is D known without having read anything?
-  constexpr bool counts_all() const { return !mask.data && (!weight.data || weight_denominator == 0); }
+  constexpr bool counts_all() const {
+    return !mask.data && (weight_denominator == 0 || !(weight.data || multiplier.data));
+  }
   constexpr bool wants_grads() const { return grads[0].data || grads[1].data || grads[2].data || grads[3].data; }
 };
 

@@ -202,8 +202,8 @@ class MaskReader : public Walked {
   }
 };
 
-// The inputs of a chunk: operands x and the multiplier m (null: ones), which holds weight, mask and per-element
-// grad_output. A masked element becomes x_k = 1 with m = 0, so that nothing of what it held is used.
+// The inputs of a chunk: operands x and what multiplies f, m (null: ones), which holds weight, multiplier and mask. A
+// masked element becomes x_k = 1 with m = 0, so that nothing of what it held is used.
 template <class T, int kOperands>
 struct Chunk {
   const T* x[kOperands];
@@ -228,7 +228,7 @@ class Chunks {
     values = Writer<T>(a, a.loss_elements, buffer(1));
     m_ = buffer(1);
     if (a.weight.data) weight_ = Reader<T>(a, a.weight, buffer(2), room_);
-    if (a.grad_output_elements.data) grad_output_ = Reader<T>(a, a.grad_output_elements, buffer(2), room_);
+    if (a.multiplier.data) multiplier_ = Reader<T>(a, a.multiplier, buffer(2), room_);
   }
 
   // Elements [begin, begin + n), until the next call; what they have of the denominator is added to it.
@@ -240,13 +240,13 @@ class Chunks {
       const int64_t counted = apply_mask(c, begin);
       if (a_.weight_denominator == 0) *denominator += double(counted);
     }
-    if (a_.weight_denominator != 0 && c.m)
-      for (int64_t i = 0; i < n; ++i) *denominator += double(c.m[i]);
-    if (a_.grad_output_elements.data) {
-      const T* g = grad_output_.at(begin, n);
+    if (a_.multiplier.data) {
+      const T* g = multiplier_.at(begin, n);
       for (int64_t i = 0; i < n; ++i) m_[i] = c.m ? (c.m[i] == T(0) ? T(0) : c.m[i] * g[i]) : g[i];
       c.m = m_;
     }
+    if (a_.weight_denominator != 0 && c.m)
+      for (int64_t i = 0; i < n; ++i) *denominator += double(c.m[i]);
     return c;
   }
   void put_back(int64_t begin, int64_t n, bool past) const {
@@ -265,7 +265,7 @@ class Chunks {
   const int64_t room_;  // elements of a chunk, at most
   Scratch<T> memory_;
   int64_t taken_ = 0;
-  Reader<T> operands_[kOperands], weight_, grad_output_;
+  Reader<T> operands_[kOperands], weight_, multiplier_;
   MaskReader mask_;
   T *masked_[kOperands], *m_;
 

@@ -35,7 +35,7 @@ Status pointwise_cuda(const PointwiseArgs& a, const PointwiseConfig& config, con
   p.weight_is_flat = is_flat(a, a.weight);
   p.mask_is_flat = is_flat(a, a.mask);
   p.loss_is_flat = is_flat(a, a.loss_elements);
-  p.grad_output_is_flat = is_flat(a, a.grad_output_elements);
+  p.multiplier_is_flat = is_flat(a, a.multiplier);
   if (config.workspace_bytes > 0) {
     if (context.workspace_bytes < config.workspace_bytes) return {Status::unsupported};
     auto* workspace = static_cast<unsigned char*>(context.workspace);

@@ -23,7 +23,7 @@ struct PointwiseParams {
   BadTargetRecord* record;  // where a forward reports what is outside its operand's domain
   double inverse_parts, inverse_sizes[kPointwiseDims];
   bool operand_is_flat[kPointwiseOperands], grad_is_flat[kPointwiseOperands];
-  bool weight_is_flat, mask_is_flat, loss_is_flat, grad_output_is_flat;
+  bool weight_is_flat, mask_is_flat, loss_is_flat, multiplier_is_flat;
 };
 
 // i / n and i % n for 0 <= i < 2^52 by the reciprocal of n: a 64-bit division is a subroutine, a hundred instructions.
@@ -329,14 +329,15 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 #pragma unroll
     for (int k = 0; k < kOperands; ++k)
       if (!counts[e]) x[k][e] = A(1);
-    sums.denominator += a.weight_denominator != 0 ? double(m[e]) : counts[e] ? 1.0 : 0.0;
   }
-  if (a.grad_output_elements.data) {
+  if (a.multiplier.data) {
     A g[kN];
-    load_group(p, a.grad_output_elements, p.grad_output_is_flat, i, g);
+    load_group(p, a.multiplier, p.multiplier_is_flat, i, g);
 #pragma unroll
     for (int e = 0; e < kN; ++e) m[e] = m[e] == A(0) ? A(0) : m[e] * g[e];
   }
+#pragma unroll
+  for (int e = 0; e < kN; ++e) sums.denominator += a.weight_denominator != 0 ? double(m[e]) : counts[e] ? 1.0 : 0.0;
   if constexpr (Loss::checks) {  // one report at most, whose code is there once
     int at = -1, operand = 0;
     double found = 0;

@@ -54,7 +54,7 @@ inline PointwiseConfig pointwise_config(const PointwiseArgs& a, PointwisePass pa
     return o.data && (is_flat(a, o) || o.strides[a.dim - 1] == 1);
   };
   bool streams = a.streams && a.rows == 1 && a.accum == DType::f32 && a.reduction != Reduction::none &&
-                 !a.weight.data && !a.mask.data && !a.operands[2].data && !a.operands[3].data;
+                 !a.weight.data && !a.multiplier.data && !a.mask.data && !a.operands[2].data && !a.operands[3].data;
   bool neighbours = false;
   for (int k = 0; k < kPointwiseOperands; ++k) {
     streams = streams && fits(a.operands[k]) && fits(a.grads[k]);

@@ -5,6 +5,7 @@
 //   operands       input, target and, of losses that have them, a third and a fourth, 1 where they are absent; all of
 //                  one shape, any strides (expanded tensors have stride 0); float32, float64, float16, bfloat16
 //   weight, mask   that shape too; any of these dtypes, bool
+//   sample_weight  as weight, which it multiplies; broadcast (stride 0) where the weight is not
 //   params         the loss's parameters
 //   row_dims       leading axes that are not reduced
 //   flags          bit k: the gradient of operand k is wanted. Results hold those wanted alone, in their order
@@ -45,7 +46,7 @@ class Call {
   Call(const Tensor& input, const Tensor& target, int64_t loss, int64_t reduction, int64_t loss_dtype,
        const std::vector<double>& params, const OptionalTensor& third = {}, const OptionalTensor& fourth = {},
        const OptionalTensor& weight = {}, const OptionalTensor& mask = {}, int64_t row_dims = 0,
-       double weight_denominator = 0)
+       double weight_denominator = 0, const OptionalTensor& sample_weight = {})
       : operands_{&input, &target, third ? &*third : nullptr, fourth ? &*fourth : nullptr},
         is_cuda_(input.is_cuda()),
         device_(input.get_device_index()) {
@@ -80,6 +81,7 @@ class Call {
       set(args.operands[k], *operands_[k], names[k]);
     }
     if (weight) set(args.weight, *weight, "weight");
+    if (sample_weight) set(args.multiplier, *sample_weight, "sample_weight");
     if (mask) {
       if (mask->scalar_type() != ScalarType::Bool) throw std::invalid_argument("mask: expected bool");
       set(args.mask, *mask, nullptr);
@@ -119,7 +121,11 @@ class Call {
     args.factor = static_cast<double*>(factor.data_ptr());
   }
   void set_grad_output(const Tensor& grad_output) {
-    if (args.reduction == Reduction::none) return set(args.grad_output_elements, grad_output, "grad_output");
+    if (args.reduction == Reduction::none) {
+      if (args.multiplier.data)
+        throw std::invalid_argument("sample_weight: with reduction none a factor of grad_output");
+      return set(args.multiplier, grad_output, "grad_output");
+    }
     require_vector(grad_output, "grad_output", args.rows, grad_output.scalar_type(), input());
     args.grad_output = grad_output.data_ptr();
     args.grad_output_type = dtype_of(grad_output, "grad_output");
@@ -213,10 +219,10 @@ class Call {
 Tensor value(const Tensor& input, const Tensor& target, int64_t loss, int64_t reduction, int64_t loss_dtype,
              int64_t flags, const std::vector<double>& params, const OptionalTensor& third,
              const OptionalTensor& fourth, const OptionalTensor& weight, const OptionalTensor& mask, int64_t row_dims,
-             double weight_denominator) {
+             double weight_denominator, const OptionalTensor& sample_weight) {
   if (flags) throw std::invalid_argument("flags: a value has no gradients");
   Call call(input, target, loss, reduction, loss_dtype, params, third, fourth, weight, mask, row_dims,
-            weight_denominator);
+            weight_denominator, sample_weight);
   Tensor result = call.allocate_loss();
   call.forward();
   return result;
@@ -227,9 +233,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(const Tensor& input, con
                                                         const std::vector<double>& params, const OptionalTensor& third,
                                                         const OptionalTensor& fourth, const OptionalTensor& weight,
                                                         const OptionalTensor& mask, int64_t row_dims,
-                                                        double weight_denominator) {
+                                                        double weight_denominator,
+                                                        const OptionalTensor& sample_weight) {
   Call call(input, target, loss, reduction, loss_dtype, params, third, fourth, weight, mask, row_dims,
-            weight_denominator);
+            weight_denominator, sample_weight);
   if (flags && (call.args.reduction == Reduction::none || call.args.sums > 1))
     throw std::invalid_argument("flags: a gradient in forward is for reductions of one sum");
   Tensor result = call.allocate_loss();
@@ -265,9 +272,9 @@ std::vector<Tensor> backward(const Tensor& grad_output, const Tensor& factor, co
                              int64_t loss, int64_t reduction, int64_t loss_dtype, int64_t flags,
                              const std::vector<double>& params, const OptionalTensor& third,
                              const OptionalTensor& fourth, const OptionalTensor& weight, const OptionalTensor& mask,
-                             int64_t row_dims, double weight_denominator) {
+                             int64_t row_dims, double weight_denominator, const OptionalTensor& sample_weight) {
   Call call(input, target, loss, reduction, loss_dtype, params, third, fourth, weight, mask, row_dims,
-            weight_denominator);
+            weight_denominator, sample_weight);
   call.set_factor(factor);
   call.set_grad_output(grad_output);
   std::vector<Tensor> grads = call.allocate_grads(flags);
@@ -279,9 +286,9 @@ std::vector<Tensor> backward(const Tensor& grad_output, const Tensor& factor, co
 std::string regime(const Tensor& input, const Tensor& target, int64_t loss, int64_t reduction, int64_t loss_dtype,
                    int64_t, const std::vector<double>& params, const OptionalTensor& third,
                    const OptionalTensor& fourth, const OptionalTensor& weight, const OptionalTensor& mask,
-                   int64_t row_dims, double weight_denominator) {
+                   int64_t row_dims, double weight_denominator, const OptionalTensor& sample_weight) {
   Call call(input, target, loss, reduction, loss_dtype, params, third, fourth, weight, mask, row_dims,
-            weight_denominator);
+            weight_denominator, sample_weight);
   return call.regime();
 }
 
@@ -302,7 +309,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastloss, m) {
   const std::string call =
       "Tensor input, Tensor target, int loss, int reduction, int loss_dtype, int flags, float[] params=[], Tensor? "
       "third=None, Tensor? fourth=None, Tensor? weight=None, Tensor? mask=None, int row_dims=0, float "
-      "weight_denominator=0.0) -> ";
+      "weight_denominator=0.0, Tensor? sample_weight=None) -> ";
   auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
   define("pointwise_value(" + call + "Tensor");
   define("pointwise_forward(" + call + "(Tensor, Tensor, Tensor[])");

@@ -272,11 +272,14 @@ BY_ELEMENT: dict[str, Formula] = {
 
 
 def pointwise(formula: Formula, tensors: Tensors, parameters: Mapping[str, float], o: Any) -> Tensor:
-    """The loss of pointwise operands (then weight, mask), reduced as ``o`` says: see csrc/pointwise/pointwise.h."""
-    *operands, weight, mask = tensors
+    """The loss of pointwise operands (then weight, mask and what multiplies the weight), reduced as ``o`` says: see
+    csrc/pointwise/pointwise.h."""
+    *operands, weight, mask, by_sample = tensors
     operands = [t for t in operands if t is not None]
     first = operands[0]
     accum = torch.float64 if formula.wide else accum_dtype(DTYPES[o.loss_dtype])
+    if by_sample is not None:
+        weight = weight.to(accum) * by_sample.to(accum)
     # What is left out may hold anything; where a weight is 0, its own derivative still asks for finite values.
     hidden = None if mask is None else ~mask
     if weight is not None:

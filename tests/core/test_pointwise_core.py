@@ -235,6 +235,29 @@ def test_three_operands(kernels, shape, pattern):
         np.testing.assert_allclose(rows, (m * binary_cross_entropy(x, t, w, 0.2)).sum((1, 2)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", ((4, 49), (3, 2101)), ids=str)
+def test_what_multiplies_the_weight(kernels, shape):
+    """Weights by class and by sample, as one that is their product: the same bits, and in the mean's denominator."""
+    rng = np.random.default_rng(7)
+    x, t = (stored(rng.standard_normal(shape), "float32") for _ in range(2))
+    by_class, by_sample = (np.float32(rng.random(size)) for size in (shape[1:], (shape[0], 1)))
+    by_sample[0] = 0
+    mask, none = rng.random(shape) < 0.8, None
+    both = {"weight": np.broadcast_to(by_class, shape), "multiplier": np.broadcast_to(by_sample, shape)}
+    for hidden, denominator in itertools.product((none, mask), (0.0, 1.0)):
+        options = {"loss": "huber_loss", "params": [1.0], "mask": hidden, "weight_denominator": denominator}
+        got = kernels.pointwise_forward([x, t], grads=[True, True], **options, **both)
+        want = kernels.pointwise_forward([x, t], grads=[True, True], **options, weight=by_class * by_sample)
+        for name in ("loss", "factor"):
+            assert got[name].tobytes() == want[name].tobytes()
+        again = kernels.pointwise_backward(np.float32([1.0]), got["factor"].reshape(1), [x, t], **options, **both)
+        once = kernels.pointwise_backward(
+            np.float32([1.0]), want["factor"].reshape(1), [x, t], **options, weight=by_class * by_sample
+        )
+        for one, other in zip([*got["grads"], *again], [*want["grads"], *once], strict=True):
+            assert one.tobytes() == other.tobytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_binary_cross_entropy_far_out(kernels, dtype):
     """Finite and exact where a formula of sigmoid and log is not; torch's infinities."""

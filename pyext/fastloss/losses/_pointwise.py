@@ -49,6 +49,7 @@ KINDS = [
 ]
 NUMBERS = {kind.name: i for i, kind in enumerate(KINDS)}
 OPERANDS, MAX_DIMS = 4, 24
+_MASK = OPERANDS + 1
 _FINISHES = [formulas.FORMULAS[kind.name].finish is not None for kind in KINDS]
 _CACHED = 1 << 20  # elements
 # Of these torch says first what size the target has, where the sizes do not fit.
@@ -69,7 +70,7 @@ class Options(NamedTuple):
     p3: float = 0.0
 
 
-_ABSENT = (None,) * OPERANDS
+_ABSENT = (None,) * (OPERANDS + 1)  # all but input and target
 _DEFAULTS = tuple(Options._field_defaults.values())
 
 
@@ -78,17 +79,19 @@ def _parameters(o: Options) -> list[float]:
 
 
 def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
-    input, target, third, fourth, weight, mask = tensors
+    input, target, third, fourth, weight, mask, sample_weight = tensors
     first = (*before, input, target, o.loss, o.reduction, o.loss_dtype, flags)
     if o[3:] == _DEFAULTS and third is weight is mask is None and not KINDS[o.loss].parameters:
         return op(*first)
-    return op(*first, _parameters(o), third, fourth, weight, mask, o.row_dims, o.weight_denominator)
+    further = () if sample_weight is None else (sample_weight,)
+    return op(*first, _parameters(o), third, fourth, weight, mask, o.row_dims, o.weight_denominator, *further)
 
 
 class _Pointwise(Rules):
-    """Operands: up to four, then weight and mask. All but the mask may have gradients."""
+    """Operands: up to four, then weight, mask, and what multiplies the weight. All up to the weight may have
+    gradients."""
 
-    name, tensors, wants, options = "pointwise", OPERANDS + 2, OPERANDS + 1, Options
+    name, tensors, wants, options = "pointwise", OPERANDS + 3, OPERANDS + 1, Options
 
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
         return (_call(ops.pointwise_value, tensors=tensors, o=o),)
@@ -127,6 +130,8 @@ class _Pointwise(Rules):
         grads: Sequence[Any] = ()
         if flags := _FLAGS[tuple(needs[:OPERANDS])]:
             g = grad_output if o.reduction == NONE else grad_output.contiguous()
+            if o.reduction == NONE and tensors[-1] is not None:  # the kernels take one multiplier
+                g, tensors = g * tensors[-1], (*tensors[:-1], None)
             grads = _call(ops.pointwise_backward, g, saved, tensors=tensors, o=o, flags=flags)
         *operands, weight = _placed(grads, needs)
         if needs[OPERANDS]:
@@ -186,7 +191,7 @@ def _is_plain(tensors: Tensors, o: Options, needs: Needs) -> bool:
 
 def _factor_is_known(tensors: Tensors, o: Options) -> bool:
     """Whether forward's gradients have it in them already; otherwise it is known at the end only."""
-    known = o.reduction == SUM or (tensors[-1] is None and o.weight_denominator == 0)
+    known = o.reduction == SUM or (tensors[_MASK] is None and o.weight_denominator == 0)
     return known and not _FINISHES[o.loss]
 
 
@@ -263,7 +268,7 @@ def run(
     row_dims: int = 0,
     weight_denominator: float = 0.0,
 ) -> Tensor:
-    """The loss of operands of one shape (expanded where broadcast), then weight and mask."""
+    """The loss of operands of one shape (expanded where broadcast), then weight, mask and sample weight."""
     o = Options(NUMBERS[loss], reduction, DTYPE_CODES[dtype], row_dims, weight_denominator, *params)
     return _engine(tensors, o)[0]
 
@@ -282,6 +287,14 @@ class Operands(NamedTuple):
     weight_denominator: float  # times the sum of the weights is what 'mean' divides by; 0: the count
     dtype: torch.dtype  # of the loss
     further: tuple[Tensor, ...] = ()  # operands beside input and target
+    sample_weight: Tensor | None = None  # multiplies the weight, where there is one
+
+    def with_one_weight(self) -> "Operands":
+        """The same, the weights multiplied: for who takes one."""
+        if self.weight is None or self.sample_weight is None:
+            return self
+        accum = torch.promote_types(self.weight.dtype, accum_dtype(self.dtype))
+        return self._replace(weight=self.weight * self.sample_weight.to(accum), sample_weight=None)
 
 
 def require(function: str, name: str, value: Any) -> None:
@@ -329,15 +342,14 @@ def per_sample(function: str, sample_weight: Tensor, shape: torch.Size) -> Tenso
     return sample_weight.view(-1, *[1] * (len(shape) - 1)).expand(shape) if shape else sample_weight
 
 
-def with_sample_weight(
-    function: str, weight: Tensor | None, sample_weight: Tensor, shape: torch.Size, dtype: torch.dtype
-) -> Tensor:
-    """The weight of each element times that of its sample, for a loss of ``dtype``."""
-    if weight is not None and sample_weight.dtype in DTYPE_CODES:
-        # The product is rounded no more than the loss's sums are, and halves do not overflow in it.
-        sample_weight = sample_weight.to(torch.promote_types(weight.dtype, accum_dtype(dtype)))
+def weights(
+    function: str, weight: Tensor | None, sample_weight: Tensor | None, shape: torch.Size
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weight of each element, and what multiplies it: neither is written out for the other's sake."""
+    if sample_weight is None:
+        return weight, None
     by_sample = per_sample(function, sample_weight, shape)
-    return by_sample if weight is None else weight * by_sample
+    return (by_sample, None) if weight is None else (weight, by_sample)
 
 
 def broadcast_weight(function: str, name: str, t: Tensor | None, input: Tensor) -> Tensor | None:
@@ -521,8 +533,8 @@ def check(
             code = SUM if code == MEAN and weight.numel() and not input.numel() else code  # 0 over that sum
         weight = _expand(function, "weight", weight, shape)
     if sample_weight is not None:
-        weight = with_sample_weight(function, weight, sample_weight, shape, dtype)
         denominator = denominator or 1.0
+    weight, by_sample = weights(function, weight, sample_weight, shape)
     if mask is not None:
         mask = expanded_mask(function, mask, shape)
     if code != MEAN or mean_counts:
@@ -533,13 +545,14 @@ def check(
         input, target = input.reshape(-1), target.reshape(-1)
         weight = weight if weight is None else weight.reshape(-1)
         mask = mask if mask is None else mask.reshape(-1)
-    return Operands(input, target, weight, mask, code, denominator, dtype)
+        by_sample = by_sample if by_sample is None else by_sample.reshape(-1)
+    return Operands(input, target, weight, mask, code, denominator, dtype, sample_weight=by_sample)
 
 
 def run_checked(x: Operands, loss: str, params: Sequence[float] = (), row_dims: int = 0) -> Tensor:
     """The loss of checked operands."""
     absent = (None,) * (OPERANDS - 2 - len(x.further))
-    tensors = (x.input, x.target, *x.further, *absent, x.weight, x.mask)
+    tensors = (x.input, x.target, *x.further, *absent, x.weight, x.mask, x.sample_weight)
     return run(tensors, loss, params, x.reduction, x.dtype, row_dims, x.weight_denominator)
 
 
@@ -648,7 +661,7 @@ def loss_by_element(
         raise RuntimeError(
             f"{function} does not support {kind} values for {name}: each must be {least}, got {parameter}"
         )
-    tensors = (x.input, x.target, *x.further, x.weight, x.mask)
+    tensors = (x.input, x.target, *x.further, x.weight, x.mask, x.sample_weight)
     o = Options(NUMBERS[function], x.reduction, DTYPE_CODES[dtype], 0, x.weight_denominator)
     return formulas.pointwise(formulas.BY_ELEMENT[function], tensors, {}, o).to(dtype)
 
@@ -668,11 +681,11 @@ def loss_of_groups(
     """
     row_dims = x.input.dim() - len(dims)
     absent = (None,) * (OPERANDS - 2 - len(x.further))
-    tensors: tuple[Any, ...] = (x.input, x.target, *x.further, *absent, x.weight, x.mask)
+    tensors: tuple[Any, ...] = (x.input, x.target, *x.further, *absent, x.weight, x.mask, x.sample_weight)
     if any(dim != row_dims + i for i, dim in enumerate(dims)):
         tensors = tuple(dims_last(t, dims) for t in tensors)
     each = run(tensors, loss, params, inner, x.dtype, row_dims, share)
-    mask = tensors[-1]
+    mask = tensors[_MASK]
     counted: Any = None
     if mask is not None:
         counted = mask.any(-1) if len(dims) == 1 else mask.flatten(row_dims).any(-1) if dims else mask

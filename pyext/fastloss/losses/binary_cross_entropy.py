@@ -118,11 +118,10 @@ def _checked(
     if input.dim() > _pointwise.MAX_DIMS:
         raise NotImplementedError(f"{_NAME}(): at most {_pointwise.MAX_DIMS} dimensions; flatten some of them")
     weight = _pointwise.broadcast_weight(_NAME, "weight", weight, input)
-    if sample_weight is not None:
-        weight = _pointwise.with_sample_weight(_NAME, weight, sample_weight, input.shape, dtype)
+    weight, by_sample = _pointwise.weights(_NAME, weight, sample_weight, input.shape)
     if mask is not None:
         mask = _pointwise.expanded_mask(_NAME, mask, input.shape)
-    return Operands(input, target, weight, mask, reduction, 0.0, dtype)
+    return Operands(input, target, weight, mask, reduction, 0.0, dtype, sample_weight=by_sample)
 
 
 class BCELoss(torch.nn.BCELoss):

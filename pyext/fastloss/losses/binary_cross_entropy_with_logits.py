@@ -45,7 +45,8 @@ def binary_cross_entropy_with_logits(
         pos_weight: weight of what is positive, any shape that broadcasts to the input's, without a copy. Differentiable
             (torch refuses that).
         label_smoothing: e in [0, 1]: targets become ``t (1 - e) + e / 2``.
-        ignore_index: value of the target that marks elements to leave out; None: all count.
+        ignore_index: value of the target that marks elements to leave out, by a mask of a byte for each element; None:
+            all count.
         sample_weight: weight of each sample, shape (N) for input (N, ...), no gradient; multiplies ``weight``.
         mask: boolean, broadcast to the input's shape; True marks the elements that count, see :func:`fastloss.l1_loss`.
 
@@ -124,11 +125,11 @@ def _checked(
     weight, pos_weight = (
         _pointwise.broadcast_weight(_NAME, name, others[name], input) for name in ("weight", "pos_weight")
     )
-    if sample_weight is not None:
-        weight = _pointwise.with_sample_weight(_NAME, weight, sample_weight, input.shape, dtype)
+    weight, by_sample = _pointwise.weights(_NAME, weight, sample_weight, input.shape)
     if mask is not None:
         mask = _pointwise.expanded_mask(_NAME, mask, input.shape)
-    return Operands(input, target, weight, mask, reduction, 0.0, dtype, () if pos_weight is None else (pos_weight,))
+    further = () if pos_weight is None else (pos_weight,)
+    return Operands(input, target, weight, mask, reduction, 0.0, dtype, further, by_sample)
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):

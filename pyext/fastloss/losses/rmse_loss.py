@@ -101,7 +101,7 @@ def _of_elements(x: Operands, eps: float) -> Tensor:
     if x.weight is None and not eps:
         return _pointwise.run_checked(x, "l1_loss")
     # In float64 squares of float32 do not overflow. The operands stay as they are: the kernel reads them into it.
-    wide = x._replace(dtype=torch.float64)
+    wide = x.with_one_weight()._replace(dtype=torch.float64)
     if eps:
         roots = (_pointwise.run_checked(wide, "mse_loss") + eps).sqrt()
     else:

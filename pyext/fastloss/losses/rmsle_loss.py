@@ -70,6 +70,7 @@ def rmsle_loss(
 
 def _of_elements(x: _pointwise.Operands) -> Tensor:
     """sqrt(w) |log1p input - log1p target| of each."""
+    x = x.with_one_weight()
     input, target, weight = x.input, x.target, x.weight
     if x.mask is not None:  # what is hidden may hold anything
         input, target = torch.where(x.mask, input, 0), torch.where(x.mask, target, 0)
