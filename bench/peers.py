@@ -99,11 +99,13 @@ class _Products(torch.autograd.Function):
 def _gemms(problem: Problem) -> Function | None:
     if problem.classifier is None:
         return None
+    from fastloss.head.chunked import chunk_dtype
     from fastloss.head.chunks import rows_per_chunk
 
     x, weight = problem.x, problem.classifier.detach().requires_grad_()
-    shape = (*x.shape, weight.shape[0])
-    rows = rows_per_chunk(*shape, itemsize=x.element_size(), device=x.device.type, budget=problem.case.budget)
+    shape, itemsize, budget = (*x.shape, weight.shape[0]), x.element_size(), problem.case.budget
+    sums = 4 * weight.numel() if x.is_cpu and chunk_dtype(x.device, x.dtype).itemsize == 2 else 0
+    rows = rows_per_chunk(*shape, itemsize=itemsize, device=x.device.type, budget=budget, sums=sums)
     return _fresh(weight, lambda x: _Products.apply(x, weight, rows))  # type: ignore[no-any-return,no-untyped-call]
 
 

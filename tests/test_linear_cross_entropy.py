@@ -404,6 +404,89 @@ def test_weight_gradient_is_rounded_once():
     assert grad.flatten().tolist() == [-128.0, 128.0]  # where 0.5 is half of the last place
 
 
+BOTH_HELD = pytest.mark.parametrize("held", (torch.bfloat16, torch.float32), ids=str)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Sets whether this CPU is taken to have products of 16 bits of its own."""
+    return lambda value: monkeypatch.setitem(chunked._FAST_ON_CPU, torch.bfloat16, value)
+
+
+@BOTH_HELD
+def test_16_bits_on_any_cpu(held, fast):
+    """The gradients' error is that of rounding, whether chunks are held in 16 bits, and however many there are."""
+    fast(held is torch.bfloat16)
+    x, w, b = head(4096, 8, 11, dtype=torch.bfloat16)
+    t = labels(11, 4096, ignore_every=0)
+    copies = [v.detach().double().requires_grad_() for v in (x, w, b)]
+    want = torch.autograd.grad(reference(copies[0], copies[1], t, linear_bias=copies[2]), copies)
+    one_row = 11 * held.itemsize
+    for options in ({}, {"memory_budget": 512 * one_row}, {"grad_in_forward": False}):
+        with Largest(11) as seen:
+            loss = fastloss.linear_cross_entropy(x, w, t, linear_bias=b, **options)
+        assert seen.rows == (512 if "memory_budget" in options else 4096)
+        for ours, exact in zip(torch.autograd.grad(loss, (x, w, b)), want, strict=True):
+            assert (ours.double() - exact).norm() < 4e-3 * exact.norm()
+
+
+@BOTH_HELD
+def test_one_chunk_needs_no_sums(held, fast, monkeypatch):
+    """Where a product rounds once by itself, and only there."""
+    fast(held is torch.bfloat16)
+    x, w, _ = head(64, 8, 11, dtype=torch.bfloat16)
+    t, one_row, made = labels(11, 64, ignore_every=0), 11 * held.itemsize, []
+    whole = chunked.loss_and_gradients
+    monkeypatch.setattr(chunked, "loss_and_gradients", lambda *a, **k: made.append(whole(*a, **k)) or made[-1])
+    for options, itemsize in (
+        ({}, held.itemsize),
+        ({"memory_budget": 64 * one_row}, held.itemsize),
+        ({"memory_budget": 32 * one_row}, 4),
+        ({"accumulate_in": torch.float64}, 8),
+        ({"accumulate_in": torch.bfloat16, "memory_budget": one_row}, 2),
+    ):
+        fastloss.linear_cross_entropy(x, w, t, **options)
+        assert made.pop().grads[1].dtype.itemsize == itemsize, options
+        recomputed = fastloss.linear_cross_entropy(x, w, t, grad_in_forward=False, **options)
+        made.clear()
+        torch.autograd.grad(recomputed, w)
+        assert made.pop().grads[1].dtype.itemsize == itemsize, options
+    with torch.autocast("cpu", torch.bfloat16):  # a weight in float32 has a gradient that nothing rounds
+        fastloss.linear_cross_entropy(x, w.detach().float().requires_grad_(), t)
+    assert made.pop().grads[1].dtype is torch.float32
+
+
+def test_all_rows_where_sums_take_as_much(fast):
+    """One chunk may take as much more than the budget as the sums that it makes unnecessary, and the call says so."""
+    fast(True)
+    rows, features, classes = 2048, 512, 32000
+    needs = torch.empty(classes, features, dtype=torch.bfloat16, requires_grad=True)
+    x, t = torch.empty(rows, features, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.long)
+    for options, words in (
+        ({}, "one chunk of 2048 rows of logits in bfloat16"),
+        ({"memory_budget": 64 << 20}, "2 chunks of 1024 rows of logits in bfloat16"),
+        ({"accumulate_in": torch.bfloat16}, "2 chunks of 1024 rows of logits in bfloat16"),
+        ({"reduction": "none"}, "2 chunks of 1024 rows of logits in bfloat16, one chunk of 2048 rows in backward"),
+    ):
+        found = fastloss.explain(fastloss.linear_cross_entropy, x, needs, t, **options)
+        assert found.kernel == f"torch's products and cross entropy, {words}"
+        found = fastloss.explain(fastloss.linear_cross_entropy, x, needs.detach(), t, **options)
+        assert found.kernel == "torch's products and cross entropy, 2 chunks of 1024 rows of logits in bfloat16"
+
+
+def test_input_gradient_of_a_weight_in_blocks(fast, monkeypatch):
+    """Under autocast the weight is converted a block at a time; the blocks' sum is rounded once."""
+    fast(True)
+    monkeypatch.setattr(chunked, "_BLOCK", 8 * 2)  # a class
+    x, w, _ = head(3, 8, 1001, dtype=torch.float32)
+    t = labels(1001, 3, ignore_every=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastloss.linear_cross_entropy(x, w, t, reduction="sum")
+    copies = [v.detach().bfloat16().double().requires_grad_() for v in (x, w)]
+    (want,) = torch.autograd.grad(reference(*copies, t, reduction="sum"), copies[0])
+    assert (torch.autograd.grad(loss, x)[0] - want).norm() < 6e-3 * want.norm()
+
+
 # --------------------------------------------------------------------------------------------------------- memory
 
 
@@ -523,6 +606,9 @@ def test_chunk_sizes():
         if n < rows:
             tile = min(most, 128 if device == "cuda" else 16)
             assert n % tile == 0 and -(-rows // n) <= -(-rows // (most - most % tile))
+        of_all, sums = rows * columns * itemsize, 4 * columns * features
+        more = rows_per_chunk(rows, features, columns, itemsize=itemsize, device=device, budget=budget, sums=sums)
+        assert more == (max(rows, 1) if budget is None and of_all <= allowed + sums else n)
 
 
 def test_the_size_that_torch_options_ask_for():

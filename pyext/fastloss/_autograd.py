@@ -105,7 +105,7 @@ class Rules:
         """Allocated by the operators for the gradients that ``needs`` names."""
         return sum(t.nbytes for t, needed in zip(tensors, needs, strict=False) if needed)
 
-    def chunks(self, tensors: Tensors, o: Any) -> "Chunks | None":
+    def chunks(self, tensors: Tensors, o: Any, needs: Needs) -> "Chunks | None":
         """Of a loss that makes its logits."""
         return None
 
@@ -122,7 +122,7 @@ class Rules:
             bytes_read=operands if fused else 2 * operands,
             bytes_written=sum(t.nbytes for t, needed in zip(tensors, needs, strict=False) if needed),
             bytes_allocated=0 if path is Path.IN_PLACE else self.gradient_bytes(tensors, o, needs),
-            chunks=self.chunks(tensors, o),
+            chunks=self.chunks(tensors, o, needs),
         )
 
     # ---- derived from the formula; overridden where the order of its operations matters to infinities

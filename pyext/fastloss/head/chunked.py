@@ -7,6 +7,7 @@ gradient over the logits; two more products, by the weight and by the input. The
 torch.export, torch.jit.trace, fake tensors, and batched gradients.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +75,8 @@ class HeadOptions(NamedTuple):
 
 
 class Result(NamedTuple):
-    """``grads`` of the first :data:`WANTS` operands, those of weight and bias in the dtype of their sums."""
+    """``grads`` of the first :data:`WANTS` operands, those of weight and bias in the dtype of their sums; the weight's
+    in its own where no sums are needed, see :func:`sums_in_product`."""
 
     loss: Tensor | None
     stats: Sequence[Tensor]
@@ -204,39 +206,65 @@ def _kept(t: Operands, o: HeadOptions) -> Kept:
 # -------------------------------------------------------------------------------------------------------- products
 
 
-def rows_that_fit(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, budget: int | None) -> int:
+def rows_that_fit(
+    size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, budget: int | None, sums: int = 0
+) -> int:
     """Rows of a chunk of logits of this dtype, as they are held; ``size``: rows, features, columns."""
     held = chunk_dtype(device, dtype)
-    return rows_per_chunk(*size, itemsize=held.itemsize, device=device.type, budget=budget)
+    return rows_per_chunk(*size, itemsize=held.itemsize, device=device.type, budget=budget, sums=sums)
 
 
-def rows_at_a_time(t: Operands, o: HeadOptions) -> int:
-    """Rows of a chunk: computed where the sizes are known, for a recorded program takes others."""
+def rows_at_a_time(t: Operands, o: HeadOptions, by_weight: bool = False) -> int:
+    """Rows of a chunk: computed where the sizes are known, for a recorded program takes others.
+
+    ``by_weight``: of chunks that make the weight's gradient.
+    """
     if o.rows:
         return o.rows
     rows, features = t.input.shape
-    size = rows, features, t.linear_weight.shape[0]
-    return rows_that_fit(size, DTYPES[o.logits_dtype], t.input.device, o.budget or None)
+    columns = t.linear_weight.shape[0]
+    sums = columns * features * DTYPES[o.accumulate].itemsize if by_weight and sums_in_product(t, o) else 0
+    return rows_that_fit((rows, features, columns), DTYPES[o.logits_dtype], t.input.device, o.budget or None, sums)
 
 
-def chunks_of(t: Operands, o: HeadOptions) -> Chunks:
-    """How many, and the largest of them: of the rows that reach a product."""
+def chunks_of(t: Operands, o: HeadOptions, by_weight: bool) -> Chunks:
+    """How many, and the largest of them: of the rows that reach a product. ``by_weight``: see :func:`rows_at_a_time`."""
     kept = _kept(t, o).rows
     rows = t.input.shape[0] if kept is None else kept.shape[0]
-    held, step = chunk_dtype(t.input.device, DTYPES[o.logits_dtype]), rows_at_a_time(t, o)
+    held, step = chunk_dtype(t.input.device, DTYPES[o.logits_dtype]), rows_at_a_time(t, o, by_weight)
     return cut(rows, step, t.linear_weight.shape[0] * held.itemsize)
 
 
-# Whether this CPU multiplies matrices of a 16-bit dtype faster than those of float32.
-_FAST_ON_CPU = {
-    dtype: bool(getattr(torch.cpu, name, lambda: False)())
-    for dtype, name in ((torch.bfloat16, "_is_amx_tile_supported"), (torch.float16, "_is_amx_fp16_supported"))
-}
+def _fast_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit dtype faster than those of float32, with the instructions that
+    oneDNN, which torch's products are, may use."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if not any(name in allowed.upper() for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
+        return False
+    of_dtype = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    return any(getattr(torch.cpu, name, lambda: False)() for name in of_dtype[dtype])
+
+
+_FAST_ON_CPU = {dtype: _fast_on_cpu(dtype) for dtype in (torch.bfloat16, torch.float16)}
 
 
 def chunk_dtype(device: torch.device, logits_dtype: torch.dtype) -> torch.dtype:
     """In which the logits of a chunk are held: on a CPU that has no products of 16 bits of its own, float32."""
     return logits_dtype if device.type != "cpu" or _FAST_ON_CPU.get(logits_dtype, True) else torch.float32
+
+
+def sums_in_product(t: Operands, o: HeadOptions) -> bool:
+    """Whether the weight's gradient needs no sums in float32 where one chunk holds all rows.
+
+    A product of 16 bits adds up in float32 and rounds once, to the weight's dtype. On a GPU it may round parts of its
+    sums as well (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction).
+    """
+    held = chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
+    wide = DTYPES[o.accumulate] is torch.float32
+    return t.input.is_cpu and wide and held.itemsize == 2 and t.linear_weight.dtype is held
 
 
 def add_product(total: Tensor, grad: Tensor, x: Tensor, beta: int = 1) -> None:
@@ -259,7 +287,8 @@ class _Products:
     """The three products of a chunk. Operands are rounded to the logits' dtype, as linear would under autocast; a copy
     in another dtype is made of a block of the weight at a time."""
 
-    def __init__(self, t: Operands, o: HeadOptions, needs: Needs) -> None:
+    def __init__(self, t: Operands, o: HeadOptions, needs: Needs, whole: bool = False) -> None:
+        """``whole``: one chunk holds all rows."""
         self.rounded, self.held = DTYPES[o.logits_dtype], chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
         self.weight = t.linear_weight.detach()
         columns, features = self.weight.shape
@@ -270,7 +299,8 @@ class _Products:
         self.bias = None if t.linear_bias is None else self.cast(t.linear_bias.detach())
         like = t.input.new_empty
         accum = DTYPES[o.accumulate]
-        self.grad_weight = like(self.weight.shape, dtype=accum) if needs[1] else None
+        of_weight = self.held if whole and sums_in_product(t, o) else accum
+        self.grad_weight = like(self.weight.shape, dtype=of_weight) if needs[1] else None
         self.grad_bias = like([columns], dtype=accum).zero_() if needs[2] else None
         self.first = True
 
@@ -292,10 +322,16 @@ class _Products:
 
     def by_input(self, grad: Tensor, out: Tensor) -> None:
         """``out`` [n, features] = grad W."""
-        first = True
+        if self.step >= self.weight.shape[0]:
+            torch.mm(grad, self.cast(self.weight), out=out)
+            return
+        total = torch.zeros_like(out, dtype=accum_dtype(out.dtype))
         for block, w in self._blocks():
-            torch.addmm(out, grad[:, block], w, beta=0 if first else 1, out=out)
-            first = False
+            if total.dtype is out.dtype:
+                total.addmm_(grad[:, block], w)
+            else:  # rounded once a block, not a sum for each
+                total.add_(torch.mm(grad[:, block], w))
+        out.copy_(total)
 
     def by_weight_and_bias(self, grad: Tensor, x: Tensor) -> None:
         """Adds grad^T x, and the sums of the columns of grad."""
@@ -329,8 +365,8 @@ def _loss_and_gradients(t: Operands, o: HeadOptions, needs: Needs, grad_output: 
         target = target.to(torch.int64)  # rows of other dtypes cannot be picked everywhere
     count = x.shape[0] if kept.rows is None else kept.rows.shape[0]
     per_row, options = o.reduction == NONE, o.of_chunk()
-    products = _Products(t, o, needs)
-    step = rows_at_a_time(t, o)
+    step = rows_at_a_time(t, o, by_weight=needs[1])
+    products = _Products(t, o, needs, whole=count <= step)
     z = x.new_empty([min(step, max(count, 1)), w.shape[0]], dtype=products.held)
     loss = torch.zeros(shape if per_row else [], dtype=DTYPES[options.loss_dtype], device=x.device)
     new = torch.empty_like if kept.rows is None else torch.zeros_like
@@ -467,15 +503,21 @@ def _full(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty([0]) if r is None else r for r in results)
 
 
+def _in_sums(grads: Grads, o: HeadOptions) -> Grads:
+    """Those of weight and bias in the dtype of sums: whether one chunk holds all rows is not known beforehand."""
+    x, *of_head, target, weight = grads
+    return x, *(None if g is None else g.to(DTYPES[o.accumulate]) for g in of_head), target, weight
+
+
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     t, o, needs = _split(args)
     loss, stats, grads = loss_and_gradients(t, o, needs)
-    return _full((loss, *(stats or (None,) * 4), *grads), t.input)
+    return _full((loss, *(stats or (None,) * 4), *_in_sums(grads, o)), t.input)
 
 
 def _backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     t, o, needs = _split(args)
-    return _full(loss_and_gradients(t, o, needs, grad_output, value=False).grads, t.input)
+    return _full(_in_sums(loss_and_gradients(t, o, needs, grad_output, value=False).grads, o), t.input)
 
 
 def _fake_grads(t: Operands, o: HeadOptions, needs: Needs) -> Grads:
@@ -533,5 +575,6 @@ __all__ = [
     "row_shape",
     "rows_at_a_time",
     "rows_that_fit",
+    "sums_in_product",
     "with_denominators",
 ]

@@ -45,7 +45,7 @@ def rows_within(budget: int, rows: int, bytes_of_a_row: int, device: str) -> int
 
 
 def rows_per_chunk(
-    rows: int, features: int, columns: int, *, itemsize: int, device: str, budget: int | None = None
+    rows: int, features: int, columns: int, *, itemsize: int, device: str, budget: int | None = None, sums: int = 0
 ) -> int:
     """Rows of a chunk of logits.
 
@@ -58,12 +58,17 @@ def rows_per_chunk(
         device: ``"cpu"`` or ``"cuda"``.
         budget: bytes that the logits of a chunk may take; None: :func:`default_budget`. One row is made whatever the
             budget.
+        sums: bytes that several chunks take beside their logits and one chunk of all rows does not, which may take as
+            much more than the default budget; see ``chunked.sums_in_product``.
 
     >>> rows_per_chunk(8192, 4096, 128256, itemsize=2, device="cuda", budget=1 << 30)
     4096
     """
     of_a_row = columns * itemsize
-    budget = default_budget(rows, features, columns, itemsize, of_a_row, device) if budget is None else budget
+    if budget is None:
+        budget = default_budget(rows, features, columns, itemsize, of_a_row, device)
+        if rows * of_a_row <= budget + sums:
+            return max(rows, 1)
     return rows_within(budget, rows, of_a_row, device)
 
 

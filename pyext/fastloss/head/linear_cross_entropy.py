@@ -85,8 +85,8 @@ class _HeadRules(Rules):
         dtype = str(chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])).removeprefix("torch.")
         return f"torch's products and cross entropy, of logits in {dtype}"
 
-    def chunks(self, tensors: Tensors, o: HeadOptions) -> Chunks:
-        return chunked.chunks_of(Operands(*tensors), o)
+    def chunks(self, tensors: Tensors, o: HeadOptions, needs: Needs) -> Chunks:
+        return chunked.chunks_of(Operands(*tensors), o, needs[1])
 
     def operators(
         self, path: Path, tensors: Tensors, o: HeadOptions, needs: Needs
@@ -110,10 +110,13 @@ class _HeadRules(Rules):
         """Of a chunk, whose logits become their gradient, and of the operands."""
         if not any(needs):
             return 0
-        chunk = self.chunks(tensors, o).nbytes
+        t, chunks = Operands(*tensors), self.chunks(tensors, o, needs)
         sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
+        if needs[1] and chunks.times == 1 and chunked.sums_in_product(t, o):
+            held = chunked.chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
+            sums += t.linear_weight.numel() * (held.itemsize - DTYPES[o.accumulate].itemsize)
         rest = sum(tensors[i].nbytes for i in (0, 3, 4) if needs[i])
-        return chunk + sums + rest
+        return chunks.nbytes + sums + rest
 
 
 _head_rules = _HeadRules()
@@ -549,9 +552,12 @@ def linear_cross_entropy(
         grad_in_forward: make the gradients in forward (three products) or make the logits again in backward (four, and
             no gradient held in between). None, the default, chooses forward for scalar reductions except for float16.
         memory_budget: bytes that the logits of a chunk may take. None: as much as the input, and at least 64 MiB; on a
-            GPU also 1024 rows, which feed its products, if they take no more than the weight in float32.
+            GPU also 1024 rows, which feed its products, if they take no more than the weight in float32; on a CPU all
+            rows, where these exceed that by no more than the sums in float32 that several chunks of 16 bits need.
         accumulate_in: dtype in which the gradients of weight and bias are summed up over the chunks before they are
-            rounded, once. None: float32 (float64 for float64); the logits' own dtype takes less memory.
+            rounded, once. None: float32 (float64 for float64); the logits' own dtype takes less memory. Where one chunk
+            holds all rows, a CPU's product in 16 bits, which sums up in float32, is the weight's gradient, and rounded
+            before backward scales it.
         max_rows: on a GPU, how many rows count at most: others are left out of the products without waiting for the
             GPU. More than that make the loss nan (on a CPU a ValueError). ``'count'`` counts them, and waits.
 
@@ -563,8 +569,9 @@ def linear_cross_entropy(
         IndexError: a target outside [0, C) that is not ignore_index; on CUDA by a later call.
         RuntimeError, ValueError, TypeError, NotImplementedError: as torch, for shapes, dtypes and arguments.
 
-    On a CPU without matrix products of 16 bits, 16-bit logits are held in float32. Second derivatives make each chunk
-    again. Under torch.func and forward mode the logits are made in chunks as well, but reverse mode then keeps them.
+    On a CPU without instructions for products of 16 bits, 16-bit logits are held in float32. Second derivatives make
+    each chunk again. Under torch.func and forward mode the logits are made in chunks as well, but reverse mode then
+    keeps them.
 
     Example::
 
