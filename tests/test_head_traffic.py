@@ -94,6 +94,19 @@ def test_on_a_cpu():
     assert_fewest(counted, rows, features, classes, rows // chunk, 4)
 
 
+def test_on_a_cpu_in_16_bits(monkeypatch):
+    """One chunk of all rows: the weight's gradient is written once, and there are no sums in float32."""
+    monkeypatch.setitem(chunked._FAST_ON_CPU, torch.bfloat16, True)
+    rows, features, classes = 96, 64, 1000
+    x = torch.randn(rows, features, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(classes, features, dtype=torch.bfloat16, requires_grad=True)
+    with Counted() as counted:
+        fastloss.linear_cross_entropy(x, w, torch.randint(classes, (rows,))).backward()
+    needed = head_model.traffic(rows, features, classes, 1, 2) | {"sums": w.nbytes, "rounding": 0}
+    assert counted.flops == head_model.flops(rows, features, classes)
+    assert sum(needed.values()) <= counted.bytes <= sum(needed.values()) + PER_ROW * rows, counted.names
+
+
 def test_the_counter_sees_what_torch_moves():
     """The logits made, in eager torch: three products, and more passes over memory."""
     rows, features, classes = 96, 64, 1000
