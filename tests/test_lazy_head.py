@@ -89,6 +89,18 @@ UNMADE = {
     "fastloss module": lambda z, t: fastloss.CrossEntropyLoss()(z.flatten(0, -2), t.flatten()),
     "shifted": lambda z, t: F.cross_entropy(z[..., :-1, :].contiguous().view(-1, V), t[..., 1:].flatten()),
     "cast": lambda z, t: F.cross_entropy(z.float().to(torch.float32).view(-1, V), t.view(-1)),
+    "ignored": lambda z, t: fastloss.cross_entropy(z.view(-1, V), t.view(-1), ignore_index=[-100, 3, 5]),
+    "probabilities, none ignored": lambda z, t: fastloss.cross_entropy(
+        z.view(-1, V), torch.eye(V)[t.view(-1).clamp(0)], ignore_index=[-100, -1]
+    ),
+    "focal": lambda z, t: fastloss.focal_loss((z * 2).view(-1, V), t.view(-1), 1.5, weight=torch.linspace(1, 2, V)),
+    "focal module, none": lambda z, t: fastloss.FocalLoss(reduction="none")(z.transpose(1, 2), t).square().mean(),
+    "poly-1, capped": lambda z, t: fastloss.poly1_loss(z.view(-1, V), t.view(-1), epsilon=2.0, softcap=1.5, z_loss=0.1),
+    "generalized": lambda z, t: fastloss.generalized_cross_entropy(z, t, 0.5, class_dim=-1, label_smoothing=0.1),
+    "token scaled, sum": lambda z, t: fastloss.token_scaled_cross_entropy(
+        z.view(-1, V), t.view(-1), reduction="sum", sample_weight=torch.linspace(0, 2, B * T)
+    ),
+    "probabilities, focal": lambda z, t: fastloss.focal_loss(z.view(-1, V), torch.eye(V)[t.view(-1).clamp(0)]),
     "sum over a count": lambda z, t: flat(z, t, reduction="sum") / 7,
     "none": lambda z, t: flat(z, t, reduction="none").pow(2).mean(),
     "weight, smoothing": lambda z, t: flat(z, t, weight=torch.linspace(1, 2, V), label_smoothing=0.1),
@@ -212,7 +224,7 @@ def test_a_loss_needs_no_logits(loss, bias, data):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if loss is UNMADE["probabilities"]:  # the target itself is as large
+        if any(v is loss and k.startswith("probabilities") for k, v in UNMADE.items()):  # the target is as large
             assert_same_step(plain, lazy, data)
         else:
             got = plain(*data)
@@ -265,6 +277,16 @@ def test_what_is_no_index_of_a_class_says_so_as_torch_does(data):
         with pytest.warns(fastloss.LazyHeadWarning), pytest.raises(RuntimeError) as got:
             lazy(*data)
         assert str(got.value) == str(want.value)
+
+
+def test_a_parameter_that_a_loss_refuses(data):
+    for call, words in (
+        (lambda z, t: fastloss.focal_loss(z.view(-1, V), t.view(-1), -1.0), "gamma"),
+        (lambda z, t: fastloss.poly1_loss(z.view(-1, V), t.view(-1), -2.0), "epsilon"),
+        (lambda z, t: fastloss.generalized_cross_entropy(z.view(-1, V), t.view(-1), 2.0), "q must be"),
+    ):
+        with pytest.raises(ValueError, match=words), pytest.warns(UserWarning, match="needs the logits"):
+            pair(call)[1](*data)
 
 
 def test_log_sums_with_and_without_gradients(data):

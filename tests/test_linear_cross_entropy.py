@@ -122,6 +122,16 @@ def test_dtypes(dtype, device):
         compare(x, w, labels(11, 7, device=device), bias=b, label_smoothing=0.1, **own)
 
 
+def test_several_ignored_indices(device):
+    x, w, b = head(device=device)
+    t = torch.tensor([3, 0, 5, 3, 10, 5, 1], device=device)
+    for ignored in ([3, 5], (5,), range(3)):
+        compare(x, w, t, bias=b, ignore_index=ignored, **SMALL)
+    loss = fastloss.LinearCrossEntropyLoss(5, 11, ignore_index=[3, 5], dtype=torch.float64).to(device)
+    want = fastloss.cross_entropy(F.linear(x, loss.linear.weight), t, ignore_index=[3, 5])
+    torch.testing.assert_close(loss(x, t), want)
+
+
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int32, torch.uint16), ids=str)
 def test_integer_targets(dtype, device):
     x, w, _ = head(device=device)

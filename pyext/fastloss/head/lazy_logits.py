@@ -22,11 +22,16 @@ from torch import Tensor
 
 from .._arguments import HALVES, autocast_dtype, is_dtensor, legacy_reduction
 from .._autograd import accum_dtype, attach
-from ..losses.cross_entropy import CrossEntropyStats, cross_entropy
+from ..losses import _rowwise
+from ..losses.cross_entropy import ROW_MAP_NUMBERS, CrossEntropyStats, Given, cross_entropy
+from ..losses.focal_loss import focal_loss
+from ..losses.generalized_cross_entropy import generalized_cross_entropy
+from ..losses.poly1_loss import poly1_loss
+from ..losses.token_scaled_cross_entropy import token_scaled_cross_entropy
 from ..token_log_probs import IGNORE_INDEX, token_log_probs
 from .chunked import chunk_dtype
 from .lazy import DisableTorchFunction, Lazy, Rules, autocast, rules_of
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import Chunking, linear_cross_entropy, run
 from .linear_token_log_probs import linear_token_log_probs
 
 _TORCHS_CROSS_ENTROPY = F.cross_entropy
@@ -752,7 +757,7 @@ def _loss(
     target: Any,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | Sequence[int] = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -766,9 +771,13 @@ def _loss(
     grad_in_forward: bool | None = None,
     zero_times_inf: str = "nan",
     counted: bool = True,
+    row_map: tuple[int, float] | None = None,
     **ours: Any,
 ) -> Any:
-    """A cross entropy of lazy logits is one of hidden states and weight. ``counted``: in the report, as a loss."""
+    """A cross entropy of lazy logits is one of hidden states and weight.
+
+    ``counted``: in the report, as a loss. ``row_map``: number and parameter of what each row's nll is mapped by.
+    """
     x, others = input, (target, weight, sample_weight)
     if not isinstance(x, LazyLogits) or any(isinstance(t, LazyLogits) for t in others) or x.looked_at:
         return NotImplemented
@@ -785,7 +794,7 @@ def _loss(
         return NotImplemented
     if not soft:
         ours["ignore_index"] = ignore_index
-    elif ignore_index >= 0:
+    elif max(_rowwise.ignore_indices("cross_entropy", ignore_index)) >= 0:
         return NotImplemented
     scale = form.scale
     if form.cap is not None:
@@ -809,22 +818,20 @@ def _loss(
     ours |= {"logit_scale": scale} if scale != 1 else {}
     ours |= {"sample_weight": sample_weight.reshape(-1)} if sample_weight is not None else {}
     ours |= {"return_stats": True} if return_stats else {}
-    ours |= {"options": x._state.options} if x._state.options is not None else {}
+    chunks = Chunking(x._state.options)
     flat = hidden.movedim(form.classes, -1).reshape(-1, hidden.shape[form.classes])
     if soft:
-        target = target.movedim(form.classes, -1).reshape(-1, x._weight.shape[0])
+        target = target.movedim(form.classes, -1)
+    target = target.reshape(-1, x._weight.shape[0]) if soft else target.reshape(-1)
+    of_loss = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing, **ours}
     # A loss that is to be float32 over logits of 16 bits: what autocast does.
     with autocast(hidden.device, hidden.dtype if hidden.dtype in HALVES and wanted not in HALVES else None):
-        result = linear_cross_entropy(
-            flat,
-            x._weight,
-            target if soft else target.reshape(-1),
-            linear_bias=x._bias,
-            weight=weight,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            **ours,
-        )
+        if row_map is None:
+            bias, options = x._bias, chunks.options
+            result = linear_cross_entropy(flat, x._weight, target, linear_bias=bias, options=options, **of_loss)
+        else:
+            ignored, name = of_loss.pop("ignore_index", None), func.__name__
+            result = run(name, flat, x._weight, x._bias, target, Given(**of_loss), chunks, ignored, *row_map)
     if counted:
         _count(x, wanted)
     loss, stats = result if return_stats else (result, None)
@@ -840,6 +847,24 @@ def _loss(
     return loss, CrossEntropyStats(lse.reshape(rows), argmax.reshape(rows), accuracy, entropy.reshape(rows))
 
 
+# Name of the map and of the parameter, and which values the loss takes.
+_ROW_MAPS: dict[Callable[..., Any], tuple[str, str, Callable[[float], bool]]] = {
+    focal_loss: ("focal", "gamma", lambda gamma: gamma >= 0),
+    poly1_loss: ("poly1", "epsilon", lambda epsilon: -1 <= epsilon < math.inf),
+    generalized_cross_entropy: ("generalized_cross_entropy", "q", lambda q: 0 < q <= 1),
+    token_scaled_cross_entropy: ("token_scaled", "", lambda _: True),
+}
+
+
+def _mapped_loss(func: Any, input: Any, target: Any, **options: Any) -> Any:
+    """A loss that maps each row's nll."""
+    name, parameter, takes = _ROW_MAPS[func]
+    value = options.pop(parameter, 0.0)
+    if not _number(value) or not takes(value):
+        return NotImplemented  # the loss itself says what is wrong
+    return _loss(func, input, target, row_map=(ROW_MAP_NUMBERS[name], float(value)), **options)
+
+
 def _count(x: LazyLogits, dtype: torch.dtype) -> None:
     """One more loss in the report, without logits, their copies, log-probabilities and these's gradient."""
     with DisableTorchFunction():
@@ -849,6 +874,7 @@ def _count(x: LazyLogits, dtype: torch.dtype) -> None:
 
 
 LazyLogits._rules[_TORCHS_CROSS_ENTROPY] = LazyLogits._rules[cross_entropy] = _loss
+LazyLogits._rules.update(dict.fromkeys(_ROW_MAPS, _mapped_loss))
 
 
 def _token_log_probs(

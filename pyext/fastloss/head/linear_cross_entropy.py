@@ -581,8 +581,6 @@ def linear_cross_entropy(
     if has_torch_function_variadic(*tensors):
         given = {n: v for n, v in locals().items() if n not in ("input", "linear_weight", "target", "tensors")}
         return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **given)
-    if ignore_index is not None:
-        ignore_index = _arguments.as_int("linear_cross_entropy", "ignore_index", ignore_index)
     g = Given(
         weight=weight,
         reduction=reduction,
