@@ -532,6 +532,22 @@ def test_linear_autocast_and_compile(device):
     assert torch.autograd.grad(rounded, weight)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_linear_in_a_checkpoint(reentrant, device):
+    input, weight, offset, index = head(device=device)
+    teacher = weight.detach().roll(1)
+    for call in (
+        lambda x: fastloss.linear_token_log_probs(x * 2, weight, index, bias=offset, memory_budget=4000),
+        lambda x: fastloss.linear_kl_divergence(x * 2, weight, x, teacher, memory_budget=4000),
+    ):
+        grads = []
+        for run in (call, lambda x, call=call: torch.utils.checkpoint.checkpoint(call, x, use_reentrant=reentrant)):
+            run(input).sum().backward()
+            grads.append([t.grad for t in (input, weight)])
+            input.grad = weight.grad = None
+        assert all(map(torch.equal, *grads))
+
+
 def test_linear_wrong_arguments():
     input, weight, offset, index = head()
     with pytest.raises(ValueError, match=r"input of shape \(..., D\) and weight of shape \(V, D\)"):

@@ -1,5 +1,6 @@
 """Divergence of a student from a teacher, each given by hidden states and a matrix: a few rows of logits at a time."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,9 +66,10 @@ class _LinearKLDivergence(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student_hidden, student_weight, teacher_hidden, teacher_weight = ctx.saved_tensors
+        saved = ctx.saved_tensors  # a checkpoint hands them out once
+        student_hidden, student_weight, teacher_hidden, teacher_weight = saved
         with torch.no_grad():
-            found = _LinearKLDivergence._gradients(ctx, grad_output)
+            found = _LinearKLDivergence._gradients(ctx, saved, grad_output)
         if differentiated_again(grad_output, student_hidden, student_weight):
             needs = tuple(g is not None for g in found)
             shared = (teacher_weight, ctx.temperature, needs)
@@ -79,9 +81,9 @@ class _LinearKLDivergence(Function):
         return (*found, None, None, None, None, None)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_output: Tensor) -> Grads:
+    def _gradients(ctx: Any, saved: Sequence[Tensor], grad_output: Tensor) -> Grads:
         """By the student's hidden states and weight."""
-        student_hidden, student_weight, teacher_hidden, teacher_weight = ctx.saved_tensors
+        student_hidden, student_weight, teacher_hidden, teacher_weight = saved
         by_hidden, by_weight = ctx.needs_input_grad[:2]
         wide = accum_dtype(student_hidden.dtype)
         kept = kept_rows(grad_output != 0)

@@ -186,10 +186,11 @@ class _LinearTokenLogProbs(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, weight, bias, index = ctx.saved_tensors[:4]
+        saved = ctx.saved_tensors  # a checkpoint hands them out once
+        input, weight, bias, index = saved[:4]
         by_log_prob, by_entropy = (*grads, None)[:2]
         with torch.no_grad():
-            found = _LinearTokenLogProbs._gradients(ctx, by_log_prob, by_entropy)
+            found = _LinearTokenLogProbs._gradients(ctx, saved, by_log_prob, by_entropy)
         if differentiated_again(*grads, input, weight, bias):
             parts = (
                 (
@@ -208,9 +209,9 @@ class _LinearTokenLogProbs(Function):
         return (*found, None, None, None)
 
     @staticmethod
-    def _gradients(ctx: Any, by_log_prob: Tensor, by_entropy: Tensor | None) -> Grads:
+    def _gradients(ctx: Any, saved: Sequence[Any], by_log_prob: Tensor, by_entropy: Tensor | None) -> Grads:
         """By input, weight and bias, by the kernels."""
-        input, weight, bias, index, entropy, of_rows, of_all = ctx.saved_tensors
+        input, weight, bias, index, entropy, of_rows, of_all = saved
         wide = accum_dtype(input.dtype)
         by_input, by_weight, by_bias = ctx.needs_input_grad[:3]
         live = (by_log_prob != 0) & (index != ctx.options.ignore_index)
