@@ -1,6 +1,9 @@
 """A team of processes with a gloo group, for tests: one start serves many jobs, each on the first 2, 3 or 4 ranks.
 
 Jobs are functions of a test module. They run on each rank, compare there, and return what the test wants to see.
+
+torch names a group by how many its process has made (from 2.14 on, also those that only some ranks make). So a job makes
+groups on all ranks of the team or on none: those that come later would wait for each other under different names.
 """
 
 import contextlib
@@ -37,6 +40,14 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_alone = []  # a group of each rank, None in place of the others'
+
+
+def alone():
+    """The group of nobody but this rank."""
+    return _alone[dist.get_rank()]
+
+
 def _member(rank, size, store, pipe, timeout):
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*barrier.*")
@@ -48,13 +59,14 @@ def _member(rank, size, store, pipe, timeout):
         timeout=datetime.timedelta(seconds=timeout),
     )
     groups = {n: dist.new_group(list(range(n))) for n in range(2, size)} | {size: dist.group.WORLD}
+    _alone.extend(dist.new_group([r]) for r in range(size))
     while (job := pipe.recv()) is not None:
         function, ranks, args = job
         try:
             result = (True, function(rank, groups[ranks], *args) if rank < ranks else None)
         except Exception:
             result = (False, traceback.format_exc())
-        pipe.send(result)
+        pipe.send((*result, dist.distributed_c10d._world.group_count))
     dist.destroy_process_group()
 
 
@@ -82,18 +94,21 @@ class Team:
 
     def results(self, members=None):
         """What each has to say; AssertionError with its traceback where a job failed, did not end, or a process did."""
-        found, wrong = [], []
+        found, wrong, groups = [], [], set()
         for rank in range(len(self.pipes)) if members is None else members:
             try:
                 if not self.pipes[rank].poll(_LIMIT):
                     raise EOFError(f"no answer within {_LIMIT} s")
-                fine, result = self.pipes[rank].recv()
+                fine, result, made = self.pipes[rank].recv()
+                groups.add(made)
             except EOFError as e:
                 self.members[rank].join(1)
                 fine, result = False, f"the process is gone, exit code {self.members[rank].exitcode}: {e}"
             found.append(result)
             if not fine:
                 wrong.append(f"rank {rank}: {result}")
+        if len(groups) > 1 and not wrong:
+            wrong.append(f"some ranks have made groups that others have not: {sorted(groups)} until now")
         self.broken = bool(wrong)  # who failed has left out collectives that the others wait for
         assert not wrong, "\n".join(wrong)
         return found
