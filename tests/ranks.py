@@ -2,8 +2,8 @@
 
 Jobs are functions of a test module. They run on each rank, compare there, and return what the test wants to see.
 
-torch names a group by how many its process has made (from 2.14 on, also those that only some ranks make). So a job makes
-groups on all ranks of the team or on none: those that come later would wait for each other under different names.
+torch names a group by how many its process has made, from 2.14 on also of those that only some ranks make. So a job
+makes groups on all ranks of the team or on none: those that come later would wait for each other under different names.
 """
 
 import contextlib

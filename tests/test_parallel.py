@@ -1,11 +1,14 @@
 """Classes sharded over ranks (fastloss.parallel), on gloo with 2, 3 and 4 processes, against the whole."""
 
 import contextlib
+import datetime
 import itertools
 import os
 import random
 import re
 import shutil
+import time
+import warnings
 
 import fastloss
 import pytest
@@ -421,16 +424,55 @@ def test_uneven_shards_take_one_gather_from_the_first_call_on(team, given):
 
 def other_sizes(rank, group):
     """Two heads in turn, whose shards differ on one rank alone: what was known is not believed."""
-    for last in (4, 7, 4, 7):
+    found = []
+    for last in (4, 7, 4, 7, 7):
         sizes = [3] * (dist.get_world_size(group) - 1) + [last]
         x, target, _ = problem(last, (5, sum(sizes)), torch.float64)
         offset = sum(sizes[:rank])
-        got = parallel.cross_entropy(x[:, offset : offset + sizes[rank]], target, group)
+        with Collectives() as calls, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = parallel.cross_entropy(x[:, offset : offset + sizes[rank]], target, group)
         torch.testing.assert_close(got, fastloss.cross_entropy(x, target))
+        found.append((len(calls.calls), [str(w.message) for w in caught if w.filename == __file__]))
+    return found
 
 
 def test_shards_may_change_their_sizes(team):
-    team.run(other_sizes, 3)
+    """With a warning on every rank where that is a second gather each time."""
+    for found in team.run(other_sizes, 3):
+        for (gathers, said), want in zip(found[1:], (2, 2, 2, 1), strict=True):
+            assert gathers == want and len(said) == want - 1
+            assert all("give shard_sizes" in words for words in said)
+
+
+def after_an_error(rank, group):
+    """Uneven shards in a new group: a bad target, then a good one; and in another, of which a rank is late."""
+    sizes, found = [5, 0, 6, 1], []
+    x, target, _ = problem(1, (9, 12), torch.float32)
+    shard = x[:, sum(sizes[:rank]) : sum(sizes[: rank + 1])]
+    bad = target.clone()
+    bad[3] = 12
+    group, other = dist.new_group(), dist.new_group()
+    with Collectives() as calls:
+        found.append(raised(parallel.cross_entropy, shard, bad, group))
+        torch.testing.assert_close(parallel.cross_entropy(shard, target, group), fastloss.cross_entropy(x, target))
+    patience, _exchange._PATIENCE = _exchange._PATIENCE, datetime.timedelta(milliseconds=100)
+    try:
+        time.sleep(1.5 if rank == 2 else 0)  # a store in a file waits for whole seconds
+        with Collectives() as late:
+            got = parallel.cross_entropy(shard, target, other)
+    finally:
+        _exchange._PATIENCE = patience
+    torch.testing.assert_close(got, fastloss.cross_entropy(x, target))
+    dist.destroy_process_group(group)
+    dist.destroy_process_group(other)
+    return found[0], len(calls.calls), len(late.calls)
+
+
+def test_uneven_shards_after_an_error_and_of_a_rank_that_is_late(team):
+    """What ranks told each other in a first call that then raised is known; they wait for it for some time only."""
+    for (kind, _), gathers, late in team.run(after_an_error, 4):
+        assert kind is IndexError and gathers == 2 and late == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -23,7 +23,7 @@ _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, Functional
 
 def warn(message: str) -> None:
     """Of a loss's arguments, as the loss's caller sees it: the first frame outside this package, and outside of what
-    tensor subclasses put between."""
+    autograd and tensor subclasses put between."""
     if torch.compiler.is_compiling():  # it cannot trace warnings
         return
     level, frame = 1, sys._getframe()
@@ -32,12 +32,15 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+_OF_TORCH = ("torch.autograd.function", "torch._dynamo.eval_frame", "torch.overrides")
+
+
 def _is_between(frame: FrameType) -> bool:
     module = frame.f_globals.get("__name__", "")
     if module.partition(".")[0] == "fastloss" or frame.f_code.co_name == "__torch_function__":
         return True
     handed_over = frame.f_back is not None and frame.f_back.f_code.co_name == "__torch_function__"
-    return module == "torch.overrides" or (module == "torch.nn.functional" and handed_over)
+    return module in _OF_TORCH or (module == "torch.nn.functional" and handed_over)
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:

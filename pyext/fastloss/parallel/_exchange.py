@@ -5,7 +5,9 @@ The numbers in front (:data:`HEADER`) let ranks agree without a collective of th
 - how many classes each rank has. A rank has to know where its classes begin before it can look for a target. In the
   group's first call ranks tell each other through the store by which they found each other. Later a rank takes what the
   ranks had when it last had so many classes itself, or, with a number that is new, that all have as many. Every rank
-  compares that with the header. Where one was wrong, all see it, and all do it again with the right numbers;
+  compares that with the header. Where one was wrong, all see it, and all do it again with the right numbers. One
+  all-gather cannot do: a rank that learns from it where its classes begin would have had to send all its logits, of
+  which each may be the target's. And nothing but that all-gather tells a rank whose own number stays;
 - whether a rank failed, on a bad target for example. It takes part all the same, and then all of them raise;
 - whether all were called with the same options.
 
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _arguments
 from .._autograd import accum_dtype
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -194,12 +197,18 @@ def exchange(
         found = headers.tolist()
         right = _agreed(function, found, rank, readable=headers.is_cpu)
         if right is not None:
+            if any(h[SURE] == SEEN and h[SIZES] != fingerprint(right.sizes) for h in found):
+                _arguments.warn(
+                    f"{function}(): the ranks have {list(right.sizes)} classes now, and some of them had others before "
+                    "with as many on their own, so that all read their logits twice and gather twice; give shard_sizes "
+                    "where the shards' sizes change"
+                )
             layout, sure = right, SEEN
             continue
+        known[classes] = layout
         if error is not None:
             raise error
         _raise_for_others(function, found)
-        known[classes] = layout
         return Gathered(layout, numbers, None)
 
 
@@ -208,7 +217,7 @@ _PATIENCE = datetime.timedelta(seconds=5)  # with ranks that are late, or gone, 
 
 def _told(group: "ProcessGroup", classes: int, wait: bool) -> tuple[int, ...] | None:
     """The classes of all ranks in the group's first call; None: it has no store, nobody asked for them (``wait``), or
-    not all ranks have said theirs.
+    not all ranks have said theirs in time.
 
     Should a store hold what the ranks of an earlier group have said, the headers tell.
     """

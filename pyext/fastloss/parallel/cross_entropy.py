@@ -675,7 +675,8 @@ def cross_entropy(
             :func:`fastloss.focal_loss`.
         shard_sizes: how many classes each rank has. None: ranks tell each other, in the group's first call by its store
             and then within the all-gather. A rank takes what it has seen before; where that was wrong they do it again,
-            with a second all-gather.
+            with a second all-gather: for uneven shards of other sizes once, for shards that change on some ranks only
+            each time, with a warning (on CUDA these raise a ValueError).
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, class_dim,
             all_ignored, zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
 
