@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import time
+import unittest.mock
 import warnings
 
 import fastloss
@@ -475,6 +476,27 @@ def test_uneven_shards_after_an_error_and_of_a_rank_that_is_late(team):
         assert kind is IndexError and gathers == 2 and late == 2
 
 
+def test_ranks_wait_for_each_others_sizes_less_than_the_store_would(tmp_path):
+    for timeout, want in ((4, 2), (600, 5)):
+        store, waited = dist.FileStore(str(tmp_path / str(timeout)), 2), []
+        store.set_timeout(datetime.timedelta(seconds=timeout))
+
+        class Store:
+            set, timeout = store.set, store.timeout
+
+            def wait(self, keys, patience, waited=waited):
+                waited.append(patience.total_seconds())
+                raise RuntimeError("Wait timeout")
+
+        class Group:
+            def get_group_store(self, own=Store):
+                return own()
+
+        with unittest.mock.patch.multiple(dist, get_rank=lambda g: 0, get_world_size=lambda g: 2):
+            assert _exchange._told(Group(), 3, wait=True) is None
+        assert waited == [want] and store.get("fastloss/classes/0") == b"3"
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -571,6 +593,9 @@ def wrong_arguments(rank, group):
         raised(parallel.cross_entropy, x, t, group, label_smoothing=2.0),
         raised(parallel.cross_entropy, x, t, group, row_map="focal"),
     ]
+    soft, wide = {"weight_shard": torch.ones(3).double()}, torch.full((4, 3), 0.5)
+    found.append(raised(parallel.cross_entropy, x, wide, group, loss_dtype=torch.float32, **soft))
+    assert parallel.cross_entropy(x, wide, group, loss_dtype=torch.float64, **soft).dtype is torch.float64
     logits = torch.zeros(4, 3, requires_grad=True)
     loss = parallel.cross_entropy(logits, t, group)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
@@ -592,6 +617,7 @@ def test_wrong_arguments(team):
         (NotImplementedError, "dtype"),
         (RuntimeError, "label_smoothing"),
         (ValueError, "map_params"),
+        (ValueError, "of a loss in torch.float64"),
         (RuntimeError, "give them to fastloss.cross_entropy"),
         (RuntimeError, "setup_context"),
     )

@@ -215,6 +215,22 @@ def test_patch_and_loss_parallel(team):
     team.run(patched, 4)
 
 
+def accuracy(rank, group):
+    """5 of 11 targets are the largest logit, all of them in the 6 rows of the first half: the share has its digits."""
+    target = torch.arange(11) % 2
+    logits = F.one_hot(torch.where(torch.arange(11) < 5, target, 1 - target), 2).float()
+    found = fastloss.cross_entropy(
+        distribute_tensor(logits, mesh_of(2, 2), [Shard(0), Shard(1)]), target, return_stats=True
+    )
+    assert torch.equal(
+        found[1].accuracy.full_tensor(), fastloss.cross_entropy(logits, target, return_stats=True)[1].accuracy
+    )
+
+
+def test_the_accuracy_of_all_rows(team):
+    team.run(accuracy, 4)
+
+
 def sharded_weights(rank, group):
     """Class weights sharded like the classes, replicated and plain, with their gradient for probabilities."""
     mesh = mesh_of(2, 2)
@@ -368,8 +384,16 @@ def errors(rank, group):
     ]
     bad = target.clone()
     bad[3] = 6  # of the second half of the rows: the others are told
-    found.append(raised(fastloss.cross_entropy, logits, bad))
-    found.append(raised(fastloss.cross_entropy, distribute_tensor(x, mesh, [Shard(0), R]), bad))
+    for placements in ([Shard(0), Shard(1)], [Shard(0), R]):
+        logits = distribute_tensor(x, mesh, placements)
+        found.append(raised(fastloss.cross_entropy, logits, bad))
+        found.append(raised(fastloss.cross_entropy, logits, bad, reduction="none"))
+        found.append(raised(fastloss.token_log_probs, logits, bad))
+        linear = (
+            distribute_tensor(hidden, mesh, [Shard(0), R]),
+            distribute_tensor(x[:, :3], mesh, [R, Shard(0) if placements[1] == Shard(1) else R]),
+        )
+        found.append(raised(fastloss.linear_token_log_probs, *linear, bad))
     assert fastloss.cross_entropy(logits, target).full_tensor().isfinite()
     return found
 
@@ -390,5 +414,7 @@ def test_errors(team):
     for rank, found in enumerate(team.run(errors, 4)):
         for (kind, message), (want, words) in zip(found, wants, strict=False):
             assert kind is want and words in message, (kind, message)
-        for kind, message in found[-2:]:
-            assert kind is (IndexError if rank >= 2 else RuntimeError), message
+        assert len(found) == len(wants) + 8
+        for kind, message in found[-8:]:
+            assert kind is IndexError, message
+            assert rank >= 2 or "another rank of the mesh was given a bad target" in message, message

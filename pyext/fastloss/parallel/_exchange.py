@@ -212,7 +212,8 @@ def exchange(
         return Gathered(layout, numbers, None)
 
 
-_PATIENCE = datetime.timedelta(seconds=5)  # with ranks that are late, or gone, as the all-gather then finds out
+# With ranks that are late, or gone, as the all-gather then finds out; at most half of the time that the store has.
+_PATIENCE = datetime.timedelta(seconds=5)
 
 
 def _told(group: "ProcessGroup", classes: int, wait: bool) -> tuple[int, ...] | None:
@@ -221,7 +222,7 @@ def _told(group: "ProcessGroup", classes: int, wait: bool) -> tuple[int, ...] | 
 
     Should a store hold what the ranks of an earlier group have said, the headers tell.
     """
-    store = group.get_group_store() if hasattr(group, "get_group_store") else None
+    store: Any = group.get_group_store() if hasattr(group, "get_group_store") else None
     if store is None:
         return None
     keys = [f"fastloss/classes/{r}" for r in range(dist.get_world_size(group))]
@@ -229,7 +230,7 @@ def _told(group: "ProcessGroup", classes: int, wait: bool) -> tuple[int, ...] | 
         store.set(keys[dist.get_rank(group)], str(classes))
         if not wait:
             return None
-        store.wait(keys, _PATIENCE)
+        store.wait(keys, min(_PATIENCE, store.timeout / 2))
         return tuple(int(store.get(key)) for key in keys)
     except RuntimeError:  # of the store
         return None

@@ -33,6 +33,7 @@ from ..losses.cross_entropy import (
     Given,
     Options,
     Unmade,
+    _checked_loss_dtype,
     _class_dim,
     _classes_second,
     accuracy_of,
@@ -520,12 +521,14 @@ def checked(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded)
     weight = g.weight if s.weight_shard is None else s.weight_shard
     if weight is not None:
         _check_weight(function, weight, logits.shape[at], soft, sharded=s.weight_shard is not None)
-    c = canonical(function, stand_in, target, g._replace(weight=None, class_dim=None, inplace_grad=False))
+    plain = g._replace(weight=None, class_dim=None, inplace_grad=False)
+    by_weight = soft and weight is not None  # the loss's dtype
+    c = canonical(function, stand_in, target, plain._replace(loss_dtype=None) if by_weight else plain)
     _, target, _, sample_weight, normalizer = c.tensors
     loss_dtype = c.loss_dtype
     if weight is not None:
-        if soft and g.loss_dtype is None:
-            loss_dtype = torch.promote_types(loss_dtype, weight.dtype)
+        if by_weight:
+            loss_dtype = _checked_loss_dtype(function, g.loss_dtype, torch.promote_types(loss_dtype, weight.dtype))
         weight = weight.to(accum_dtype(logits.dtype)).contiguous()
     o = row_options(c.options, loss_dtype, s.row_map, s.map_params)
     call = Call(function, group, given, o, bool(g.return_stats), s.weight_shard is not None, s.entropy)

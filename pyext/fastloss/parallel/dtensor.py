@@ -342,7 +342,7 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
         s = Sharded(axes.mesh.get_group(axes.classes), sizes, shard, kind, p.row_map[1:][: len(parameters)])
 
     per_row = g.reduction == "none"
-    result = local(g, s) if per_row or not target.is_cpu else _or_all_raise(p.function, lambda: local(g, s), groups)
+    result = _or_all_raise(p.function, lambda: local(g, s), axes, target)
     loss, stats = result if g.return_stats else (result, None)
     if per_row:
         loss = _of_rows(loss, axes, p.rows_shape)
@@ -354,7 +354,7 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
     lse, argmax, entropy = _of_rows((stats.lse, stats.argmax, stats.entropy), axes, p.rows_shape)
     counted = torch.ones(list(p.local_rows), device=target.device) if p.soft else _counts(target, ignored)
     n = counted.sum().double()
-    hits = torch.where(n > 0, stats.accuracy.double() * n, 0.0)
+    hits = torch.where(n > 0, (stats.accuracy.double() * n).round(), 0.0)  # a whole number, but for rounding
     hits, n = sum_over(torch.stack([hits, n]), groups)
     share = (hits / n).float()
     if g.all_ignored == "zero" and not p.soft:
@@ -474,18 +474,27 @@ def _rounded_later(p: Problem, target: Tensor, g: Given) -> torch.dtype | None:
     return dtype if dtype in _arguments.HALVES and g.loss_dtype is None and g.reduction != "none" else None
 
 
-def _or_all_raise(function: str, local: Callable[[], Any], groups: Sequence[Any]) -> Any:
-    """What ``local`` returns, where it raises on no rank of the groups: the others would wait for a rank that did."""
+_OTHER = 2**16  # an exception that is not of a bad target; more than there are ranks
+
+
+def _or_all_raise(function: str, local: Callable[[], Any], axes: Axes, target: Tensor) -> Any:
+    """What ``local`` returns, where it raises on no rank of the axes of the rows: the others would wait for a rank that
+    did, here or in what follows. On CUDA, where errors come late, they are not told."""
+    if not target.is_cpu or not axes.data:
+        return local()
     result, error = None, None
     try:
         result = local()
     except Exception as e:
         error = e
-    failed = sum_over(torch.tensor([float(error is not None)]), groups) if groups else None
+    kind = 0 if error is None else 1 if isinstance(error, IndexError) else _OTHER
+    kinds = int(sum_over(torch.tensor(kind, dtype=torch.int32), [axes.mesh.get_group(axis) for axis in axes.data]))
     if error is not None:
         raise error
-    if failed is not None and failed.item():
+    if kinds >= _OTHER:
         raise RuntimeError(f"{function}(): another rank of the mesh raised an exception; see there")
+    if kinds:
+        raise IndexError(f"{function}(): another rank of the mesh was given a bad target; see there")
     return result
 
 
@@ -520,10 +529,12 @@ def run_token_log_probs(function: str, logits: Any, index: Any, **options: Any) 
     _check(function, logits, index, Given(), last, logits.shape)
     local = _redistributed(function, logits, axes).to_local(grad_placements=list(axes.logits))
     index = _local(index.reshape(rows_shape), axes, axes.rows)
-    if axes.classes is None:
-        return _of_rows(token_log_probs(local, index, **options), axes, rows_shape)
-    given = {"group": axes.mesh.get_group(axes.classes), "shard_sizes": _sizes(logits.shape[-1], axes)}
-    return _of_rows(sharded_token_log_probs(local, index, **given, **options), axes, rows_shape)
+    of_rows: Any = token_log_probs
+    if axes.classes is not None:
+        of_rows, sizes = sharded_token_log_probs, _sizes(logits.shape[-1], axes)
+        options |= {"group": axes.mesh.get_group(axes.classes), "shard_sizes": sizes}
+    found = _or_all_raise(function, lambda: of_rows(local, index, **options), axes, index)
+    return _of_rows(found, axes, rows_shape)
 
 
 @_outside_of_graphs
@@ -536,10 +547,13 @@ def run_linear_token_log_probs(
     _check(function, linear_weight, index, Given(), input.dim() - 1, torch.Size((*rows_shape, classes)))
     x, w, bias = _linear_operands(at, input, linear_weight, linear_bias)
     index = _local(index.reshape(rows_shape), axes, axes.rows)
-    if axes.classes is None:
-        return _of_rows(linear_token_log_probs(x, w, index, bias=bias, **options), axes, rows_shape)
-    given = {"group": axes.mesh.get_group(axes.classes), "shard_sizes": _sizes(classes, axes)}
-    found = sharded_linear_token_log_probs(x, w, index, linear_bias_shard=bias, **given, **options)
+    of_rows: Any = linear_token_log_probs
+    options["bias"] = bias
+    if axes.classes is not None:
+        of_rows, sizes = sharded_linear_token_log_probs, _sizes(classes, axes)
+        options["linear_bias_shard"] = options.pop("bias")
+        options |= {"group": axes.mesh.get_group(axes.classes), "shard_sizes": sizes}
+    found = _or_all_raise(function, lambda: of_rows(x, w, index, **options), axes, index)
     return _of_rows(found, axes, rows_shape)
 
 
