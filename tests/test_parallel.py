@@ -677,7 +677,15 @@ def module(rank, group):
     want = fastloss.cross_entropy(x, target, weight=weight, label_smoothing=0.1)
     torch.testing.assert_close(loss(x[:, here], target), want)
     torch.testing.assert_close(loss(x[:, here], target, normalizer=2.0), loss(x[:, here], target, None, 2.0))
-    assert raised(parallel.ParallelCrossEntropyLoss, group, inplace_grad=True)[0] is TypeError
+    assert raised(parallel.ParallelCrossEntropyLoss, group, memory_budget=1)[0] is TypeError
+    for name in ("inplace_grad", "grad_in_forward"):
+        refusing = parallel.ParallelCrossEntropyLoss(group, **{name: True})
+        kind, words = raised(refusing, x[:, here], target)
+        assert kind is ValueError and f"{name}=True" in words and "leave it out" in words
+    given = {"inplace_grad": False, "grad_in_forward": False}
+    torch.testing.assert_close(
+        parallel.cross_entropy(x[:, here], target, group, **given), fastloss.cross_entropy(x, target)
+    )
 
 
 def test_the_module(team):

@@ -497,6 +497,12 @@ class Checked(NamedTuple):
 
 def checked(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded) -> Checked:
     """torch's exceptions, as :func:`fastloss.cross_entropy` raises them; ``logits`` may be :class:`Unmade`."""
+    for name, asked in (("inplace_grad", g.inplace_grad), ("grad_in_forward", g.grad_in_forward)):
+        if asked:
+            raise ValueError(
+                f"{function}({name}=True): the gradient of shards needs what the other ranks know, and is made in "
+                "backward, in memory of its own; leave it out"
+            )
     unmade = isinstance(logits, Unmade)
     if not unmade:
         _arguments.require_tensor("logits_shard", logits, function)
@@ -655,6 +661,8 @@ def cross_entropy(
     all_ignored: Literal["nan", "zero"] = "nan",
     zero_times_inf: Literal["nan", "zero"] = "nan",
     return_stats: bool = False,
+    inplace_grad: bool = False,
+    grad_in_forward: bool | None = None,
     loss_dtype: torch.dtype | None = None,
     shard_sizes: Sequence[int] | None = None,
 ) -> Any:
@@ -680,6 +688,7 @@ def cross_entropy(
             and then within the all-gather. A rank takes what it has seen before; where that was wrong they do it again,
             with a second all-gather: for uneven shards of other sizes once, for shards that change on some ranks only
             each time, with a warning (on CUDA these raise a ValueError).
+        inplace_grad, grad_in_forward: True is a ValueError: the gradient needs what the other ranks know.
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, class_dim,
             all_ignored, zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
 
@@ -693,9 +702,9 @@ def cross_entropy(
         ValueError: ranks were called with other options; ``shard_sizes`` that do not fit; arguments.
         RuntimeError: another rank raised an exception while it read its logits; shapes and dtypes as torch.
 
-    Logits of which ranks have another number of rows end in an error of torch.distributed. There is no ``inplace_grad``
-    and no ``grad_in_forward``, since the gradient needs what the other ranks know. Second derivatives, forward mode and
-    torch.func are not served, and raise. torch.compile takes the call into its graph, with the same collectives.
+    Logits of which ranks have another number of rows end in an error of torch.distributed. Second derivatives, forward
+    mode and torch.func are not served, and raise. torch.compile takes the call into its graph, with the same
+    collectives.
 
     Example::
 
@@ -716,6 +725,8 @@ def cross_entropy(
         all_ignored=all_ignored,
         zero_times_inf=zero_times_inf,
         return_stats=return_stats,
+        inplace_grad=inplace_grad,
+        grad_in_forward=grad_in_forward,
         loss_dtype=loss_dtype,
     )
     s = Sharded(group, shard_sizes, weight_shard, row_map, map_params)
@@ -782,6 +793,8 @@ _MODULE_OPTIONS = {
     "all_ignored",
     "zero_times_inf",
     "return_stats",
+    "inplace_grad",
+    "grad_in_forward",
     "loss_dtype",
     "shard_sizes",
 }
