@@ -1,5 +1,6 @@
 """A head whose classes are sharded over ranks (fastloss.parallel.linear_cross_entropy), on gloo, against the whole."""
 
+import importlib
 import itertools
 
 import fastloss
@@ -8,8 +9,11 @@ import torch
 import torch.distributed as dist
 from fastloss import parallel
 from fastloss.head import chunked
+from fastloss.parallel import _exchange
 from ranks import Collectives
 from test_parallel import OPTIONS, close, cuts, problem, raised, same_bits
+
+linear = importlib.import_module("fastloss.parallel.linear_cross_entropy")  # the function has its name in the package
 
 
 def head_problem(seed, rows, classes, features, dtype, soft, options):
@@ -170,9 +174,82 @@ def dist_has_single():
 
 
 def test_the_sum_of_a_chunk_travels_while_the_weights_gradient_is_computed(team):
-    for sequence in (False, True):
-        for done in team.run(order, 2, sequence):
-            assert done == ["start", "weight"] * 3 + ["wait"] * 3
+    for done in team.run(order, 2, False):
+        assert done == ["start", "weight"] * 3 + ["wait"] * 3
+    for done in team.run(order, 2, True):  # two chunks of all ranks' rows are held at most
+        assert done == ["start", "weight", *["start", "weight", "wait"] * 2, "wait"]
+
+
+def arriving(rank, group, budget):
+    """What forward does of an input in three pieces, in turn; values and gradients are those of one process."""
+    ranks, done, dtype = dist.get_world_size(group), [], torch.float64
+    x, w, _, target, _ = head_problem(0, 6 * ranks, 5 * ranks, 6, dtype, False, {})
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    want = fastloss.linear_cross_entropy(*leaves, target, reduction="none")
+    rows, here = slice(6 * rank, 6 * rank + 6), slice(5 * rank, 5 * rank + 5)
+    mine = [t.clone().requires_grad_() for t in (x[rows], w[here])]
+    start, make, piece = _exchange.start_gather, chunked._Products.logits, linear._PIECE
+
+    class Started:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            done.append("wait")
+            self.work.wait()
+
+    def starting(shard, group, wait=False):
+        everyone, work = start(shard, group, wait)
+        done.append("statistics" if wait else f"start {shard.shape[0] // 6}")
+        return everyone, work if wait else Started(work)
+
+    given = {"memory_budget": budget, "sequence_parallel": True, "shard_sizes": [5] * ranks}
+    try:
+        linear._PIECE = ranks * 2 * 6 * 8
+        _exchange.start_gather = starting
+        chunked._Products.logits = lambda self, x, out: (done.append(f"logits {len(x)}"), make(self, x, out))[1]
+        loss = parallel.linear_cross_entropy(*mine, target, group, reduction="none", **given)
+        forward = list(done)
+    finally:
+        linear._PIECE, _exchange.start_gather, chunked._Products.logits = piece, start, make
+    torch.testing.assert_close(loss, want)
+    weights = 1 + torch.arange(6 * ranks, dtype=dtype)
+    grads = torch.autograd.grad(want, leaves, weights)
+    for got, grad, part in zip(torch.autograd.grad(loss, mine, weights), grads, (rows, here), strict=True):
+        torch.testing.assert_close(got, grad[part])
+    return forward
+
+
+def test_an_input_arrives_in_pieces_while_logits_are_made(team):
+    started = ["start 2"] * 3
+    for done in team.run(arriving, 2, 3 * 5 * 8):  # logits of 3 rows
+        assert done == [*started, *["wait", "logits 3", "logits 1"] * 3, "statistics"]
+    for done in team.run(arriving, 3, None):
+        assert done == [*started, *["wait"] * 3, "logits 18", "statistics"]
+
+
+def bad_in_pieces(rank, group):
+    """A bad target of one rank, and a weight that does not fit: what has been started is not missed by the others."""
+    ranks, piece = dist.get_world_size(group), linear._PIECE
+    x, w, _, target, _ = head_problem(0, 6 * ranks, 5 * ranks, 6, torch.float64, False, {})
+    x, w, bad = x[6 * rank : 6 * rank + 6], w[5 * rank : 5 * rank + 5], target.clone()
+    bad[1] = 99 if rank == 1 else bad[1]
+    given = {"memory_budget": 40, "sequence_parallel": True}
+    try:
+        linear._PIECE = ranks * 6 * 8
+        found = [raised(parallel.linear_cross_entropy, x, w, bad, group, **given)]
+        given["weight"] = torch.ones(5 * ranks + (rank == 1), dtype=torch.float64)
+        found.append(raised(parallel.linear_cross_entropy, x, w, target, group, **given))
+        given["weight"] = torch.ones(5 * ranks, dtype=torch.float64)
+        assert parallel.linear_cross_entropy(x, w, target, group, **given).isfinite()
+    finally:
+        linear._PIECE = piece
+    return found
+
+
+def test_an_error_leaves_out_no_piece(team):
+    for found in team.run(bad_in_pieces, 3):
+        assert [kind for kind, _ in found] == [IndexError, RuntimeError], found
 
 
 def errors(rank, group):
@@ -188,6 +265,7 @@ def errors(rank, group):
         raised(parallel.linear_cross_entropy, x, w, t, group, linear_bias_shard=torch.zeros(4)),
         raised(parallel.linear_cross_entropy, x, w, t[:1], group),
         raised(parallel.linear_cross_entropy, x, w, t, group, memory_budget=0),
+        raised(parallel.linear_cross_entropy, x, w, t, group, memory_budget=100 + rank),
         raised(parallel.linear_cross_entropy, x[0, 0], w, t[0, 0], group, sequence_parallel=True),
     ]
 
@@ -199,6 +277,7 @@ def test_errors(team):
         (RuntimeError, "linear_bias_shard"),
         (RuntimeError, "target"),
         (ValueError, "memory_budget"),
+        (ValueError, "ranks [1] of the group were called with other options"),
         (ValueError, "input needs rows"),
     )
     for found in team.run(errors, 2):

@@ -242,8 +242,9 @@ def stacked_for(call: Call, target: Tensor) -> Stacked:
     return Stacked(soft, call.options.label_smoothing > 0, call.stats, call.sharded_weight and not soft)
 
 
-def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: Any) -> Merged:
-    """All ranks' numbers as one loss. ``make(layout)``: this rank's, for rows of ``shape``; raises what all raise."""
+def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: Any, others: Any = None) -> Merged:
+    """All ranks' numbers as one loss. ``make(layout)``: this rank's, for rows of ``shape``; raises what all raise.
+    ``others``: what ranks have to agree on beside what is in ``call``."""
     target, o = t.target, call.options
     stacked, like = stacked_for(call, target), t.logits
     rows_count = 1
@@ -276,6 +277,7 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
         t.sample_weight is None,
         t.weight is None,
         like.dtype,
+        others,
     )
     layout, numbers, poison = _exchange.exchange(
         call.function,

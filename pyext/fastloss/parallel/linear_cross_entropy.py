@@ -1,10 +1,11 @@
 """Cross entropy of a linear head whose classes are sharded over ranks, without the logits.
 
 Forward makes this rank's logits a chunk of rows at a time, takes their statistics and forgets them; one all-gather of
-the statistics of all rows follows. Backward makes each chunk again, now with what all ranks know, turns it into its
-gradient, and starts the sum over the ranks of the input's gradient before it computes the weight's, so that the sum of
-one chunk travels while the next is computed. Four products in all; ``head/chunked.py`` has them. Logits that are one
-chunk altogether fit the budget: they are kept for backward, and three products are left.
+the statistics of all rows follows. An input that is sharded over the rows arrives in pieces meanwhile. Backward makes
+each chunk again, now with what all ranks know, turns it into its gradient, and starts the sum over the ranks of the
+input's gradient before it computes the weight's, so that the sum of one chunk travels while the next is computed. Four
+products in all; ``head/chunked.py`` has them. Logits that are one chunk altogether fit the budget: they are kept for
+backward, and three products are left.
 """
 
 import math
@@ -94,43 +95,85 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, needs:
     return chunked._Products(operands, o, needs)
 
 
-def _all_rows(x: Tensor, call: Call, head: Head) -> Tensor:
-    """The input of all ranks where each has some of its rows."""
-    if not head.gathered:
-        return x
-    return _exchange.gather(x.detach().reshape(-1), call.group).view(-1, x.shape[1])
+class _Piece(NamedTuple):
+    """Some rows of the input: which ones of each rank, those of all ranks in rank order, and the work to wait for, or
+    None."""
+
+    rows: slice
+    x: Tensor
+    work: Any
+
+
+_PIECE = 2**24  # bytes of an input that is gathered, of all ranks
+
+
+def _pieces(x: Tensor, call: Call, head: Head) -> list[_Piece]:
+    """The input, of all ranks where each has some of its rows. All of it is on its way before anything is computed, and
+    whatever a rank raises then: products of one piece are computed while the next arrives."""
+    mine, step = x.shape[0], max(x.shape[0], 1)
+    if head.gathered:
+        size = dist.get_world_size(call.group) * x.numel() * x.element_size()
+        step = -(-step // max(1, -(-size // _PIECE)))
+    places = [slice(begin, min(begin + step, mine)) for begin in range(0, max(mine, 1), step)]
+    return [_Piece(rows, *_input_of_chunk(x[rows], call, head)) for rows in places]
 
 
 def _numbers(
-    x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, head: Head, t: Operands, layout: Any
+    pieces: Sequence[_Piece],
+    weight: Tensor,
+    bias: Tensor | None,
+    call: Call,
+    head: Head,
+    t: Operands,
+    layout: Layout,
 ) -> tuple[Tensor, Tensor | None]:
     """What this rank sends of all rows, from logits a chunk at a time; and all of them, where they are one chunk."""
-    products = _products(x, weight, bias, head, (False,) * 3)
-    step = head.rows(x.shape[0], x.shape[1], weight.shape[0], x.device)
-    z = x.new_empty([min(step, max(x.shape[0], 1)), weight.shape[0]], dtype=products.held)
+    mine, ranks = pieces[-1].rows.stop, dist.get_world_size(call.group) if head.gathered else 1
+    count, features = mine * ranks, weight.shape[1]
+    step = head.rows(count, features, weight.shape[0], weight.device)
+    if step >= count and len(pieces) > 1:  # backward takes the logits in the order of the rows
+        for piece in pieces:
+            piece.work.wait()
+        x = torch.cat([piece.x.view(ranks, -1, features) for piece in pieces], 1).flatten(0, 1)
+        pieces = [_Piece(slice(0, mine), x, None)]
+    products = _products(pieces[0].x, weight, bias, head, (False,) * 3)
+    z = weight.new_empty([min(step, max(count, 1)), weight.shape[0]], dtype=products.held)
     found = []
-    for begin in range(0, max(x.shape[0], 1), step):
-        rows = slice(begin, min(begin + step, x.shape[0]))
-        part = z[: rows.stop - begin]
-        products.logits(products.cast(x[rows]), part)
-        found.append(numbers_of(call, layout, part, t.target[rows], t.weight))
-    return torch.cat(found, 1), z if len(found) == 1 else None
+    for piece in pieces:
+        if piece.work is not None:
+            piece.work.wait()
+        target, rows = _of_ranks(t.target, ranks, piece.rows), piece.x.shape[0]
+        chunks = []
+        for begin in range(0, max(rows, 1), step):
+            chunk = slice(begin, min(begin + step, rows))
+            part = z[: chunk.stop - begin]
+            products.logits(products.cast(piece.x[chunk]), part)
+            chunks.append(numbers_of(call, layout, part, target[chunk], t.weight))
+        found.append(torch.cat(chunks, 1).unflatten(1, (ranks, rows // ranks)))
+    return torch.cat(found, 2).flatten(1), z if step >= count else None
+
+
+def _of_ranks(whole: Tensor, ranks: int, rows: slice) -> Tensor:
+    """Of what has one element for each row of all ranks, that of these rows of each rank."""
+    each = whole.view(ranks, whole.shape[0] // ranks, *whole.shape[1:])
+    return each[:, rows].flatten(0, 1)
 
 
 def loss_of_head(
     call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
 ) -> tuple[Merged, Tensor | None]:
     """The loss of all ranks, and this rank's logits where they are one chunk."""
-    everything = _all_rows(x, call, head).detach()
     logits: Tensor | None = None
+    pieces = _pieces(x.detach(), call, head)
 
     def make(layout: Layout) -> Tensor:
         nonlocal logits
-        numbers, logits = _numbers(everything, weight, bias, call, head, t, layout)
+        numbers, logits = _numbers(pieces, weight, bias, call, head, t, layout)
         return numbers
 
+    rows = x.shape[0] * (dist.get_world_size(call.group) if head.gathered else 1)
     with torch.autocast(x.device.type, enabled=False):
-        return merged(call, t, [everything.shape[0]], weight.shape[0], make), logits
+        return merged(call, t, [rows], weight.shape[0], make, head), logits
 
 
 class ParallelLinearCrossEntropy(Function):
@@ -198,8 +241,8 @@ def head_gradients(
     for begin in range(0, max(mine, 1), step):
         rows = slice(begin, min(begin + step, mine))
 
-        def pick(whole: Tensor, rows: slice = rows) -> Tensor:  # of each rank's rows
-            return whole.view(ranks, mine, *whole.shape[1:])[:, rows].flatten(0, 1)
+        def pick(whole: Tensor, rows: slice = rows) -> Tensor:
+            return _of_ranks(whole, ranks, rows)
 
         arriving, work = coming
         if work is not None:
@@ -235,6 +278,8 @@ def head_gradients(
                 partial.zero_()
             started.append((_start_sum(partial, grad_x[rows], call, head), partial))
         products.by_weight_and_bias(by_logits, x_rows)
+        if head.gathered and len(started) > 1:  # no more than two chunks of all ranks' rows are held
+            started.pop(0)[0].wait()
     for summing, _ in started:
         summing.wait()
     found = grad_x, products.grad_weight, products.grad_bias, grad_target, grad_class_weight
@@ -422,8 +467,9 @@ def linear_cross_entropy(
         linear_bias_shard: shape (C_r).
         memory_budget: as :func:`fastloss.linear_cross_entropy`; the same on every rank.
         sequence_parallel: ``input`` has this rank's rows alone, equally many on each rank, in rank order along its
-            first dimension; ``target`` and ``sample_weight`` have those of all ranks. The input is gathered in forward
-            and, a chunk at a time, again in backward, and its gradient scattered instead of summed everywhere.
+            first dimension; ``target`` and ``sample_weight`` have those of all ranks. The input is gathered in forward,
+            in pieces of 16 MiB while logits are made, and again in backward, a chunk at a time. Its gradient is
+            scattered instead of summed everywhere.
         reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, sample_weight, normalizer, all_ignored,
             zero_times_inf, return_stats, loss_dtype: as :func:`fastloss.cross_entropy`.
 
