@@ -1,5 +1,6 @@
 """fastloss.cross_entropy of DTensors, on gloo with 4 processes and a mesh of 2 x 2, against the whole."""
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -9,12 +10,20 @@ from pathlib import Path
 import fastloss
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import Collectives
 from test_parallel import OPTIONS, problem, raised, whole
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import loss_parallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 
 R = Replicate()
 NAMES = ("data", "classes")
@@ -361,6 +370,58 @@ def test_the_example_trains_to_the_curve_of_one_process(team):
     assert alone[3] < alone[0] - 0.5  # it learns
     for curve, _ in found:
         torch.testing.assert_close(torch.tensor(curve), torch.tensor(alone), rtol=1e-4, atol=1e-4)
+
+
+class Titan(torch.nn.Module):
+    """As torchtitan's decoders end, with an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok_embeddings, self.layer = torch.nn.Embedding(21, 8), torch.nn.Linear(8, 8)
+        self.norm, self.output = torch.nn.RMSNorm(8), torch.nn.Linear(8, 21, bias=False)
+
+    def forward(self, tokens):
+        return self.output(self.norm(self.layer(self.tok_embeddings(tokens)).tanh()))
+
+
+def titans(rank, group):
+    """torchtitan's plan and loss: sequence parallelism, FSDP2, loss_parallel(), the sum divided by all targets."""
+    mesh, curves = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), []
+    g = torch.Generator().manual_seed(3)
+    tokens, labels = (torch.randint(21, (4, 6), generator=g) for _ in range(2))
+    labels[0, 2:] = labels[3, 0] = -100
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        model, data, here = Titan(), mesh["dp"], slice(None)
+        if sharded:
+            plan = {
+                "tok_embeddings": RowwiseParallel(input_layouts=R, output_layouts=Shard(1)),
+                "layer": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(1)),
+                "norm": SequenceParallel(),
+                "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+            }
+            fully_shard(parallelize_module(model, mesh["tp"], plan), mesh=data)
+            here = slice(data.get_local_rank(), None, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        for _ in range(4):
+            with fastloss.patch() if sharded else contextlib.nullcontext(), loss_parallel():
+                logits = model(tokens[here]).flatten(0, 1).float()
+                loss = F.cross_entropy(logits, labels[here].flatten(0, 1), reduction="sum") / (labels != -100).sum()
+                assert not sharded or fastloss.patch_report().served["cross_entropy"] == 1
+                ((2 if sharded else 1) * loss).backward()  # FSDP averages
+            total = loss.detach()
+            if sharded:
+                total = total.full_tensor().clone()
+                dist.all_reduce(total, group=data.get_group())
+            optimizer.step()
+            optimizer.zero_grad()
+            curves.append(total)
+    torch.testing.assert_close(curves[:4], curves[4:])
+    assert curves[3] < curves[0] - 0.2  # it learns
+
+
+def test_a_module_as_torchtitans_trains_to_the_curve_of_one_process(team):
+    team.run(titans, 4)
 
 
 def errors(rank, group):
