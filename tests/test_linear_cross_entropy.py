@@ -423,6 +423,18 @@ def fast(monkeypatch):
     return lambda value: monkeypatch.setitem(chunked._FAST_ON_CPU, torch.bfloat16, value)
 
 
+def test_which_cpu_multiplies_16_bits(monkeypatch):
+    """One that can, unless oneDNN is told not to."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == "_is_avx512_bf16_supported", raising=False)
+    for isa, fast in (("", True), ("all", True), ("AVX512_CORE_BF16", True), ("AVX512_CORE", False), ("avx2", False)):
+        for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+            with monkeypatch.context() as patch:
+                patch.setenv(variable, isa)
+                assert chunked._fast_on_cpu(torch.bfloat16) is fast
+                assert not chunked._fast_on_cpu(torch.float16)
+
+
 @BOTH_HELD
 def test_16_bits_on_any_cpu(held, fast):
     """The gradients' error is that of rounding, whether chunks are held in 16 bits, and however many there are."""
