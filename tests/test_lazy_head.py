@@ -352,6 +352,20 @@ def test_dtypes(dtype, data):
         assert abs(value.item() - exact.item()) < 4e-3
 
 
+def test_the_dtype_of_a_loss_with_probabilities_and_class_weights(data):
+    """That of class weights too, as of ordinary logits."""
+
+    def loss(z, t):
+        p = torch.eye(V)[t.view(-1).clamp(0)].to(z.dtype)
+        value = fastloss.cross_entropy(z.view(-1, V), p, weight=torch.linspace(1, 2, V))
+        assert value.dtype is torch.float32
+        return value
+
+    plain, lazy = pair(loss, dtype=torch.bfloat16)
+    assert_same_step(plain, lazy, (data[0].bfloat16(), data[1]), rtol=0.03, atol=3e-3)
+    assert fastloss.lazy_head.report(lazy).fused
+
+
 def test_a_head_that_extends_linear(data):
     class Scaled(nn.Linear):
         def __init__(self):

@@ -814,6 +814,8 @@ def _loss(
     wanted = autocast_dtype(torch.promote_types(dtype, target.dtype) if soft else dtype, hidden.device)
     if hidden.dtype not in HALVES and wanted is not hidden.dtype:
         return NotImplemented  # float32 logits made double
+    if soft and isinstance(weight, Tensor):
+        wanted = torch.promote_types(wanted, weight.dtype)
     ours |= {"softcap": softcap} if softcap is not None else {}
     ours |= {"logit_scale": scale} if scale != 1 else {}
     ours |= {"sample_weight": sample_weight.reshape(-1)} if sample_weight is not None else {}
