@@ -228,7 +228,7 @@ def rows_at_a_time(t: Operands, o: HeadOptions, by_weight: bool = False) -> int:
 
 
 def chunks_of(t: Operands, o: HeadOptions, by_weight: bool) -> Chunks:
-    """How many, and the largest of them: of the rows that reach a product. ``by_weight``: see :func:`rows_at_a_time`."""
+    """How many, and the largest of them: of the rows that reach a product. ``by_weight``: as above."""
     kept = _kept(t, o).rows
     rows = t.input.shape[0] if kept is None else kept.shape[0]
     held, step = chunk_dtype(t.input.device, DTYPES[o.logits_dtype]), rows_at_a_time(t, o, by_weight)
