@@ -228,6 +228,32 @@ def test_an_input_arrives_in_pieces_while_logits_are_made(team):
         assert done == [*started, *["wait"] * 3, "logits 18", "statistics"]
 
 
+def lost(rank, group):
+    """What is raised where a piece does not arrive, and how many collectives followed."""
+    start, followed = _exchange.start_gather, []
+
+    class Broken:
+        def wait(self):
+            raise RuntimeError("Connection closed by peer")
+
+    def starting(shard, group, wait=False):
+        followed.extend([wait] * wait)
+        return start(shard, group, wait)[0], Broken()
+
+    try:
+        _exchange.start_gather = starting
+        head = torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(4).long()
+        found = [raised(parallel.linear_cross_entropy, *head, group, sequence_parallel=True, memory_budget=1)]
+    finally:
+        _exchange.start_gather = start
+    return *found, followed
+
+
+def test_ranks_do_not_wait_twice_for_one_that_is_lost(team):
+    for (kind, words), followed in team.run(lost, 2):
+        assert kind is RuntimeError and words == "Connection closed by peer" and not followed
+
+
 def bad_in_pieces(rank, group):
     """A bad target of one rank, and a weight that does not fit: what has been started is not missed by the others."""
     ranks, piece = dist.get_world_size(group), linear._PIECE

@@ -103,6 +103,24 @@ class _Piece(NamedTuple):
     x: Tensor
     work: Any
 
+    def arrived(self) -> Tensor:
+        """The rows, as soon as they are there."""
+        if self.work is not None:
+            try:
+                self.work.wait()
+            except Exception as e:
+                raise _Lost(e) from None
+        return self.x
+
+
+class _Lost(BaseException):
+    """An error of torch.distributed. Not an Exception: those are kept until the ranks have told each other, in another
+    collective, which would wait for the lost rank once more."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
 
 _PIECE = 2**24  # bytes of an input that is gathered, of all ranks
 
@@ -132,22 +150,19 @@ def _numbers(
     count, features = mine * ranks, weight.shape[1]
     step = head.rows(count, features, weight.shape[0], weight.device)
     if step >= count and len(pieces) > 1:  # backward takes the logits in the order of the rows
-        for piece in pieces:
-            piece.work.wait()
-        x = torch.cat([piece.x.view(ranks, -1, features) for piece in pieces], 1).flatten(0, 1)
+        x = torch.cat([piece.arrived().view(ranks, -1, features) for piece in pieces], 1).flatten(0, 1)
         pieces = [_Piece(slice(0, mine), x, None)]
     products = _products(pieces[0].x, weight, bias, head, (False,) * 3)
     z = weight.new_empty([min(step, max(count, 1)), weight.shape[0]], dtype=products.held)
     found = []
     for piece in pieces:
-        if piece.work is not None:
-            piece.work.wait()
-        target, rows = _of_ranks(t.target, ranks, piece.rows), piece.x.shape[0]
+        x, target = piece.arrived(), _of_ranks(t.target, ranks, piece.rows)
+        rows = x.shape[0]
         chunks = []
         for begin in range(0, max(rows, 1), step):
             chunk = slice(begin, min(begin + step, rows))
             part = z[: chunk.stop - begin]
-            products.logits(products.cast(piece.x[chunk]), part)
+            products.logits(products.cast(x[chunk]), part)
             chunks.append(numbers_of(call, layout, part, target[chunk], t.weight))
         found.append(torch.cat(chunks, 1).unflatten(1, (ranks, rows // ranks)))
     return torch.cat(found, 2).flatten(1), z if step >= count else None
@@ -172,8 +187,11 @@ def loss_of_head(
         return numbers
 
     rows = x.shape[0] * (dist.get_world_size(call.group) if head.gathered else 1)
-    with torch.autocast(x.device.type, enabled=False):
-        return merged(call, t, [rows], weight.shape[0], make, head), logits
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            return merged(call, t, [rows], weight.shape[0], make, head), logits
+    except _Lost as lost:
+        raise lost.error from None
 
 
 class ParallelLinearCrossEntropy(Function):
