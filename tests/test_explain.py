@@ -1,5 +1,8 @@
 """fastloss.explain against what really runs: operators called and bytes allocated, over every sample of every spec."""
 
+import importlib
+from unittest import mock
+
 import fastloss
 import pytest
 import torch
@@ -231,6 +234,7 @@ SHARDED = {
     "head in chunks": ("linear_cross_entropy", {"memory_budget": 5 * 5 * 4}),
     "head, each": ("linear_cross_entropy", {"memory_budget": 5 * 5 * 4, "reduction": "none"}),
     "head, rows sharded": ("linear_cross_entropy", {"memory_budget": 4 * 5 * 4, "sequence_parallel": True}),
+    "head, rows sharded, in pieces": ("linear_cross_entropy", {"memory_budget": 4 * 5 * 4, "sequence_parallel": True}),
     "tokens": ("token_log_probs", {}),
     "tokens and entropies": ("token_log_probs", {"return_entropy": True}),
     "tokens of a head": ("linear_token_log_probs", {"memory_budget": 5 * 5 * 4, "return_entropy": True}),
@@ -273,6 +277,12 @@ def gathered(calls, when, said):
 
 def sharded(rank, group, kind):
     """What explain says on the first rank alone, and what then runs on all; returns what was sent in backward."""
+    of_head = importlib.import_module("fastloss.parallel.linear_cross_entropy")
+    with mock.patch.object(of_head, "_PIECE", 4 * 6 * 4 if "pieces" in kind else of_head._PIECE):
+        return sharded_and_said(rank, group, kind)
+
+
+def sharded_and_said(rank, group, kind):
     function, options = SHARDED[kind]
     loss, gradient = getattr(fastloss.parallel, function), "no gradient" not in kind and kind != "count"
     args, more = sharded_call(rank, dist.get_world_size(group), kind, gradient)

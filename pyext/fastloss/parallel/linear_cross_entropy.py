@@ -125,15 +125,19 @@ class _Lost(BaseException):
 _PIECE = 2**24  # bytes of an input that is gathered, of all ranks
 
 
-def _pieces(x: Tensor, call: Call, head: Head) -> list[_Piece]:
-    """The input, of all ranks where each has some of its rows. All of it is on its way before anything is computed, and
-    whatever a rank raises then: products of one piece are computed while the next arrives."""
+def _places(x: Tensor, call: Call, head: Head) -> list[slice]:
+    """Rows of the input that are gathered together."""
     mine, step = x.shape[0], max(x.shape[0], 1)
     if head.gathered:
         size = dist.get_world_size(call.group) * x.numel() * x.element_size()
         step = -(-step // max(1, -(-size // _PIECE)))
-    places = [slice(begin, min(begin + step, mine)) for begin in range(0, max(mine, 1), step)]
-    return [_Piece(rows, *_input_of_chunk(x[rows], call, head)) for rows in places]
+    return [slice(begin, min(begin + step, mine)) for begin in range(0, max(mine, 1), step)]
+
+
+def _pieces(x: Tensor, call: Call, head: Head) -> list[_Piece]:
+    """The input, of all ranks where each has some of its rows. All of it is on its way before anything is computed, and
+    whatever a rank raises then: products of one piece are computed while the next arrives."""
+    return [_Piece(rows, *_input_of_chunk(x[rows], call, head)) for rows in _places(x, call, head)]
 
 
 def _numbers(
@@ -331,7 +335,13 @@ def _rehearse(
     ranks = dist.get_world_size(call.group)
     sharing = ranks if head.gathered else 1
     count, held = mine * sharing, head.held(device).itemsize
-    chunks = cut(count, head.rows(count, features, columns, device), columns * held)
+    rows = head.rows(count, features, columns, device)
+    pieces = _places(x, call, head)
+    if rows < count:  # a chunk has rows of one piece
+        cuts = [cut((place.stop - place.start) * sharing, rows, columns * held) for place in pieces]
+        chunks = cuts[0]._replace(times=sum(c.times for c in cuts))
+    else:
+        chunks = cut(count, rows, columns * held)
     assumed = Layout((columns,) * ranks, dist.get_rank(call.group))
     layout = _exchange.assumed_layout(call.group, columns, call.given) or assumed
     wanted = x, weight, bias, t.target, t.weight
@@ -347,7 +357,7 @@ def _rehearse(
     input_row, grad_row = features * x.element_size(), features * held
     sent = [statistics_sent(call, t, count)]
     if head.gathered:
-        sent.insert(0, Collective("forward", "all_gather", 1, input_row, mine * input_row))
+        sent.insert(0, Collective("forward", "all_gather", len(pieces), input_row, mine * input_row))
         if again:
             sent.append(Collective("backward", "all_gather", times, input_row, mine * input_row))
     if needs[0]:
