@@ -329,6 +329,7 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 #pragma unroll
     for (int k = 0; k < kOperands; ++k)
       if (!counts[e]) x[k][e] = A(1);
+    if (a.weight_denominator == 0) sums.denominator += counts[e] ? 1.0 : 0.0;
   }
   if (a.multiplier.data) {
     A g[kN];
@@ -336,8 +337,9 @@ __device__ __forceinline__ void take(const PointwiseParams& p, const gpu::Params
 #pragma unroll
     for (int e = 0; e < kN; ++e) m[e] = m[e] == A(0) ? A(0) : m[e] * g[e];
   }
+  if (a.weight_denominator != 0)
 #pragma unroll
-  for (int e = 0; e < kN; ++e) sums.denominator += a.weight_denominator != 0 ? double(m[e]) : counts[e] ? 1.0 : 0.0;
+    for (int e = 0; e < kN; ++e) sums.denominator += double(m[e]);
   if constexpr (Loss::checks) {  // one report at most, whose code is there once
     int at = -1, operand = 0;
     double found = 0;
