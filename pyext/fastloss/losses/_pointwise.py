@@ -642,7 +642,11 @@ def loss_by_element(
     sample_weight: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """A loss whose parameter ``name`` is a tensor, which broadcasts to the loss's shape: of torch operations."""
+    """A loss whose parameter ``name`` is a tensor, which broadcasts to the loss's shape: of torch operations.
+
+    torch's losses take a number there. Kernels would take a loss of three operands each, with all their instantiations,
+    for what few ask for.
+    """
     if recording():
         return record("loss_by_element", locals())
     huber = function == "huber_loss"
