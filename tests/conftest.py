@@ -1,5 +1,6 @@
 """What the tests share: the devices that they run on, `--big`, and the errors that a GPU reports late."""
 
+import gc
 import os
 
 # Workers of pytest-xdist share the processors: a thread each, here and in the processes that tests start. Before torch.
@@ -55,6 +56,12 @@ def pytest_collection_modifyitems(config, items):
         config.workeroutput["tests on a GPU"] = without_gpu
     config.hook.pytest_deselected(items=dropped)
     items[:] = sorted(kept, key=lambda item: item.path.stem not in FIRST)
+
+
+def pytest_collection_finish(session):
+    """What twenty thousand tests are made of stays to the end: no garbage collection need look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
