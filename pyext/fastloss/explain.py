@@ -31,7 +31,8 @@ class Explanation:
         bytes_allocated: for gradients, forward and backward.
         forward, backward: fastloss's operators that are called, in their order; with ``chunks`` those of each chunk.
         chunks: of a loss that makes its logits, a few rows at a time: ``times``, ``rows`` of the largest, and its
-            ``nbytes``. Rows that reach no matrix product are in none of them. None: logits are not made.
+            ``nbytes``; those of backward where its chunks are larger. Rows that reach no matrix product are in none of
+            them. None: logits are not made.
         collectives: what torch.distributed is asked for: ``when`` (``"forward"``, ``"backward"``), ``name``, ``times``,
             and what this rank sends, ``row_bytes`` for each row, ``nbytes`` altogether.
     """
