@@ -104,7 +104,7 @@ def _gemms(problem: Problem) -> Function | None:
 
     x, weight = problem.x, problem.classifier.detach().requires_grad_()
     shape, itemsize, budget = (*x.shape, weight.shape[0]), x.element_size(), problem.case.budget
-    sums = 4 * weight.numel() if x.is_cpu and chunk_dtype(x.device, x.dtype).itemsize == 2 else 0
+    sums = 4 * weight.numel() if x.is_cpu and chunk_dtype(x.device, x.dtype, weight.numel()).itemsize == 2 else 0
     rows = rows_per_chunk(*shape, itemsize=itemsize, device=x.device.type, budget=budget, sums=sums)
     return _fresh(weight, lambda x: _Products.apply(x, weight, rows))  # type: ignore[no-any-return,no-untyped-call]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import HALVES
 from .._autograd import Chunks, Grads, Needs, accum_dtype
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, SUM, ops
 from ..formulas import ALL_IGNORED_ZERO
@@ -207,10 +208,9 @@ def _kept(t: Operands, o: HeadOptions) -> Kept:
 
 
 def rows_that_fit(
-    size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, budget: int | None, sums: int = 0
+    size: tuple[int, int, int], held: torch.dtype, device: torch.device, budget: int | None, sums: int = 0
 ) -> int:
-    """Rows of a chunk of logits of this dtype, as they are held; ``size``: rows, features, columns."""
-    held = chunk_dtype(device, dtype)
+    """Rows of a chunk of logits that are held in this dtype; ``size``: rows, features, columns."""
     return rows_per_chunk(*size, itemsize=held.itemsize, device=device.type, budget=budget, sums=sums)
 
 
@@ -224,14 +224,14 @@ def rows_at_a_time(t: Operands, o: HeadOptions, by_weight: bool = False) -> int:
     rows, features = t.input.shape
     columns = t.linear_weight.shape[0]
     sums = columns * features * DTYPES[o.accumulate].itemsize if by_weight and sums_in_product(t, o) else 0
-    return rows_that_fit((rows, features, columns), DTYPES[o.logits_dtype], t.input.device, o.budget or None, sums)
+    return rows_that_fit((rows, features, columns), held_dtype(t, o), t.input.device, o.budget or None, sums)
 
 
 def chunks_of(t: Operands, o: HeadOptions, by_weight: bool) -> Chunks:
     """How many, and the largest of them: of the rows that reach a product. ``by_weight``: as above."""
     kept = _kept(t, o).rows
     rows = t.input.shape[0] if kept is None else kept.shape[0]
-    held, step = chunk_dtype(t.input.device, DTYPES[o.logits_dtype]), rows_at_a_time(t, o, by_weight)
+    held, step = held_dtype(t, o), rows_at_a_time(t, o, by_weight)
     return cut(rows, step, t.linear_weight.shape[0] * held.itemsize)
 
 
@@ -251,9 +251,20 @@ def _fast_on_cpu(dtype: torch.dtype) -> bool:
 _FAST_ON_CPU = {dtype: _fast_on_cpu(dtype) for dtype in (torch.bfloat16, torch.float16)}
 
 
-def chunk_dtype(device: torch.device, logits_dtype: torch.dtype) -> torch.dtype:
-    """In which the logits of a chunk are held: on a CPU that has no products of 16 bits of its own, float32."""
-    return logits_dtype if device.type != "cpu" or _FAST_ON_CPU.get(logits_dtype, True) else torch.float32
+_FEW = 1 << 20  # elements of a weight, of which products take no time that 16 bits could spare
+
+
+def chunk_dtype(device: torch.device, logits_dtype: torch.dtype, weight_elements: int | None = None) -> torch.dtype:
+    """In which the logits of a chunk are held: on a CPU float32 where that has no products of 16 bits of its own, and
+    for a weight of few elements (None: it has many), since float32 rounds less."""
+    wide = device.type == "cpu" and logits_dtype in HALVES
+    few = weight_elements is not None and weight_elements < _FEW
+    return torch.float32 if wide and (few or not _FAST_ON_CPU[logits_dtype]) else logits_dtype
+
+
+def held_dtype(t: Operands, o: HeadOptions) -> torch.dtype:
+    """In which the logits of a call's chunks are held."""
+    return chunk_dtype(t.input.device, DTYPES[o.logits_dtype], t.linear_weight.numel())
 
 
 def sums_in_product(t: Operands, o: HeadOptions) -> bool:
@@ -262,7 +273,7 @@ def sums_in_product(t: Operands, o: HeadOptions) -> bool:
     A product of 16 bits adds up in float32 and rounds once, to the weight's dtype. On a GPU it may round parts of its
     sums as well (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction).
     """
-    held = chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
+    held = held_dtype(t, o)
     wide = DTYPES[o.accumulate] is torch.float32
     return t.input.is_cpu and wide and held.itemsize == 2 and t.linear_weight.dtype is held
 
@@ -287,9 +298,11 @@ class _Products:
     """The three products of a chunk. Operands are rounded to the logits' dtype, as linear would under autocast; a copy
     in another dtype is made of a block of the weight at a time."""
 
-    def __init__(self, t: Operands, o: HeadOptions, needs: Needs, whole: bool = False) -> None:
-        """``whole``: one chunk holds all rows."""
-        self.rounded, self.held = DTYPES[o.logits_dtype], chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
+    def __init__(
+        self, t: Operands, o: HeadOptions, needs: Needs, whole: bool = False, held: torch.dtype | None = None
+    ) -> None:
+        """``whole``: one chunk holds all rows. ``held``: see :func:`held_dtype`, which says it if it is None."""
+        self.rounded, self.held = DTYPES[o.logits_dtype], held or held_dtype(t, o)
         self.weight = t.linear_weight.detach()
         columns, features = self.weight.shape
         if self.weight.dtype is self.held:
@@ -531,7 +544,7 @@ def _fake_grads(t: Operands, o: HeadOptions, needs: Needs) -> Grads:
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     t, o, needs = _split(args)
-    x, shape, accum = t.input, row_shape(t), accum_dtype(chunk_dtype(t.input.device, DTYPES[o.logits_dtype]))
+    x, shape, accum = t.input, row_shape(t), accum_dtype(held_dtype(t, o))
     stats: Sequence[Tensor | None] = (None,) * 4
     if o.flags & STATS:
         kinds: Any = ((shape, accum), (shape, torch.int64), ([], torch.float32), (shape, accum))

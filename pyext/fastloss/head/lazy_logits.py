@@ -975,7 +975,7 @@ def _logits_at(x: LazyLogits, index: Tensor) -> Tensor:
         z = (hidden.to(wide).unsqueeze(-2) * F.embedding(index, x._weight).to(wide)).sum(-1)
         if x._bias is not None:
             z = z + x._bias[index]
-        z = z.to(chunk_dtype(hidden.device, hidden.dtype)).to(form.dtype) * form.scale
+        z = z.to(chunk_dtype(hidden.device, hidden.dtype, x._weight.numel())).to(form.dtype) * form.scale
         return z if form.cap is None else form.cap * torch.tanh(z)
 
 

@@ -82,7 +82,7 @@ class _HeadRules(Rules):
         return tuple(found)
 
     def regime(self, tensors: Tensors, o: HeadOptions, path: Path) -> str:
-        dtype = str(chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])).removeprefix("torch.")
+        dtype = str(chunked.held_dtype(Operands(*tensors), o)).removeprefix("torch.")
         return f"torch's products and cross entropy, of logits in {dtype}"
 
     def chunks(self, tensors: Tensors, o: HeadOptions, needs: Needs) -> Chunks:
@@ -93,7 +93,7 @@ class _HeadRules(Rules):
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Of a chunk, but for the last that scale."""
         normalizer = tensors[6] if o.reduction != MEAN else True
-        held = chunked.chunk_dtype(tensors[0].device, DTYPES[o.logits_dtype])
+        held = chunked.held_dtype(Operands(*tensors), o)
         of_rows = (torch.empty(0, dtype=held, device="meta"), *tensors[3:6], normalizer)
         value, _ = rules.operators(Path.VALUE, of_rows, o.of_chunk(), needs)
         if not any(needs[3:]):
@@ -113,7 +113,7 @@ class _HeadRules(Rules):
         t, chunks = Operands(*tensors), self.chunks(tensors, o, needs)
         sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
         if needs[1] and chunks.times == 1 and chunked.sums_in_product(t, o):
-            held = chunked.chunk_dtype(t.input.device, DTYPES[o.logits_dtype])
+            held = chunked.held_dtype(t, o)
             sums += t.linear_weight.numel() * (held.itemsize - DTYPES[o.accumulate].itemsize)
         rest = sum(tensors[i].nbytes for i in (0, 3, 4) if needs[i])
         return chunks.nbytes + sums + rest
@@ -191,7 +191,7 @@ def _chunk_gradients(o: HeadOptions, needs: Needs, grad_output: Tensor, *operand
 def _chunk_logits(t: Operands, o: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Input, weight and logits of a chunk, differentiable, in the dtype that chunks are held in."""
     rounded = DTYPES[o.logits_dtype]
-    held = chunked.chunk_dtype(t.input.device, rounded)
+    held = chunked.held_dtype(t, o)
     x, w = t.input.to(rounded).to(held), t.linear_weight.to(rounded).to(held)
     return x, w, F.linear(x, w, None if t.linear_bias is None else t.linear_bias.to(rounded).to(held))
 
@@ -569,9 +569,9 @@ def linear_cross_entropy(
         IndexError: a target outside [0, C) that is not ignore_index; on CUDA by a later call.
         RuntimeError, ValueError, TypeError, NotImplementedError: as torch, for shapes, dtypes and arguments.
 
-    On a CPU without instructions for products of 16 bits, 16-bit logits are held in float32. Second derivatives make
-    each chunk again. Under torch.func and forward mode the logits are made in chunks as well, but reverse mode then
-    keeps them.
+    On a CPU without instructions for products of 16 bits, and for a weight of fewer than 2**20 elements, 16-bit logits
+    are held in float32. Second derivatives make each chunk again. Under torch.func and forward mode the logits are made
+    in chunks as well, but reverse mode then keeps them.
 
     Example::
 

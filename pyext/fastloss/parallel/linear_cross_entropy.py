@@ -74,7 +74,7 @@ class Head(NamedTuple):
 
     def rows(self, rows: int, features: int, columns: int, device: torch.device) -> int:
         """Of a chunk."""
-        return chunked.rows_that_fit((rows, features, columns), self.dtype, device, self.budget)
+        return chunked.rows_that_fit((rows, features, columns), self.held(device), device, self.budget)
 
     def own_rows_in_backward(self, rows: int, features: int, layout: Layout, sharing: int, device: torch.device) -> int:
         """Of this rank's rows, which ``sharing`` ranks share, in a chunk of backward: every rank makes the same chunks,
@@ -92,7 +92,7 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, needs:
         logits_dtype=DTYPE_CODES[head.dtype],
         accumulate=DTYPE_CODES[accum_dtype(head.dtype)],
     )
-    return chunked._Products(operands, o, needs)
+    return chunked._Products(operands, o, needs, held=head.held(x.device))
 
 
 class _Piece(NamedTuple):
