@@ -326,10 +326,13 @@ class _Products:
             yield block, self.cast(self.weight[block])
 
     def logits(self, x: Tensor, out: Tensor) -> None:
-        """``out`` [n, C * K] = x W^T + b."""
+        """``out`` [n, C * K] = x W^T + b. Of a single row the product is rounded first, as by torch's linear."""
+        single = x.shape[0] == 1
         for block, w in self._blocks():
-            if self.bias is None:
+            if self.bias is None or single:
                 torch.mm(x, w.t(), out=out[:, block])
+                if self.bias is not None:
+                    out[:, block].add_(self.bias[block])
             else:
                 torch.addmm(self.bias[block], x, w.t(), out=out[:, block])
 
