@@ -207,13 +207,6 @@ def _kept(t: Operands, o: HeadOptions) -> Kept:
 # -------------------------------------------------------------------------------------------------------- products
 
 
-def rows_that_fit(
-    size: tuple[int, int, int], held: torch.dtype, device: torch.device, budget: int | None, sums: int = 0
-) -> int:
-    """Rows of a chunk of logits that are held in this dtype; ``size``: rows, features, columns."""
-    return rows_per_chunk(*size, itemsize=held.itemsize, device=device.type, budget=budget, sums=sums)
-
-
 def rows_at_a_time(t: Operands, o: HeadOptions, by_weight: bool = False) -> int:
     """Rows of a chunk: computed where the sizes are known, for a recorded program takes others.
 
@@ -224,7 +217,8 @@ def rows_at_a_time(t: Operands, o: HeadOptions, by_weight: bool = False) -> int:
     rows, features = t.input.shape
     columns = t.linear_weight.shape[0]
     sums = columns * features * DTYPES[o.accumulate].itemsize if by_weight and sums_in_product(t, o) else 0
-    return rows_that_fit((rows, features, columns), held_dtype(t, o), t.input.device, o.budget or None, sums)
+    itemsize, device, budget = held_dtype(t, o).itemsize, t.input.device.type, o.budget or None
+    return rows_per_chunk(rows, features, columns, itemsize=itemsize, device=device, budget=budget, sums=sums)
 
 
 def chunks_of(t: Operands, o: HeadOptions, by_weight: bool) -> Chunks:
@@ -590,7 +584,6 @@ __all__ = [
     "loss_and_gradients",
     "row_shape",
     "rows_at_a_time",
-    "rows_that_fit",
     "sums_in_product",
     "with_denominators",
 ]

@@ -289,6 +289,11 @@ class Operands(NamedTuple):
     further: tuple[Tensor, ...] = ()  # operands beside input and target
     sample_weight: Tensor | None = None  # multiplies the weight, where there is one
 
+    def tensors(self) -> tuple[Any, ...]:
+        """In the operators' order, None where one is absent."""
+        absent = (None,) * (OPERANDS - 2 - len(self.further))
+        return (self.input, self.target, *self.further, *absent, self.weight, self.mask, self.sample_weight)
+
     def with_one_weight(self) -> "Operands":
         """The same, the weights multiplied: for who takes one."""
         if self.weight is None or self.sample_weight is None:
@@ -551,9 +556,7 @@ def check(
 
 def run_checked(x: Operands, loss: str, params: Sequence[float] = (), row_dims: int = 0) -> Tensor:
     """The loss of checked operands."""
-    absent = (None,) * (OPERANDS - 2 - len(x.further))
-    tensors = (x.input, x.target, *x.further, *absent, x.weight, x.mask, x.sample_weight)
-    return run(tensors, loss, params, x.reduction, x.dtype, row_dims, x.weight_denominator)
+    return run(x.tensors(), loss, params, x.reduction, x.dtype, row_dims, x.weight_denominator)
 
 
 def with_further(function: str, x: Operands, further: Mapping[str, Tensor]) -> Operands:
@@ -684,8 +687,7 @@ def loss_of_groups(
         inner, share: how each group itself is reduced: SUM, or MEAN, over the weights where ``share`` is 1.
     """
     row_dims = x.input.dim() - len(dims)
-    absent = (None,) * (OPERANDS - 2 - len(x.further))
-    tensors: tuple[Any, ...] = (x.input, x.target, *x.further, *absent, x.weight, x.mask, x.sample_weight)
+    tensors = x.tensors()
     if any(dim != row_dims + i for i, dim in enumerate(dims)):
         tensors = tuple(dims_last(t, dims) for t in tensors)
     each = run(tensors, loss, params, inner, x.dtype, row_dims, share)

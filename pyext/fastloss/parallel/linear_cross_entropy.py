@@ -30,7 +30,7 @@ from .._autograd import (
 )
 from .._library import DTYPE_CODES, NONE
 from ..head import chunked
-from ..head.chunks import cut
+from ..head.chunks import cut, rows_per_chunk
 from ..head.linear_cross_entropy import _flattened, _integer, _logits_dtype
 from ..losses.cross_entropy import CrossEntropyStats, Given, Options, Unmade
 from . import _exchange
@@ -74,7 +74,12 @@ class Head(NamedTuple):
 
     def rows(self, rows: int, features: int, columns: int, device: torch.device) -> int:
         """Of a chunk."""
-        return chunked.rows_that_fit((rows, features, columns), self.held(device), device, self.budget)
+        itemsize = self.held(device).itemsize
+        return rows_per_chunk(rows, features, columns, itemsize=itemsize, device=device.type, budget=self.budget)
+
+    def sharing(self, group: Any) -> int:
+        """Ranks that share the rows."""
+        return dist.get_world_size(group) if self.gathered else 1
 
     def own_rows_in_backward(self, rows: int, features: int, layout: Layout, sharing: int, device: torch.device) -> int:
         """Of this rank's rows, which ``sharing`` ranks share, in a chunk of backward: every rank makes the same chunks,
@@ -150,7 +155,7 @@ def _numbers(
     layout: Layout,
 ) -> tuple[Tensor, Tensor | None]:
     """What this rank sends of all rows, from logits a chunk at a time; and all of them, where they are one chunk."""
-    mine, ranks = pieces[-1].rows.stop, dist.get_world_size(call.group) if head.gathered else 1
+    mine, ranks = pieces[-1].rows.stop, head.sharing(call.group)
     count, features = mine * ranks, weight.shape[1]
     step = head.rows(count, features, weight.shape[0], weight.device)
     if step >= count and len(pieces) > 1:  # backward takes the logits in the order of the rows
@@ -190,7 +195,7 @@ def loss_of_head(
         numbers, logits = _numbers(pieces, weight, bias, call, head, t, layout)
         return numbers
 
-    rows = x.shape[0] * (dist.get_world_size(call.group) if head.gathered else 1)
+    rows = x.shape[0] * head.sharing(call.group)
     try:
         with torch.autocast(x.device.type, enabled=False):
             return merged(call, t, [rows], weight.shape[0], make, head), logits
@@ -246,7 +251,7 @@ def head_gradients(
     target, class_weight, sample_weight, saved, entropy = known[:5]
     x = x.detach()
     mine, features = x.shape  # rows of each rank's input
-    ranks = dist.get_world_size(call.group) if head.gathered else 1
+    ranks = head.sharing(call.group)
     count = mine * ranks
     products = _products(x, weight, bias, head, needs[:3])
     step = head.own_rows_in_backward(count, features, layout, ranks, x.device)
@@ -332,8 +337,7 @@ def _rehearse(
     call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
 ) -> tuple[Tensor, ...]:
     (mine, features), columns, device = x.shape, weight.shape[0], x.device
-    ranks = dist.get_world_size(call.group)
-    sharing = ranks if head.gathered else 1
+    ranks, sharing = dist.get_world_size(call.group), head.sharing(call.group)
     count, held = mine * sharing, head.held(device).itemsize
     rows = head.rows(count, features, columns, device)
     pieces = _places(x, call, head)
