@@ -745,13 +745,15 @@ def cross_entropy(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
         return handle_torch_function(cross_entropy, (input, target, weight, sample_weight), input, target, **options)
-    others = (size_average, reduce, ignore_index, z_loss, softcap, logit_scale, class_dim, all_ignored, zero_times_inf)
     if (
         sample_weight is normalizer is None
         and type(label_smoothing) is type(z_loss) is type(logit_scale) is float  # no tensors
         and 0.0 <= label_smoothing <= 1.0
-        and (*others, return_stats, inplace_grad, grad_in_forward, loss_dtype) == _OTHERS_AT_DEFAULT
-    ):
+        and (
+            size_average, reduce, ignore_index, z_loss, softcap, logit_scale, class_dim, all_ignored, zero_times_inf,
+            return_stats, inplace_grad, grad_in_forward, loss_dtype,
+        ) == _OTHERS_AT_DEFAULT
+    ):  # fmt: skip
         result = _usual(input, target, weight, reduction, label_smoothing)
         if result is not None:
             return result
