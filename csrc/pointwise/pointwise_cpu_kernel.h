@@ -305,7 +305,7 @@ struct DoubleSum {
   void add(vec<T> v, const F& f) {
     Piece piece[kParts];
     __builtin_memcpy(piece, &v, sizeof v);
-    for (int k = 0; k < kParts; ++k) sum[k] += f(__builtin_convertvector(piece[k], vec<double>), k);
+    for (int k = 0; k < kParts; ++k) sum[k] += f(doubles_of(piece[k]), k);
   }
   void add(vec<T> v) {
     add(v, [](vec<double> lanes, int) { return lanes; });
@@ -317,7 +317,7 @@ struct DoubleSum {
     if (m) __builtin_memcpy(factor, m, sizeof *m);
     add(d, [&](vec<double> lanes, int k) {
       const vec<double> value = Loss::of(lanes, params).value;
-      return m ? value * __builtin_convertvector(factor[k], vec<double>) : value;
+      return m ? value * doubles_of(factor[k]) : value;
     });
   }
   double total() const {
@@ -345,15 +345,24 @@ inline void for_each_vector(const Chunk<T, kOperands>& chunk, DoubleSum<T>* sums
           [i](T* p, vec<T> v, bool past) { past ? stream(p + i, v) : store(p + i, v); });
     };
     for (; i + 4 * kStep <= n; i += 4 * kStep) {
-      vec<T> four[4][kSums > 0 ? kSums : 1];
-      for (int k = 0; k < 4; ++k) {  // short bodies are unrolled by the compiler, long ones are compiled once
-        const auto a = at(i + k * kStep);
-        for (int j = 0; j < kSums; ++j) four[k][j] = a.value[j];
+      if constexpr (kSums > 1) {  // less to hold, twice the code
+        vec<T> pairs[2][kSums];
+        for (int k = 0; k < 2; ++k) {
+          const auto a = at(i + 2 * k * kStep), b = at(i + (2 * k + 1) * kStep);
+          for (int j = 0; j < kSums; ++j) pairs[k][j] = a.value[j] + b.value[j];
+        }
+        unrolled<kSums>([&](auto sum) {
+          constexpr int j = decltype(sum)::value;
+          sums[j].add(pairs[0][j] + pairs[1][j]);
+        });
+      } else {
+        vec<T> four[4];
+        for (int k = 0; k < 4; ++k) {  // short bodies are unrolled by the compiler, long ones are compiled once
+          const auto a = at(i + k * kStep);
+          if constexpr (kSums == 1) four[k] = a.value[0];
+        }
+        if constexpr (kSums == 1) sums[0].add((four[0] + four[1]) + (four[2] + four[3]));
       }
-      unrolled<kSums>([&](auto sum) {
-        constexpr int j = decltype(sum)::value;
-        sums[j].add((four[0][j] + four[1][j]) + (four[2][j] + four[3][j]));
-      });
     }
   };
   if constexpr (kWrites)  // no faster with more streams than it has

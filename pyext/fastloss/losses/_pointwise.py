@@ -49,6 +49,7 @@ KINDS = [
 ]
 NUMBERS = {kind.name: i for i, kind in enumerate(KINDS)}
 OPERANDS, MAX_DIMS = 4, 24
+TENSORS = OPERANDS + 3  # with weight, mask and sample weight
 _MASK = OPERANDS + 1
 _FINISHES = [formulas.FORMULAS[kind.name].finish is not None for kind in KINDS]
 _CACHED = 1 << 20  # elements
@@ -91,7 +92,7 @@ class _Pointwise(Rules):
     """Operands: up to four, then weight, mask, and what multiplies the weight. All up to the weight may have
     gradients."""
 
-    name, tensors, wants, options = "pointwise", OPERANDS + 3, OPERANDS + 1, Options
+    name, tensors, wants, options = "pointwise", TENSORS, OPERANDS + 1, Options
 
     def value(self, tensors: Tensors, o: Options) -> tuple[Tensor, ...]:
         return (_call(ops.pointwise_value, tensors=tensors, o=o),)
@@ -688,7 +689,7 @@ def loss_of_groups(
     """
     row_dims = x.input.dim() - len(dims)
     tensors = x.tensors()
-    if any(dim != row_dims + i for i, dim in enumerate(dims)):
+    if list(dims) != list(range(row_dims, x.input.dim())):
         tensors = tuple(dims_last(t, dims) for t in tensors)
     each = run(tensors, loss, params, inner, x.dtype, row_dims, share)
     mask = tensors[_MASK]
@@ -696,11 +697,14 @@ def loss_of_groups(
     if mask is not None:
         counted = mask.any(-1) if len(dims) == 1 else mask.flatten(row_dims).any(-1) if dims else mask
         each = torch.where(counted, each, 0)
-    if x.reduction == NONE:
-        return each
-    if x.reduction == SUM:
-        return each.sum()
-    return each.mean() if counted is None else (each.sum() / counted.sum()).to(each.dtype)
+    if counted is not None and x.reduction == MEAN:
+        return (each.sum() / counted.sum()).to(each.dtype)
+    return reduced(each, x.reduction)
+
+
+def reduced(each: Tensor, reduction: int) -> Tensor:
+    """The losses of groups, reduced."""
+    return each if reduction == NONE else each.sum() if reduction == SUM else each.mean()
 
 
 def dims_last(t: Tensor | None, dims: Sequence[int]) -> Tensor | None:

@@ -1,23 +1,42 @@
 """What torch's losses of vectors share: each is a formula after sums over the last dimension."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _arguments
-from .._library import DTYPE_CODES
+from .._library import DTYPE_CODES, SUM
 from . import _pointwise
+
+
+def _is_plain(t: Any) -> bool:
+    return type(t) is Tensor and t.is_cpu and t.layout is torch.strided and not t.is_nested
+
+
+def _are_alike(vectors: Sequence[Any]) -> bool:
+    """Whether these are plain tensors of one shape and dtype on the CPU: what most small calls have, seen before
+    anything is looked for that others may have."""
+    if not all(map(_is_plain, vectors)):
+        return False
+    shape, dtype = vectors[0].shape, vectors[0].dtype
+    for t in vectors[1:]:
+        if t.dtype is not dtype or t.shape != shape:
+            return False
+    return dtype in DTYPE_CODES and 1 <= len(shape) <= _pointwise.MAX_DIMS
 
 
 def checked(
     function: str, vectors: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None
 ) -> list[Tensor] | None:
     """The vectors, in one shape; None where torch's own composition is to take the call, or to refuse it."""
+    given = list(vectors.values())
+    if _are_alike(given) and (not others or all(map(_is_plain, others.values()))):
+        return given
     named = {**vectors, **others} if others else vectors
     for name, t in named.items():
         _arguments.require_tensor(name, t, function)
-    given = list(vectors.values())
     _arguments.require_supported_tensors(function, *named.values())
     shape, device = given[0].shape, given[0].device
     same = True  # in shape: of sizes that a recorder knows by name no set can be made
@@ -52,6 +71,7 @@ def run(
         if rows.shape != shape[:-1]:
             shape = torch.Size((*torch.broadcast_shapes(rows.shape, shape[:-1]), shape[-1]))
             vectors = [t.expand(shape) for t in vectors]
-        vectors = [*vectors, rows.unsqueeze(-1).expand(shape)]
-    x = _pointwise.Operands(vectors[0], vectors[1], None, None, reduction, 0.0, dtype, tuple(vectors[2:]))
-    return _pointwise.loss_of_groups(loss, x, [len(shape) - 1], params)
+        vectors = [*vectors, rows.unsqueeze(-1).expand(*shape)]
+    tensors = (*vectors, *(None,) * (_pointwise.TENSORS - len(vectors)))
+    each = _pointwise.run(tensors, loss, params, SUM, dtype, len(shape) - 1)
+    return _pointwise.reduced(each, reduction)

@@ -65,7 +65,7 @@ def cosine_embedding_loss(
         return torch.cosine_embedding_loss(input1, input2, target, margin, code)
     rows = target.detach() if target.requires_grad else target
     if not rows.is_floating_point():
-        rows = rows.to(input1.dtype)
+        rows = rows.to(dtype=input1.dtype)
     return _vectors.run(name, vectors, code, (margin,), rows=rows)
 
 
