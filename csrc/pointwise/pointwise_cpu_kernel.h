@@ -104,6 +104,8 @@ class Reader : public Walked {
     period_ = period;
   }
 
+  bool is_direct() const { return in_place_ && flat_; }
+
   // Elements [begin, begin + n), until the next call.
   const T* at(int64_t begin, int64_t n) {
     if (period_) return period_ == 1 ? buffer_ : buffer_ + begin % period_;
@@ -256,6 +258,12 @@ class Chunks {
   bool is_direct() const {
     bool all = values.is_direct();
     for (const Writer<T>& grad : grads) all = all && grad.is_direct();
+    return all;
+  }
+  // Whether nothing takes a buffer, so that what is fetched may be as long as it likes.
+  bool is_unbuffered() const {
+    bool all = is_direct() && !a_.weight.data && !a_.mask.data && !a_.multiplier.data;
+    for (const Reader<T>& operand : operands_) all = all && operand.is_direct();
     return all;
   }
 
@@ -476,16 +484,17 @@ inline bool is_streamed(const PointwiseArgs& a) {
   return (a.wants_grads() || a.loss_elements.data) && a.count() * size_of(a.accum) >= kStreamBytes;
 }
 
-// body(chunks, row, begin, n, item) over all chunks; item numbers the block. Blocks go to threads.
+// body(chunks, row, begin, n, item) over all chunks, or over whole blocks where nothing takes a buffer; item numbers
+// the block. Blocks go to threads.
 template <class Loss, class T, class F>
 inline void for_each_chunk(const PointwiseArgs& a, ParallelFor parallel_for, const F& body) {
   const int64_t blocks = blocks_of(a);
   parallel(parallel_for, a.rows * blocks, grain_for(min_of(a.cols, kBlock)), [&](int64_t first, int64_t last) {
     Chunks<T, Loss::operands> chunks(a);
+    const int64_t step = chunks.is_unbuffered() ? kBlock : kChunk;
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / blocks, from = item % blocks * kBlock, to = min_of(a.cols, from + kBlock);
-      for (int64_t at = from; at < to; at += kChunk)
-        body(chunks, row, row * a.cols + at, min_of(kChunk, to - at), item);
+      for (int64_t at = from; at < to; at += step) body(chunks, row, row * a.cols + at, min_of(step, to - at), item);
     }
     if (is_streamed(a)) stream_fence();
   });
@@ -504,7 +513,8 @@ inline void walk(const PointwiseArgs& a, ParallelFor parallel_for, double* denom
                  const Done& done) {
   constexpr int kOperands = Loss::operands;
   const bool past = is_streamed(a);
-  // `rows` rows, or one chunk of a row, which starts at element `begin`; `item` is of the first.
+  // `rows` rows, or a stretch of one row, which starts at element `begin`; `item` is of the first. A long stretch is
+  // evaluated by the chunk as well, so that sums do not depend on how operands lie.
   const auto visit = [&](Chunks<T, kOperands>& chunks, int64_t row, int64_t rows, int64_t begin, int64_t n,
                          int64_t item) {
     double ignored = 0;
@@ -513,16 +523,17 @@ inline void walk(const PointwiseArgs& a, ParallelFor parallel_for, double* denom
     to.values = chunks.values.at(begin);
     for (int k = 0; k < kOperands; ++k) to.grads[k] = chunks.grads[k].at(begin);
     to.past = past && chunks.is_direct();
-    for (int64_t i = 0; i < rows; ++i) {
+    const int64_t piece = min_of(n, kChunk);
+    for (int64_t at = 0, i = 0; at < rows * n; at += piece, i += rows > 1) {
       Chunk<T, kOperands> c = all;
       Results<Loss, T> r = to;
-      c.n = n;
+      c.n = min_of(piece, rows * n - at);
       for (int k = 0; k < kOperands; ++k) {
-        c.x[k] += i * n;
-        if (r.grads[k]) r.grads[k] += i * n;
+        c.x[k] += at;
+        if (r.grads[k]) r.grads[k] += at;
       }
-      if (c.m) c.m += i * n;
-      if (r.values) r.values += i * n;
+      if (c.m) c.m += at;
+      if (r.values) r.values += at;
       prepare(r, row + i);
       evaluate<Loss, T, kWant>(c, a, r);
       done(r, item + i);
