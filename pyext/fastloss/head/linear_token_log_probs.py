@@ -119,7 +119,7 @@ def check_range(function: str, index: Tensor, tokens: int, ignore_index: int) ->
         )
 
 
-def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_operands(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """As torch.nn.functional.linear would take them where autocast is on."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or hidden.dtype is torch.float64:
@@ -251,10 +251,10 @@ def _chunk_gradients(
 ) -> Grads:
     """By input, weight and bias, of torch operations."""
     grad = composed_gradient(by_log_prob, by_entropy, logits_of(x, weight, bias), index, o)
-    return head_gradients(grad, x, weight, needs)
+    return composed_head_gradients(grad, x, weight, needs)
 
 
-def head_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> Grads:
+def composed_head_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> Grads:
     """What the gradient by logits, in the accumulation type, gives for hidden states, weight and bias."""
     wide = grad.dtype
     return (
@@ -394,7 +394,7 @@ def linear_token_log_probs(
     _arguments.require_same_device(function, ("input", input), ("weight", weight), ("index", index), ("bias", bias))
     refuse_recorders(function, _INSTEAD)
     o = options(function, temperature, softcap, return_entropy, ignore_index)
-    hidden, matrix, offset = autocast(input, weight, bias)
+    hidden, matrix, offset = autocast_operands(input, weight, bias)
     assert hidden is not None and matrix is not None
     check_head(function, ("input", "weight"), hidden, matrix)
     bytes_of_a_row = 2 * matrix.shape[0] * hidden.element_size()  # logits, gradient

@@ -12,6 +12,7 @@ from .._library import DTYPE_CODES
 INDEX_DTYPES = frozenset(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
+NO_INDEX = -(2**62)  # for an ignore_index that ignores nothing
 
 
 def row_shape(logits: Tensor) -> list[int]:
