@@ -109,7 +109,7 @@ def test_new_losses_are_what_they_should_be(run):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_new_loss_passes_the_tests_of_every_loss(name, run):
     """Its spec brings it to them."""
-    chosen = f"{name} and (float64 or numerical or kernels)"
+    chosen = f"{name} and (float64 or numerical or kernels or bytes)"
     options = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-k", chosen)
     said = run(sys.executable, "-m", "pytest", "tests/test_contract.py", *options)
     assert int(re.search(r"(\d+) passed", said)[1]) > 40

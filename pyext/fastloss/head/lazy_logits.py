@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,12 +23,8 @@ from torch import Tensor
 
 from .._arguments import HALVES, autocast_dtype, is_dtensor, legacy_reduction
 from .._autograd import accum_dtype, attach
-from ..losses import _rowwise
-from ..losses.cross_entropy import ROW_MAP_NUMBERS, CrossEntropyStats, Given, cross_entropy
-from ..losses.focal_loss import focal_loss
-from ..losses.generalized_cross_entropy import generalized_cross_entropy
-from ..losses.poly1_loss import poly1_loss
-from ..losses.token_scaled_cross_entropy import token_scaled_cross_entropy
+from ..losses import _row_map, _rowwise
+from ..losses.cross_entropy import CrossEntropyStats, Given, cross_entropy
 from ..token_log_probs import IGNORE_INDEX, token_log_probs
 from .chunked import chunk_dtype
 from .lazy import DisableTorchFunction, Lazy, Overrides, autocast, implements
@@ -771,12 +768,12 @@ def _loss(
     grad_in_forward: bool | None = None,
     zero_times_inf: str = "nan",
     counted: bool = True,
-    row_map: tuple[int, float] | None = None,
+    row_map: tuple[int, tuple[float, ...]] | None = None,
     **ours: Any,
 ) -> Any:
     """A cross entropy of lazy logits is one of hidden states and weight.
 
-    ``counted``: in the report, as a loss. ``row_map``: number and parameter of what each row's nll is mapped by.
+    ``counted``: in the report, as a loss. ``row_map``: number and parameters of what each row's nll is mapped by.
     """
     x, others = input, (target, weight, sample_weight)
     if not isinstance(x, LazyLogits) or any(isinstance(t, LazyLogits) for t in others) or x.looked_at:
@@ -849,22 +846,14 @@ def _loss(
     return loss, CrossEntropyStats(lse.reshape(rows), argmax.reshape(rows), accuracy, entropy.reshape(rows))
 
 
-# Name of the map and of the parameter, and which values the loss takes.
-_ROW_MAPS: dict[Callable[..., Any], tuple[str, str, Callable[[float], bool]]] = {
-    focal_loss: ("focal", "gamma", lambda gamma: gamma >= 0),
-    poly1_loss: ("poly1", "epsilon", lambda epsilon: -1 <= epsilon < math.inf),
-    generalized_cross_entropy: ("generalized_cross_entropy", "q", lambda q: 0 < q <= 1),
-    token_scaled_cross_entropy: ("token_scaled", "", lambda _: True),
-}
-
-
 def _mapped_loss(func: Any, input: Any, target: Any, **options: Any) -> Any:
     """A loss that maps each row's nll."""
-    name, parameter, takes = _ROW_MAPS[func]
-    value = options.pop(parameter, 0.0)
-    if not _number(value) or not takes(value):
+    name = func.__name__
+    values = [options.pop(parameter) for parameter in _row_map.PARAMETERS[name]]
+    if not all(map(_number, values)) or not _row_map.LOSSES[name].takes(*values):
         return NotImplemented  # the loss itself says what is wrong
-    return _loss(func, input, target, row_map=(ROW_MAP_NUMBERS[name], float(value)), **options)
+    row_map = _row_map.NUMBERS[name], tuple(map(float, values))
+    return _loss(func, input, target, row_map=row_map, **options)
 
 
 def _count(x: LazyLogits, dtype: torch.dtype) -> None:
@@ -876,7 +865,8 @@ def _count(x: LazyLogits, dtype: torch.dtype) -> None:
 
 
 LazyLogits._overrides[_TORCHS_CROSS_ENTROPY] = LazyLogits._overrides[cross_entropy] = _loss
-LazyLogits._overrides.update(dict.fromkeys(_ROW_MAPS, _mapped_loss))
+for _name in _row_map.LOSSES:
+    LazyLogits._overrides[getattr(import_module(f"fastloss.losses.{_name}"), _name)] = _mapped_loss
 
 
 def _token_log_probs(

@@ -432,14 +432,14 @@ def run(
     c: Chunking,
     ignore_index: int | Sequence[int] | None = None,
     row_map: int = 0,
-    map_a: float = 0.0,
+    map_params: tuple[float, ...] = (),
 ) -> Any:
     """The loss that ``function`` asks for, each row's nll mapped as ``row_map`` says; see ``cross_entropy.run``."""
     tensors = input, linear_weight, linear_bias, target, g.weight, g.sample_weight
     if _arguments.is_dtensor(*tensors):
         from ..parallel.dtensor import run_linear
 
-        return run_linear(function, input, linear_weight, linear_bias, target, g, c, ignore_index, row_map, map_a)
+        return run_linear(function, input, linear_weight, linear_bias, target, g, c, ignore_index, row_map, map_params)
     for name, t in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         _arguments.require_tensor(name, t, function)
     if linear_bias is not None:
@@ -469,8 +469,8 @@ def run(
     shape = (classes,) if single else (rows, classes, *outputs)
     if classes == 0:  # there are no logits to make
         made = F.linear(input.reshape(rows, features), matrix, bias).reshape(shape)
-        return run_on_logits(function, made, target, g, row_map, map_a)
-    checked = canonical(function, Unmade(shape, dtype, input.device), target, g, row_map, map_a)
+        return run_on_logits(function, made, target, g, row_map, map_params)
+    checked = canonical(function, Unmade(shape, dtype, input.device), target, g, row_map, map_params)
     _, target, weight, sample_weight, normalizer = checked.tensors
     soft = target.is_floating_point()
     row_dims = _rowwise.row_shape(target) if soft else list(target.shape)  # [rows, *outputs]
