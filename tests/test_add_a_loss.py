@@ -127,6 +127,13 @@ def test_new_losses_are_known_everywhere(run):
     run(sys.executable, "-c", "import sys; sys.path.insert(0, 'bench'); import cases")
 
 
+@pytest.mark.parametrize("linter", ("ruff check -q pyext", "mypy"))
+def test_new_losses_pass_the_linters(linter, run):
+    name, *arguments = linter.split()
+    pytest.importorskip(name)
+    run(sys.executable, "-m", name, *arguments, *(f"pyext/fastloss/losses/{loss}.py" for loss in NAMES))
+
+
 def test_the_page_of_losses_has_every_one():
     """Its table is what tools/loss_table.py writes."""
     if not (ROOT / "tools/loss_table.py").exists():
