@@ -18,11 +18,11 @@ from .._autograd import (
     attach,
     batched_by_legacy,
     differentiated_again,
-    distinct_bytes,
     recomputing,
     recording,
     rehearsing,
     tell_rehearsal,
+    traffic,
     transforms_active,
 )
 from .._library import DTYPE_CODES
@@ -309,16 +309,19 @@ def rehearse(
     """
     path = recomputing(hidden, *shared)
     again, composed = path is Path.RECOMPUTE, path in (Path.TRANSFORMED, Path.FORWARD_MODE)
-    grads = [t for t in (hidden, *shared) if again and t is not None and t.requires_grad]
-    made = sum(t.nbytes if t is hidden else t.numel() * accum_dtype(t.dtype).itemsize for t in grads)
+    needs = [again and t is not None and t.requires_grad for t in (hidden, *shared)]
+    read, written = traffic((hidden, *shared, *further), needs, again)
+    summed = [t for t, needed in zip(shared, needs[1:], strict=True) if needed and t is not None]
+    sums = sum(t.numel() * accum_dtype(t.dtype).itemsize for t in summed)
+    made = hidden.nbytes * needs[0] + sums
     tell_rehearsal(
         Rehearsed(
             kernel,
             COMPOSED if composed else path.value,
             () if composed else operators[0],
             operators[1] if again else (),
-            sum(distinct_bytes(t) for t in (hidden, *shared, *further) if t is not None) * (1 + again),
-            sum(t.nbytes for t in grads),
+            read,
+            written,
             made + chunks.nbytes if again else 0,
             chunks,
         )

@@ -19,11 +19,11 @@ from .._autograd import (
     Path,
     Rehearsed,
     accum_dtype,
-    distinct_bytes,
     nothing,
     recomputing,
     rehearsing,
     tell_rehearsal,
+    traffic,
 )
 from .._library import REDUCTIONS, ops
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
@@ -600,16 +600,16 @@ def _rehearse(call: Call, t: ShardOperands) -> tuple[Tensor, ...]:
     path = recomputing(*wanted)
     again = path is Path.RECOMPUTE
     needs = [again and x is not None and x.requires_grad for x in wanted]
-    made = sum(x.nbytes for x, needed in zip(wanted, needs, strict=True) if needed and x is not None)
+    read, written = traffic(t, needs, again)
     tell_rehearsal(
         Rehearsed(
             f"statistics of this rank's {t.logits.shape[1]} classes; loss of all ranks' by torch operations",
             path.value if again or path is Path.VALUE else NOT_SERVED,
             ("row_stats",),
             gradient_operators(call, needs),
-            sum(distinct_bytes(x) for x in t if x is not None) * (1 + again),
-            made,
-            made,
+            read,
+            written,
+            bytes_allocated=written,
             collectives=(statistics_sent(call, t, math.prod(shape)),),
         )
     )

@@ -23,10 +23,10 @@ from .._autograd import (
     Path,
     Rehearsed,
     accum_dtype,
-    distinct_bytes,
     recomputing,
     rehearsing,
     tell_rehearsal,
+    traffic,
 )
 from .._library import DTYPE_CODES, NONE
 from ..head import chunked
@@ -369,6 +369,7 @@ def _rehearse(
         sent.append(Collective("backward", name, times, sharing * grad_row, count * grad_row))
     sizes = accum_dtype(head.dtype).itemsize  # of the sums of weight and bias
     kinds = held, sizes, sizes, t.target.element_size(), 0 if t.weight is None else t.weight.element_size()
+    read, written = traffic((*wanted, t.sample_weight), needs, again)
     made = [w.numel() * kind for w, kind, needed in zip(wanted, kinds, needs, strict=True) if needed and w is not None]
     tell_rehearsal(
         Rehearsed(
@@ -376,8 +377,8 @@ def _rehearse(
             gradient,
             ("row_stats",),
             gradient_operators(call, (any(needs[:3]), *needs[3:])),
-            sum(distinct_bytes(w) for w in (*wanted, t.sample_weight) if w is not None) * (1 + again),
-            sum(w.nbytes for w, needed in zip(wanted, needs, strict=True) if needed and w is not None),
+            read,
+            written,
             sum(made) + chunks.nbytes * again,
             chunks,
             tuple(sent),
