@@ -317,7 +317,7 @@ CAUSES = {
 }
 
 
-class _Origin(TorchDispatchMode):
+class _FirstNotFinite(TorchDispatchMode):
     """The first operation whose result is not finite though all that it is given is."""
 
     name = ""
@@ -331,10 +331,10 @@ class _Origin(TorchDispatchMode):
         return out
 
 
-def _origin(s: Subject, prediction: Tensor, target: Tensor) -> str:
+def _operation_not_finite(s: Subject, prediction: Tensor, target: Tensor) -> str:
     """The operation, as in 'log' or 'sqrtBackward', that makes what is not finite; '' if it cannot be told."""
     leaf = prediction.detach().clone().requires_grad_()
-    with _Origin() as forward:
+    with _FirstNotFinite() as forward:
         out = s.result(leaf, target).sum()
     if forward.name or out.grad_fn is None:
         return forward.name
@@ -364,7 +364,7 @@ def _origin(s: Subject, prediction: Tensor, target: Tensor) -> str:
 def _remedy(s: Subject, what: str, prediction: Tensor, target: Tensor) -> str:
     """What to do about a value or slope that is not finite: of the operation that was seen, or else of the place."""
     try:
-        origin = _origin(s, prediction, target)
+        origin = _operation_not_finite(s, prediction, target)
     except Exception:  # said elsewhere
         origin = ""
     cause = next((v for k, v in CAUSES.items() if re.search(k, origin)), None) if "masked" not in what else None
