@@ -49,6 +49,14 @@ for name, (options, args) in calls.items():
     few = [a[:3].detach().requires_grad_() if a.is_floating_point() else a[:3] for a in args if a is not s]
     few += [s.detach().requires_grad_()] * (name == "LaplaceLoss")
     check_gradients(module, *few, forward_mode=True)
+
+# A row map serves heads without logits as well.
+head = torch.nn.Sequential(torch.nn.Linear(8, 50))
+hidden = torch.randn(6, 8)
+want = fastloss.bounded_cross_entropy(head(hidden), index[:6], 2.0)
+fastloss.lazy_head(head, head="0")
+torch.testing.assert_close(fastloss.bounded_cross_entropy(head(hidden), index[:6], 2.0), want)
+assert fastloss.lazy_head.report(head).fused
 """
 
 
