@@ -49,6 +49,14 @@ for name, (options, args) in calls.items():
     few = [a[:3].detach().requires_grad_() if a.is_floating_point() else a[:3] for a in args if a is not s]
     few += [s.detach().requires_grad_()] * (name == "LaplaceLoss")
     check_gradients(module, *few, forward_mode=True)
+
+# A row map serves heads without logits as well.
+head = torch.nn.Sequential(torch.nn.Linear(8, 50))
+hidden = torch.randn(6, 8)
+want = fastloss.bounded_cross_entropy(head(hidden), index[:6], 2.0)
+fastloss.lazy_head(head, head="0")
+torch.testing.assert_close(fastloss.bounded_cross_entropy(head(hidden), index[:6], 2.0), want)
+assert fastloss.lazy_head.report(head).fused
 """
 
 
@@ -109,7 +117,7 @@ def test_new_losses_are_what_they_should_be(run):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_new_loss_passes_the_tests_of_every_loss(name, run):
     """Its spec brings it to them."""
-    chosen = f"{name} and (float64 or numerical or kernels)"
+    chosen = f"{name} and (float64 or numerical or kernels or bytes)"
     options = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-k", chosen)
     said = run(sys.executable, "-m", "pytest", "tests/test_contract.py", *options)
     assert int(re.search(r"(\d+) passed", said)[1]) > 40
@@ -118,13 +126,21 @@ def test_a_new_loss_passes_the_tests_of_every_loss(name, run):
 def test_new_losses_are_known_everywhere(run):
     """To the tests that look whether every loss has a spec, to the table of losses, to the benchmarks."""
     complete = ("tests/test_pointwise.py", "tests/test_row_losses.py", "tests/test_transforms.py")
-    options = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-k", "has_a_spec or specs_are")
+    chosen = "has_a_spec or specs_are or operator_is_checked"
+    options = ("-q", "--device", "cpu", "-p", "no:cacheprovider", "-k", chosen)
     run(sys.executable, "-m", "pytest", *complete, *options)
     run(sys.executable, "tools/loss_table.py")
     written = run(sys.executable, "-c", "print(open('docs/losses.md').read())")
     for name in NAMES:
         assert f"| `{name}` |" in written
     run(sys.executable, "-c", "import sys; sys.path.insert(0, 'bench'); import cases")
+
+
+@pytest.mark.parametrize("linter", ("ruff check -q pyext", "mypy"))
+def test_new_losses_pass_the_linters(linter, run):
+    name, *arguments = linter.split()
+    pytest.importorskip(name)
+    run(sys.executable, "-m", name, *arguments, *(f"pyext/fastloss/losses/{loss}.py" for loss in NAMES))
 
 
 def test_the_page_of_losses_has_every_one():

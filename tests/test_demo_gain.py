@@ -46,5 +46,5 @@ def test_a_wrong_loss_is_found(small, name, factor):
     setattr(ours, name, lambda *args: factor * right(*args))
     text = demo_gain.numbered([str(i * i % 50) for i in range(500)], 64)
     torch.manual_seed(0)
-    courses = demo_gain.train(demo_gain.ways_of(ours), text, demo_gain.Model(64, 8), steps=3, seed=0)
+    courses = demo_gain.train(demo_gain.ways_of(ours), text, demo_gain.LanguageModel(64, 8), steps=3, seed=0)
     assert not demo_gain.apart(courses) <= demo_gain.LIMIT

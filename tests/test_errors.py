@@ -602,6 +602,9 @@ def test_operators_refuse_wrong_arguments():
         (fastloss.focal_loss, "class_dim=-1"),
         (fastloss.poly1_loss, "class_dim=-1"),
         (fastloss.arcface_loss, "class_dim=-1"),
+        (fastloss.capsule_margin_loss, r"input\.movedim\(-1, 1\)"),
+        (fastloss.tversky_loss, r"input\.movedim\(-1, 1\)"),
+        (fastloss.dice_ce_loss, r"input\.movedim\(-1, 1\)"),
         (fastloss.nll_loss, r"input\.movedim\(-1, 1\)"),
     ],
 )

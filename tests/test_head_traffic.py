@@ -134,7 +134,7 @@ def test_on_a_gpu_without_one(case):
         o = chunked.HeadOptions(*cross_entropy, chunk, 0, 0, code, DTYPE_CODES[torch.float32])
         with Sliced(), CountedWithoutData() as counted:
             needs = (True, True, False, False, False)
-            made = chunked.loss_and_gradients(chunked.Operands(x, w, None, t, None, None, None), o, needs)
+            made = chunked.loss_and_gradients(chunked.HeadOperands(x, w, None, t, None, None, None), o, needs)
             grads = _as_operands(made.grads, (x, w, None, None, None))
     assert [g.dtype for g in grads[:2]] == [dtype] * 2 and made.grads[1].dtype is torch.float32
     assert_fewest(counted, rows, features, classes, -(-rows // chunk), 2)

@@ -15,7 +15,7 @@ ROWS, CLASSES = 6, 7
 @pytest.fixture
 def always(monkeypatch):
     """Lazy whatever the size."""
-    monkeypatch.setattr(lazy_log_probs, "LEAST", 0)
+    monkeypatch.setattr(lazy_log_probs, "FEWEST_LOGITS", 0)
 
 
 # ------------------------------------------------------------------------------------------------ what clients write
@@ -225,7 +225,7 @@ def test_small_tensors_are_plain(device):
         for plain in (F.log_softmax(x, -1), torch.log_softmax(x, 1), x.log_softmax(1), F.log_softmax(x[0], 0)):
             assert type(plain) is torch.Tensor
         big = torch.zeros(1024, 1024, device=device)
-        assert big.numel() == lazy_log_probs.LEAST
+        assert big.numel() == lazy_log_probs.FEWEST_LOGITS
         assert type(big.log_softmax(1)) is LazyLogProbs and type(big[1:].log_softmax(1)) is torch.Tensor
         assert type(big.view(-1).log_softmax(0)) is torch.Tensor  # one row
         assert type(F.log_softmax(big, -1, 3, torch.float32)) is LazyLogProbs

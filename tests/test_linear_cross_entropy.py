@@ -225,7 +225,7 @@ def test_row_maps(row_map, function, parameter, device):
     t = labels(11, 7, device=device)
     for reduction in ("mean", "none"):
         given = Given(reduction=reduction, label_smoothing=0.1)
-        loss = run("a map", x, w, b, t, given, Chunking(memory_budget=300), None, ROW_MAP_NUMBERS[row_map], *parameter)
+        loss = run("a map", x, w, b, t, given, Chunking(memory_budget=300), None, ROW_MAP_NUMBERS[row_map], parameter)
         want = function(F.linear(x, w, b), t, *parameter, reduction=reduction, label_smoothing=0.1)
         torch.testing.assert_close(loss, want)
         grads = torch.autograd.grad(loss.sum(), (x, w)), torch.autograd.grad(want.sum(), (x, w))

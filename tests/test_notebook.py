@@ -10,7 +10,7 @@ import fastloss
 import pytest
 import torch
 import torch.nn.functional as F
-from fastloss._tables import COLORS, html_table, text_table
+from fastloss._tables import STATUS_COLORS, html_table, text_table
 
 HOSTILE = "<script>alert('1')</script>&"
 
@@ -54,7 +54,7 @@ def test_what_a_notebook_shows(kind):
             (row,) = [row for row in rows if row[1] == name]
             assert shown[name].evidence in row[2]
         assert page.index("<details>") > page.index(shown.named("failure")[-1])
-        assert f'color:{COLORS["failure"]}"' in page
+        assert f'color:{STATUS_COLORS["failure"]}"' in page
     elif kind == "explanation":
         assert dict(rows)["handled by"] == "fastloss" and dict(rows)["kernel"] == shown.kernel
         assert [f"{what:<12}{text}" for what, text in rows] == str(shown).splitlines()
@@ -63,7 +63,7 @@ def test_what_a_notebook_shows(kind):
         assert shown.winner == "other" and "other is better than &lt;script&gt;" in page
     # Colours of the page around it, but for those that are readable on both.
     colors = set(re.findall(r"(?<![\w-])(?:color|background)[^:;]*:\s*([^;\"]+)", page))
-    assert colors <= set(COLORS.values())
+    assert colors <= set(STATUS_COLORS.values())
 
 
 def test_a_figure_is_shown_once(monkeypatch):
@@ -89,7 +89,7 @@ def luminance(color):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-@pytest.mark.parametrize("color", COLORS.values(), ids=COLORS)
+@pytest.mark.parametrize("color", STATUS_COLORS.values(), ids=STATUS_COLORS)
 def test_colors_are_readable_on_light_and_dark(color):
     here = luminance(color) + 0.05
     assert 1.05 / here > 4 and here / (luminance("#111111") + 0.05) > 4

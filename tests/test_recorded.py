@@ -218,10 +218,10 @@ def test_torch_jit_script_says_what_to_do(name):
 
 def test_a_loss_that_is_no_operator_of_recorded_programs_raises():
     """Instead of sizes that become constants, and no gradient."""
-    from fastloss.losses._pointwise import check, run_checked
+    from fastloss.losses._pointwise import checked, run_checked
 
     def without_record(x, t):
-        return run_checked(check("mse_loss", x, t, "mean", None, None, None), "mse_loss")
+        return run_checked(checked("mse_loss", x, t, "mean", None, None, None), "mse_loss")
 
     with pytest.raises(RuntimeError, match=r"pointwise.*@recordable"):
         torch.jit.trace(without_record, (torch.ones(2), torch.zeros(2)))

@@ -239,7 +239,7 @@ def test_the_slope_of_generalized_cross_entropy_where_a_probability_is_small():
 
 def test_row_maps():
     maps = row_maps()
-    assert maps["none"] == (0, ()) and maps["focal"] == (1, ("gamma",)) and maps["token_scaled"][1] == ()
+    assert maps["none"] == (0, ()) and maps["focal"][1] == ("gamma",) and maps["token_scaled"][1] == ()
     assert sorted(number for number, _ in maps.values()) == list(range(len(maps)))
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from fastloss import _recorded
 from fastloss._library import MEAN, NONE, SUM, ops
 from fastloss.formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
-from fastloss.losses import _pointwise
-from fastloss.losses.cross_entropy import GRAD, SAVE, STATS
+from fastloss.losses import _pointwise, _row_loss
+from fastloss.losses.cross_entropy import GRAD, ROW_MAP_NUMBERS, SAVE, STATS
 from fastloss.testing import SPECS
 
 LOSSES = {"cross_entropy": (fastloss.cross_entropy, F.cross_entropy), "nll_loss": (fastloss.nll_loss, F.nll_loss)}
@@ -645,7 +645,7 @@ def operator_calls(device):
             (NONE, 0.1, w, rows, t),
             (SUM, 0.1, w, None, p),
         ):
-            first, rest = (x, target, reduction, 0), (-100, smoothing, 0.01, 3.0, 0.5, 1, [2.0])
+            first, rest = (x, target, reduction, 0), (-100, smoothing, 0.01, 3.0, 0.5, ROW_MAP_NUMBERS["focal"], [2.0])
             options = (weight, sample_weight, None, *rest)
             yield ops.cross_entropy_value, (*first, 0, *options)
             yield ops.cross_entropy_value, (*first, 0)
@@ -673,8 +673,8 @@ def operator_calls(device):
                 yield ops.cross_entropy_forward_inplace, (*first, STATS, *options)
         for reduction in (NONE, MEAN, SUM):
             g = rows if reduction == NONE else torch.tensor(2.0, device=device)
-            for loss, params in enumerate(([], [2.0, 0.5])):
-                options = (loss, params, reduction, 0, -100, 0)
+            for loss, params in (("nll_loss", []), ("multi_margin_loss", [2.0, 0.5])):
+                options = (_row_loss.NAMES.index(loss), params, reduction, 0, -100, 0)
                 for forward in (ops.row_loss_value, ops.row_loss_forward):
                     yield forward, (x, t, w, *options)
                 total = ops.row_loss_forward(x, t, w, *options)[1]
@@ -740,7 +740,7 @@ def operator_calls(device):
         called = inspect.signature(spec.function).bind(*sample.args, **sample.kwargs)
         called.apply_defaults()
         yield getattr(ops, f"{spec.name}_recorded"), tuple(_recorded.arguments_of(spec.name, called.arguments))
-        if "return_stats" in called.arguments:
+        if hasattr(ops, f"{spec.name}_stats_recorded"):
             arguments = _recorded.arguments_of(spec.name, {**called.arguments, "return_stats": True})
             yield getattr(ops, f"{spec.name}_stats_recorded"), tuple(arguments)
     x, t = torch.randn(3, 4, device=device, requires_grad=True), torch.randn(3, 4, device=device)

@@ -111,16 +111,15 @@ class Rules:
 
     def rehearsed(self, path: "Path", tensors: Tensors, o: Any, needs: Needs) -> "Rehearsed":
         """What a call would do."""
-        operands = sum(distinct_bytes(t) for t in tensors if t is not None)
-        fused = path in (Path.VALUE, Path.FUSED, Path.IN_PLACE)
+        read, written = traffic(tensors, needs, again=path not in (Path.VALUE, Path.FUSED, Path.IN_PLACE))
         forward, backward = self.operators(path, tensors, o, needs)
         return Rehearsed(
             kernel=self.regime(tensors, o, path),
             gradient=path.value,
             forward=forward,
             backward=backward,
-            bytes_read=operands if fused else 2 * operands,
-            bytes_written=sum(t.nbytes for t, needed in zip(tensors, needs, strict=False) if needed),
+            bytes_read=read,
+            bytes_written=written,
             bytes_allocated=0 if path is Path.IN_PLACE else self.gradient_bytes(tensors, o, needs),
             chunks=self.chunks(tensors, o, needs),
         )
@@ -289,7 +288,14 @@ def recomputing(*operands: Tensor | None) -> Path:
     )
 
 
-def distinct_bytes(t: Tensor) -> int:
+def traffic(operands: Tensors, needs: Needs, again: bool) -> tuple[int, int]:
+    """The fewest bytes that a call reads and writes: operands, ``again`` in backward, and their gradients, which
+    ``needs`` names."""
+    read = sum(_distinct_bytes(t) for t in operands if t is not None)
+    return read * (1 + again), sum(t.nbytes for t, needed in zip(operands, needs, strict=False) if needed)
+
+
+def _distinct_bytes(t: Tensor) -> int:
     """Of a tensor that may be expanded."""
     distinct = t.element_size()
     for size, stride in zip(t.shape, t.stride(), strict=True):
@@ -682,6 +688,16 @@ def ordinary() -> bool:
         or _is_compiling()  # by torch.export as well
         or _saved_tensor_hooks(True) is not None
         or _rehearsed is not None
+    )
+
+
+def ordinary_pair(input: Any, target: Any) -> bool:
+    """Whether torch is :func:`ordinary` and these are plain tensors with strides on the same CPU or GPU."""
+    return (
+        ordinary()
+        and type(input) is type(target) is Tensor
+        and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
+        and input.layout is target.layout is torch.strided
     )
 
 

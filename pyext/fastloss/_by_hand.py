@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._subclasses import handled, heeded, overrides
+from .losses._rowwise import NO_INDEX
 from .losses.cross_entropy import cross_entropy
 from .losses.dice_loss import dice_loss
 
-_NO_INDEX = -(2**62)  # for an ignore_index that ignores nothing
 _TORCHS_CROSS_ENTROPY = F.cross_entropy
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 
@@ -83,7 +83,7 @@ def _timm_label_smoothing(self: Any, x: Tensor, target: Tensor) -> Tensor | str:
         return "of other shapes or dtypes than (N, C) and N indices"
     if self.confidence != 1.0 - self.smoothing or not 0 <= self.smoothing <= 1:
         return "with a confidence and a smoothing that are not shares of one"
-    return _cross_entropy(x, target, label_smoothing=self.smoothing, ignore_index=_NO_INDEX)
+    return _cross_entropy(x, target, label_smoothing=self.smoothing, ignore_index=NO_INDEX)
 
 
 def _timm_soft_target(self: Any, x: Tensor, target: Tensor) -> Tensor | str:
@@ -103,7 +103,7 @@ def _fastai_label_smoothing(self: Any, output: Tensor, target: Tensor) -> Tensor
         return "with class weights, which its smoothing leaves out"
     if output.is_cpu:
         try:
-            return _cross_entropy(output, target, label_smoothing=self.eps, ignore_index=_NO_INDEX, **options)
+            return _cross_entropy(output, target, label_smoothing=self.eps, ignore_index=NO_INDEX, **options)
         except IndexError:
             return "with labels that only one of its two parts ignores"
     of_labels = _cross_entropy(output, target, weight=self.weight, **options)
@@ -126,7 +126,7 @@ def _smp_soft_cross_entropy(self: Any, y_pred: Tensor, y_true: Tensor) -> Tensor
         y_pred,
         y_true,
         label_smoothing=self.smooth_factor,
-        ignore_index=_NO_INDEX if self.ignore_index is None else self.ignore_index,
+        ignore_index=NO_INDEX if self.ignore_index is None else self.ignore_index,
         reduction=self.reduction,
         normalizer=y_true.numel() if self.reduction == "mean" else None,
     )
@@ -141,7 +141,7 @@ def _smp_dice(self: Any, y_pred: Tensor, y_true: Tensor) -> Tensor | str:
         if y_true.numel() * y_pred.size(1) != y_pred.numel() or y_true.dtype is not torch.int64:
             return "of other shapes or dtypes than (N, C, ...) and indices (N, ...)"
         target = y_true.reshape(y_pred.shape[:1] + y_pred.shape[2:])
-        options["ignore_index"] = _NO_INDEX if self.ignore_index is None else self.ignore_index
+        options["ignore_index"] = NO_INDEX if self.ignore_index is None else self.ignore_index
     else:
         if y_true.dtype is not torch.bool or self.ignore_index is not None or y_true.numel() != y_pred.numel():
             return "with an ignore_index, or of masks that are not of bool and may be soft"

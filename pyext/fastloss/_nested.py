@@ -12,6 +12,7 @@ import torch.overrides
 from torch import Tensor
 
 from ._arguments import require_tensor
+from ._subclasses import mode_active
 
 _OF_ROWS = (
     "cross_entropy",
@@ -22,7 +23,6 @@ _OF_ROWS = (
     "poly1_loss",
     "token_scaled_cross_entropy",
 )
-_mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 
 def is_jagged(value: Any) -> bool:
@@ -34,7 +34,7 @@ def handle_torch_function(
     loss: Callable[..., Any], relevant: Iterable[Any], input: Any, target: Any, **options: Any
 ) -> Any:
     """torch's, except where input or target is jagged: then the loss of their values."""
-    if not (is_jagged(input) or is_jagged(target)) or _mode_active():  # a mode is shown the call, and makes it
+    if not (is_jagged(input) or is_jagged(target)) or mode_active():  # a mode is shown the call, and makes it
         return torch.overrides.handle_torch_function(loss, relevant, input, target, **options)  # type: ignore[arg-type]
     function, of_rows = loss.__name__, loss.__name__ in _OF_ROWS
     require_tensor("input", input, function)

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode, _get_overloaded_args, handle_torc
 
 _DISABLED = torch._C._disabled_torch_function_impl
 heeded: Callable[[], bool] = torch._C._is_torch_function_enabled
+mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 
 def overrides(value: Any) -> bool:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 
 #: Of a status. Notebooks are light or dark and do not say which: the contrast is above 4 with white and with #111111.
-COLORS = {"failure": "#d9402f", "warning": "#a86b00", "note": "#70767c", "pass": "#208a4c", "skipped": "#70767c"}
+STATUS_COLORS = {"failure": "#d9402f", "warning": "#a86b00", "note": "#70767c", "pass": "#208a4c", "skipped": "#70767c"}
 _CELL = "text-align:left;vertical-align:top;padding:.25em 1em .25em 0;border-top:1px solid rgba(128,128,128,.4);"
 _CELL += "white-space:pre-line;overflow-wrap:break-word;font-size:inherit"
 
@@ -18,7 +18,9 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), colors: Mapping[str, str] = COLORS) -> str:
+def html_table(
+    rows: Sequence[Sequence[str]], header: Sequence[str] = (), colors: Mapping[str, str] = STATUS_COLORS
+) -> str:
     """A table in the colours of the page that it is put into; a status in the first column has its own.
 
     Cells are text: what would be markup in them is escaped, and lines stay lines.

@@ -39,13 +39,13 @@ from ._tables import text_table
 
 AMPLIFICATION = 1000
 RARE_DIGITS = (1, 4, 8)
-DTYPES = (torch.float32, torch.float64)
+PRECISIONS = (torch.float32, torch.float64)
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
-class Task:
+class DemoTask:
     """A data set, a model and a loss. ``torch_loss`` and ``our_loss`` take (model output, target)."""
 
     name: str
@@ -79,7 +79,7 @@ def _split(
     return x[train], y[train], x[test], y[test]
 
 
-def digits(ours: Any, seed: int, device: torch.device) -> Task:
+def digits(ours: Any, seed: int, device: torch.device) -> DemoTask:
     """Imbalanced digits with class-weighted cross entropy; tested on digits in their natural proportions."""
     from sklearn.datasets import load_digits
 
@@ -93,7 +93,7 @@ def digits(ours: Any, seed: int, device: torch.device) -> Task:
         keep[members[: 9 * len(members) // 10]] = False
     x, y = x[keep], y[keep]
     balanced = len(y) / (10 * torch.bincount(y, minlength=10).double())
-    weight = {dtype: balanced.to(dtype) for dtype in DTYPES}
+    weight = {dtype: balanced.to(dtype) for dtype in PRECISIONS}
 
     def metric(model: torch.nn.Module) -> str:
         right = (model(x_test.to(next(model.parameters()).dtype)).argmax(1) == y_test).double()
@@ -103,10 +103,10 @@ def digits(ours: Any, seed: int, device: torch.device) -> Task:
     def loss_of(module: Any) -> Loss:
         return lambda logits, target: module.cross_entropy(logits, target, weight=weight[logits.dtype])
 
-    return Task("digits, weighted cross entropy", x, y, 10, loss_of(F), loss_of(ours), metric, batch=256, lr=0.1)
+    return DemoTask("digits, weighted cross entropy", x, y, 10, loss_of(F), loss_of(ours), metric, batch=256, lr=0.1)
 
 
-def diabetes(ours: Any, seed: int, device: torch.device) -> Iterator[Task]:
+def diabetes(ours: Any, seed: int, device: torch.device) -> Iterator[DemoTask]:
     """Disease progression, in units of its standard deviation while training, with RMSE and with L1."""
     from sklearn.datasets import load_diabetes
 
@@ -124,10 +124,10 @@ def diabetes(ours: Any, seed: int, device: torch.device) -> Iterator[Task]:
         "L1": (lambda p, t: F.l1_loss(p, t), lambda p, t: ours.l1_loss(p, t)),
     }
     for name, (theirs, our) in losses.items():
-        yield Task(f"diabetes, {name}", x, (y - mean) / std, 1, theirs, our, metric, batch=128, lr=0.02)
+        yield DemoTask(f"diabetes, {name}", x, (y - mean) / std, 1, theirs, our, metric, batch=128, lr=0.02)
 
 
-def train(task: Task, loss_fn: Loss, dtype: torch.dtype, steps: int, seed: int, label: str) -> Run:
+def train(task: DemoTask, loss_fn: Loss, dtype: torch.dtype, steps: int, seed: int, label: str) -> Run:
     """Same seed, same batches. SGD, as Adam would hide a gradient that is wrong by a factor; tanh, as the kink of
     ReLU turns rounding into steps."""
     generator = torch.Generator().manual_seed(seed)
@@ -188,7 +188,7 @@ def limit(dtype: torch.dtype) -> float:
     return AMPLIFICATION * torch.finfo(dtype).eps
 
 
-def plot(results: list[tuple[Task, dict[torch.dtype, tuple[Run, Run]]]], path: str) -> None:
+def plot(results: list[tuple[DemoTask, dict[torch.dtype, tuple[Run, Run]]]], path: str) -> None:
     """Left: the training curves on top of each other. Right: how far apart they are, and how far they may be."""
     import matplotlib
 
@@ -251,7 +251,7 @@ def plot_losses(path: str) -> None:
     plt.close(figure)
 
 
-def plot_landscape(task: Task, run: Run, path: str) -> None:
+def plot_landscape(task: DemoTask, run: Run, path: str) -> None:
     """The loss of the trained model on its training data, in the plane of the training run."""
     import matplotlib.pyplot as plt
 
@@ -276,7 +276,7 @@ def _gain(args: argparse.Namespace, ours: Any, device: torch.device) -> bool:
     return same
 
 
-def _tasks(ours: Any, seed: int, device: torch.device) -> Iterator[Task]:
+def _tasks(ours: Any, seed: int, device: torch.device) -> Iterator[DemoTask]:
     yield digits(ours, seed, device)
     yield from diabetes(ours, seed, device)
 
@@ -325,10 +325,10 @@ def main(argv: Sequence[str] | None = None, ours: Any = None) -> int:
 def _run(args: argparse.Namespace, ours: Any, device: torch.device) -> int:
     print(f"Training on {device} with torch {torch.__version__}, {torch.get_num_threads()} threads: every task with")
     print("torch's loss and with fastloss's, in float32 and float64, from the same seed over the same batches.\n")
-    results: list[tuple[Task, dict[torch.dtype, tuple[Run, Run]]]] = []
+    results: list[tuple[DemoTask, dict[torch.dtype, tuple[Run, Run]]]] = []
     for task in _tasks(ours, args.seed, device):
         runs = {}
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             label = f"{task.name}, {str(dtype).removeprefix('torch.')}"
             runs[dtype] = (
                 train(task, task.torch_loss, dtype, args.steps, args.seed, f"{label} torch"),
@@ -350,7 +350,7 @@ def _run(args: argparse.Namespace, ours: Any, device: torch.device) -> int:
             apart = difference(a.losses, b.losses)
             same = apart <= limit(dtype)
             agree &= same
-            name = task.name if dtype == DTYPES[0] else ""
+            name = task.name if dtype == PRECISIONS[0] else ""
             verdict = "ok" if same else "DIFFERS"
             check.append([name, str(dtype).removeprefix("torch."), f"{apart:.1e}", f"{limit(dtype):.1e}", verdict])
     print(f"\n{text_table(summary)}\n")

@@ -63,7 +63,7 @@ def numbered(text: list[str], vocabulary: int) -> Tensor:
     return torch.tensor([ranks.get(word, 0) for word in text])
 
 
-class Model(torch.nn.Module):
+class LanguageModel(torch.nn.Module):
     """Embedding, GRU, and the head that makes logits of the hidden states."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
@@ -124,7 +124,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def train(ways: dict[str, Way], text: Tensor, model: Model, steps: int, seed: int) -> dict[str, Course]:
+def train(ways: dict[str, Way], text: Tensor, model: LanguageModel, steps: int, seed: int) -> dict[str, Course]:
     """Each way from the same model over the same batches, the ways taking turns."""
     device = model.head.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +140,7 @@ def train(ways: dict[str, Way], text: Tensor, model: Model, steps: int, seed: in
     return courses
 
 
-def _step(way: Way, model: Model, optimizer: torch.optim.Optimizer, batch: Tensor, course: Course) -> None:
+def _step(way: Way, model: LanguageModel, optimizer: torch.optim.Optimizer, batch: Tensor, course: Course) -> None:
     device = batch.device
     _synchronize(device)
     start = time.perf_counter()
@@ -273,7 +273,7 @@ def run(ours: Any, device: torch.device, seed: int, steps: int, path: str) -> bo
     print(text_table([["loss by", "time", "", "allocated"], *_rows(segmentation(ours, device), lambda c: c.seconds)]))
     text = numbered(words(Path(sysconfig.get_path("stdlib")), TOKENS), VOCABULARY)
     torch.manual_seed(seed)
-    model = Model(VOCABULARY, WIDTH).to(device)
+    model = LanguageModel(VOCABULARY, WIDTH).to(device)
     print(f"\nA language model on {len(text)} tokens of Python's standard library: {SEQUENCES * LENGTH} tokens a step,")
     print(f"{VOCABULARY} words, so {SEQUENCES * LENGTH * VOCABULARY * 4 / 2**20:.0f} MiB of logits; {steps} steps.\n")
     courses = train(ways_of(ours), text, model, steps, seed)

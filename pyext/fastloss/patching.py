@@ -22,13 +22,12 @@ from torch.overrides import handle_torch_function
 from . import _by_hand, functional
 from ._arguments import is_dtensor, unsupported
 from ._library import DTYPE_CODES
-from ._subclasses import handled, heeded, overrides
+from ._subclasses import handled, heeded, mode_active, overrides
 from .head import lazy_log_probs
 from .head.lazy import Lazy
 
 _originals: dict[tuple[Any, str], Callable[..., Any]] = {}  # by module or class, and name
 _lock = threading.RLock()
-_mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 # Losses of torch.nn.functional that fastloss has not; linear and embedding layers with a loss in them are none.
 _LACKING = tuple(
@@ -151,7 +150,7 @@ def _behind(name: str, original: Callable[..., Any], ours: Callable[..., Any]) -
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _mode_active():  # it is shown this function, and calls it
+        if mode_active():  # it is shown this function, and calls it
             return original(*args, **kwargs)
         reason = takes(args, kwargs, name)
         if heeded():
@@ -210,7 +209,7 @@ def _in_place_of(entry: _by_hand.ByHand, original: Callable[..., Any]) -> Callab
         flat = [t for a in given for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if any(isinstance(t, Lazy) for t in flat):  # its parts know these
             return original(self, *args, **kwargs)
-        if _mode_active():
+        if mode_active():
             result: Any = "under a mode of torch.overrides, which is to see its parts"
         else:
             result = takes(tuple(flat), {}) or entry.why_not(self, flat) or entry.serve(self, *args, **kwargs)
@@ -315,15 +314,15 @@ def _lazily(holder: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("input")
-        small = isinstance(x, Tensor) and x.numel() < lazy_log_probs.LEAST
+        small = isinstance(x, Tensor) and x.numel() < lazy_log_probs.FEWEST_LOGITS
         if not small:
             with contextlib.suppress(TypeError):  # out=, names of dimensions, mistakes
                 lazy = lazy_log_probs.log_softmax(*bind(*args, **kwargs))
                 if lazy is not None:
                     return lazy
         # F's own ends in Tensor's; a mode makes the call once more; a lazy head's logits say what becomes of them.
-        if holder is not F and not _mode_active() and not isinstance(x, Lazy):
-            few = f"of fewer than {lazy_log_probs.LEAST:,} elements, which torch makes at once"
+        if holder is not F and not mode_active() and not isinstance(x, Lazy):
+            few = f"of fewer than {lazy_log_probs.FEWEST_LOGITS:,} elements, which torch makes at once"
             _decline("log_softmax", few if small else "called in a form that torch makes at once")
         return original(*args, **kwargs)
 

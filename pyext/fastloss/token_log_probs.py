@@ -21,12 +21,12 @@ from ._autograd import (
     accum_dtype,
     attach,
     differentiated_again,
-    distinct_bytes,
     nothing,
     recomputing,
     recording,
     rehearsing,
     tell_rehearsal,
+    traffic,
     transforms_active,
 )
 from ._library import DTYPE_CODES, NONE, loop_vmap, ops
@@ -181,15 +181,16 @@ def _rehearse(logits: Tensor, index: Tensor, o: Options) -> tuple[Tensor, ...]:
             NONE, dtype, o.ignore_index, softcap=o.softcap, logit_scale=o.logit_scale, flags=flags
         )
         wanted = path is Path.RECOMPUTE
+        read, written = traffic((logits, index), (wanted,), again=wanted)
         tell_rehearsal(
             Rehearsed(
                 rules.regime((logits, index, None, None, None), options, path),
                 path.value,
                 (name_of_forward(o),),
                 ("token_log_probs_backward",) * wanted,
-                (distinct_bytes(logits) + distinct_bytes(index)) * (1 + wanted),
-                logits.nbytes * wanted,
-                logits.nbytes * wanted,
+                read,
+                written,
+                bytes_allocated=written,
             )
         )
     return nothings(logits, index.shape, o)

@@ -1,6 +1,14 @@
 """Cross entropy in float64 numpy, and problems to try it on: what the tests of the torch-free core share."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
+
+_ROW_MAPS_H = (Path(__file__).resolve().parents[2] / "csrc/rowwise/row_maps.h").read_text()
+# The numbers of the row maps.
+MAP = SimpleNamespace(**{name: i for i, name in enumerate(re.findall(r'(?m)^    "(\w+)[: ]', _ROW_MAPS_H))})
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # Relative error of a result kept in the dtype; the arithmetic is float32, or float64 for float64.
@@ -20,9 +28,9 @@ FEATURES = {
         "softcap": 3.0,
         "logit_scale": 0.7,
     },
-    "focal": {"row_map": 1, "map_params": [2.0], "weight": True},
+    "focal": {"row_map": MAP.focal, "map_params": [2.0], "weight": True},
     "focal and everything": {
-        "row_map": 1,
+        "row_map": MAP.focal,
         "map_params": [0.5],
         "weight": True,
         "sample_weight": True,
@@ -31,9 +39,14 @@ FEATURES = {
         "softcap": 3.0,
         "logit_scale": 0.7,
     },
-    "poly-1": {"row_map": 2, "map_params": [-0.5]},
-    "generalized cross entropy": {"row_map": 3, "map_params": [0.7], "weight": True, "label_smoothing": 0.1},
-    "token-scaled": {"row_map": 4, "map_params": [], "z_loss": 0.01},
+    "poly-1": {"row_map": MAP.poly1, "map_params": [-0.5]},
+    "generalized cross entropy": {
+        "row_map": MAP.generalized_cross_entropy,
+        "map_params": [0.7],
+        "weight": True,
+        "label_smoothing": 0.1,
+    },
+    "token-scaled": {"row_map": MAP.token_scaled, "map_params": [], "z_loss": 0.01},
     "margin": {"margins": [0.6, 0.0], "weight": True},
     "margins and everything": {
         "margins": [0.5, 0.2],
@@ -43,7 +56,7 @@ FEATURES = {
         "z_loss": 0.01,
         "softcap": 3.0,
         "logit_scale": 1.7,
-        "row_map": 1,
+        "row_map": MAP.focal,
         "map_params": [0.5],
     },
     "normalizer": {"normalizer": 7.5, "weight": True, "z_loss": 0.01},
@@ -76,10 +89,10 @@ def focal(nll, gamma):
 
 # Functions of the nll and their slopes, by number.
 ROW_MAPS = {
-    1: focal,
-    2: lambda nll, epsilon: (nll - epsilon * np.expm1(-nll), 1 + epsilon * np.exp(-nll)),
-    3: lambda nll, q: (-np.expm1(-q * nll) / q, np.exp(-q * nll)),
-    4: lambda nll: (np.exp(-nll) * nll, np.exp(-nll)),
+    MAP.focal: focal,
+    MAP.poly1: lambda nll, epsilon: (nll - epsilon * np.expm1(-nll), 1 + epsilon * np.exp(-nll)),
+    MAP.generalized_cross_entropy: lambda nll, q: (-np.expm1(-q * nll) / q, np.exp(-q * nll)),
+    MAP.token_scaled: lambda nll: (np.exp(-nll) * nll, np.exp(-nll)),
 }
 
 

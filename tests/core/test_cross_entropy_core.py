@@ -10,6 +10,7 @@ import pytest
 from numpy_reference import (
     DTYPES,
     FEATURES,
+    MAP,
     ROW_MAPS,
     close,
     entropy,
@@ -130,12 +131,12 @@ def test_entropy_of_special_rows(isa):
 
 # Row maps: number, parameters, value and slope at nll 0 and at infinity, digits that are lost.
 ENDS = [
-    *((1, [gamma], (0, gamma == 0), (np.inf, 1), 1 + 30 * gamma) for gamma in (0.0, 0.3, 1.0, 2.0, 5.0)),
-    (2, [1.5], (0, 2.5), (np.inf, 1), 1),
-    (2, [-0.5], (0, 0.5), (np.inf, 1), 1),
-    (3, [0.7], (0, 1), (1 / 0.7, 0), 1),
-    (3, [1.0], (0, 1), (1, 0), 10),
-    (4, [], (0, 1), (0, 0), 10),
+    *((MAP.focal, [gamma], (0, gamma == 0), (np.inf, 1), 1 + 30 * gamma) for gamma in (0.0, 0.3, 1.0, 2.0, 5.0)),
+    (MAP.poly1, [1.5], (0, 2.5), (np.inf, 1), 1),
+    (MAP.poly1, [-0.5], (0, 0.5), (np.inf, 1), 1),
+    (MAP.generalized_cross_entropy, [0.7], (0, 1), (1 / 0.7, 0), 1),
+    (MAP.generalized_cross_entropy, [1.0], (0, 1), (1, 0), 10),
+    (MAP.token_scaled, [], (0, 1), (0, 0), 10),
 ]
 
 

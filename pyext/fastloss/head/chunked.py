@@ -25,7 +25,7 @@ COUNT = -1  # of max_rows: count the rows, and wait for the GPU
 _BLOCK = 32 << 20  # bytes of an operand's copy in another dtype
 
 
-class Operands(NamedTuple):
+class HeadOperands(NamedTuple):
     """Of a head with K positions (1 but for weights of more than two dimensions) and C classes.
 
     The first :data:`WANTS` may have gradients.
@@ -87,24 +87,24 @@ class Result(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def is_soft(t: Operands) -> bool:
+def is_soft(t: HeadOperands) -> bool:
     """Probabilities rather than class indices."""
     return t.target.is_floating_point()
 
 
-def classes_of(t: Operands) -> int:
+def classes_of(t: HeadOperands) -> int:
     """C."""
     if is_soft(t):
         return t.target.shape[1]
     return t.linear_weight.shape[0] // max(t.target.shape[1] if t.target.dim() > 1 else 1, 1)
 
 
-def row_shape(t: Operands) -> list[int]:
+def row_shape(t: HeadOperands) -> list[int]:
     """Of an index target, and of the loss for reduction none."""
     return [*t.target.shape[:1], *t.target.shape[2:]] if is_soft(t) else list(t.target.shape)
 
 
-def as_logits(z: Tensor, t: Operands) -> Tensor:
+def as_logits(z: Tensor, t: HeadOperands) -> Tensor:
     """Products [n, C * K] as logits [n, C] or [n, C, K]."""
     if len(row_shape(t)) == 1:
         return z
@@ -112,12 +112,12 @@ def as_logits(z: Tensor, t: Operands) -> Tensor:
     return z.view(z.shape[0], z.shape[1] // positions if positions else 0, positions)
 
 
-def _counts(t: Operands, o: Options) -> Tensor | None:
+def _counts(t: HeadOperands, o: Options) -> Tensor | None:
     """Which targets are not ignored; None: all of them."""
     return None if is_soft(t) else t.target.to(torch.int64) != o.ignore_index
 
 
-def with_denominators(t: Operands, o: Options) -> Operands:
+def with_denominators(t: HeadOperands, o: Options) -> HeadOperands:
     """With the mean's denominator of the whole batch as the normalizer, so that each chunk can divide by it.
 
     The z-loss is divided by the count of the targets instead, which class weights leave alone: so they are multiplied
@@ -144,7 +144,7 @@ def with_denominators(t: Operands, o: Options) -> Operands:
     return t._replace(weight=(t.weight * ratio).to(t.weight.dtype), normalizer=count)
 
 
-def _raise_for_bad_targets(t: Operands, o: Options) -> None:
+def _raise_for_bad_targets(t: HeadOperands, o: Options) -> None:
     """On the CPU, before anything is computed; a chunk would know neither its place nor the rows left out."""
     if is_soft(t) or not t.target.is_cpu or not t.target.numel():
         return
@@ -163,7 +163,7 @@ def _raise_for_bad_targets(t: Operands, o: Options) -> None:
         )
 
 
-class Kept(NamedTuple):
+class KeptRows(NamedTuple):
     """The rows that reach a product.
 
     Attributes:
@@ -175,17 +175,17 @@ class Kept(NamedTuple):
     poison: Tensor | None = None
 
 
-def first_rows(keep: Tensor, most: int) -> Kept:
+def first_rows(keep: Tensor, most: int) -> KeptRows:
     """Those to keep, without counting them; where they are fewer than ``most``, others follow, which change nothing."""
-    return Kept(torch.argsort(~keep, stable=True)[:most], poison=torch.where(keep.sum() > most, torch.nan, 0.0))
+    return KeptRows(torch.argsort(~keep, stable=True)[:most], poison=torch.where(keep.sum() > most, torch.nan, 0.0))
 
 
-def _kept(t: Operands, o: HeadOptions) -> Kept:
+def _kept(t: HeadOperands, o: HeadOptions) -> KeptRows:
     """Rows with a target that is not ignored and a weight that is not 0; statistics need all of them."""
     counts, s = _counts(t, o.of_rows()), t.sample_weight
     on_cpu = t.input.is_cpu
     if o.flags & STATS or (counts is None and s is None) or not (on_cpu or o.max_rows):
-        return Kept(None)
+        return KeptRows(None)
     keep = s != 0 if counts is None else counts if s is None else counts & (s != 0)  # type: ignore[operator]
     assert isinstance(keep, Tensor)
     keep = keep.flatten(1).any(1) if keep.dim() > 1 else keep
@@ -197,17 +197,17 @@ def _kept(t: Operands, o: HeadOptions) -> Kept:
             f"linear_cross_entropy(): max_rows is {o.max_rows}, but {count} rows count; give at least so many"
         )
     if count == keep.numel():
-        return Kept(None)
+        return KeptRows(None)
     mean = o.reduction == MEAN and t.normalizer is None
     if mean and count == 0 and (counts is None or bool(counts.any())):
-        return Kept(None)  # all that count have weight 0: 0 / 0, whose gradient is nan
-    return Kept(keep.nonzero().flatten())
+        return KeptRows(None)  # all that count have weight 0: 0 / 0, whose gradient is nan
+    return KeptRows(keep.nonzero().flatten())
 
 
 # -------------------------------------------------------------------------------------------------------- products
 
 
-def rows_at_a_time(t: Operands, o: HeadOptions, by_weight: bool = False) -> int:
+def rows_at_a_time(t: HeadOperands, o: HeadOptions, by_weight: bool = False) -> int:
     """Rows of a chunk: computed where the sizes are known, for a recorded program takes others.
 
     ``by_weight``: of chunks that make the weight's gradient.
@@ -221,7 +221,7 @@ def rows_at_a_time(t: Operands, o: HeadOptions, by_weight: bool = False) -> int:
     return rows_per_chunk(rows, features, columns, itemsize=itemsize, device=device, budget=budget, sums=sums)
 
 
-def chunks_of(t: Operands, o: HeadOptions, by_weight: bool) -> Chunks:
+def chunks_of(t: HeadOperands, o: HeadOptions, by_weight: bool) -> Chunks:
     """How many, and the largest of them: of the rows that reach a product. ``by_weight``: as above."""
     kept = _kept(t, o).rows
     rows = t.input.shape[0] if kept is None else kept.shape[0]
@@ -256,12 +256,12 @@ def chunk_dtype(device: torch.device, logits_dtype: torch.dtype, weight_elements
     return torch.float32 if wide and (few or not _FAST_ON_CPU[logits_dtype]) else logits_dtype
 
 
-def held_dtype(t: Operands, o: HeadOptions) -> torch.dtype:
+def held_dtype(t: HeadOperands, o: HeadOptions) -> torch.dtype:
     """In which the logits of a call's chunks are held."""
     return chunk_dtype(t.input.device, DTYPES[o.logits_dtype], t.linear_weight.numel())
 
 
-def sums_in_product(t: Operands, o: HeadOptions) -> bool:
+def sums_in_product(t: HeadOperands, o: HeadOptions) -> bool:
     """Whether the weight's gradient needs no sums in float32 where one chunk holds all rows.
 
     A product of 16 bits adds up in float32 and rounds once, to the weight's dtype. On a GPU it may round parts of its
@@ -293,7 +293,7 @@ class _Products:
     in another dtype is made of a block of the weight at a time."""
 
     def __init__(
-        self, t: Operands, o: HeadOptions, needs: Needs, whole: bool = False, held: torch.dtype | None = None
+        self, t: HeadOperands, o: HeadOptions, needs: Needs, whole: bool = False, held: torch.dtype | None = None
     ) -> None:
         """``whole``: one chunk holds all rows. ``held``: see :func:`held_dtype`, which says it if it is None."""
         self.rounded, self.held = DTYPES[o.logits_dtype], held or held_dtype(t, o)
@@ -356,7 +356,7 @@ class _Products:
 
 
 def loss_and_gradients(
-    t: Operands, o: HeadOptions, needs: Needs, grad_output: Tensor | None = None, value: bool = True
+    t: HeadOperands, o: HeadOptions, needs: Needs, grad_output: Tensor | None = None, value: bool = True
 ) -> Result:
     """Loss, statistics, and the gradients that ``needs`` names for ``grad_output``, None: 1 (scalar reductions).
 
@@ -366,7 +366,9 @@ def loss_and_gradients(
         return _loss_and_gradients(t, o, needs, grad_output, value)
 
 
-def _loss_and_gradients(t: Operands, o: HeadOptions, needs: Needs, grad_output: Tensor | None, value: bool) -> Result:
+def _loss_and_gradients(
+    t: HeadOperands, o: HeadOptions, needs: Needs, grad_output: Tensor | None, value: bool
+) -> Result:
     _raise_for_bad_targets(t, o.of_rows())
     kept = _kept(t, o)
     t = with_denominators(t, o.of_rows())
@@ -465,13 +467,13 @@ def _by_probabilities(operands: Sequence[Any], o: Options, grad_output: Tensor |
     return (loss, *stats), by_target, by_weight, by_logits
 
 
-def _whole_stats(parts: Sequence[Sequence[Tensor]], t: Operands, o: Options) -> tuple[Tensor, ...]:
+def _whole_stats(parts: Sequence[Sequence[Tensor]], t: HeadOperands, o: Options) -> tuple[Tensor, ...]:
     """The chunks' statistics as those of all rows."""
     lse, argmax, entropy = (torch.cat([part[i] for part in parts]) for i in (0, 1, 3))
     return lse, argmax, accuracy(argmax, t, o), entropy
 
 
-def accuracy(argmax: Tensor, t: Operands, o: Options) -> Tensor:
+def accuracy(argmax: Tensor, t: HeadOperands, o: Options) -> Tensor:
     """The share of the counted targets that were predicted."""
     wanted = t.target.argmax(1) if is_soft(t) else t.target.to(torch.int64)
     return accuracy_of(argmax == wanted, None if is_soft(t) else _counts(t, o), bool(o.flags & ALL_IGNORED_ZERO))
@@ -486,7 +488,7 @@ _OPTIONS = ", ".join(f"{kind.__name__} {name}" for name, kind in HeadOptions.__a
 _REST = f"{_TENSORS}, {_OPTIONS}, int needs"
 library.define(f"linear_cross_entropy_forward({_REST}) -> ({', '.join(['Tensor'] * 10)})")
 library.define(f"linear_cross_entropy_backward(Tensor grad_output, {_REST}) -> ({', '.join(['Tensor'] * 5)})")
-_TENSOR_COUNT, _OPTION_COUNT = len(Operands._fields), len(HeadOptions._fields)
+_TENSOR_COUNT, _OPTION_COUNT = len(HeadOperands._fields), len(HeadOptions._fields)
 
 
 def as_bits(needs: Needs) -> int:
@@ -499,10 +501,10 @@ def from_bits(bits: int) -> tuple[bool, ...]:
     return tuple(bool(bits >> i & 1) for i in range(WANTS))
 
 
-def _split(args: Sequence[Any]) -> tuple[Operands, HeadOptions, Needs]:
+def _split(args: Sequence[Any]) -> tuple[HeadOperands, HeadOptions, Needs]:
     """An operator's arguments. A recorded program may be given other layouts than it was recorded with."""
     options = HeadOptions(*args[_TENSOR_COUNT : _TENSOR_COUNT + _OPTION_COUNT])
-    t = Operands(*args[:_TENSOR_COUNT])
+    t = HeadOperands(*args[:_TENSOR_COUNT])
     weight, s = (None if x is None else x.contiguous() for x in (t.weight, t.sample_weight))
     t = t._replace(target=t.target.contiguous(), weight=weight, sample_weight=s)
     return t, options, from_bits(args[-1])
@@ -530,7 +532,7 @@ def _backward(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _full(_in_sums(loss_and_gradients(t, o, needs, grad_output, value=False).grads, o), t.input)
 
 
-def _fake_grads(t: Operands, o: HeadOptions, needs: Needs) -> Grads:
+def _fake_grads(t: HeadOperands, o: HeadOptions, needs: Needs) -> Grads:
     def new(like: Tensor | None, needed: bool, dtype: torch.dtype | None = None) -> Tensor | None:
         return like.new_empty(like.shape, dtype=dtype or like.dtype) if needed and like is not None else None
 
@@ -565,8 +567,8 @@ backward_operator: Callable[..., Any] = ops.linear_cross_entropy_backward
 __all__ = [
     "COUNT",
     "WANTS",
+    "HeadOperands",
     "HeadOptions",
-    "Operands",
     "Result",
     "accuracy",
     "add_product",

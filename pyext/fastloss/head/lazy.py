@@ -1,9 +1,9 @@
 """Tensors that are not made until somebody looks: what :class:`LazyLogits` and :class:`LazyLogProbs` share.
 
-A lazy tensor has shape, dtype and device, a place in the graph and no memory. Operations with a rule give another one
-or a fused loss; any other gets the tensor itself, made once and kept. Its *origin*, the one that it was derived from
-and the operation that did it, says how torch would have made it, so that views share memory with what they are views
-of, and rounding is torch's.
+A lazy tensor has shape, dtype and device, a place in the graph and no memory. Operations that it overrides give another
+one or a fused loss; any other gets the tensor itself, made once and kept. Its *origin*, the one that it was derived
+from and the operation that did it, says how torch would have made it, so that views share memory with what they are
+views of, and rounding is torch's.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 DisableTorchFunction = torch._C.DisableTorchFunctionSubclass
-Rules = dict[Any, Callable[..., Any]]
+Overrides = dict[Any, Callable[..., Any]]
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
 class Lazy(Tensor):
     """A tensor that is made when somebody looks. See the module."""
 
-    _rules: ClassVar[Rules] = {}
+    _overrides: ClassVar[Overrides] = {}
     _parent: "Lazy | None"
     _how: Callable[[Tensor], Tensor]
     _made: Tensor | None
@@ -54,9 +54,10 @@ class Lazy(Tensor):
         if func in METADATA:
             with DisableTorchFunction():
                 return func(*args, **kwargs)
-        rule = cls._rules.get(func) or cls._rules.get(getattr(func, "__wrapped__", None))  # patch() wraps log_softmax
-        if rule is not None and _takes(rule, func, args, kwargs):
-            result = rule(func, *args, **kwargs)
+        wrapped = getattr(func, "__wrapped__", None)  # patch() wraps log_softmax
+        override = cls._overrides.get(func) or cls._overrides.get(wrapped)
+        if override is not None and _takes(override, func, args, kwargs):
+            result = override(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         return _look(func, args, kwargs)
@@ -133,11 +134,11 @@ class Lazy(Tensor):
 _signature = functools.cache(inspect.signature)
 
 
-def _takes(rule: Callable[..., Any], *call: Any) -> bool:
+def _takes(override: Callable[..., Any], *call: Any) -> bool:
     """Whether it has these parameters: ``rounding_mode`` and the like are left to torch."""
     func, args, kwargs = call
     try:
-        _signature(rule).bind(func, *args, **kwargs)
+        _signature(override).bind(func, *args, **kwargs)
     except TypeError:
         return False
     return True
@@ -186,18 +187,18 @@ METADATA: set[Any] = {getattr(Tensor, name).__get__ for name in _PROPERTIES.spli
 METADATA |= {getattr(holder, n) for n in _METHODS.split() for holder in (Tensor, torch) if hasattr(holder, n)}
 
 
-def rules_of(rules: Rules) -> Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """The decorator that registers rules for Tensor's methods and torch's functions of some names. A rule gets the
+def implements(overrides: Overrides) -> Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """The decorator that registers what stands for Tensor's methods and torch's functions of some names. It gets the
     function and its arguments; NotImplemented makes the tensor."""
 
-    def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def decorator(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def register(override: Callable[..., Any]) -> Callable[..., Any]:
             for holder in (Tensor, torch):
                 for name in names:
                     if hasattr(holder, name):
-                        rules[getattr(holder, name)] = rule
-            return rule
+                        overrides[getattr(holder, name)] = override
+            return override
 
         return register
 
-    return rule
+    return decorator

@@ -20,17 +20,17 @@ from torch.autograd import forward_ad
 from .._arguments import HALVES, autocast_dtype
 from .._autograd import accum_dtype, functorch_active
 from .._library import DTYPE_CODES
+from .._subclasses import mode_active
+from ..losses._rowwise import NO_INDEX
 from ..losses.cross_entropy import cross_entropy
 from ..losses.nll_loss import nll_loss
 from ..token_log_probs import token_log_probs
-from .lazy import Lazy, Rules, autocast, rules_of
+from .lazy import Lazy, Overrides, autocast, implements
 from .lazy_logits import LazyLogits
 
 # Below so many logits the log-probabilities are made at once: a tensor subclass costs more than it saves.
-LEAST = 1 << 20
-_NO_INDEX = -(2**62)  # for an ignore_index that ignores nothing
+FEWEST_LOGITS = 1 << 20
 _LOG_SOFTMAX, _TORCHS_NLL = torch.log_softmax, F.nll_loss
-_mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
 
 # Hears of every loss that was fused (None), and of the operations for which log-probabilities were made.
 report: Callable[[str | None], Any] = lambda made_by: None  # noqa: E731
@@ -89,7 +89,7 @@ class _Origin(torch.autograd.Function):
 class LazyLogProbs(Lazy):
     """Log-probabilities that are made when somebody looks. See the module."""
 
-    _rules: ClassVar[Rules] = {}
+    _overrides: ClassVar[Overrides] = {}
     _form: Form
     _logits: Tensor
 
@@ -163,7 +163,7 @@ def log_softmax(input: Any, dim: Any, dtype: Any) -> Any:
     if (
         torch.compiler.is_compiling()  # which cannot trace what follows
         or (type(input) is not Tensor and type(input) is not torch.nn.Parameter)
-        or input.numel() < LEAST
+        or input.numel() < FEWEST_LOGITS
         or type(dim) is not int
         or input.dtype not in DTYPE_CODES
         or not _takes(dtype, input)
@@ -176,7 +176,7 @@ def log_softmax(input: Any, dim: Any, dtype: Any) -> Any:
         or functorch_active()
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or _mode_active()
+        or mode_active()
         or torch._C._len_torch_dispatch_stack()
     ):
         return None
@@ -209,13 +209,13 @@ def _functional(func: Any, input: Any, dim: Any = None, _stacklevel: int = 3, dt
     return _method(func, input, dim, dtype)
 
 
-LazyLogits._rules[F.log_softmax] = _functional
-LazyLogits._rules[torch.log_softmax] = LazyLogits._rules[Tensor.log_softmax] = _method
+LazyLogits._overrides[F.log_softmax] = _functional
+LazyLogits._overrides[torch.log_softmax] = LazyLogits._overrides[Tensor.log_softmax] = _method
 
 
 # -------------------------------------------------------------------------------------------- what leaves them unmade
 
-_rule = rules_of(LazyLogProbs._rules)
+_implements = implements(LazyLogProbs._overrides)
 
 
 def _lazy(x: Any, *, bare: bool = True) -> bool:
@@ -225,12 +225,12 @@ def _lazy(x: Any, *, bare: bool = True) -> bool:
     return not bare or (x._form.targets is None and x._form.kind == "log p")
 
 
-@_rule("neg", "negative", "__neg__")
+@_implements("neg", "negative", "__neg__")
 def _neg(func: Any, x: Any) -> Any:
     return x.derive(torch.neg, sign=-x._form.sign) if _lazy(x, bare=False) else NotImplemented
 
 
-@_rule("exp")
+@_implements("exp")
 def _exp(func: Any, x: Any) -> Any:
     return x.derive(torch.exp, kind="p") if _lazy(x) and x._form.sign == 1 else NotImplemented
 
@@ -243,7 +243,7 @@ def _entropies(p: Any, log_p: Any) -> Any:
     return p.derive(lambda made: made * log_p.make("mul"), kind="p log p", sign=p._form.sign * log_p._form.sign)
 
 
-@_rule("mul", "multiply", "__mul__", "__rmul__")
+@_implements("mul", "multiply", "__mul__", "__rmul__")
 def _mul(func: Any, x: Any, other: Any) -> Any:
     """With a number for each class of each row, or with its own exponential."""
     if isinstance(x, LazyLogProbs) and isinstance(other, LazyLogProbs):
@@ -261,12 +261,12 @@ def _mul(func: Any, x: Any, other: Any) -> Any:
     return x.derive(lambda log_p: log_p * other, targets=targets, dtype=wide)
 
 
-@_rule("detach")
+@_implements("detach")
 def _detach(func: Any, x: Any) -> Any:
     return x.derive(Tensor.detach, logits=x._logits.detach()) if _lazy(x) else NotImplemented
 
 
-@_rule("float", "to")
+@_implements("float", "to")
 def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Where it is of that dtype already."""
     dtype = torch.float32 if func.__name__ == "float" else args[0] if len(args) == 1 else None
@@ -296,18 +296,18 @@ def _reshaped(x: Any, shape: Sequence[Any]) -> Any:
     return x.derive(lambda log_p: log_p.reshape(shape), logits=logits, classes=logits.dim() - 1)
 
 
-@_rule("view", "reshape")
+@_implements("view", "reshape")
 def _view(func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
     sizes = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else list(shape)
     return _reshaped(x, sizes) if not kwargs and _last(x) else NotImplemented
 
 
-@_rule("contiguous")
+@_implements("contiguous")
 def _contiguous(func: Any, x: Any, **kwargs: Any) -> Any:
     return x.derive(Tensor.contiguous) if not kwargs and _lazy(x) else NotImplemented
 
 
-@_rule("transpose", "swapaxes", "swapdims")
+@_implements("transpose", "swapaxes", "swapdims")
 def _transpose(func: Any, x: Any, first: Any, second: Any) -> Any:
     if not _lazy(x) or type(first) is not int or type(second) is not int:
         return NotImplemented
@@ -317,7 +317,7 @@ def _transpose(func: Any, x: Any, first: Any, second: Any) -> Any:
     return _permuted(x, order)
 
 
-@_rule("permute")
+@_implements("permute")
 def _permute(func: Any, x: Any, *dims: Any) -> Any:
     flat = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else list(dims)
     if not _lazy(x) or not all(type(d) is int for d in flat):
@@ -332,7 +332,7 @@ def _permuted(x: Any, order: list[int]) -> Any:
     return x.derive(lambda log_p: log_p.permute(order), logits=logits, classes=order.index(x._form.classes))
 
 
-@_rule("__getitem__")
+@_implements("__getitem__")
 def _getitem(func: Any, x: Any, key: Any) -> Any:
     """Of rows: slices and numbers."""
     keys = list(key) if isinstance(key, tuple) else [key]
@@ -351,7 +351,7 @@ def _getitem(func: Any, x: Any, key: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-@_rule("gather")
+@_implements("gather")
 def _gather(func: Any, x: Any, dim: Any, index: Any, **kwargs: Any) -> Any:
     """Of one class for each row."""
     if not _lazy(x) or kwargs or type(dim) is not int or type(index) is not Tensor or index.dtype is not torch.int64:
@@ -361,7 +361,7 @@ def _gather(func: Any, x: Any, dim: Any, index: Any, **kwargs: Any) -> Any:
     if dim % len(shape) != axis or list(index.shape) != shape:
         return NotImplemented
     try:
-        nll = x.loss(index.squeeze(axis), reduction="none", ignore_index=_NO_INDEX)
+        nll = x.loss(index.squeeze(axis), reduction="none", ignore_index=NO_INDEX)
     except IndexError:
         return NotImplemented  # torch says so in its own words
     return (nll if x._form.sign < 0 else -nll).unsqueeze(axis)
@@ -387,10 +387,10 @@ def _nll_loss(
     return input.loss(target, weight=weight, ignore_index=ignore_index, reduction=reduction)
 
 
-LazyLogProbs._rules[_TORCHS_NLL] = LazyLogProbs._rules[nll_loss] = _nll_loss
+LazyLogProbs._overrides[_TORCHS_NLL] = LazyLogProbs._overrides[nll_loss] = _nll_loss
 
 
-@_rule("sum", "mean")
+@_implements("sum", "mean")
 def _reduced(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Over the classes, of log-probabilities or their product with targets; or over everything."""
     if not _lazy(x, bare=False) or dtype not in (None, x._form.dtype, torch.float32) or keepdim not in (False, True):
@@ -422,7 +422,7 @@ def _reduced(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype
     elif isinstance(logits, LazyLogits):  # smoothed all the way, without a target for each class
         rows = [n for i, n in enumerate(logits.shape) if i != form.classes]
         target = torch.zeros(rows, dtype=torch.int64, device=logits.device)
-        loss = x.loss(target, reduction=reduction, label_smoothing=1.0, ignore_index=_NO_INDEX)
+        loss = x.loss(target, reduction=reduction, label_smoothing=1.0, ignore_index=NO_INDEX)
         weigh = share * classes
     else:
         targets = logits.new_full((), share, dtype=form.dtype).expand(logits.shape)

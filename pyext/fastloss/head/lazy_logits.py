@@ -1,8 +1,8 @@
 """Logits that are not made until somebody looks: a tensor of hidden states and the head's weight.
 
 :class:`LazyLogits` has the shape, dtype and device of ``F.linear(hidden, weight, bias)`` and no memory. What models do
-to logits before the loss (:data:`_RULES`) gives another one; a cross entropy becomes :func:`linear_cross_entropy`;
-anything else gets the logits themselves, made once and kept.
+to logits before the loss (:attr:`LazyLogits._overrides`) gives another one; a cross entropy becomes
+:func:`linear_cross_entropy`; anything else gets the logits themselves, made once and kept.
 
 Each is two things at once. Its *form* says what it is in terms of hidden states, for the fused loss; its origin says
 how torch would have made it (:mod:`fastloss.head.lazy`).
@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,15 +23,11 @@ from torch import Tensor
 
 from .._arguments import HALVES, autocast_dtype, is_dtensor, legacy_reduction
 from .._autograd import accum_dtype, attach
-from ..losses import _rowwise
-from ..losses.cross_entropy import ROW_MAP_NUMBERS, CrossEntropyStats, Given, cross_entropy
-from ..losses.focal_loss import focal_loss
-from ..losses.generalized_cross_entropy import generalized_cross_entropy
-from ..losses.poly1_loss import poly1_loss
-from ..losses.token_scaled_cross_entropy import token_scaled_cross_entropy
+from ..losses import _row_map, _rowwise
+from ..losses.cross_entropy import CrossEntropyStats, Given, cross_entropy
 from ..token_log_probs import IGNORE_INDEX, token_log_probs
 from .chunked import chunk_dtype
-from .lazy import DisableTorchFunction, Lazy, Rules, autocast, rules_of
+from .lazy import DisableTorchFunction, Lazy, Overrides, autocast, implements
 from .linear_cross_entropy import Chunking, linear_cross_entropy, run
 from .linear_token_log_probs import linear_token_log_probs
 
@@ -135,7 +132,7 @@ class _Origin(torch.autograd.Function):
 class LazyLogits(Lazy):
     """Logits that are made when somebody looks. See the module."""
 
-    _rules: ClassVar[Rules] = {}
+    _overrides: ClassVar[Overrides] = {}
     _form: Form
     _hidden: Tensor
     _weight: Tensor
@@ -268,7 +265,7 @@ def _new(
 
 # ---------------------------------------------------------------------------------------- what leaves logits unmade
 
-_rule = rules_of(LazyLogits._rules)
+_implements = implements(LazyLogits._overrides)
 
 
 def _row_major(x: Any) -> bool:
@@ -291,7 +288,7 @@ def _reshaped(func: Any, x: LazyLogits, shape: list[int]) -> Any:
     return x.derive(lambda z: func(z, shape), operands=(hidden, x._weight, x._bias), classes=len(shape) - 1)
 
 
-@_rule("view", "reshape")
+@_implements("view", "reshape")
 def _view(func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
     if "size" in kwargs or "shape" in kwargs:
         shape = kwargs.pop("size", None) or kwargs.pop("shape")
@@ -301,12 +298,12 @@ def _view(func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
     return _reshaped(Tensor.reshape, x, sizes)
 
 
-@_rule("view_as", "reshape_as")
+@_implements("view_as", "reshape_as")
 def _view_as(func: Any, x: Any, other: Any) -> Any:
     return _reshaped(Tensor.reshape, x, list(other.shape)) if _row_major(x) else NotImplemented
 
 
-@_rule("flatten")
+@_implements("flatten")
 def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     if not _row_major(x):
         return NotImplemented
@@ -316,7 +313,7 @@ def _flatten(func: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     return _reshaped(Tensor.reshape, x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]])
 
 
-@_rule("squeeze", "unsqueeze")
+@_implements("squeeze", "unsqueeze")
 def _squeeze(func: Any, x: Any, dim: Any = None) -> Any:
     if not _row_major(x) or not isinstance(dim, int):
         return NotImplemented
@@ -329,17 +326,17 @@ def _squeeze(func: Any, x: Any, dim: Any = None) -> Any:
     return _reshaped(Tensor.reshape, x, shape)
 
 
-@_rule("contiguous")
+@_implements("contiguous")
 def _contiguous(func: Any, x: Any, **kwargs: Any) -> Any:
     return NotImplemented if kwargs or not isinstance(x, LazyLogits) else x.derive(Tensor.contiguous)
 
 
-@_rule("clone")
+@_implements("clone")
 def _clone(func: Any, x: Any) -> Any:
     return x.derive(torch.clone, copies=1)
 
 
-@_rule("movedim", "moveaxis")
+@_implements("movedim", "moveaxis")
 def _movedim(func: Any, x: Any, source: Any, destination: Any) -> Any:
     if not isinstance(x, LazyLogits) or type(source) is not int or type(destination) is not int:
         return NotImplemented
@@ -348,7 +345,7 @@ def _movedim(func: Any, x: Any, source: Any, destination: Any) -> Any:
     return _permute(Tensor.permute, x, order)
 
 
-@_rule("transpose", "swapaxes", "swapdims", "permute")
+@_implements("transpose", "swapaxes", "swapdims", "permute")
 def _permute(func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
     flat = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else list(dims)
     if kwargs or not isinstance(x, LazyLogits) or not all(isinstance(d, int) for d in flat):
@@ -366,13 +363,13 @@ def _permute(func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
     return x.derive(lambda z: z.permute(order), operands=operands, classes=order.index(x._form.classes))
 
 
-@_rule("detach")
+@_implements("detach")
 def _detach(func: Any, x: Any) -> Any:
     operands = (x._hidden.detach(), x._weight.detach(), None if x._bias is None else x._bias.detach())
     return x.derive(Tensor.detach, operands=operands)
 
 
-@_rule("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu", "cuda")
+@_implements("float", "double", "half", "bfloat16", "to", "type", "type_as", "cpu", "cuda")
 def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return NotImplemented
@@ -419,7 +416,7 @@ def _basic(key: Any, dims: int) -> list[Any] | None:
     return [*keys[:at], *[slice(None)] * (dims - used), *keys[at + 1 :]]
 
 
-@_rule("__getitem__")
+@_implements("__getitem__")
 def _getitem(func: Any, x: Any, key: Any) -> Any:
     keys = _basic(key, x._hidden.dim()) if _row_major(x) else None
     if keys is None or not isinstance(keys[-1], slice) or keys[-1].step not in (None, 1):
@@ -445,7 +442,7 @@ def _pieces(x: Any, dim: Any, ends: Sequence[int]) -> Any:
     return tuple(found)
 
 
-@_rule("split")
+@_implements("split")
 def _split(func: Any, x: Any, split_size: Any, dim: Any = 0) -> Any:
     if not _row_major(x) or not isinstance(dim, int) or dim % x._hidden.dim() == x._form.classes:
         return NotImplemented
@@ -458,7 +455,7 @@ def _split(func: Any, x: Any, split_size: Any, dim: Any = 0) -> Any:
     return _pieces(x, dim, ends) if ends and ends[-1] == rows and min(split_size) >= 0 else NotImplemented
 
 
-@_rule("chunk")
+@_implements("chunk")
 def _chunk(func: Any, x: Any, chunks: Any, dim: Any = 0) -> Any:
     if not _row_major(x) or type(chunks) is not int or chunks < 1 or not isinstance(dim, int):
         return NotImplemented
@@ -467,7 +464,7 @@ def _chunk(func: Any, x: Any, chunks: Any, dim: Any = 0) -> Any:
     return _split(func, x, max(1, -(-rows // chunks)), dim)
 
 
-@_rule("narrow", "select", "index_select")
+@_implements("narrow", "select", "index_select")
 def _picked(func: Any, x: Any, dim: Any, *at: Any, **named: Any) -> Any:
     """Rows, of one axis."""
     if not _row_major(x) or not isinstance(dim, int) or any(isinstance(a, LazyLogits) for a in (*at, *named.values())):
@@ -483,7 +480,7 @@ def _picked(func: Any, x: Any, dim: Any, *at: Any, **named: Any) -> Any:
     )
 
 
-@_rule("unbind")
+@_implements("unbind")
 def _unbind(func: Any, x: Any, dim: Any = 0) -> Any:
     """Of iteration too."""
     if not _row_major(x) or dim != 0 or x._form.classes == 0:
@@ -498,14 +495,14 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-@_rule("mul", "multiply", "__mul__", "__rmul__")
+@_implements("mul", "multiply", "__mul__", "__rmul__")
 def _mul(func: Any, x: Any, other: Any) -> Any:
     if not isinstance(x, LazyLogits):
         x, other = other, x
     return _scaled(x, other, lambda z: z * other)
 
 
-@_rule("div", "divide", "true_divide", "__div__", "__truediv__")
+@_implements("div", "divide", "true_divide", "__div__", "__truediv__")
 def _div(func: Any, x: Any, other: Any) -> Any:
     if _number(other) and other != 0:
         return _scaled(x, 1.0 / other, lambda z: z / other)
@@ -556,12 +553,12 @@ def _per_class(x: Any, other: Any) -> bool:
     return same_device and kept and other.shape[-1] == x._weight.shape[0]
 
 
-@_rule("tanh")
+@_implements("tanh")
 def _tanh(func: Any, x: Any) -> Any:
     return NotImplemented if x._form.cap is not None else x.derive(torch.tanh, cap=1.0, copies=1)
 
 
-@_rule("add", "__add__", "__radd__")
+@_implements("add", "__add__", "__radd__")
 def _add(func: Any, x: Any, other: Any) -> Any:
     """A bias that torch adds afterwards."""
     if not isinstance(x, LazyLogits):
@@ -574,13 +571,13 @@ def _add(func: Any, x: Any, other: Any) -> Any:
     return x.derive(lambda z: z + other, operands=(x._hidden, x._weight, bias), copies=1)
 
 
-@_rule("sub", "subtract", "__sub__")
+@_implements("sub", "subtract", "__sub__")
 def _sub(func: Any, x: Any, other: Any) -> Any:
     """A prior's logarithm, for instance."""
     return _add(func, x, -other) if isinstance(other, Tensor) and not isinstance(other, LazyLogits) else NotImplemented
 
 
-@_rule("neg", "negative", "__neg__")
+@_implements("neg", "negative", "__neg__")
 def _neg(func: Any, x: Any) -> Any:
     return _scaled(x, -1.0, torch.neg)
 
@@ -669,12 +666,12 @@ def _classes_at(x: Any, key: Any) -> Tensor | None:
     return where
 
 
-@_rule("masked_fill")
+@_implements("masked_fill")
 def _masked_fill(func: Any, x: Any, mask: Any, value: Any) -> Any:
     return _filled(x, _classes_of_mask(x, mask), value, lambda z: z.masked_fill(mask, value))
 
 
-@_rule("where")
+@_implements("where")
 def _where(func: Any, condition: Any, *others: Any) -> Any:
     if len(others) != 2 or isinstance(condition, LazyLogits):
         return NotImplemented
@@ -686,14 +683,14 @@ def _where(func: Any, condition: Any, *others: Any) -> Any:
     return _filled(lazy, None if where is None else ~where, value, lambda z: func(condition, z, value))
 
 
-@_rule("index_fill")
+@_implements("index_fill")
 def _index_fill(func: Any, x: Any, dim: Any, index: Any, value: Any) -> Any:
     if not _row_major(x) or dim not in (-1, x._form.classes) or not isinstance(index, Tensor):
         return NotImplemented
     return _filled(x, _classes_at(x, index), value, lambda z: z.index_fill(dim, index, value))
 
 
-@_rule("__setitem__")
+@_implements("__setitem__")
 def _setitem(func: Any, x: Any, key: Any, value: Any) -> Any:
     """The same classes of every row: an image's tokens, a padded vocabulary."""
     keys = list(key) if isinstance(key, tuple) else [key]
@@ -712,11 +709,11 @@ def _setitem(func: Any, x: Any, key: Any, value: Any) -> Any:
     return NotImplemented if _in_place(x, lambda: _filled(x, where, value, how)) is NotImplemented else None
 
 
-def _changing(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of the operation that does the same in place."""
+def _changing(override: Callable[..., Any]) -> Callable[..., Any]:
+    """What overrides the operation that does the same in place."""
 
     def change(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return _in_place(x, lambda: rule(func, x, *args, **kwargs))
+        return _in_place(x, lambda: override(func, x, *args, **kwargs))
 
     return change
 
@@ -730,10 +727,10 @@ for _names, _same in (
     ("masked_fill_", _masked_fill),
     ("index_fill_", _index_fill),
 ):
-    _rule(*_names.split())(_changing(_same))
+    _implements(*_names.split())(_changing(_same))
 
 
-@_rule("register_hook")
+@_implements("register_hook")
 def _register_hook(func: Any, x: Any, hook: Any) -> Any:
     """Whoever wants the gradient by the logits gets one: their losses are not fused from here on."""
     if x._made is not None:
@@ -743,7 +740,7 @@ def _register_hook(func: Any, x: Any, hook: Any) -> Any:
         return x.register_hook(hook)
 
 
-@_rule("retain_grad")
+@_implements("retain_grad")
 def _retain_grad(func: Any, x: Any) -> Any:
     x.make("retain_grad").retain_grad()
 
@@ -771,12 +768,12 @@ def _loss(
     grad_in_forward: bool | None = None,
     zero_times_inf: str = "nan",
     counted: bool = True,
-    row_map: tuple[int, float] | None = None,
+    row_map: tuple[int, tuple[float, ...]] | None = None,
     **ours: Any,
 ) -> Any:
     """A cross entropy of lazy logits is one of hidden states and weight.
 
-    ``counted``: in the report, as a loss. ``row_map``: number and parameter of what each row's nll is mapped by.
+    ``counted``: in the report, as a loss. ``row_map``: number and parameters of what each row's nll is mapped by.
     """
     x, others = input, (target, weight, sample_weight)
     if not isinstance(x, LazyLogits) or any(isinstance(t, LazyLogits) for t in others) or x.looked_at:
@@ -849,22 +846,14 @@ def _loss(
     return loss, CrossEntropyStats(lse.reshape(rows), argmax.reshape(rows), accuracy, entropy.reshape(rows))
 
 
-# Name of the map and of the parameter, and which values the loss takes.
-_ROW_MAPS: dict[Callable[..., Any], tuple[str, str, Callable[[float], bool]]] = {
-    focal_loss: ("focal", "gamma", lambda gamma: gamma >= 0),
-    poly1_loss: ("poly1", "epsilon", lambda epsilon: -1 <= epsilon < math.inf),
-    generalized_cross_entropy: ("generalized_cross_entropy", "q", lambda q: 0 < q <= 1),
-    token_scaled_cross_entropy: ("token_scaled", "", lambda _: True),
-}
-
-
 def _mapped_loss(func: Any, input: Any, target: Any, **options: Any) -> Any:
     """A loss that maps each row's nll."""
-    name, parameter, takes = _ROW_MAPS[func]
-    value = options.pop(parameter, 0.0)
-    if not _number(value) or not takes(value):
+    name = func.__name__
+    values = [options.pop(parameter) for parameter in _row_map.PARAMETERS[name]]
+    if not all(map(_number, values)) or not _row_map.LOSSES[name].takes(*values):
         return NotImplemented  # the loss itself says what is wrong
-    return _loss(func, input, target, row_map=(ROW_MAP_NUMBERS[name], float(value)), **options)
+    row_map = _row_map.NUMBERS[name], tuple(map(float, values))
+    return _loss(func, input, target, row_map=row_map, **options)
 
 
 def _count(x: LazyLogits, dtype: torch.dtype) -> None:
@@ -875,8 +864,9 @@ def _count(x: LazyLogits, dtype: torch.dtype) -> None:
     x._step.bytes_not_allocated += size * (x._form.copies + 2)
 
 
-LazyLogits._rules[_TORCHS_CROSS_ENTROPY] = LazyLogits._rules[cross_entropy] = _loss
-LazyLogits._rules.update(dict.fromkeys(_ROW_MAPS, _mapped_loss))
+LazyLogits._overrides[_TORCHS_CROSS_ENTROPY] = LazyLogits._overrides[cross_entropy] = _loss
+for _name in _row_map.LOSSES:
+    LazyLogits._overrides[getattr(import_module(f"fastloss.losses.{_name}"), _name)] = _mapped_loss
 
 
 def _token_log_probs(
@@ -924,10 +914,10 @@ def _token_log_probs(
     return result
 
 
-LazyLogits._rules[token_log_probs] = _token_log_probs
+LazyLogits._overrides[token_log_probs] = _token_log_probs
 
 
-@_rule("argmax")
+@_implements("argmax")
 def _argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Which class is largest, as for an accuracy."""
     if not isinstance(x, LazyLogits) or x.looked_at or not isinstance(dim, int):
@@ -948,7 +938,7 @@ def _argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
 # -------------------------------------------------------------------------- log-probabilities as a difference, by hand
 
 
-@_rule("gather")
+@_implements("gather")
 def _gather(func: Any, x: Any, dim: Any, index: Any, **kwargs: Any) -> Any:
     """Logits of a few classes for each row: products of hidden states and rows of the weight."""
     if not _row_major(x) or x.looked_at or kwargs or type(dim) is not int or type(index) is not Tensor:
@@ -979,7 +969,7 @@ def _logits_at(x: LazyLogits, index: Tensor) -> Tensor:
         return z if form.cap is None else form.cap * torch.tanh(z)
 
 
-@_rule("logsumexp")
+@_implements("logsumexp")
 def _log_sum_exp(func: Any, x: Any, dim: Any, keepdim: Any = False) -> Any:
     """Over the classes. Of rows that are iterated over, for all of them at once."""
     if not _row_major(x) or x.looked_at or 0 in x._hidden.shape or keepdim not in (False, True):

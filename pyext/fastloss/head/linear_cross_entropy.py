@@ -45,9 +45,9 @@ from ..losses import _rowwise
 from ..losses.cross_entropy import STATS, CrossEntropyStats, Given, Unmade, canonical, engine, rules
 from ..losses.cross_entropy import run as run_on_logits
 from . import chunked
-from .chunked import COUNT, WANTS, HeadOptions, Operands
+from .chunked import COUNT, WANTS, HeadOperands, HeadOptions
 
-_TENSORS, _OPTIONS = len(Operands._fields), len(HeadOptions._fields)
+_TENSORS, _OPTIONS = len(HeadOperands._fields), len(HeadOptions._fields)
 
 # ---------------------------------------------------------------------------------------------------------- autograd
 
@@ -59,7 +59,7 @@ class _HeadRules(Rules):
 
     def gradients(self, grad_output: Tensor, tensors: Tensors, o: HeadOptions, needs: Needs) -> Grads:
         """Each chunk is computed again when its turn comes in the backward pass of these."""
-        t = chunked.with_denominators(Operands(*tensors), o.of_rows())
+        t = chunked.with_denominators(HeadOperands(*tensors), o.of_rows())
         per_row, batched, step = o.reduction == NONE, batched_by_legacy(grad_output), chunked.rows_at_a_time(t, o)
         parts: list[Grads] = []
         with torch.autocast(t.input.device.type, enabled=False):
@@ -82,18 +82,18 @@ class _HeadRules(Rules):
         return tuple(found)
 
     def regime(self, tensors: Tensors, o: HeadOptions, path: Path) -> str:
-        dtype = str(chunked.held_dtype(Operands(*tensors), o)).removeprefix("torch.")
+        dtype = str(chunked.held_dtype(HeadOperands(*tensors), o)).removeprefix("torch.")
         return f"torch's products and cross entropy, of logits in {dtype}"
 
     def chunks(self, tensors: Tensors, o: HeadOptions, needs: Needs) -> Chunks:
-        return chunked.chunks_of(Operands(*tensors), o, needs[1])
+        return chunked.chunks_of(HeadOperands(*tensors), o, needs[1])
 
     def operators(
         self, path: Path, tensors: Tensors, o: HeadOptions, needs: Needs
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Of a chunk, but for the last that scale."""
         normalizer = tensors[6] if o.reduction != MEAN else True
-        held = chunked.held_dtype(Operands(*tensors), o)
+        held = chunked.held_dtype(HeadOperands(*tensors), o)
         of_rows = (torch.empty(0, dtype=held, device="meta"), *tensors[3:6], normalizer)
         value, _ = rules.operators(Path.VALUE, of_rows, o.of_chunk(), needs)
         if not any(needs[3:]):
@@ -110,7 +110,7 @@ class _HeadRules(Rules):
         """Of a chunk, whose logits become their gradient, and of the operands."""
         if not any(needs):
             return 0
-        t, chunks = Operands(*tensors), self.chunks(tensors, o, needs)
+        t, chunks = HeadOperands(*tensors), self.chunks(tensors, o, needs)
         sums = sum(tensors[i].numel() * DTYPES[o.accumulate].itemsize for i in (1, 2) if needs[i])
         if needs[1] and chunks.times == 1 and chunked.sums_in_product(t, o):
             held = chunked.held_dtype(t, o)
@@ -132,7 +132,7 @@ class LinearCrossEntropyFused(Function):
 
     @staticmethod
     def forward(ctx: Any, o: HeadOptions, *operands: Any) -> Any:
-        result = chunked.loss_and_gradients(Operands(*operands), o, ctx.needs_input_grad[1 : WANTS + 1])
+        result = chunked.loss_and_gradients(HeadOperands(*operands), o, ctx.needs_input_grad[1 : WANTS + 1])
         ctx.held = result.grads, None, o, operands, tuple(map(version_of, operands))
         ctx.mark_non_differentiable(*result.stats)
         return (result.loss, *result.stats)
@@ -145,7 +145,7 @@ class LinearCrossEntropyRecompute(Function):
 
     @staticmethod
     def forward(ctx: Any, o: HeadOptions, *operands: Any) -> Any:
-        result = chunked.loss_and_gradients(Operands(*operands), o, [False] * WANTS)
+        result = chunked.loss_and_gradients(HeadOperands(*operands), o, [False] * WANTS)
         ctx.options = o
         ctx.save_for_backward(*operands)
         ctx.mark_non_differentiable(*result.stats)
@@ -153,16 +153,16 @@ class LinearCrossEntropyRecompute(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, *_: Any) -> Any:
-        t, needs = Operands(*ctx.saved_tensors), ctx.needs_input_grad[1 : WANTS + 1]
+        t, needs = HeadOperands(*ctx.saved_tensors), ctx.needs_input_grad[1 : WANTS + 1]
         return (None, *_recomputed(grad_output, t, ctx.options, needs), *[None] * (_TENSORS - WANTS))
 
 
-def _by_operator(grad_output: Tensor, t: Operands, o: HeadOptions, needs: Needs) -> Grads:
+def _by_operator(grad_output: Tensor, t: HeadOperands, o: HeadOptions, needs: Needs) -> Grads:
     found = chunked.backward_operator(grad_output, *t, *o, chunked.as_bits(needs))
     return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
 
 
-def _recomputed(grad_output: Tensor, t: Operands, o: HeadOptions, needs: Needs, recorded: bool = False) -> Grads:
+def _recomputed(grad_output: Tensor, t: HeadOperands, o: HeadOptions, needs: Needs, recorded: bool = False) -> Grads:
     with torch.no_grad():
         if recorded or batched_by_legacy(grad_output):  # one gradient after the other, as torch does for operators
             grads = _by_operator(grad_output, t, o, needs)
@@ -174,7 +174,7 @@ def _recomputed(grad_output: Tensor, t: Operands, o: HeadOptions, needs: Needs, 
 
 def _chunk_gradients(o: HeadOptions, needs: Needs, grad_output: Tensor, *operands: Any) -> Grads:
     """Composed of torch operations."""
-    t = Operands(*operands)
+    t = HeadOperands(*operands)
     x, w, z = _chunk_logits(t, o)
     logits = chunked.as_logits(z, t)
     tensors = (logits, t.target, t.weight, t.sample_weight, t.normalizer)
@@ -188,7 +188,7 @@ def _chunk_gradients(o: HeadOptions, needs: Needs, grad_output: Tensor, *operand
     return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
 
 
-def _chunk_logits(t: Operands, o: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_logits(t: HeadOperands, o: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Input, weight and logits of a chunk, differentiable, in the dtype that chunks are held in."""
     rounded = DTYPES[o.logits_dtype]
     held = chunked.held_dtype(t, o)
@@ -201,7 +201,7 @@ def _chunk_logits(t: Operands, o: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
 
 def _composed(*args: Any) -> tuple[Tensor, ...]:
     """Chunks of logits through :func:`fastloss.cross_entropy`'s engine, which knows transforms and forward mode."""
-    t, o = Operands(*args[:_TENSORS]), HeadOptions(*args[_TENSORS:])
+    t, o = HeadOperands(*args[:_TENSORS]), HeadOptions(*args[_TENSORS:])
     t = chunked.with_denominators(t, o.of_rows())
     options = o.of_rows()
     if o.reduction != NONE:
@@ -240,7 +240,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward_of_recorded(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
     saved = ctx.saved_tensors
-    t, kept = Operands(*saved[:_TENSORS]), list(saved[_TENSORS:])
+    t, kept = HeadOperands(*saved[:_TENSORS]), list(saved[_TENSORS:])
     needs = ctx.needs_input_grad[:WANTS]
     if any(ctx.in_forward):
         made = [kept.pop(0) if m else None for m in ctx.in_forward]
@@ -261,7 +261,7 @@ torch.library.register_autograd(
 )
 
 
-def _is_abstract(t: Operands) -> bool:
+def _is_abstract(t: HeadOperands) -> bool:
     """Whether somebody looks at operators instead of values."""
     ordinary = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
     return any(x is not None and (x.is_meta or type(x) not in ordinary) for x in t)
@@ -279,7 +279,7 @@ def _path(wanted: bool, half: bool, o: HeadOptions, in_forward: bool | None) -> 
     )
 
 
-def _call(t: Operands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor, ...]:
+def _call(t: HeadOperands, o: HeadOptions, in_forward: bool | None) -> tuple[Tensor, ...]:
     """Loss and statistics, by the path that the engine would take for logits."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in t[:WANTS])
     half = any(x is not None and x.requires_grad and x.dtype is torch.float16 for x in t[:WANTS])
@@ -432,14 +432,14 @@ def run(
     c: Chunking,
     ignore_index: int | Sequence[int] | None = None,
     row_map: int = 0,
-    map_a: float = 0.0,
+    map_params: tuple[float, ...] = (),
 ) -> Any:
     """The loss that ``function`` asks for, each row's nll mapped as ``row_map`` says; see ``cross_entropy.run``."""
     tensors = input, linear_weight, linear_bias, target, g.weight, g.sample_weight
     if _arguments.is_dtensor(*tensors):
         from ..parallel.dtensor import run_linear
 
-        return run_linear(function, input, linear_weight, linear_bias, target, g, c, ignore_index, row_map, map_a)
+        return run_linear(function, input, linear_weight, linear_bias, target, g, c, ignore_index, row_map, map_params)
     for name, t in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         _arguments.require_tensor(name, t, function)
     if linear_bias is not None:
@@ -469,8 +469,8 @@ def run(
     shape = (classes,) if single else (rows, classes, *outputs)
     if classes == 0:  # there are no logits to make
         made = F.linear(input.reshape(rows, features), matrix, bias).reshape(shape)
-        return run_on_logits(function, made, target, g, row_map, map_a)
-    checked = canonical(function, Unmade(shape, dtype, input.device), target, g, row_map, map_a)
+        return run_on_logits(function, made, target, g, row_map, map_params)
+    checked = canonical(function, Unmade(shape, dtype, input.device), target, g, row_map, map_params)
     _, target, weight, sample_weight, normalizer = checked.tensors
     soft = target.is_floating_point()
     row_dims = _rowwise.row_shape(target) if soft else list(target.shape)  # [rows, *outputs]
@@ -478,7 +478,7 @@ def run(
         target = target.reshape(rows, classes, math.prod(outputs)) if soft else target.reshape(rows, math.prod(outputs))
         if sample_weight is not None:
             sample_weight = sample_weight.reshape(rows, math.prod(outputs))
-    operands = Operands(input.reshape(rows, features), matrix, bias, target, weight, sample_weight, normalizer)
+    operands = HeadOperands(input.reshape(rows, features), matrix, bias, target, weight, sample_weight, normalizer)
     size = rows, features, matrix.shape[0]
     o = HeadOptions(
         *checked.options,

@@ -13,10 +13,10 @@ from .._library import MEAN, NONE
 from .chunks import cut, rows_within
 from .linear_token_log_probs import (
     add_gradients,
-    autocast,
+    autocast_operands,
     budget_of,
     check_head,
-    head_gradients,
+    composed_head_gradients,
     kept_rows,
     logits_of,
     places,
@@ -114,7 +114,7 @@ def _chunk_gradients(
     p = (logits_of(x, weight, None).to(wide) / temperature).softmax(1)
     p_teacher = (logits_of(teacher_hidden, teacher_weight, None).to(wide) / temperature).softmax(1)
     grad = (p - p_teacher) * (grad_output / temperature).unsqueeze(1)
-    return head_gradients(grad, x, weight, needs)
+    return composed_head_gradients(grad, x, weight, needs)
 
 
 def _composed(
@@ -201,7 +201,7 @@ def linear_kl_divergence(
     temperature = _arguments.as_float(function, "temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"{function}(): temperature must be positive and finite, got {temperature}")
-    s_hidden, s_weight, t_hidden, t_weight = autocast(*named.values())
+    s_hidden, s_weight, t_hidden, t_weight = autocast_operands(*named.values())
     assert s_hidden is not None and s_weight is not None and t_hidden is not None and t_weight is not None
     check_head(function, ("student_hidden", "student_weight"), s_hidden, s_weight)
     check_head(function, ("teacher_hidden", "teacher_weight"), t_hidden, t_weight)

@@ -18,11 +18,11 @@ from .._autograd import (
     attach,
     batched_by_legacy,
     differentiated_again,
-    distinct_bytes,
     recomputing,
     recording,
     rehearsing,
     tell_rehearsal,
+    traffic,
     transforms_active,
 )
 from .._library import DTYPE_CODES
@@ -119,7 +119,7 @@ def check_range(function: str, index: Tensor, tokens: int, ignore_index: int) ->
         )
 
 
-def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_operands(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """As torch.nn.functional.linear would take them where autocast is on."""
     kind = hidden.device.type
     if not torch.is_autocast_enabled(kind) or hidden.dtype is torch.float64:
@@ -251,10 +251,10 @@ def _chunk_gradients(
 ) -> Grads:
     """By input, weight and bias, of torch operations."""
     grad = composed_gradient(by_log_prob, by_entropy, logits_of(x, weight, bias), index, o)
-    return head_gradients(grad, x, weight, needs)
+    return composed_head_gradients(grad, x, weight, needs)
 
 
-def head_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> Grads:
+def composed_head_gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> Grads:
     """What the gradient by logits, in the accumulation type, gives for hidden states, weight and bias."""
     wide = grad.dtype
     return (
@@ -309,16 +309,19 @@ def rehearse(
     """
     path = recomputing(hidden, *shared)
     again, composed = path is Path.RECOMPUTE, path in (Path.TRANSFORMED, Path.FORWARD_MODE)
-    grads = [t for t in (hidden, *shared) if again and t is not None and t.requires_grad]
-    made = sum(t.nbytes if t is hidden else t.numel() * accum_dtype(t.dtype).itemsize for t in grads)
+    needs = [again and t is not None and t.requires_grad for t in (hidden, *shared)]
+    read, written = traffic((hidden, *shared, *further), needs, again)
+    summed = [t for t, needed in zip(shared, needs[1:], strict=True) if needed and t is not None]
+    sums = sum(t.numel() * accum_dtype(t.dtype).itemsize for t in summed)
+    made = hidden.nbytes * needs[0] + sums
     tell_rehearsal(
         Rehearsed(
             kernel,
             COMPOSED if composed else path.value,
             () if composed else operators[0],
             operators[1] if again else (),
-            sum(distinct_bytes(t) for t in (hidden, *shared, *further) if t is not None) * (1 + again),
-            sum(t.nbytes for t in grads),
+            read,
+            written,
             made + chunks.nbytes if again else 0,
             chunks,
         )
@@ -394,7 +397,7 @@ def linear_token_log_probs(
     _arguments.require_same_device(function, ("input", input), ("weight", weight), ("index", index), ("bias", bias))
     refuse_recorders(function, _INSTEAD)
     o = options(function, temperature, softcap, return_entropy, ignore_index)
-    hidden, matrix, offset = autocast(input, weight, bias)
+    hidden, matrix, offset = autocast_operands(input, weight, bias)
     assert hidden is not None and matrix is not None
     check_head(function, ("input", "weight"), hidden, matrix)
     bytes_of_a_row = 2 * matrix.shape[0] * hidden.element_size()  # logits, gradient

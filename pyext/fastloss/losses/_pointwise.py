@@ -30,13 +30,13 @@ from .._autograd import (
     accum_dtype,
     batched_by_legacy,
     functorch_active,
-    ordinary,
+    ordinary_pair,
 )
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, direct, loop_vmap, ops
 from .._recorded import record, recordable, recording
 
 
-class _Kind(NamedTuple):
+class _Registered(NamedTuple):
     name: str
     operands: int
     sums: int
@@ -44,14 +44,15 @@ class _Kind(NamedTuple):
 
 
 # The losses of csrc/pointwise/losses, in the order of their numbers.
-KINDS = [
-    _Kind(name, *map(int, counts)) for name, *counts in (kind.split(":") for kind in ops.pointwise_losses().split())
+REGISTRY = [
+    _Registered(name, *map(int, counts))
+    for name, *counts in (loss.split(":") for loss in ops.pointwise_losses().split())
 ]
-NUMBERS = {kind.name: i for i, kind in enumerate(KINDS)}
+NUMBERS = {loss.name: i for i, loss in enumerate(REGISTRY)}
 OPERANDS, MAX_DIMS = 4, 24
 TENSORS = OPERANDS + 3  # with weight, mask and sample weight
 _MASK = OPERANDS + 1
-_FINISHES = [formulas.FORMULAS[kind.name].finish is not None for kind in KINDS]
+_FINISHES = [formulas.FORMULAS[loss.name].finish is not None for loss in REGISTRY]
 _CACHED = 1 << 20  # elements
 # Of these torch says first what size the target has, where the sizes do not fit.
 _TARGET_FIRST = ("hinge_embedding_loss", "kl_div", "poisson_nll_loss")
@@ -76,13 +77,13 @@ _DEFAULTS = tuple(Options._field_defaults.values())
 
 
 def _parameters(o: Options) -> list[float]:
-    return list(o[5 : 5 + KINDS[o.loss].parameters])
+    return list(o[5 : 5 + REGISTRY[o.loss].parameters])
 
 
 def _call(op: Any, *before: Any, tensors: Tensors, o: Options, flags: int = 0) -> Any:
     input, target, third, fourth, weight, mask, sample_weight = tensors
     first = (*before, input, target, o.loss, o.reduction, o.loss_dtype, flags)
-    if o[3:] == _DEFAULTS and third is weight is mask is None and not KINDS[o.loss].parameters:
+    if o[3:] == _DEFAULTS and third is weight is mask is None and not REGISTRY[o.loss].parameters:
         return op(*first)
     further = () if sample_weight is None else (sample_weight,)
     return op(*first, _parameters(o), third, fourth, weight, mask, o.row_dims, o.weight_denominator, *further)
@@ -111,7 +112,7 @@ class _Pointwise(Rules):
         return loss, _placed(grads, needs), None if known else factor, ()
 
     def plain(self, input: Tensor, target: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-        if KINDS[o.loss].parameters:
+        if REGISTRY[o.loss].parameters:
             return _plain_grad(input, target, o.loss, o.reduction, o.loss_dtype, _parameters(o))  # type: ignore[no-any-return]
         return _plain_grad(input, target, o.loss, o.reduction, o.loss_dtype)  # type: ignore[no-any-return]
 
@@ -140,7 +141,7 @@ class _Pointwise(Rules):
         return (*operands, weight)
 
     def formula(self, tensors: Tensors, o: Options) -> Tensor:
-        formula = formulas.FORMULAS[KINDS[o.loss].name]
+        formula = formulas.FORMULAS[REGISTRY[o.loss].name]
         return formulas.pointwise(formula, tensors, dict(zip(formula.parameters, _parameters(o), strict=True)), o)
 
     def fusable(self, tensors: Tensors, o: Options) -> bool:
@@ -153,7 +154,7 @@ class _Pointwise(Rules):
             return True
         # What is still in the cache is read again sooner than a gradient is scaled; both move as many bytes.
         if tensors[0].numel() > _CACHED:
-            return KINDS[o.loss].sums == 1
+            return REGISTRY[o.loss].sums == 1
         return _is_plain(tensors, o, [t is not None and t.requires_grad for t in tensors[: self.wants]])
 
     def regime(self, tensors: Tensors, o: Options, path: Path) -> str:
@@ -235,7 +236,7 @@ def _(
     input: Any, target: Any, loss: Any, reduction: Any, loss_dtype: Any, flags: Any, params: Any = (),
     third: Any = None, fourth: Any = None, weight: Any = None, mask: Any = None, row_dims: Any = 0, *_: Any,
 ) -> Any:  # fmt: skip
-    sums = [KINDS[loss].sums] if KINDS[loss].sums > 1 else []
+    sums = [REGISTRY[loss].sums] if REGISTRY[loss].sums > 1 else []
     factors = [0] if reduction == NONE else [*input.shape[:row_dims], *sums]
     grads = _fake_grads((input, target, third, fourth), flags)
     return _fake_loss(input, reduction, loss_dtype, row_dims), input.new_empty(factors, dtype=torch.float64), grads
@@ -399,17 +400,14 @@ _USUAL_OPTIONS = {
 
 
 def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[float] = ()) -> Tensor | None:
-    """The loss where :func:`check` would find nothing to say or do: the common call, for the sake of small inputs. None
-    where it might."""
+    """The loss where :func:`checked` would find nothing to say or do: the common call, for the sake of small inputs.
+    None where it might."""
     try:
         if not (
-            ordinary()
-            and type(input) is type(target) is Tensor
+            ordinary_pair(input, target)
             and type(reduction) is str
-            and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
             and input.dtype is target.dtype
             and input.shape == target.shape
-            and input.layout is target.layout is torch.strided
             and input.dim() <= MAX_DIMS
         ):
             return None
@@ -426,7 +424,7 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
     return _engine.plain(input, target, o, fusable)
 
 
-def check(
+def checked(
     function: str,
     input: Tensor,
     target: Tensor,
@@ -604,14 +602,14 @@ def pointwise_loss(
         loss: the loss's name in csrc/pointwise/losses, where that differs from the face's.
         params: the loss's parameters.
         further: operands beside input and target, by the names of the face's arguments, in the order of the kernels.
-        torch_weight, mean_counts, keeps_input_dtype, broadcasts: see :func:`check`.
+        torch_weight, mean_counts, keeps_input_dtype, broadcasts: see :func:`checked`.
     """
     name = loss or function
     if further is None and weight is sample_weight is mask is None:
         result = usual(name, input, target, reduction, params)
         if result is not None:
             return result
-    x = check(
+    x = checked(
         function,
         input,
         target,
@@ -654,7 +652,7 @@ def loss_by_element(
     if recording():
         return record("loss_by_element", locals())
     huber = function == "huber_loss"
-    x = check(
+    x = checked(
         function, input, target, reduction, weight, sample_weight, mask,
         torch_weight=huber, mean_counts=huber, keeps_input_dtype=huber,
     )  # fmt: skip

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, errors
-from .._autograd import ordinary
+from .._autograd import ordinary_pair
 from .._library import DTYPE_CODES
 
 INDEX_DTYPES = frozenset(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
+NO_INDEX = -(2**62)  # for an ignore_index that ignores nothing
 
 
 def row_shape(logits: Tensor) -> list[int]:
@@ -24,21 +25,15 @@ def is_usual(input: Any, target: Any) -> bool:
     most calls have, seen at once for small inputs' sake."""
     try:
         if not (
-            ordinary()
-            and type(input) is type(target) is Tensor
-            and ((input.is_cpu and target.is_cpu) or _usual_on_cuda(input, target))
+            ordinary_pair(input, target)
             and target.dtype is torch.int64
-            and input.layout is target.layout is torch.strided
+            and (input.is_cpu or not errors.immediate_errors())
         ):
             return False
         rows, classes = input.shape
         return target.shape == (rows,) and rows != 0 != classes
     except (RuntimeError, ValueError):  # strided nested tensors have no shape; other dimensions
         return False
-
-
-def _usual_on_cuda(input: Tensor, target: Tensor) -> bool:
-    return input.is_cuda and input.device == target.device and not errors.immediate_errors()
 
 
 def index_target(target: Tensor) -> Tensor:
@@ -85,8 +80,11 @@ def check_single_target(target: Tensor, function: str) -> None:
         raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
 
 
-def check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
-    """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions in torch's order, with a remedy."""
+def check_index_shapes(logits: Tensor, target: Tensor, function: str, class_dim: bool = False) -> None:
+    """logits [N, C, d1, ...] against target [N, d1, ...]: torch's exceptions in torch's order, with a remedy.
+
+    ``class_dim``: whether the function has this option.
+    """
     x, t = list(logits.shape), list(target.shape)
     batch = t[0] if t else 0
     if batch != x[0]:
@@ -113,21 +111,20 @@ def check_index_shapes(logits: Tensor, target: Tensor, function: str) -> None:
         if t[1:] != x[2:]:
             raise RuntimeError(
                 f"size mismatch (got input: {x} , target: {t}): the target needs shape {[x[0], *x[2:]]}"
-                f"{_classes_last(x, t, function)}"
+                f"{_classes_last(x, t, function, class_dim)}"
             )
     elif not t or t[1:] != x[2:]:
-        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}{_classes_last(x, t, function)}")
+        raise RuntimeError(f"Expected target size {[x[0], *x[2:]]}, got {t}{_classes_last(x, t, function, class_dim)}")
     elif x[1] == 0 and target.numel():
         raise RuntimeError(f"size mismatch (got input: {x} , target: {t}): input has no classes, but there are targets")
 
 
-def _classes_last(x: list[int], t: list[int], function: str) -> str:
+def _classes_last(x: list[int], t: list[int], function: str, class_dim: bool) -> str:
     """What to do where the shapes are those of classes in the last dimension: (N, T, V) and (N, T)."""
     if t != x[:-1]:
         return ""
-    if function not in ("nll_loss", "multi_margin_loss", "dice_loss"):  # the others take class_dim
-        return f". {function}(): where the classes are the last dimension of the input, give class_dim=-1"
-    return f". {function}(): where the classes are the last dimension of the input, give input.movedim(-1, 1)"
+    remedy = "class_dim=-1" if class_dim else "input.movedim(-1, 1)"
+    return f". {function}(): where the classes are the last dimension of the input, give {remedy}"
 
 
 def check_weight(weight: Tensor, classes: int, function: str, prefix: str = "", any_shape: bool = False) -> None:

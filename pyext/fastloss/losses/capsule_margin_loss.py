@@ -111,7 +111,7 @@ def _of_several(
     if code == MEAN:  # over the samples, of sums over the classes
         one = torch.ones((), dtype=accum_dtype(input.dtype), device=input.device) if weight is None else weight
         weight = one.to(accum_dtype(input.dtype)) * classes
-    x = _pointwise.check(_NAME, input, target.to(input.dtype), reduction, weight, None, None, mean_counts=True)
+    x = _pointwise.checked(_NAME, input, target.to(input.dtype), reduction, weight, None, None, mean_counts=True)
     if code == NONE:
         return _pointwise.loss_of_groups(_NAME, x, [dim], params)
     return _pointwise.run_checked(x, _NAME, params)

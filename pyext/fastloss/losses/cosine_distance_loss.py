@@ -57,7 +57,7 @@ def cosine_distance_loss(
     if not eps > 0:
         raise ValueError(f"{name}(): eps must be positive, got {eps}")
     dim = _arguments.as_int(name, "dim", dim)
-    x = _pointwise.check(name, input, target, reduction, weight, None, mask)
+    x = _pointwise.checked(name, input, target, reduction, weight, None, mask)
     rank = x.input.dim()
     if not -rank <= dim < rank:
         raise IndexError(f"{name}(): dim {dim} is out of range for input of {rank} dimensions")

@@ -519,7 +519,7 @@ def canonical(
     target: Tensor,
     g: Given,
     row_map: int = 0,
-    map_a: float = 0.0,
+    map_params: tuple[float, ...] = (),
     margins: tuple[float, float] = (0.0, 0.0),
 ) -> Canonical:
     """Checks a call of ``function``, with torch's exceptions; ``input`` may be :class:`Unmade`."""
@@ -573,7 +573,7 @@ def canonical(
         if target.dtype not in DTYPE_CODES:
             raise NotImplementedError(f"{function}(): probabilities of dtype {target.dtype} are not supported")
     else:
-        _rowwise.check_index_shapes(input, target, function)
+        _rowwise.check_index_shapes(input, target, function, class_dim=True)
         _rowwise.check_index_dtype(target, function)
         target = _rowwise.ignored_as_one(_rowwise.index_target(target), ignored)
     if weight is not None:
@@ -591,6 +591,7 @@ def canonical(
     # torch's CUDA kernel gives 0 for a single ignored target, its CPU kernel nan.
     all_ignored_zero = g.all_ignored == "zero" or (single and not soft and input.is_cuda)
     flags = ALL_IGNORED_ZERO * all_ignored_zero + ZERO_TIMES_INF * (g.zero_times_inf == "zero")
+    map_a, map_b = (*map_params, 0.0, 0.0)[:2]
     options = Options(
         red,
         DTYPE_CODES[loss_dtype],
@@ -601,6 +602,7 @@ def canonical(
         g.logit_scale,
         row_map,
         map_a,
+        map_b,
         margin_angle=margins[0],
         margin_cosine=margins[1],
         flags=flags + STATS * bool(g.return_stats),
@@ -615,7 +617,7 @@ def run(
     target: Tensor,
     g: Given,
     row_map: int = 0,
-    map_a: float = 0.0,
+    map_params: tuple[float, ...] = (),
     margins: tuple[float, float] = (0.0, 0.0),
 ) -> Any:
     """The loss that ``function`` asks for: cross entropy, each row's nll mapped as ``row_map`` says, the target's logit
@@ -625,12 +627,12 @@ def run(
 
         if margins != (0.0, 0.0):
             raise NotImplementedError(f"{function}(): cosines as DTensor are not supported; pass input.full_tensor()")
-        return dtensor.run(function, input, target, g, row_map, map_a)
-    if row_map and margins == (0.0, 0.0) and _is_usual(g):
-        loss = _usual(input, target, g.weight, g.reduction, 0.0, row_map, map_a)
+        return dtensor.run(function, input, target, g, row_map, map_params)
+    if row_map and len(map_params) < 2 and margins == (0.0, 0.0) and _is_usual(g):
+        loss = _usual(input, target, g.weight, g.reduction, 0.0, row_map, *map_params)
         if loss is not None:
             return loss
-    tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_a, margins)
+    tensors, o, loss_dtype, single, single_shape = canonical(function, input, target, g, row_map, map_params, margins)
     logits, target = tensors[:2]
     if logits.shape[1] == 0 and target.is_floating_point():  # nothing to sum over: 0, and 0 / 0 for the mean
         if g.return_stats:

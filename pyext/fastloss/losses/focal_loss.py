@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .. import _arguments
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAP_NUMBERS, given, run
+from ._row_map import run
+from .cross_entropy import given
 
 
 @recordable
@@ -72,8 +72,7 @@ def focal_loss(
         return handle_torch_function(focal_loss, (input, target, weight, sample_weight), input, target, **options)
     if recording():
         return record("focal_loss", arguments)
-    gamma = _arguments.as_non_negative("focal_loss", "gamma", gamma)
-    return run("focal_loss", input, target, given(arguments), ROW_MAP_NUMBERS["focal"], float(gamma))
+    return run("focal_loss", input, target, given(arguments), gamma)
 
 
 class FocalLoss(CrossEntropyModule):

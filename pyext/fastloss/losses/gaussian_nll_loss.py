@@ -78,7 +78,7 @@ def gaussian_nll_loss(
         raise ValueError(f"{reduction} is not valid: reduction is 'none', 'mean' or 'sum'")
     if torch.bool in (input.dtype, target.dtype):
         raise RuntimeError(f"{name}(): subtraction with a bool tensor is not supported; convert it to a number")
-    x = _pointwise.check(name, input, target, reduction, weight, sample_weight, mask, broadcasts=True)
+    x = _pointwise.checked(name, input, target, reduction, weight, sample_weight, mask, broadcasts=True)
     if not isinstance(var, Tensor):
         of_input = input.dtype if input.is_floating_point() else x.dtype
         var = torch.full((), var, dtype=of_input, device=input.device)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .. import _arguments
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAP_NUMBERS, given, run
+from ._row_map import run
+from .cross_entropy import given
 
 
 @recordable
@@ -76,19 +76,7 @@ def generalized_cross_entropy(
         )
     if recording():
         return record("generalized_cross_entropy", arguments)
-    q = _arguments.as_float("generalized_cross_entropy", "q", q)
-    if not 0 < q <= 1:
-        raise ValueError(
-            f"generalized_cross_entropy(): q must be above 0 and at most 1, got {q}; for 0 use cross_entropy"
-        )
-    return run(
-        "generalized_cross_entropy",
-        input,
-        target,
-        given(arguments),
-        ROW_MAP_NUMBERS["generalized_cross_entropy"],
-        float(q),
-    )
+    return run("generalized_cross_entropy", input, target, given(arguments), q)
 
 
 class GeneralizedCrossEntropyLoss(CrossEntropyModule):

@@ -75,7 +75,7 @@ def l1_loss(
         if torch.bool in (input.dtype, target.dtype):
             raise RuntimeError("l1_loss(): subtraction with a bool tensor is not supported; convert it to a number")
         if reduction == "none" and torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-            x = _pointwise.check("l1_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
+            x = _pointwise.checked("l1_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
             return _pointwise.run_checked(_of_residual(x), "l1_loss")
     return pointwise_loss("l1_loss", input, target, reduction, weight, sample_weight, mask, torch_weight=True)
 

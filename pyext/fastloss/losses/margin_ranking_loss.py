@@ -78,7 +78,7 @@ def margin_ranking_loss(
         input1, input2, target = _pointwise.broadcast(input1, input2, target)
     names = ("input1", "input2")
     weights = (weight, sample_weight, mask)
-    x = _pointwise.check(name, input1, input2, ("none", "mean", "sum")[code], *weights, broadcasts=True, names=names)
+    x = _pointwise.checked(name, input1, input2, ("none", "mean", "sum")[code], *weights, broadcasts=True, names=names)
     if not (target.is_floating_point() or target.is_complex()):
         target = target.to(x.input.dtype)
     x = _pointwise.with_further(name, x, {"target": target})

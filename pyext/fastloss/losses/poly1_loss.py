@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from .. import _arguments
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAP_NUMBERS, given, run
+from ._row_map import run
+from .cross_entropy import given
 
 
 @recordable
@@ -73,10 +73,7 @@ def poly1_loss(
         return handle_torch_function(poly1_loss, (input, target, weight, sample_weight), input, target, **options)
     if recording():
         return record("poly1_loss", arguments)
-    epsilon = _arguments.as_float("poly1_loss", "epsilon", epsilon)
-    if not -1 <= epsilon < float("inf"):
-        raise ValueError(f"poly1_loss(): epsilon must be -1 or more, and finite, got {epsilon}")
-    return run("poly1_loss", input, target, given(arguments), ROW_MAP_NUMBERS["poly1"], float(epsilon))
+    return run("poly1_loss", input, target, given(arguments), epsilon)
 
 
 class Poly1Loss(CrossEntropyModule):

@@ -88,7 +88,7 @@ def rmse_loss(
         raise NotImplementedError(
             f"rmse_loss(): with dim at most {_pointwise.MAX_DIMS} dimensions; flatten some of them"
         )
-    x = _pointwise.check("rmse_loss", input, target, reduction, weight, sample_weight, mask)
+    x = _pointwise.checked("rmse_loss", input, target, reduction, weight, sample_weight, mask)
     if dim is None:
         if x.reduction != NONE:
             return _pointwise.run_checked(x, "rmse_loss", (eps,))

@@ -64,7 +64,7 @@ def rmsle_loss(
         result = _pointwise.usual(name, input, target, reduction)
         if result is not None:
             return result
-    x = _pointwise.check(name, input, target, reduction, weight, sample_weight, mask)
+    x = _pointwise.checked(name, input, target, reduction, weight, sample_weight, mask)
     return _of_elements(x) if x.reduction == NONE else _pointwise.run_checked(x, name)
 
 

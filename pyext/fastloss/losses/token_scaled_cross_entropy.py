@@ -10,7 +10,8 @@ from torch.overrides import has_torch_function_variadic
 from .._nested import handle_torch_function
 from .._recorded import record, recordable, recording
 from ._cross_entropy_module import CrossEntropyModule
-from .cross_entropy import ROW_MAP_NUMBERS, given, run
+from ._row_map import run
+from .cross_entropy import given
 
 
 @recordable
@@ -73,7 +74,7 @@ def token_scaled_cross_entropy(
         )
     if recording():
         return record("token_scaled_cross_entropy", arguments)
-    return run("token_scaled_cross_entropy", input, target, given(arguments), ROW_MAP_NUMBERS["token_scaled"])
+    return run("token_scaled_cross_entropy", input, target, given(arguments))
 
 
 class TokenScaledCrossEntropyLoss(CrossEntropyModule):

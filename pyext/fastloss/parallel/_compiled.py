@@ -28,7 +28,17 @@ from ..losses import _rowwise
 from ..rows import RowOptions
 from . import _exchange
 from ._exchange import Layout
-from .cross_entropy import Call, Kept, Merged, Operands, gradients, loss_of, loss_of_logits, stacked_for, statistics
+from .cross_entropy import (
+    Call,
+    Merged,
+    SavedForBackward,
+    ShardOperands,
+    gradients,
+    loss_of,
+    loss_of_logits,
+    stacked_for,
+    statistics,
+)
 from .linear_cross_entropy import Head, head_gradients, loss_of_head
 
 if TYPE_CHECKING:
@@ -95,7 +105,7 @@ def _found(call: Call, m: Merged, target: Tensor, like: Tensor) -> tuple[Tensor,
     return _or_empty([m.row.loss, *stats, m.row.saved, sizes, *(m.met or (None, None))], like)
 
 
-def _expected(call: Call, t: Operands, shape: Sequence[int]) -> tuple[Tensor, ...]:
+def _expected(call: Call, t: ShardOperands, shape: Sequence[int]) -> tuple[Tensor, ...]:
     """:func:`_found`, as far as shapes and dtypes go: of ranks with a class each."""
     ranks = dist.get_world_size(call.group)
     layout, count = Layout((1,) * ranks, 0), 1
@@ -111,7 +121,7 @@ def _expected(call: Call, t: Operands, shape: Sequence[int]) -> tuple[Tensor, ..
     return _found(call, m, t.target, t.logits)
 
 
-def _known(call: Call, sizes: Tensor, kept: Kept) -> tuple[Layout, Kept]:
+def _known(call: Call, sizes: Tensor, kept: SavedForBackward) -> tuple[Layout, SavedForBackward]:
     """Of a backward operator, to which forward's tensors without elements say that there are none."""
     layout = Layout(tuple(sizes.tolist()), dist.get_rank(call.group))
     if not call.sharded_weight or kept.target.is_floating_point():
@@ -126,14 +136,14 @@ def _known(call: Call, sizes: Tensor, kept: Kept) -> tuple[Layout, Kept]:
 
 
 def _forward(*given: Any) -> tuple[Tensor, ...]:
-    t, call = Operands(*given[:5]), _call(*given[5:])
+    t, call = ShardOperands(*given[:5]), _call(*given[5:])
     with _outside():
         m = loss_of_logits(call, t)
     return _found(call, m, t.target, t.logits)
 
 
 def _forward_fake(*given: Any) -> tuple[Tensor, ...]:
-    t = Operands(*given[:5])
+    t = ShardOperands(*given[:5])
     return _expected(_call(*given[5:]), t, _rowwise.row_shape(t.logits))
 
 
@@ -145,21 +155,21 @@ def _backward(
     logits: Tensor,
     *given: Any,
 ) -> tuple[Tensor, ...]:
-    call = _call(*given[_KEPT:])
-    layout, known = _known(call, sizes, Kept(*given[:_KEPT]))
+    call = _call(*given[_SAVED:])
+    layout, known = _known(call, sizes, SavedForBackward(*given[:_SAVED]))
     return _or_empty(gradients(call, layout, logits, known, grad_output, by_entropy, needs), logits)
 
 
-_KEPT = len(Kept._fields)
+_SAVED = len(SavedForBackward._fields)
 
 
 # ------------------------------------------------------------------------------------------------------- linear heads
 
 
-def _linear(given: Sequence[Any]) -> tuple[Any, Operands, Head, Call]:
+def _linear(given: Sequence[Any]) -> tuple[Any, ShardOperands, Head, Call]:
     """Input, weight and bias, other operands, and options of a forward operator."""
     linear, others, head, call = given[:3], given[3:7], Head(*given[7:10]), _call(*given[10:])
-    return linear, Operands(linear[0].new_empty([0], dtype=head.dtype), *others), head, call
+    return linear, ShardOperands(linear[0].new_empty([0], dtype=head.dtype), *others), head, call
 
 
 def _head_forward(*given: Any) -> tuple[Tensor, ...]:
@@ -189,9 +199,9 @@ def _head_backward(
     bias: Tensor | None,
     *given: Any,
 ) -> tuple[Tensor, ...]:
-    logits, options = given[_KEPT], given[_KEPT + 1 :]
+    logits, options = given[_SAVED], given[_SAVED + 1 :]
     head, call = Head(*options[:3]), _call(*options[3:])
-    layout, known = _known(call, sizes, Kept(*given[:_KEPT]))
+    layout, known = _known(call, sizes, SavedForBackward(*given[:_SAVED]))
     linear = x, weight, bias, None if logits.shape[0] == 0 else logits
     with torch.autocast(x.device.type, enabled=False):
         return _or_empty(head_gradients(call, head, layout, linear, known, grad_output, by_entropy, needs), x)
@@ -280,7 +290,8 @@ def _define(
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # a graph would send the header of the call that was recorded
 _OPERANDS = ["Tensor target", "Tensor? weight", "Tensor? sample_weight", "Tensor? normalizer"]
-_OF_BACKWARD = [*_OPERANDS[:3], "Tensor saved", "Tensor entropy", "Tensor of_targets", "Tensor total"]  # Kept
+# The fields of SavedForBackward.
+_OF_BACKWARD = [*_OPERANDS[:3], "Tensor saved", "Tensor entropy", "Tensor of_targets", "Tensor total"]
 _cross_entropy = _define(
     "parallel_cross_entropy",
     ["Tensor logits"],
@@ -326,13 +337,13 @@ def gather(mine: Tensor, group: "ProcessGroup") -> Tensor:
     return found
 
 
-def cross_entropy(call: Call, t: Operands) -> Sequence[Tensor]:
+def cross_entropy(call: Call, t: ShardOperands) -> Sequence[Tensor]:
     """Loss and statistics, as ParallelCrossEntropy has them."""
     return _results(call, _cross_entropy(*t, *_plain(call)))
 
 
 def linear_cross_entropy(
-    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
+    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: ShardOperands
 ) -> Sequence[Tensor]:
     """Loss and statistics, as ParallelLinearCrossEntropy has them."""
     return _results(call, _linear_cross_entropy(x, weight, bias, *t[1:], *head, *_plain(call)))

@@ -19,11 +19,11 @@ from .._autograd import (
     Path,
     Rehearsed,
     accum_dtype,
-    distinct_bytes,
     nothing,
     recomputing,
     rehearsing,
     tell_rehearsal,
+    traffic,
 )
 from .._library import REDUCTIONS, ops
 from ..formulas import ALL_IGNORED_ZERO, ZERO_TIMES_INF
@@ -73,7 +73,7 @@ class Call(NamedTuple):
         return RowOptions(**(fields | {"total_classes": layout.total}))
 
 
-class Operands(NamedTuple):
+class ShardOperands(NamedTuple):
     """logits [N, C_r, d1, ...], target, weight of all or of this rank's classes, sample_weight, normalizer."""
 
     logits: Tensor
@@ -242,7 +242,7 @@ def stacked_for(call: Call, target: Tensor) -> Stacked:
     return Stacked(soft, call.options.label_smoothing > 0, call.stats, call.sharded_weight and not soft)
 
 
-def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: Any, others: Any = None) -> Merged:
+def merged(call: Call, t: ShardOperands, shape: Sequence[int], classes: int, make: Any, others: Any = None) -> Merged:
     """All ranks' numbers as one loss. ``make(layout)``: this rank's, for rows of ``shape``; raises what all raise.
     ``others``: what ranks have to agree on beside what is in ``call``."""
     target, o = t.target, call.options
@@ -296,7 +296,7 @@ def merged(call: Call, t: Operands, shape: Sequence[int], classes: int, make: An
     return m
 
 
-def loss_of(call: Call, t: Operands, shape: Sequence[int], layout: Layout, numbers: Tensor) -> Merged:
+def loss_of(call: Call, t: ShardOperands, shape: Sequence[int], layout: Layout, numbers: Tensor) -> Merged:
     """The loss of all ranks' ``numbers`` [ranks, length]."""
     weight = None if call.sharded_weight else t.weight
     stats, met, best = stacked_for(call, t.target).unpacked(numbers, shape, weight, layout)
@@ -323,7 +323,7 @@ def statistics(row: LossOfRows, target: Tensor, best: Tensor | None, o: RowOptio
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
-class Kept(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What backward needs beside the logits, or what they are made of.
 
     Attributes:
@@ -340,15 +340,15 @@ class Kept(NamedTuple):
     of_targets: Any = None
     total: Any = None
 
-    def with_known_weights(self, call: Call, layout: Layout) -> "Kept":
+    def with_known_weights(self, call: Call, layout: Layout) -> "SavedForBackward":
         """With the class weights that the gradients take, see :func:`known_weights`."""
         met = None if self.of_targets is None else TargetWeights(self.of_targets, self.total)
         return self._replace(weight=known_weights(self.weight, met, self.target, call, layout))
 
 
-def kept(t: Operands, m: Merged) -> Kept:
+def saved_for_backward(t: ShardOperands, m: Merged) -> SavedForBackward:
     """After forward."""
-    return Kept(t.target, t.weight, t.sample_weight, m.row.saved, m.row.entropy, *(m.met or ()))
+    return SavedForBackward(t.target, t.weight, t.sample_weight, m.row.saved, m.row.entropy, *(m.met or ()))
 
 
 class ParallelCrossEntropy(Function):
@@ -356,10 +356,10 @@ class ParallelCrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Any) -> Any:
-        t = Operands(*operands)
+        t = ShardOperands(*operands)
         m = loss_of_logits(call, t)
         ctx.call, ctx.layout = call, m.layout
-        ctx.save_for_backward(t.logits, *kept(t, m))
+        ctx.save_for_backward(t.logits, *saved_for_backward(t, m))
         return results(ctx, call, m, t.target)
 
     @staticmethod
@@ -367,14 +367,14 @@ class ParallelCrossEntropy(Function):
         logits, *others = ctx.saved_tensors
         call, layout, by_entropy = ctx.call, ctx.layout, grads[-1] if ctx.call.entropy else None
         with torch.no_grad():
-            known = Kept(*others).with_known_weights(call, layout)
+            known = SavedForBackward(*others).with_known_weights(call, layout)
             found = gradients(call, layout, logits, known, grads[0], by_entropy, ctx.needs_input_grad[1:4])
         if torch.is_grad_enabled():
             found = no_second_derivatives(call.function, found)
         return (None, *found, None, None)
 
 
-def loss_of_logits(call: Call, t: Operands) -> Merged:
+def loss_of_logits(call: Call, t: ShardOperands) -> Merged:
     """The loss of all ranks, from this rank's logits."""
 
     def make(layout: Layout) -> Tensor:
@@ -407,7 +407,7 @@ def gradients(
     call: Call,
     layout: Layout,
     logits: Tensor,
-    known: Kept,
+    known: SavedForBackward,
     grad_output: Tensor | None,
     by_entropy: Tensor | None,
     needs: Sequence[bool],
@@ -493,7 +493,7 @@ class Checked(NamedTuple):
     """A call as :class:`ParallelCrossEntropy` takes it; ``shape``: of the rows as the user has them."""
 
     call: Call
-    operands: Operands
+    operands: ShardOperands
     shape: Sequence[int]
 
 
@@ -543,7 +543,7 @@ def checked(function: str, logits: Tensor, target: Tensor, g: Given, s: Sharded)
     rows_shape = c.single_shape if c.single else _rowwise.row_shape(logits)
     if c.single and not unmade:
         logits = logits.unsqueeze(0)
-    return Checked(call, Operands(logits, target, weight, sample_weight, normalizer), rows_shape)
+    return Checked(call, ShardOperands(logits, target, weight, sample_weight, normalizer), rows_shape)
 
 
 def _check_weight(function: str, weight: Tensor, classes: int, soft: bool, sharded: bool) -> None:
@@ -572,7 +572,7 @@ def _check_weight(function: str, weight: Tensor, classes: int, soft: bool, shard
 NOT_SERVED = "none: torch.func and forward mode raise"
 
 
-def statistics_sent(call: Call, t: Operands, rows_count: int) -> Collective:
+def statistics_sent(call: Call, t: ShardOperands, rows_count: int) -> Collective:
     """The all-gather of forward."""
     stacked, size = stacked_for(call, t.target), accum_dtype(t.logits.dtype).itemsize
     length = stacked.length(rows_count)
@@ -585,7 +585,7 @@ def gradient_operators(call: Call, needs: Sequence[bool]) -> tuple[str, ...]:
     return (*by_logits, *["row_target_gradient"] * (needs[1] + needs[2]))
 
 
-def no_results(call: Call, t: Operands, shape: Sequence[int]) -> tuple[Tensor, ...]:
+def no_results(call: Call, t: ShardOperands, shape: Sequence[int]) -> tuple[Tensor, ...]:
     """What forward returns, for rows of ``shape``."""
     like, accum, per_row = t.target, accum_dtype(t.logits.dtype), call.options.reduction == "none"
     loss = nothing(like, shape if per_row else [], call.options.loss_dtype or accum)
@@ -595,21 +595,21 @@ def no_results(call: Call, t: Operands, shape: Sequence[int]) -> tuple[Tensor, .
     return loss, lse, argmax, nothing(like, [], torch.float32), lse
 
 
-def _rehearse(call: Call, t: Operands) -> tuple[Tensor, ...]:
+def _rehearse(call: Call, t: ShardOperands) -> tuple[Tensor, ...]:
     shape, wanted = _rowwise.row_shape(t.logits), (t.logits, t.target, t.weight)
     path = recomputing(*wanted)
     again = path is Path.RECOMPUTE
     needs = [again and x is not None and x.requires_grad for x in wanted]
-    made = sum(x.nbytes for x, needed in zip(wanted, needs, strict=True) if needed and x is not None)
+    read, written = traffic(t, needs, again)
     tell_rehearsal(
         Rehearsed(
             f"statistics of this rank's {t.logits.shape[1]} classes; loss of all ranks' by torch operations",
             path.value if again or path is Path.VALUE else NOT_SERVED,
             ("row_stats",),
             gradient_operators(call, needs),
-            sum(distinct_bytes(x) for x in t if x is not None) * (1 + again),
-            made,
-            made,
+            read,
+            written,
+            bytes_allocated=written,
             collectives=(statistics_sent(call, t, math.prod(shape)),),
         )
     )

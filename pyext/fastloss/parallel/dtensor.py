@@ -245,7 +245,7 @@ def _check(function: str, placed: Any, target: Any, g: Given, class_dim: int, sh
 
 
 @_outside_of_graphs
-def run(function: str, input: Any, target: Any, g: Given, row_map: int = 0, map_a: float = 0.0) -> Any:
+def run(function: str, input: Any, target: Any, g: Given, row_map: int = 0, map_params: tuple[float, ...] = ()) -> Any:
     """The loss that ``function`` asks for, as a DTensor: replicated, or for ``'none'`` sharded as the rows are."""
     if not is_dtensor(input):
         raise NotImplementedError(
@@ -267,12 +267,12 @@ def run(function: str, input: Any, target: Any, g: Given, row_map: int = 0, map_
     def local(g: Given, s: Sharded | None) -> Any:
         g = g._replace(class_dim=class_dim)
         return (
-            run_whole(function, logits, target, g, row_map, map_a)
+            run_whole(function, logits, target, g, row_map, map_params)
             if s is None
             else run_sharded(function, logits, target, g, s)
         )
 
-    p = Problem(function, axes, input.shape[class_dim], rows_shape, local_rows, soft, logits.dtype, (row_map, map_a))
+    p = Problem(function, axes, input.shape[class_dim], rows_shape, local_rows, soft, logits.dtype, row_map, map_params)
     return _solved(p, target, g, local)
 
 
@@ -286,7 +286,7 @@ class Problem(NamedTuple):
         rows_shape, local_rows: the shapes of what has one element for each row, of all ranks and of this one.
         soft: targets are probabilities.
         dtype: of the logits.
-        row_map: number and parameter.
+        row_map, map_params: number and parameters of what each row's nll is mapped by.
     """
 
     function: str
@@ -296,7 +296,8 @@ class Problem(NamedTuple):
     local_rows: Sequence[int]
     soft: bool
     dtype: torch.dtype
-    row_map: tuple[int, float]
+    row_map: int
+    map_params: tuple[float, ...]
 
 
 def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharded | None], Any]) -> Any:
@@ -335,11 +336,11 @@ def _solved(p: Problem, target: Tensor, g: Given, local: Callable[[Given, Sharde
         g = g._replace(loss_dtype=torch.float32)
     s: Sharded | None = None
     if axes.classes is not None:
-        kind, parameters = ROW_MAP_KINDS[p.row_map[0]]
+        kind, _ = ROW_MAP_KINDS[p.row_map]
         sizes = _sizes(p.classes, axes)
         shard = None if over_classes is None else g.weight
         g = g._replace(weight=None) if over_classes is not None else g
-        s = Sharded(axes.mesh.get_group(axes.classes), sizes, shard, kind, p.row_map[1:][: len(parameters)])
+        s = Sharded(axes.mesh.get_group(axes.classes), sizes, shard, kind, p.map_params)
 
     per_row = g.reduction == "none"
     result = _or_all_raise(p.function, lambda: local(g, s), axes, target)
@@ -432,7 +433,7 @@ def run_linear(
     c: Any,
     ignore_index: Any,
     row_map: int,
-    map_a: float,
+    map_params: tuple[float, ...],
 ) -> Any:
     """:func:`run` of ``linear(input, linear_weight, linear_bias)``."""
     at = _linear_axes(function, input, linear_weight)
@@ -456,12 +457,12 @@ def run_linear(
 
     def local(g: Given, s: Sharded | None) -> Any:
         if s is None:
-            return run_head(function, x, w, bias, target, g, c, ignore_index, row_map, map_a)
+            return run_head(function, x, w, bias, target, g, c, ignore_index, row_map, map_params)
         return run_sharded_head(function, x, w, bias, target, g, s, c.memory_budget, False)
 
     g = g._replace(ignore_index=-100 if ignore_index is None else ignore_index)
     dtype = _logits_dtype(function, x, w, bias)
-    p = Problem(function, axes, shape[-1], rows_shape, x.shape[:-1], soft, dtype, (row_map, map_a))
+    p = Problem(function, axes, shape[-1], rows_shape, x.shape[:-1], soft, dtype, row_map, map_params)
     return _solved(p, target, g, local)
 
 

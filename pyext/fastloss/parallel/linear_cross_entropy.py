@@ -23,10 +23,10 @@ from .._autograd import (
     Path,
     Rehearsed,
     accum_dtype,
-    distinct_bytes,
     recomputing,
     rehearsing,
     tell_rehearsal,
+    traffic,
 )
 from .._library import DTYPE_CODES, NONE
 from ..head import chunked
@@ -38,19 +38,19 @@ from ._exchange import Layout
 from .cross_entropy import (
     NOT_SERVED,
     Call,
-    Kept,
     Merged,
-    Operands,
+    SavedForBackward,
     Sharded,
+    ShardOperands,
     checked,
     gradient_operators,
     gradients,
-    kept,
     merged,
     no_results,
     no_second_derivatives,
     numbers_of,
     results,
+    saved_for_backward,
     statistics_sent,
 )
 
@@ -88,7 +88,7 @@ class Head(NamedTuple):
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None, head: Head, needs: Sequence[bool]) -> Any:
-    operands = chunked.Operands(x, weight, bias, x, None, None, None)
+    operands = chunked.HeadOperands(x, weight, bias, x, None, None, None)
     o = chunked.HeadOptions(
         *Options(NONE, DTYPE_CODES[torch.float32]),
         rows=0,
@@ -151,7 +151,7 @@ def _numbers(
     bias: Tensor | None,
     call: Call,
     head: Head,
-    t: Operands,
+    t: ShardOperands,
     layout: Layout,
 ) -> tuple[Tensor, Tensor | None]:
     """What this rank sends of all rows, from logits a chunk at a time; and all of them, where they are one chunk."""
@@ -184,7 +184,7 @@ def _of_ranks(whole: Tensor, ranks: int, rows: slice) -> Tensor:
 
 
 def loss_of_head(
-    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
+    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: ShardOperands
 ) -> tuple[Merged, Tensor | None]:
     """The loss of all ranks, and this rank's logits where they are one chunk."""
     logits: Tensor | None = None
@@ -210,10 +210,10 @@ class ParallelLinearCrossEntropy(Function):
     def forward(
         ctx: Any, call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, *operands: Any
     ) -> Any:
-        t = Operands(*operands)
+        t = ShardOperands(*operands)
         m, logits = loss_of_head(call, head, x, weight, bias, t)
         ctx.call, ctx.head, ctx.layout = call, head, m.layout
-        ctx.save_for_backward(x, weight, bias, logits, *kept(t, m))
+        ctx.save_for_backward(x, weight, bias, logits, *saved_for_backward(t, m))
         return results(ctx, call, m, t.target)
 
     @staticmethod
@@ -223,7 +223,7 @@ class ParallelLinearCrossEntropy(Function):
         if grads[0] is None and by_entropy is None:
             return (None,) * 10
         x, weight, bias, logits, *others = ctx.saved_tensors
-        linear, known = (x, weight, bias, logits), Kept(*others).with_known_weights(ctx.call, ctx.layout)
+        linear, known = (x, weight, bias, logits), SavedForBackward(*others).with_known_weights(ctx.call, ctx.layout)
         found: Sequence[Tensor | None]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             found = head_gradients(ctx.call, ctx.head, ctx.layout, linear, known, grads[0], by_entropy, needs)
@@ -237,7 +237,7 @@ def head_gradients(
     head: Head,
     layout: Layout,
     linear: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    known: Kept,
+    known: SavedForBackward,
     grad_output: Tensor | None,
     by_entropy: Tensor | None,
     needs: Sequence[bool],
@@ -288,7 +288,7 @@ def head_gradients(
         s = None if sample_weight is None else pick(sample_weight)
         numbers = torch.cat([*(pick(field) for field in per_row), ends])
         wanted = (any(needs[:3]), needs[3], needs[4])
-        chunk = Kept(pick(target), class_weight, s, numbers, h)
+        chunk = SavedForBackward(pick(target), class_weight, s, numbers, h)
         by_logits, by_target, by_weight = gradients(call, layout, part, chunk, g, by_h, wanted)
         if grad_target is not None:
             columns = target.shape[1]
@@ -334,7 +334,7 @@ def _start_sum(partial: Tensor, out: Tensor, call: Call, head: Head) -> Any:
 
 
 def _rehearse(
-    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: Operands
+    call: Call, head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, t: ShardOperands
 ) -> tuple[Tensor, ...]:
     (mine, features), columns, device = x.shape, weight.shape[0], x.device
     ranks, sharing = dist.get_world_size(call.group), head.sharing(call.group)
@@ -369,6 +369,7 @@ def _rehearse(
         sent.append(Collective("backward", name, times, sharing * grad_row, count * grad_row))
     sizes = accum_dtype(head.dtype).itemsize  # of the sums of weight and bias
     kinds = held, sizes, sizes, t.target.element_size(), 0 if t.weight is None else t.weight.element_size()
+    read, written = traffic((*wanted, t.sample_weight), needs, again)
     made = [w.numel() * kind for w, kind, needed in zip(wanted, kinds, needs, strict=True) if needed and w is not None]
     tell_rehearsal(
         Rehearsed(
@@ -376,8 +377,8 @@ def _rehearse(
             gradient,
             ("row_stats",),
             gradient_operators(call, (any(needs[:3]), *needs[3:])),
-            sum(distinct_bytes(w) for w in (*wanted, t.sample_weight) if w is not None) * (1 + again),
-            sum(w.nbytes for w, needed in zip(wanted, needs, strict=True) if needed and w is not None),
+            read,
+            written,
             sum(made) + chunks.nbytes * again,
             chunks,
             tuple(sent),

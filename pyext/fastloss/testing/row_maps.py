@@ -7,13 +7,14 @@ in docs/losses.md is written from it.
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formulas import ROW_MAPS
+from ..losses import _row_map
 from . import cross_entropy
 from ._spec import LossSpec, Maker, Sample
 
@@ -23,29 +24,27 @@ class RowMapLoss:
     """What such a loss is, beside its formula.
 
     Attributes:
-        row_map: the map's name.
-        parameter: the name of its parameter in the face, if it has one.
-        default: the parameter's default.
-        values: further ones to be tried.
+        defaults: the map's parameters, by their names in the face and in the kernels' order.
+        options: other values of them to be tried.
         stops_gradient: as of a :class:`LossSpec`.
     """
 
-    row_map: str
-    parameter: str = ""
-    default: float = 0.0
-    values: tuple[float, ...] = ()
+    defaults: dict[str, float] = field(default_factory=dict)
+    options: tuple[dict[str, float], ...] = ()
     stops_gradient: bool = False
 
 
 LOSSES: dict[str, RowMapLoss] = {
-    "focal_loss": RowMapLoss("focal", "gamma", 2.0, (0.0, 0.5, 3.0)),
-    "poly1_loss": RowMapLoss("poly1", "epsilon", 1.0, (-1.0, 2.5)),
-    "generalized_cross_entropy": RowMapLoss("generalized_cross_entropy", "q", 0.7, (0.1, 1.0)),
-    "token_scaled_cross_entropy": RowMapLoss("token_scaled", stops_gradient=True),
+    "focal_loss": RowMapLoss({"gamma": 2.0}, ({"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 3.0})),
+    "poly1_loss": RowMapLoss({"epsilon": 1.0}, ({"epsilon": -1.0}, {"epsilon": 2.5})),
+    "generalized_cross_entropy": RowMapLoss({"q": 0.7}, ({"q": 0.1}, {"q": 1.0})),
+    "token_scaled_cross_entropy": RowMapLoss(stops_gradient=True),
 }
 
 
-def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
+def _reference(name: str, loss: RowMapLoss) -> Callable[..., Tensor]:
+    g = ROW_MAPS[_row_map.LOSSES[name].row_map]
+
     def reference(
         input: Tensor,
         target: Tensor,
@@ -57,7 +56,7 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         """The loss in float64, from its definition; float64 whatever the arguments' dtypes."""
-        parameters = [options.pop(loss.parameter, loss.default)] if loss.parameter else []
+        parameters = [options.pop(parameter, default) for parameter, default in loss.defaults.items()]
         # Once: a gradient that comes by several conversions from 16 bits would be rounded in each of them.
         input, weight = input.double(), None if weight is None else weight.double()
         target = target.double() if target.is_floating_point() else target
@@ -79,7 +78,7 @@ def _reference(loss: RowMapLoss) -> Callable[..., Tensor]:
         s = counted if sample_weight is None else counted * sample_weight.double()
         of_logits = {k: v for k, v in options.items() if k in ("class_dim", "logit_scale", "softcap")}
         lse = cross_entropy.reference_lse(input, **of_logits)
-        rows = torch.where(s != 0, s * mass * ROW_MAPS[loss.row_map](nll / mass, *parameters), 0.0)
+        rows = torch.where(s != 0, s * mass * g(nll / mass, *parameters), 0.0)
         z_rows = torch.where(s != 0, s * z_loss * lse**2, 0.0)
         if reduction == "none":
             return rows + z_rows
@@ -114,9 +113,9 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
                 f"everything, {reduction}", x, t, weight=w5, label_smoothing=0.1, z_loss=0.1, softcap=2.0,
                 logit_scale=0.7, sample_weight=make.positive(4, dtype=weight_dtype), reduction=reduction,
             )  # fmt: skip
-        for value, reduction in zip(loss.values, itertools.cycle(("none", "mean", "sum")), strict=False):
-            own = {loss.parameter: value}
-            yield call(f"{loss.parameter} {value}, {reduction}", x, t, weight=w5, reduction=reduction, **own)
+        for own, reduction in zip(loss.options, itertools.cycle(("none", "mean", "sum")), strict=False):
+            named = ", ".join(f"{k} {v}" for k, v in own.items())
+            yield call(f"{named}, {reduction}", x, t, weight=w5, reduction=reduction, **own)
         yield call("normalizer", x, t, weight=w5, normalizer=7.5)
         spatial, spatial_t = make.normal(2, 3, 4, 2), make.classes(3, 2, 4, 2, ignore_every=5)
         yield call("spatial", spatial, spatial_t, weight=make.positive(3, dtype=weight_dtype))
@@ -127,7 +126,7 @@ def _samples(loss: RowMapLoss) -> Callable[[str | torch.device, torch.dtype], It
 
 def _spec(name: str, loss: RowMapLoss) -> LossSpec:
     function = getattr(importlib.import_module(f"fastloss.losses.{name}"), name)
-    forms = (_reference(loss), _samples(loss), cross_entropy.fewest_bytes)
+    forms = (_reference(name, loss), _samples(loss), cross_entropy.fewest_bytes)
     return LossSpec(name, function, None, *forms, operator="cross_entropy_", stops_gradient=loss.stops_gradient)
 
 
