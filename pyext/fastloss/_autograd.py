@@ -691,16 +691,6 @@ def ordinary() -> bool:
     )
 
 
-def ordinary_pair(input: Any, target: Any) -> bool:
-    """Whether torch is :func:`ordinary` and these are plain tensors with strides on the same CPU or GPU."""
-    return (
-        ordinary()
-        and type(input) is type(target) is Tensor
-        and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
-        and input.layout is target.layout is torch.strided
-    )
-
-
 def recording() -> bool:
     """Whether torch.jit.trace or torch.export is to find this call as one operator: see :mod:`fastloss._recorded`."""
     if _tracing_state() is not None:

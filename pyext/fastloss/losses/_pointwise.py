@@ -30,7 +30,7 @@ from .._autograd import (
     accum_dtype,
     batched_by_legacy,
     functorch_active,
-    ordinary_pair,
+    ordinary,
 )
 from .._library import DTYPE_CODES, DTYPES, MEAN, NONE, REDUCTIONS, SUM, direct, loop_vmap, ops
 from .._recorded import record, recordable, recording
@@ -404,10 +404,13 @@ def usual(loss: str, input: Any, target: Any, reduction: Any, params: Sequence[f
     None where it might."""
     try:
         if not (
-            ordinary_pair(input, target)
+            ordinary()
+            and type(input) is type(target) is Tensor
             and type(reduction) is str
+            and ((input.is_cpu and target.is_cpu) or (input.is_cuda and input.device == target.device))
             and input.dtype is target.dtype
             and input.shape == target.shape
+            and input.layout is target.layout is torch.strided
             and input.dim() <= MAX_DIMS
         ):
             return None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _arguments, errors
-from .._autograd import ordinary_pair
+from .._autograd import ordinary
 from .._library import DTYPE_CODES
 
 INDEX_DTYPES = frozenset(
@@ -25,15 +25,21 @@ def is_usual(input: Any, target: Any) -> bool:
     most calls have, seen at once for small inputs' sake."""
     try:
         if not (
-            ordinary_pair(input, target)
+            ordinary()
+            and type(input) is type(target) is Tensor
+            and ((input.is_cpu and target.is_cpu) or _usual_on_cuda(input, target))
             and target.dtype is torch.int64
-            and (input.is_cpu or not errors.immediate_errors())
+            and input.layout is target.layout is torch.strided
         ):
             return False
         rows, classes = input.shape
         return target.shape == (rows,) and rows != 0 != classes
     except (RuntimeError, ValueError):  # strided nested tensors have no shape; other dimensions
         return False
+
+
+def _usual_on_cuda(input: Tensor, target: Tensor) -> bool:
+    return input.is_cuda and input.device == target.device and not errors.immediate_errors()
 
 
 def index_target(target: Tensor) -> Tensor:
