@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None, ours: Any = None) -> int:
     )
     parser.add_argument("--out", default="fastloss-demo.png", help="where the curves go (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps per run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all trainings (default: 0)")
     parser.add_argument(
         "--gain-steps",
         type=int,
