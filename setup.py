@@ -16,8 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
 VERSION: dict = {}
@@ -28,6 +29,15 @@ TORCH_TARGET = "0x{:02x}{:02x}000000000000".format(*map(int, VERSION["MIN_TORCH"
 
 def fail(message: str) -> None:
     sys.exit(f"\nfastloss cannot be built: {message}\n")
+
+
+def require_wheel_command() -> None:
+    """pip asks for it. New environments of Python 3.10 and 3.11 have a setuptools that leaves it to another package."""
+    if not {"dist_info", "bdist_wheel", "editable_wheel"}.isdisjoint(sys.argv):
+        try:
+            Distribution().get_command_class("bdist_wheel")
+        except BaseError:
+            fail("this setuptools makes no wheels. Install a newer one, with: pip install 'setuptools>=70.1'")
 
 
 def find_nvcc() -> str | None:
@@ -181,6 +191,7 @@ class BuildCoreThenBinding(build_ext):
         print("fastloss: built " + ", ".join(f"{k}={v}" for k, v in command.build_info.items() if v), flush=True)
 
 
+require_wheel_command()
 setup(
     version=VERSION["__version__"],
     license="MIT",

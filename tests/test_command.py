@@ -22,11 +22,12 @@ def test_help_says_what_it_does_with_an_example(command, capsys, monkeypatch):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: python -m fastloss {command}")
+    assert not re.search(r"^  (-\S+, )?--?\S+( [A-Z_]+)?$(?!\n {10})", text, re.M), "an option without a word"
     description = text.partition("\n\n")[2].partition("\n\n")[0]
     assert len(description.split()) >= 10, description
-    example = re.search(rf"example: python -m fastloss ({command}\b.*)", text, re.S)
+    example = re.search(rf"example: python -m fastloss ({command}\b.*)\n\Z", text)  # one line, which can be copied
     assert example, text
-    words = shlex.split(" ".join(example[1].split()).partition(">")[0])
+    words = shlex.split(example[1].partition(">")[0])
     # The example is parsed, up to what would be computed.
     reached = []
     for place in ("demo._run", "diagnosis.command.check", "plot._command.curves", "_library.ops"):

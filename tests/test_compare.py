@@ -385,7 +385,7 @@ def test_what_is_no_file_of_results_is_left_alone(tmp_path):
         ({"higher_is_better": False}, "higher_is_better = True, but this one has False"),
         ({"losses": {"a": F.l1_loss, "b": F.mse_loss}}, "losses = "),
         ({"losses": {**LOSSES, "d": F.smooth_l1_loss}}, "losses = "),
-        ({"losses": {**LOSSES, "c": F.smooth_l1_loss}}, "smooth_l1_loss"),
+        ({"losses": {**LOSSES, "c": F.smooth_l1_loss}}, r"losses\['c'\] = .*smooth_l1_loss"),
         ({"losses": {**LOSSES, "c": nn.HuberLoss(delta=2.0)}}, "HuberLoss"),
     ],
 )
@@ -396,6 +396,34 @@ def test_results_of_something_else_are_not_mixed(tmp_path, changed, named):
     with pytest.raises(ValueError, match=f"holds a comparison with .*{named}.*choose another path"):
         run(path, table_of(VALUES), **changed)
     assert path.read_bytes() == content
+
+
+def test_a_module_is_known_by_its_options_and_buffers(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self, scale, **options):
+            super().__init__()
+            self.inner, self.scale = nn.CrossEntropyLoss(**options), torch.tensor(scale)
+            self.learnt = nn.Parameter(torch.randn(()))
+
+    weight = torch.tensor([1.0, 2.0])
+    kinds = (
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+        lambda: nn.CrossEntropyLoss(label_smoothing=0.3),
+        lambda: nn.CrossEntropyLoss(weight),
+        lambda: nn.CrossEntropyLoss(2 * weight),
+        lambda: Wrapped(1.0, label_smoothing=0.1),
+        lambda: Wrapped(1.0, label_smoothing=0.3),
+        lambda: Wrapped(2.0, label_smoothing=0.1),
+    )
+    for i, made in enumerate(kinds):
+        path = tmp_path / f"{i}.jsonl"
+        run(path, lambda loss, seed: float(seed), losses={"a": F.l1_loss, "b": made()})
+        for other in kinds:
+            if other is made:  # a new one of the same kind, learnt parameters and all
+                run(path, lambda *_: pytest.fail("is run again"), losses={"a": F.l1_loss, "b": other()})
+            else:
+                with pytest.raises(ValueError, match=r"holds a comparison with losses\['b'\] = "):
+                    run(path, lambda loss, seed: 0.0, losses={"a": F.l1_loss, "b": other()})
 
 
 def test_failed_runs_are_tried_again_and_nan_is_a_result(tmp_path):
@@ -458,9 +486,26 @@ def test_the_picture_holds_the_runs(tmp_path):
     for d in result.differences:
         assert d.values in drawn and (d.low, d.high) in drawn and (d.mean,) in drawn
     assert [t.get_text() for t in right.get_yticklabels()] == ["a - b", "a - c", "b - c"]
-    assert result.conclusion in figure.get_suptitle()
+    assert result.conclusion == " ".join(figure.get_suptitle().split())
     compared({"a": [1.0], "b": [math.nan]}).plot()
     matplotlib.pyplot.close("all")
+
+
+def test_a_long_conclusion_stays_in_the_picture():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    losses = {f"cross entropy, smoothed by 0.{i}": kind for i, kind in enumerate((F.l1_loss, F.mse_loss, F.huber_loss))}
+    at = dict(zip(losses.values(), (0, 0.001, 50), strict=True))
+    noise = np.random.default_rng(0).standard_normal((3, 6))
+    result = compare(
+        losses, lambda loss, seed: at[loss] + noise[[*at].index(loss), seed], seeds=6, higher_is_better=False
+    )
+    assert result.winner is None and len(result.conclusion) > 120
+    figure = result.plot()
+    figure.draw_without_rendering()
+    title, whole = figure._suptitle.get_window_extent(), figure.bbox
+    assert whole.x0 <= title.x0 and title.x1 <= whole.x1 and title.y1 <= whole.y1
+    matplotlib.pyplot.close(figure)
 
 
 def test_progress(capsys, monkeypatch):

@@ -83,3 +83,21 @@ def test_missing_package_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     assert demo.main(["--out", str(tmp_path / "curves.png")], losses()) == 2
     assert "fastloss[demo]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--gain-steps", "-1"], "--gain-steps must be 0 or more, got -1"),
+        (["--out", "gone/curves.png"], "there is no folder "),
+        (["--device", "gpu"], "--device gpu cannot be used here: "),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here: "),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_training(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        demo.main(arguments, losses())
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and said in printed.err and not printed.out

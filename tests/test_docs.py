@@ -1,11 +1,14 @@
 """The pages that answer questions: their code runs, prints what they quote, and draws the pictures that they show."""
 
+import contextlib
 import importlib.util
+import io
 import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +17,7 @@ docs_pages = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(docs_pages)
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 TIME = re.compile(r"[\d.]+ s\)")
+CODE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 PASSED = re.compile(r"^ok .*?(?=^\S|\Z)", re.M | re.S)  # a property in a report, whose numbers are rounding errors
 
 
@@ -47,6 +51,37 @@ def test_page(page, tmp_path):
     assert shown == {path.name for path in tmp_path.iterdir()}
     for name in shown:
         assert (docs_pages.PICTURES / name).stat().st_size <= 60 * 1024
+
+
+def test_the_readme():
+    """What a newcomer copies first. Its language model is a small one of transformers, where that is installed."""
+    *own, language = CODE.findall((ROOT / "README.md").read_text())
+    namespace: dict[str, object] = {"__name__": "readme"}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for code in own:
+            exec(compile(code, "README.md", "exec"), namespace)
+    *steps, report = printed.getvalue().splitlines()
+    curve = [float(line.split()[1]) for line in steps]
+    assert len(curve) == 5 and curve[-1] < curve[0] and report == "fastloss.patch(): cross_entropy: 1 served"
+    transformers = pytest.importorskip("transformers", minversion="5")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = torch.randint(300, (2, 16))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=300, **sizes))
+    namespace |= {"model": model, "input_ids": ids, "labels": ids}
+    exec(compile(language, "README.md", "exec"), namespace)
+    assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("page", ["index.md", "losses.md", "check.md"])
+def test_snippets(page, tmp_path, monkeypatch):
+    """Pages whose code prints nothing that is quoted."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "snippets"}
+    found = CODE.findall((docs_pages.DOCS / page).read_text())
+    assert found
+    for code in found:
+        exec(compile(code, page, "exec"), namespace)
 
 
 @pytest.mark.parametrize("notebook", docs_pages.NOTEBOOKS, ids=lambda path: path.stem)

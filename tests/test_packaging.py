@@ -57,6 +57,24 @@ def test_metadata_needs_no_torch(tmp_path):
     assert f"torch>={_version.MIN_TORCH}" in (tmp_path / "fastloss.egg-info/requires.txt").read_text().split()
 
 
+def test_a_setuptools_without_wheels_is_named(tmp_path):
+    """That of a new environment of Python 3.10 or 3.11."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import setuptools, setuptools.errors as errors\n"
+        "known = setuptools.Distribution.get_command_class\n"
+        "def get(self, name):\n"
+        "    if name == 'bdist_wheel':\n"
+        "        raise errors.ModuleError(f'invalid command {name!r}')\n"
+        "    return known(self, name)\n"
+        "setuptools.Distribution.get_command_class = get\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "pyext")])
+    status, output = run_setup("dist_info", "--output-dir", str(tmp_path), PYTHONPATH=path)
+    assert status != 0 and "Traceback" not in output
+    assert "fastloss cannot be built: this setuptools makes no wheels" in output and "setuptools>=70.1" in output
+    assert run_setup("egg_info", "--egg-base", str(tmp_path), PYTHONPATH=path)[0] == 0  # needs none
+
+
 @pytest.mark.parametrize(
     ("missing", "environment", "named"),
     [

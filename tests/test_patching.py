@@ -155,6 +155,7 @@ def test_report(problem, capsys):
         assert fastloss.patch_report() == fastloss.PatchReport()
         F.multilabel_margin_loss(x, torch.zeros_like(x, dtype=torch.int64))
     assert fastloss.patch_report() == fastloss.PatchReport() and not capsys.readouterr().out
+    assert str(fastloss.patch_report()) == "fastloss.patch(): no call of a loss that fastloss has"
 
 
 def test_report_of_threads(problem):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import html
 import importlib
 import itertools
@@ -296,7 +297,7 @@ class Comparison:
         for axis in (left, right):
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(self.conclusion, fontsize=10)
+        figure.suptitle(textwrap.fill(self.conclusion, 120), fontsize=10)
         return finish(figure, path)
 
 
@@ -337,7 +338,8 @@ def compare(
         alpha: see above.
         results: a file of JSON lines that keeps each run as it ends. With the file there, its runs are not run again;
             those that failed are. A file of other losses, or of another metric or direction, is an error. A loss is
-            known by its name and its ``repr``; that ``train`` has changed, nobody notices.
+            known by its name and its ``repr``, a module by its options and buffers, too; that ``train`` or the code of
+            a function has changed, nobody notices.
         progress: a bar of tqdm on stderr, where that is installed; by default on a terminal.
 
     Returns:
@@ -365,7 +367,7 @@ def compare(
         _MARK: 1,
         "metric": metric,
         "higher_is_better": higher_is_better,
-        "losses": {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(loss)) for name, loss in losses.items()},
+        "losses": {name: _known_as(loss) for name, loss in losses.items()},
         "seeds": list(chosen),
     }
     store = _Store(None if results is None else Path(results), header)
@@ -497,6 +499,25 @@ def _numbers(returned: Any, metric: str | None, name: str, seed: int) -> dict[st
     return numbers
 
 
+def _known_as(loss: Loss) -> str:
+    """How a file of results knows a loss: many modules' ``repr``, torch's too, says nothing of their options."""
+    text = repr(loss)
+    if isinstance(loss, torch.nn.Module):
+        plain = (bool, int, float, str, tuple, list, dict, torch.dtype, torch.Tensor)
+        known = {f"{part}.{k}".lstrip("."): v for part, m in loss.named_modules() for k, v in vars(m).items()}
+        known = {k: v for k, v in known.items() if isinstance(v, plain) and not k.rpartition(".")[2].startswith("_")}
+        # Parameters are learnt: where they begin may differ from process to process.
+        known |= dict(loss.named_buffers())
+        values = (f"{k}={_checksum(v) if isinstance(v, torch.Tensor) else repr(v)}" for k, v in sorted(known.items()))
+        text = f"{text} with {', '.join(values)}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"tensor({tuple(tensor.shape)}, {hashlib.sha256(content).hexdigest()[:12]})"
+
+
 class _Store:
     """The runs, kept in a file of JSON lines if there is one: a line says what is compared, then one a run.
 
@@ -555,11 +576,16 @@ class _Store:
 
     def _same(self, found: dict[str, Any], header: dict[str, Any]) -> None:
         for key in ("losses", "metric", "higher_is_better"):
-            if found[key] != header[key]:
-                raise ValueError(
-                    f"results: {self.path} holds a comparison with {key} = {found[key]!r}, but this one has "
-                    f"{header[key]!r}: choose another path. What is chosen after looking at results needs new runs."
-                )
+            there, here = found[key], header[key]
+            if there == here:
+                continue
+            if key == "losses" and there.keys() == here.keys():
+                name = next(name for name in here if there[name] != here[name])
+                key, there, here = f"losses[{name!r}]", there[name], here[name]
+            raise ValueError(
+                f"results: {self.path} holds a comparison with {key} = {there!r}, but this one has {here!r}: choose "
+                "another path. What is chosen after looking at results needs new runs."
+            )
 
 
 def _differences(

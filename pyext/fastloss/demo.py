@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None, ours: Any = None) -> int:
     )
     parser.add_argument("--out", default="fastloss-demo.png", help="where the curves go (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps per run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all trainings (default: 0)")
     parser.add_argument(
         "--gain-steps",
         type=int,
@@ -304,7 +304,15 @@ def main(argv: Sequence[str] | None = None, ours: Any = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     args = parser.parse_args(argv)
     if args.steps < 1:
-        parser.error("--steps must be at least 1")
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.gain_steps < 0:
+        parser.error(f"--gain-steps must be 0 or more, got {args.gain_steps}")
+    if not (folder := Path(args.out).absolute().parent).is_dir():
+        parser.error(f"--out: there is no folder {folder}")
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as unusable:  # an AssertionError of a build without CUDA
+        parser.error(f"--device {args.device} cannot be used here: {str(unusable).splitlines()[0]}")
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -313,7 +321,6 @@ def main(argv: Sequence[str] | None = None, ours: Any = None) -> int:
         return 2
     if ours is None:
         ours = importlib.import_module("fastloss")
-    device = torch.device(args.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -279,8 +279,9 @@ def run(ours: Any, device: torch.device, seed: int, steps: int, path: str) -> bo
     courses = train(ways_of(ours), text, model, steps, seed)
     header = ["loss by", "last loss", "a step", "head and loss", "", "allocated there"]
     print(text_table([header, *_rows(courses, lambda c: c.head_seconds)]))
+    print("\nOf head and loss, the head's matrix products stay: all three ways make them.")
     worst = apart(courses)
-    print(f"\nLargest difference between the curves: {worst:.1e} of the first loss (limit {LIMIT:.0e}).")
+    print(f"Largest difference between the curves: {worst:.1e} of the first loss (limit {LIMIT:.0e}).")
     plot(courses, path)
     print(f"The language model's curves, times and memory: {path}")
     return worst <= LIMIT

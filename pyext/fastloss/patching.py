@@ -107,6 +107,7 @@ class PatchReport:
             for reason, count in reasons.items()
         ]
         lines += [f"{name}: {count} torch's, fastloss has no such loss" for name, count in self.lacking.items()]
+        lines = lines or ["no call of a loss that fastloss has"]
         return "fastloss.patch(): " + ("; ".join(lines) if len(lines) == 1 else "\n  ".join(["", *lines]).lstrip(" "))
 
 
