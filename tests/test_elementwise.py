@@ -1,5 +1,6 @@
 """Losses of elements that other packages have: against these packages, extremes, arguments that make no sense."""
 
+import inspect
 import math
 import sys
 import types
@@ -81,9 +82,21 @@ def test_asymmetric_loss_as_timm(device):
 
 def test_asymmetric_loss_beside_timm(device):
     loss = pytest.importorskip("timm.loss")
-    x, y = normal(6, 9, device=device), (normal(6, 9, device=device, seed=1) > 0.5).double()
-    ours = lambda *a: fastloss.asymmetric_loss(*a, reduction="sum")  # noqa: E731
-    compare(ours, loss.AsymmetricLossMultiLabel(), x, y)
+    x, y = normal(6, 9, dtype=torch.float32, device=device), (normal(6, 9, device=device, seed=1) > 0.5).float()
+    theirs, ours = loss.AsymmetricLossMultiLabel, fastloss.asymmetric_loss
+    if "reduction" not in inspect.signature(theirs).parameters:  # of an older version
+        compare(lambda *a: ours(*a, reduction="sum"), theirs(), x, y)
+        return
+    for gammas in ((4, 1), (0, 0), (2, 0), (3, 2.5)):
+        for clip in (0.05, 0.0, 0.4):
+            for reduction in ("sum", "mean", "none"):
+                options = {"gamma_neg": gammas[0], "gamma_pos": gammas[1], "clip": clip, "reduction": reduction}
+                compare(lambda *a, o=options: ours(*a, **o), theirs(**options), x, y)
+    compare(lambda *a: ours(*a, reduction="sum") / len(x), theirs(reduction="batchmean"), x, y)
+    weight = torch.linspace(0.5, 2.0, 9, device=device)
+    compare(
+        lambda *a: ours(*a, reduction="sum", weight=weight), theirs(reduction="sum", weight=weight).to(device), x, y
+    )
 
 
 @dtypes
