@@ -71,6 +71,24 @@ def test_sigmoid_focal_loss_beside_torchvision(device):
         compare(fastloss.sigmoid_focal_loss, ops.sigmoid_focal_loss, x, y, **options)
 
 
+def test_sigmoid_focal_loss_beside_kornia(device):
+    losses = pytest.importorskip("kornia.losses", reason="kornia is not installed")
+    x, y = normal(5, 7, device=device), (normal(5, 7, device=device, seed=1) > 0).double()
+    for options in focal_options():
+        if options["alpha"] >= 0:
+            theirs = losses.binary_focal_loss_with_logits
+            compare(fastloss.sigmoid_focal_loss, theirs, x, y, **options)
+
+
+def test_sigmoid_focal_loss_beside_monai(device):
+    losses = pytest.importorskip("monai.losses", reason="monai is not installed")
+    x, y = normal(5, 7, dtype=torch.float32, device=device), (normal(5, 7, device=device, seed=1) > 0).float()
+    for options in focal_options():
+        alpha = None if options["alpha"] < 0 else options["alpha"]
+        theirs = losses.FocalLoss(gamma=options["gamma"], alpha=alpha, reduction="none")
+        compare(lambda *a, o=options: fastloss.sigmoid_focal_loss(*a, **o), theirs, x, y)
+
+
 def test_asymmetric_loss_as_timm(device):
     x, y = normal(6, 9, device=device), (normal(6, 9, device=device, seed=1) > 0.5).double()
     for gammas in ((4, 1), (0, 0), (2, 0), (3, 2.5)):

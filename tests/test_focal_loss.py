@@ -1,5 +1,8 @@
 """What is special about softmax focal loss: its definition, its limits, what others get wrong."""
 
+import importlib
+import importlib.util
+
 import fastloss
 import pytest
 import torch
@@ -85,6 +88,35 @@ def test_normalizer_gives_other_packages_mean(device):
     w = torch.rand(5, dtype=torch.float64, device=device) + 0.5
     got = fastloss.focal_loss(x, t, weight=w, normalizer=t.numel())
     torch.testing.assert_close(got, fastloss.focal_loss(x, t, weight=w, reduction="none").mean())
+
+
+@pytest.mark.parametrize("gamma", (0.5, 2.0))
+def test_the_same_as_kornia_and_monai(gamma, device):
+    """They leave the classes in, all but the target's of which are 0."""
+    x, t = problem(2, 3, 4, 5, device=device)
+    ignored = t.clone()
+    ignored[:, 1] = 1
+    hot = F.one_hot(t, 3).movedim(-1, 1).double()
+    alpha = torch.tensor([0.7, 0.3, 0.3], dtype=torch.float64, device=device)
+    pairs = []
+    if importlib.util.find_spec("kornia"):
+        kornia = importlib.import_module("kornia.losses").focal_loss
+        pairs += [
+            (kornia(x, t, alpha=None, gamma=gamma), fastloss.focal_loss(x, t, gamma, reduction="none")),
+            (kornia(x, t, alpha=0.3, gamma=gamma), fastloss.focal_loss(x, t, gamma, alpha, reduction="none")),
+            (
+                kornia(x, ignored, alpha=None, gamma=gamma, ignore_index=1),
+                fastloss.focal_loss(x, ignored, gamma, ignore_index=1, reduction="none"),
+            ),
+        ]
+    if importlib.util.find_spec("monai"):
+        monai = importlib.import_module("monai.losses").FocalLoss(use_softmax=True, gamma=gamma, reduction="none")
+        pairs.append((monai(x, hot), fastloss.focal_loss(x, t, gamma, reduction="none")))
+    if not pairs:
+        pytest.skip("neither kornia nor monai is installed")
+    for theirs, ours in pairs:
+        results = [(rows, *torch.autograd.grad(rows.sum(), x)) for rows in (theirs.sum(1), ours)]
+        torch.testing.assert_close(*results, check_dtype=False, rtol=1e-6, atol=1e-7)
 
 
 def test_module_and_errors(device):

@@ -195,6 +195,9 @@ def dice_loss(
       ``from_logits=False`` is None; ``class_weights`` w are ``weight=w * C / w.sum()``, since its mean divides by the
       sum of the weights; ``classes`` are weights of 0 for the others and ``C / len(classes)`` for these. Not copied:
       its overlap is ``sum(min(p, t))``, the same where targets are 0 and 1 only. Not here: ``log_loss``.
+    - kornia: ``average='macro'`` is what is here, ``eps`` is smooth_dr beside smooth_nr=0; ``weight`` w is
+      ``w * C / w.sum()``. Not copied: its mean leaves out classes of which a sample's target has nothing, so that they
+      may be predicted for free; a sample whose pixels are all ignored counts as wrong. Not here: ``average='micro'``.
     """
     if has_torch_function_variadic(input, target, weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}

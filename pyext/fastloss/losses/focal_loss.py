@@ -65,6 +65,11 @@ def focal_loss(
     Example::
 
         >>> loss = fastloss.focal_loss(logits, labels, gamma=2.0, weight=torch.tensor([0.25, 0.75]))
+
+    kornia's ``focal_loss`` and MONAI's ``FocalLoss(use_softmax=True)`` return the classes too, of which all but the
+    target's are 0; their mean divides by those as well, kornia's also by ignored pixels. kornia's ``alpha`` a is a
+    weight of ``[1 - a, a, ..., a]``. segmentation_models_pytorch's ``FocalLoss('multiclass')`` has no softmax: it is a
+    :func:`fastloss.sigmoid_focal_loss` for each class.
     """
     arguments = locals()
     if has_torch_function_variadic(input, target, weight, sample_weight):

@@ -66,6 +66,8 @@ def tversky_loss(
     :func:`fastloss.dice_loss`. Its floating targets are not probabilities unless ``soft_label``: the same where they
     are 0 and 1. segmentation_models_pytorch's has batch=True, skip_absent=True, ``smooth`` and the same alpha and beta.
     Its gamma is a power of the mean over the classes; that of :func:`fastloss.focal_tversky_loss` is one of each class.
+    kornia's has the same alpha and beta, ``eps`` is smooth_dr beside smooth_nr=0; its mean leaves out classes of which
+    a sample's target has nothing.
     """
     if has_torch_function_variadic(input, target, weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
