@@ -483,6 +483,8 @@ def test_tversky_of_halves_is_dice(device):
         ({"reduction": "average"}, ValueError, "average is not a valid value for reduction"),
         ({"smooth_nr": -1.0}, ValueError, "smooth_nr must not be negative, got -1.0"),
         ({"smooth_dr": float("nan")}, ValueError, "smooth_dr must not be negative, got nan"),
+        ({"smooth": float("inf")}, ValueError, "smooth must be finite, got inf"),
+        ({"activation": ["softmax"]}, ValueError, "activation must be 'softmax', 'sigmoid' or None, got .'softmax'."),
         ({"input": torch.zeros(3)}, ValueError, r"input must have shape \(N, C, d1, ...\), got \[3\]"),
         ({"input": torch.zeros(2, 3, 4).long()}, NotImplementedError, "not implemented for input of dtype"),
         ({"target": torch.zeros(2, 4)}, ValueError, r"needs the input's shape \[2, 3, 4\], got \[2, 4\]"),
@@ -515,6 +517,7 @@ def test_errors(change, error, message):
     (
         ("tversky_loss", {"alpha": -0.1}, ValueError, r"tversky_loss\(\): alpha must not be negative, got -0.1"),
         ("tversky_loss", {"beta": float("nan")}, ValueError, "beta must not be negative, got nan"),
+        ("tversky_loss", {"alpha": float("inf")}, ValueError, r"tversky_loss\(\): alpha must be finite, got inf"),
         ("tversky_loss", {"activation": "relu"}, ValueError, r"tversky_loss\(\): activation must be"),
         ("focal_tversky_loss", {"gamma": 0.0}, ValueError, "gamma must be positive and finite, got 0.0"),
         ("focal_tversky_loss", {"gamma": "1"}, TypeError, "argument 'gamma' must be float, not str"),

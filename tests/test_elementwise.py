@@ -161,7 +161,13 @@ def test_arguments_that_make_no_sense(device):
         (lambda: fastloss.sigmoid_focal_loss(x, t, reduction="most"), "most is not a valid value for reduction"),
         (lambda: fastloss.asymmetric_loss(x, t, clip=1.0), "clip must be 0 or more and less than 1, got 1.0"),
         (lambda: fastloss.asymmetric_loss(x, t, gamma_pos=math.nan), "gamma_pos must not be negative, got nan"),
+        (lambda: fastloss.sigmoid_focal_loss(x, t, gamma=math.inf), "gamma must be finite, got inf"),
+        (lambda: fastloss.asymmetric_loss(x, t, gamma_neg=math.inf), "gamma_neg must be finite, got inf"),
         (lambda: fastloss.charbonnier_loss(x, t, eps=0.0), "eps must be positive"),
+        (lambda: fastloss.charbonnier_loss(x, t, eps=math.inf), "eps must be positive .*, got inf"),
+        (lambda: fastloss.cosine_distance_loss(x, t, eps=math.inf), "eps must be positive and finite, got inf"),
+        (lambda: fastloss.gaussian_nll_loss(x, t, t.exp(), eps=math.nan), "eps must be a number, got nan"),
+        (lambda: fastloss.relative_l1_loss(x, t, eps=math.inf), "eps must be positive.*, and finite; got inf"),
         (lambda: fastloss.quantile_loss(x, t, 1.2), "quantile must be between 0 and 1, and neither, got 1.2"),
         (lambda: fastloss.quantile_loss(x, t, torch.rand(2, device=device)), "last dimension of 2 quantiles"),
         (lambda: fastloss.quantile_loss(x, t, torch.rand(2, 3, device=device)), "a tensor of shape .Q."),
@@ -170,6 +176,8 @@ def test_arguments_that_make_no_sense(device):
         (lambda: fastloss.smape_loss(x, t, eps=-1.0), "eps must be positive"),
         (lambda: fastloss.capsule_margin_loss(x, t[:, 0]), "needs the input's shape .4, 3., got .4."),
         (lambda: fastloss.capsule_margin_loss(x, t, down_weight=-1.0), "down_weight must not be negative"),
+        (lambda: fastloss.capsule_margin_loss(x, t, m_plus=math.nan), "m_plus must not be negative, got nan"),
+        (lambda: fastloss.capsule_margin_loss(x, t, m_minus=math.inf), "m_minus must be finite, got inf"),
         (lambda: fastloss.capsule_margin_loss(x, t, weight=t[0, :2]), "weight needs an element for each of 3 classes"),
     )
     for call, message in calls:

@@ -48,7 +48,7 @@ def asymmetric_loss(
         16-bit ones under autocast).
 
     Raises:
-        ValueError: a negative gamma; a clip outside [0, 1).
+        ValueError: a gamma that is negative or infinite; a clip outside [0, 1).
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Example::

@@ -41,7 +41,7 @@ def charbonnier_loss(
         16-bit ones under autocast).
 
     Raises:
-        ValueError: eps not positive, or so small that its square is 0 in float32.
+        ValueError: eps not positive, or so small or large that its square is 0 or infinite in float32.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Example::
@@ -61,7 +61,7 @@ def charbonnier_loss(
     if recording():
         return record("charbonnier_loss", locals())
     eps = _arguments.as_float(name, "eps", eps)
-    if not eps > 1e-19:
+    if not 1e-19 < eps < 1e19:
         raise ValueError(f"{name}(): eps must be positive (and its square a number of float32), got {eps}")
     return pointwise_loss(name, input, target, reduction, weight, sample_weight, mask, params=(float(eps),))
 

@@ -169,8 +169,8 @@ def dice_loss(
     Raises:
         IndexError: a target outside [0, C) that is not ignore_index; on CUDA by a later call, see
             :func:`fastloss.set_error_mode`.
-        ValueError: an unknown activation or reduction; smooth_nr or smooth_dr negative; an input of less than two
-            dimensions; a floating target that has not the input's shape; batches of different size.
+        ValueError: an unknown activation or reduction; smooth_nr or smooth_dr negative or infinite; an input of less
+            than two dimensions; a floating target that has not the input's shape; batches of different size.
         RuntimeError: a target of another shape or dtype, a weight that has not C elements or requires grad, tensors on
             different devices, a floating target with ignore_index >= 0.
         NotImplementedError: an input that is not floating; devices without kernels.
@@ -230,7 +230,7 @@ def run(
 ) -> Tensor:
     """A loss of the family, from its arguments as they are given; ``name`` is its function's."""
     red = _arguments.reduction_code(given.reduction)
-    if given.activation not in _ACTIVATIONS:
+    if not isinstance(given.activation, (str, type(None))) or given.activation not in _ACTIVATIONS:
         raise ValueError(f"{name}(): activation must be 'softmax', 'sigmoid' or None, got {given.activation!r}")
     _arguments.require_tensor("input", input, name)
     _arguments.require_tensor("target", target, name)

@@ -59,7 +59,7 @@ def focal_loss(
         The loss: shape () or, for ``'none'``, that of an index target; with ``return_stats`` a pair (loss, stats).
 
     Raises:
-        ValueError: gamma negative.
+        ValueError: gamma negative or infinite.
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as :func:`cross_entropy`.
 
     Example::

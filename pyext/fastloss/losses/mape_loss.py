@@ -40,7 +40,7 @@ def mape_loss(
         16-bit ones under autocast).
 
     Raises:
-        ValueError: eps not positive.
+        ValueError: eps not positive and finite.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.relative_l1_loss`.
 
     Example::

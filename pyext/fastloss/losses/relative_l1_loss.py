@@ -47,7 +47,7 @@ def relative_l1_loss(
         16-bit ones under autocast). A fraction: times 100 it is in percent.
 
     Raises:
-        ValueError: eps not positive.
+        ValueError: eps not positive and finite.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
     """
     if has_torch_function_variadic(input, target):
@@ -71,8 +71,10 @@ def relative_l1_loss(
             dtype = torch.promote_types(input.dtype, target.dtype)
             eps = torch.finfo(dtype).eps if dtype in DTYPE_CODES else 1.0  # other dtypes are refused below
     eps = _arguments.as_float("relative_l1_loss", "eps", eps)
-    if not eps > 0:
-        raise ValueError(f"relative_l1_loss(): eps must be positive, or a target of 0 would divide by it; got {eps}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(
+            f"relative_l1_loss(): eps must be positive, or a target of 0 would divide by it, and finite; got {eps}"
+        )
     params = float(eps), float(bool(symmetric))
     return pointwise_loss("relative_l1_loss", input, target, reduction, weight, sample_weight, mask, params=params)
 

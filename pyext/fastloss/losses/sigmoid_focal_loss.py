@@ -46,7 +46,8 @@ def sigmoid_focal_loss(
         under autocast).
 
     Raises:
-        ValueError: alpha outside [0, 1] and not -1; a negative gamma; targets of another size; an unknown reduction.
+        ValueError: alpha outside [0, 1] and not -1; gamma negative or infinite; targets of another size; an unknown
+            reduction.
         RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Example, boxes of a detector, normalised by how many are there::

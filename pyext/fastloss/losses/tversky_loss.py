@@ -54,7 +54,7 @@ def tversky_loss(
         dtype, promoted with that of a floating target (float32 for 16-bit input under autocast).
 
     Raises:
-        ValueError: alpha or beta negative.
+        ValueError: alpha or beta negative or infinite.
         IndexError, ValueError, RuntimeError, NotImplementedError: as :func:`fastloss.dice_loss`.
 
     Example:
