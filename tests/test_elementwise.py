@@ -176,7 +176,7 @@ def test_arguments_that_make_no_sense(device):
         (lambda: fastloss.smape_loss(x, t, eps=-1.0), "eps must be positive"),
         (lambda: fastloss.capsule_margin_loss(x, t[:, 0]), "needs the input's shape .4, 3., got .4."),
         (lambda: fastloss.capsule_margin_loss(x, t, down_weight=-1.0), "down_weight must not be negative"),
-        (lambda: fastloss.capsule_margin_loss(x, t, m_plus=math.nan), "m_plus must not be negative, got nan"),
+        (lambda: fastloss.capsule_margin_loss(x, t, m_plus=math.nan), "m_plus must be finite, got nan"),
         (lambda: fastloss.capsule_margin_loss(x, t, m_minus=math.inf), "m_minus must be finite, got inf"),
         (lambda: fastloss.capsule_margin_loss(x, t, weight=t[0, :2]), "weight needs an element for each of 3 classes"),
     )
