@@ -89,6 +89,14 @@ def test_sigmoid_focal_loss_beside_monai(device):
         compare(lambda *a, o=options: fastloss.sigmoid_focal_loss(*a, **o), theirs, x, y)
 
 
+def test_charbonnier_beside_kornia(device):
+    losses = pytest.importorskip("kornia.losses", reason="kornia is not installed")
+    x, y = normal(5, 7, device=device), normal(5, 7, device=device, seed=1).detach()
+    for reduction in ("none", "mean"):
+        ours = lambda *a, r=reduction: fastloss.charbonnier_loss(*a, eps=1.0, reduction=r) - 1  # noqa: E731
+        compare(ours, lambda *a, r=reduction: losses.charbonnier_loss(*a, reduction=r), x, y)
+
+
 def test_asymmetric_loss_as_timm(device):
     x, y = normal(6, 9, device=device), (normal(6, 9, device=device, seed=1) > 0.5).double()
     for gammas in ((4, 1), (0, 0), (2, 0), (3, 2.5)):

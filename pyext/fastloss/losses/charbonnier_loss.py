@@ -47,6 +47,8 @@ def charbonnier_loss(
     Example::
 
         >>> loss = fastloss.charbonnier_loss(restored_image, sharp_image)
+
+    kornia's ``charbonnier_loss`` is that of ``eps=1``, less 1.
     """
     name = "charbonnier_loss"
     if has_torch_function_variadic(input, target):
