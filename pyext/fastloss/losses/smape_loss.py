@@ -8,7 +8,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
-from .relative_l1_loss import relative_l1_loss
+from . import relative_l1_loss
 
 
 @recordable
@@ -60,7 +60,7 @@ def smape_loss(
         return handle_torch_function(smape_loss, (input, target), input, target, **options)
     if recording():
         return record("smape_loss", locals())
-    return relative_l1_loss(input, target, symmetric=True, **options)
+    return relative_l1_loss.run("smape_loss", input, target, symmetric=True, **options)
 
 
 class SMAPELoss(torch.nn.Module):
