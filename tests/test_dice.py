@@ -2,6 +2,7 @@
 test_contract.py."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import itertools
 import sys
@@ -209,6 +210,28 @@ def test_tversky_is_the_same_as_segmentation_models_pytorch(smp, device):
         the_same_as(lambda x, f=theirs: f(x, t), lambda x, f=ours: f(x, t), x)
         theirs = smp.TverskyLoss("multiclass", smooth=smooth, alpha=0.3, beta=0.8, gamma=0.75)  # of the classes' mean
         the_same_as(lambda x, f=theirs: f(x, t), lambda x, f=ours: f(x, t) ** 0.75, x)
+
+
+def test_the_same_as_kornia(device):
+    """From 0.9 on, where every class occurs in every sample; elsewhere its mean is over those that occur."""
+    losses = pytest.importorskip("kornia.losses", reason="kornia is not installed")
+    if tuple(map(int, importlib.metadata.version("kornia").split(".")[:2])) < (0, 9):
+        pytest.skip("this kornia's Tversky index is one of all classes")
+    x, t = normal(3, 4, 6, 5, device=device), labels(4, 3, 6, 5, device=device, ignore_every=0)
+    t[:, 0, :4] = torch.arange(4, device=device)
+    weight = torch.tensor([0.5, 1.0, 2.0, 3.0], device=device)
+    options = {"smooth_nr": 0.0, "smooth_dr": 1e-6}
+    for ignored in (-100, 255):
+        t[:, 2] = ignored
+        options["ignore_index"] = ignored
+        for w in (None, weight):
+            theirs = losses.DiceLoss(average="macro", eps=1e-6, weight=w, ignore_index=ignored)
+            ours = None if w is None else w * 4 / w.sum()
+            the_same_as(lambda x, f=theirs: f(x, t), lambda x, w=ours: fastloss.dice_loss(x, t, w, **options), x)
+        for prices in ({"alpha": 0.3, "beta": 0.8}, {"alpha": 1.0, "beta": 0.0}):
+            theirs = losses.TverskyLoss(eps=1e-6, ignore_index=ignored, **prices)
+            ours = fastloss.TverskyLoss(**options, **prices)
+            the_same_as(lambda x, f=theirs: f(x, t), lambda x, f=ours: f(x, t), x)
 
 
 # ---- dtypes, sizes, layouts
@@ -460,6 +483,8 @@ def test_tversky_of_halves_is_dice(device):
         ({"reduction": "average"}, ValueError, "average is not a valid value for reduction"),
         ({"smooth_nr": -1.0}, ValueError, "smooth_nr must not be negative, got -1.0"),
         ({"smooth_dr": float("nan")}, ValueError, "smooth_dr must not be negative, got nan"),
+        ({"smooth": float("inf")}, ValueError, "smooth must be finite, got inf"),
+        ({"activation": ["softmax"]}, ValueError, "activation must be 'softmax', 'sigmoid' or None, got .'softmax'."),
         ({"input": torch.zeros(3)}, ValueError, r"input must have shape \(N, C, d1, ...\), got \[3\]"),
         ({"input": torch.zeros(2, 3, 4).long()}, NotImplementedError, "not implemented for input of dtype"),
         ({"target": torch.zeros(2, 4)}, ValueError, r"needs the input's shape \[2, 3, 4\], got \[2, 4\]"),
@@ -492,6 +517,7 @@ def test_errors(change, error, message):
     (
         ("tversky_loss", {"alpha": -0.1}, ValueError, r"tversky_loss\(\): alpha must not be negative, got -0.1"),
         ("tversky_loss", {"beta": float("nan")}, ValueError, "beta must not be negative, got nan"),
+        ("tversky_loss", {"alpha": float("inf")}, ValueError, r"tversky_loss\(\): alpha must be finite, got inf"),
         ("tversky_loss", {"activation": "relu"}, ValueError, r"tversky_loss\(\): activation must be"),
         ("focal_tversky_loss", {"gamma": 0.0}, ValueError, "gamma must be positive and finite, got 0.0"),
         ("focal_tversky_loss", {"gamma": "1"}, TypeError, "argument 'gamma' must be float, not str"),

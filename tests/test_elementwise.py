@@ -1,5 +1,6 @@
 """Losses of elements that other packages have: against these packages, extremes, arguments that make no sense."""
 
+import inspect
 import math
 import sys
 import types
@@ -70,6 +71,32 @@ def test_sigmoid_focal_loss_beside_torchvision(device):
         compare(fastloss.sigmoid_focal_loss, ops.sigmoid_focal_loss, x, y, **options)
 
 
+def test_sigmoid_focal_loss_beside_kornia(device):
+    losses = pytest.importorskip("kornia.losses", reason="kornia is not installed")
+    x, y = normal(5, 7, device=device), (normal(5, 7, device=device, seed=1) > 0).double()
+    for options in focal_options():
+        if options["alpha"] >= 0:
+            theirs = losses.binary_focal_loss_with_logits
+            compare(fastloss.sigmoid_focal_loss, theirs, x, y, **options)
+
+
+def test_sigmoid_focal_loss_beside_monai(device):
+    losses = pytest.importorskip("monai.losses", reason="monai is not installed")
+    x, y = normal(5, 7, dtype=torch.float32, device=device), (normal(5, 7, device=device, seed=1) > 0).float()
+    for options in focal_options():
+        alpha = None if options["alpha"] < 0 else options["alpha"]
+        theirs = losses.FocalLoss(gamma=options["gamma"], alpha=alpha, reduction="none")
+        compare(lambda *a, o=options: fastloss.sigmoid_focal_loss(*a, **o), theirs, x, y)
+
+
+def test_charbonnier_beside_kornia(device):
+    losses = pytest.importorskip("kornia.losses", reason="kornia is not installed")
+    x, y = normal(5, 7, device=device), normal(5, 7, device=device, seed=1).detach()
+    for reduction in ("none", "mean"):
+        ours = lambda *a, r=reduction: fastloss.charbonnier_loss(*a, eps=1.0, reduction=r) - 1  # noqa: E731
+        compare(ours, lambda *a, r=reduction: losses.charbonnier_loss(*a, reduction=r), x, y)
+
+
 def test_asymmetric_loss_as_timm(device):
     x, y = normal(6, 9, device=device), (normal(6, 9, device=device, seed=1) > 0.5).double()
     for gammas in ((4, 1), (0, 0), (2, 0), (3, 2.5)):
@@ -81,9 +108,21 @@ def test_asymmetric_loss_as_timm(device):
 
 def test_asymmetric_loss_beside_timm(device):
     loss = pytest.importorskip("timm.loss")
-    x, y = normal(6, 9, device=device), (normal(6, 9, device=device, seed=1) > 0.5).double()
-    ours = lambda *a: fastloss.asymmetric_loss(*a, reduction="sum")  # noqa: E731
-    compare(ours, loss.AsymmetricLossMultiLabel(), x, y)
+    x, y = normal(6, 9, dtype=torch.float32, device=device), (normal(6, 9, device=device, seed=1) > 0.5).float()
+    theirs, ours = loss.AsymmetricLossMultiLabel, fastloss.asymmetric_loss
+    if "reduction" not in inspect.signature(theirs).parameters:  # of an older version
+        compare(lambda *a: ours(*a, reduction="sum"), theirs(), x, y)
+        return
+    for gammas in ((4, 1), (0, 0), (2, 0), (3, 2.5)):
+        for clip in (0.05, 0.0, 0.4):
+            for reduction in ("sum", "mean", "none"):
+                options = {"gamma_neg": gammas[0], "gamma_pos": gammas[1], "clip": clip, "reduction": reduction}
+                compare(lambda *a, o=options: ours(*a, **o), theirs(**options), x, y)
+    compare(lambda *a: ours(*a, reduction="sum") / len(x), theirs(reduction="batchmean"), x, y)
+    weight = torch.linspace(0.5, 2.0, 9, device=device)
+    compare(
+        lambda *a: ours(*a, reduction="sum", weight=weight), theirs(reduction="sum", weight=weight).to(device), x, y
+    )
 
 
 @dtypes
@@ -130,15 +169,23 @@ def test_arguments_that_make_no_sense(device):
         (lambda: fastloss.sigmoid_focal_loss(x, t, reduction="most"), "most is not a valid value for reduction"),
         (lambda: fastloss.asymmetric_loss(x, t, clip=1.0), "clip must be 0 or more and less than 1, got 1.0"),
         (lambda: fastloss.asymmetric_loss(x, t, gamma_pos=math.nan), "gamma_pos must not be negative, got nan"),
+        (lambda: fastloss.sigmoid_focal_loss(x, t, gamma=math.inf), "gamma must be finite, got inf"),
+        (lambda: fastloss.asymmetric_loss(x, t, gamma_neg=math.inf), "gamma_neg must be finite, got inf"),
         (lambda: fastloss.charbonnier_loss(x, t, eps=0.0), "eps must be positive"),
+        (lambda: fastloss.charbonnier_loss(x, t, eps=math.inf), "eps must be positive .*, got inf"),
+        (lambda: fastloss.cosine_distance_loss(x, t, eps=math.inf), "eps must be positive and finite, got inf"),
+        (lambda: fastloss.gaussian_nll_loss(x, t, t.exp(), eps=math.nan), "eps must be a number, got nan"),
+        (lambda: fastloss.relative_l1_loss(x, t, eps=math.inf), "eps must be positive.*, and finite; got inf"),
         (lambda: fastloss.quantile_loss(x, t, 1.2), "quantile must be between 0 and 1, and neither, got 1.2"),
         (lambda: fastloss.quantile_loss(x, t, torch.rand(2, device=device)), "last dimension of 2 quantiles"),
         (lambda: fastloss.quantile_loss(x, t, torch.rand(2, 3, device=device)), "a tensor of shape .Q."),
         (lambda: fastloss.quantile_loss(x, t[:2], torch.rand(3, device=device)), "does not broadcast"),
-        (lambda: fastloss.mape_loss(x, t, eps=0.0), "eps must be positive"),
-        (lambda: fastloss.smape_loss(x, t, eps=-1.0), "eps must be positive"),
+        (lambda: fastloss.mape_loss(x, t, eps=0.0), r"^mape_loss\(\): eps must be positive"),
+        (lambda: fastloss.smape_loss(x, t, eps=-1.0), r"^smape_loss\(\): eps must be positive"),
         (lambda: fastloss.capsule_margin_loss(x, t[:, 0]), "needs the input's shape .4, 3., got .4."),
         (lambda: fastloss.capsule_margin_loss(x, t, down_weight=-1.0), "down_weight must not be negative"),
+        (lambda: fastloss.capsule_margin_loss(x, t, m_plus=math.nan), "m_plus must be finite, got nan"),
+        (lambda: fastloss.capsule_margin_loss(x, t, m_minus=math.inf), "m_minus must be finite, got inf"),
         (lambda: fastloss.capsule_margin_loss(x, t, weight=t[0, :2]), "weight needs an element for each of 3 classes"),
     )
     for call, message in calls:

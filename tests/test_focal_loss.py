@@ -1,5 +1,8 @@
 """What is special about softmax focal loss: its definition, its limits, what others get wrong."""
 
+import importlib
+import importlib.util
+
 import fastloss
 import pytest
 import torch
@@ -87,6 +90,35 @@ def test_normalizer_gives_other_packages_mean(device):
     torch.testing.assert_close(got, fastloss.focal_loss(x, t, weight=w, reduction="none").mean())
 
 
+@pytest.mark.parametrize("gamma", (0.5, 2.0))
+def test_the_same_as_kornia_and_monai(gamma, device):
+    """They leave the classes in, all but the target's of which are 0."""
+    x, t = problem(2, 3, 4, 5, device=device)
+    ignored = t.clone()
+    ignored[:, 1] = 1
+    hot = F.one_hot(t, 3).movedim(-1, 1).double()
+    alpha = torch.tensor([0.7, 0.3, 0.3], dtype=torch.float64, device=device)
+    pairs = []
+    if importlib.util.find_spec("kornia"):
+        kornia = importlib.import_module("kornia.losses").focal_loss
+        pairs += [
+            (kornia(x, t, alpha=None, gamma=gamma), fastloss.focal_loss(x, t, gamma, reduction="none")),
+            (kornia(x, t, alpha=0.3, gamma=gamma), fastloss.focal_loss(x, t, gamma, alpha, reduction="none")),
+            (
+                kornia(x, ignored, alpha=None, gamma=gamma, ignore_index=1),
+                fastloss.focal_loss(x, ignored, gamma, ignore_index=1, reduction="none"),
+            ),
+        ]
+    if importlib.util.find_spec("monai"):
+        monai = importlib.import_module("monai.losses").FocalLoss(use_softmax=True, gamma=gamma, reduction="none")
+        pairs.append((monai(x, hot), fastloss.focal_loss(x, t, gamma, reduction="none")))
+    if not pairs:
+        pytest.skip("neither kornia nor monai is installed")
+    for theirs, ours in pairs:
+        results = [(rows, *torch.autograd.grad(rows.sum(), x)) for rows in (theirs.sum(1), ours)]
+        torch.testing.assert_close(*results, check_dtype=False, rtol=1e-6, atol=1e-7)
+
+
 def test_module_and_errors(device):
     x, t = problem(6, 5, device=device)
     w = torch.rand(5, device=device) + 0.5
@@ -94,6 +126,10 @@ def test_module_and_errors(device):
     assert torch.equal(module(x, t), fastloss.focal_loss(x, t, 1.5, w, z_loss=0.1)) and "z_loss=0.1" in repr(module)
     with pytest.raises(ValueError, match="gamma must not be negative"):
         fastloss.focal_loss(x, t, -1.0)
+    with pytest.raises(ValueError, match="gamma must be finite"):
+        fastloss.focal_loss(x, t, float("inf"))
+    with pytest.raises(ValueError, match="softcap must be positive and finite, or None, got inf"):
+        fastloss.focal_loss(x, t, softcap=float("inf"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'alpha'"):
         fastloss.FocalLoss(alpha=0.25)
     with pytest.raises(IndexError, match="out of bounds"):

@@ -44,6 +44,19 @@ def test_all_lists_what_is_ours(ours, torchs):
     assert set(namespace) - {"__builtins__"} == set(ours.__all__)
 
 
+def test_every_loss_of_torch():
+    """``import fastloss`` has them all; those that nobody wrote anew are torch's own objects."""
+    functions = [name for name in public(torch.nn.functional) if name.endswith(("_loss", "cross_entropy"))]
+    functions += ["binary_cross_entropy_with_logits", "kl_div"]
+    others = ("NLLLoss2d", "AdaptiveLogSoftmaxWithLoss")  # an old name, and a layer
+    modules = [name for name in public(torch.nn) if name.endswith("Loss") and name not in others]
+    assert len(functions) > 20 and len(modules) > 20
+    torchs = {n for m, names in ((torch.nn.functional, functions), (torch.nn, modules)) for n in names
+              if getattr(fastloss, n) is getattr(m, n)}  # fmt: skip
+    by_torch = {"ctc_loss", "multilabel_margin_loss", "triplet_margin_with_distance_loss"}
+    assert torchs == by_torch | {"CTCLoss", "MultiLabelMarginLoss", "TripletMarginWithDistanceLoss"}
+
+
 @both
 def test_other_names(ours, torchs, monkeypatch):
     monkeypatch.setattr(torchs, "added_later", object(), raising=False)

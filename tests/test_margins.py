@@ -110,6 +110,28 @@ def test_in_place(name, device):
     assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
+def test_beside_pytorch_metric_learning(device):
+    """It makes the cosines itself, and takes ArcFace's margin in degrees."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+    features = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    t = torch.tensor([0, 3, 1, 4, 2, 0], device=device)
+    for theirs, name, margin in (
+        (losses.ArcFaceLoss(5, 8, margin=28.6, scale=16.0), "arcface_loss", math.radians(28.6)),
+        (losses.CosFaceLoss(5, 8, margin=0.35, scale=16.0), "cosface_loss", 0.35),
+    ):
+        theirs = theirs.to(device)
+        prototypes = F.normalize(theirs.W.detach(), dim=0)
+        results = []
+        for loss in (
+            theirs,
+            lambda f, t, n=name, m=margin, w=prototypes: getattr(fastloss, n)(F.normalize(f) @ w, t, m, 16.0),
+        ):
+            leaf = features.clone().requires_grad_()
+            value = loss(leaf, t)
+            results.append((value, *torch.autograd.grad(value, leaf)))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @by_loss
 def test_module(name, device):
     x = random_cosines(6, 5, torch.Generator().manual_seed(0)).to(device)

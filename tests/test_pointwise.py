@@ -125,6 +125,29 @@ def test_no_residual(spec, dtype, device):
             assert all((g == 0).all() for g in gradients(loss, x, t))
 
 
+@pytest.mark.parametrize(
+    ("name", "others", "options", "at"),
+    (
+        ("margin_ranking_loss", ([0.0], [1.0]), {}, [0.0]),
+        ("hinge_embedding_loss", ([-1.0],), {}, [1.0]),
+        ("triplet_margin_loss", ([[1.0, 1.0]], [[3.0, 1.0]]), {"margin": 2.0, "eps": 0.0}, [[1.0, 1.0]]),
+        ("cosine_embedding_loss", ([[0.0, 1.0]], [-1.0]), {}, [[1.0, 0.0]]),
+        ("cosine_distance_loss", ([[1.0, 0.0]],), {"eps": 1.0}, [[1.0, 0.0]]),
+        ("smape_loss", ([0.0],), {"eps": 1.0}, [2.0]),
+        ("multi_margin_loss", ([0],), {}, [[1.0, 0.0]]),
+    ),
+)
+def test_forward_mode_at_a_knee_is_that_of_the_kernels(name, others, options, at, device):
+    """Of which torch's clamp has another derivative with every version."""
+    tensors = [
+        torch.tensor(o, device=device, dtype=torch.float64 if isinstance(o[0], float | list) else None) for o in others
+    ]
+    loss = lambda x: getattr(fastloss, name)(x, *tensors, **options)  # noqa: E731
+    x = torch.tensor(at, dtype=torch.float64, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.jacfwd(loss)(x.detach()), grad)
+
+
 def test_ties_are_torchs(device):
     """L1's subgradient at residual 0, and both sides of the joints of smooth L1 and Huber."""
     d = torch.tensor([0.0, -0.0, 0.5, -0.5, 0.5 - 1e-9, 0.5 + 1e-9, NAN, INF, -INF, 1e300], dtype=torch.float64)

@@ -323,7 +323,7 @@ def test_wrong_arguments(device):
         fastloss.token_log_probs(logits, index.float())
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         fastloss.token_log_probs(logits, index, temperature=0)
-    with pytest.raises(ValueError, match="softcap must be positive or None, got -1"):
+    with pytest.raises(ValueError, match="softcap must be positive and finite, or None, got -1"):
         fastloss.token_log_probs(logits, index, softcap=-1)
     with pytest.raises(NotImplementedError, match="dtype torch"):
         fastloss.token_log_probs(index, index[:, 0])

@@ -88,6 +88,16 @@ def test_cosines_of_every_target(reduction, device):
     same_as_torch(COSINE, x[0], y[0], target[0], reduction=reduction)
 
 
+def test_cosines_of_vectors_without_elements(device):
+    empty = torch.empty(3, 0, device=device)
+    for target in (torch.ones(3, device=device), -torch.ones(1, device=device)):
+        got, want = (
+            module.cosine_embedding_loss(empty, empty, target, margin=-0.5, reduction="none")
+            for module in (fastloss.functional, torch.nn.functional)
+        )
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 def test_rows_of_many_blocks_and_large_values(dtype, device):
     """A row of more than one block; vectors of 1e4, whose squares float16 does not hold."""
@@ -129,6 +139,13 @@ def test_labels_in_halves(device):
     loss = fastloss.multilabel_soft_margin_loss(x, t, reduction="sum")
     assert_close(loss, SPECS[LABELS].reference(x.detach(), t, reduction="sum"))
     assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+def test_none_is_no_tensor(device):
+    x = normal(3, 4, device=device)
+    for args, name in (((x, None), "target"), ((None, x), "input")):
+        with pytest.raises(TypeError, match=f"argument '{name}' must be Tensor, not NoneType"):
+            fastloss.multilabel_soft_margin_loss(*args)
 
 
 def test_errors_are_torchs(device):

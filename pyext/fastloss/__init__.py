@@ -2,6 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+# Of torch's losses those that are torch's own objects.
+from torch.nn import CTCLoss as CTCLoss
+from torch.nn import MultiLabelMarginLoss as MultiLabelMarginLoss
+from torch.nn import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
+from torch.nn.functional import ctc_loss as ctc_loss
+from torch.nn.functional import multilabel_margin_loss as multilabel_margin_loss
+from torch.nn.functional import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
+
 from . import _library  # noqa: F401  first: it checks the versions of Python and torch
 from . import plot as plot
 from . import rows as rows

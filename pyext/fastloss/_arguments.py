@@ -103,10 +103,20 @@ def as_float(function: str, name: str, value: Any) -> float:
 
 
 def as_non_negative(function: str, name: str, value: Any) -> float:
-    """A float argument that must not be negative, nor nan."""
+    """A float argument that must not be negative, nor nan, nor infinite."""
     value = as_float(function, name, value)
     if not value >= 0:
         raise ValueError(f"{function}(): {name} must not be negative, got {value}")
+    if value == float("inf"):
+        raise ValueError(f"{function}(): {name} must be finite, got {value}")
+    return value
+
+
+def as_positive(function: str, name: str, value: Any) -> float:
+    """A float argument that must be positive and finite."""
+    value = as_float(function, name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{function}(): {name} must be positive and finite, got {value}")
     return value
 
 

@@ -83,10 +83,20 @@ def log_cosh_loss(x: Tensor, t: Tensor) -> Tensor:
     return torch.where(near, torch.log1p(2 * (torch.where(near, d, 0.0) / 2).sinh() ** 2), a - 0.6931471805599453)
 
 
+def _at_least(x: Tensor, least: float) -> Tensor:
+    """max(x, least), with derivative 0 at a tie, where that of torch's clamp depends on torch's version."""
+    return torch.where(x <= least, least, x)
+
+
+def _hinge(x: Tensor) -> Tensor:
+    """max(0, x), with derivative 1 at 0."""
+    return torch.where(x < 0, 0.0, x)
+
+
 def relative_l1_loss(x: Tensor, t: Tensor, eps: float = 0.0, symmetric: bool = False) -> Tensor:
     """|x - t| / max(|t|, eps), or / max((|x| + |t|) / 2, eps)."""
     scale = (x.abs() + t.abs()) / 2 if symmetric else t.abs()
-    return (x - t).abs() / scale.clamp(min=eps)
+    return (x - t).abs() / _at_least(scale, eps)
 
 
 def binary_cross_entropy_with_logits(
@@ -113,12 +123,12 @@ def soft_margin_loss(x: Tensor, t: Tensor) -> Tensor:
 
 def hinge_embedding_loss(x: Tensor, t: Tensor, margin: float = 1.0) -> Tensor:
     """x for t = 1, max(0, margin - x) for t = -1."""
-    return torch.where(t != 1, (margin - x).clamp(min=0), 0.0) + torch.where(t != -1, x, 0.0)
+    return torch.where(t != 1, _hinge(margin - x), 0.0) + torch.where(t != -1, x, 0.0)
 
 
 def margin_ranking_loss(x: Tensor, y: Tensor, t: Tensor, margin: float = 0.0) -> Tensor:
     """max(0, margin - t (x - y))"""
-    return (margin - t * (x - y)).clamp(min=0)
+    return _hinge(margin - t * (x - y))
 
 
 def gaussian_nll_loss(x: Tensor, t: Tensor, var: Tensor, eps: float = 1e-6, full: bool = False) -> Tensor:
@@ -159,7 +169,7 @@ def _cosine_terms(x: Tensor, t: Tensor, eps: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def _cosine_finish(product: Tensor, x_square: Tensor, t_square: Tensor, eps: float = 0.0) -> Tensor:
-    return 1 - product / (root(x_square) * root(t_square)).clamp(min=eps)
+    return 1 - product / _at_least(root(x_square) * root(t_square), eps)
 
 
 def _cosine_embedding_terms(
@@ -172,8 +182,7 @@ def _cosine_embedding_finish(
     product: Tensor, x_square: Tensor, y_square: Tensor, side: Tensor, margin: float = 0.0
 ) -> Tensor:
     cosine = product / ((x_square + 1e-12).sqrt() * (y_square + 1e-12).sqrt())
-    hinge = (cosine - margin).clamp_min(0.0)
-    return torch.where(side > 0, 1 - cosine, torch.where(side < 0, hinge, 0.0))
+    return torch.where(side > 0, 1 - cosine, torch.where(side < 0, _hinge(cosine - margin), 0.0))
 
 
 def _triplet_terms(
@@ -187,7 +196,7 @@ def _triplet_finish(
     ap: Tensor, an: Tensor, pn: Tensor, norm: float = 2.0, margin: float = 1.0, eps: float = 1e-6, swap: float = 0.0
 ) -> Tensor:
     near, far, other = (_power(s, 1 / norm) for s in (ap, an, pn))
-    return (margin + near - (torch.minimum(far, other) if swap else far)).clamp_min(0.0)
+    return _hinge(margin + near - (torch.minimum(far, other) if swap else far))
 
 
 def charbonnier_loss(x: Tensor, t: Tensor, eps: float = 1e-3) -> Tensor:
@@ -585,7 +594,7 @@ def nll_loss(x: Tensor, index: Tensor) -> Tensor:
 
 def multi_margin_loss(x: Tensor, index: Tensor, p: float = 1.0, margin: float = 1.0) -> Tensor:
     """sum over c != t of max(0, margin - x_t + x_c)^p / C"""
-    z = (margin - x.gather(1, index) + x).clamp(min=0)
+    z = _at_least(margin - x.gather(1, index) + x, 0.0)
     others = torch.ones_like(z).scatter(1, index, 0.0)
     return (others * (z if p == 1 else z * z)).sum(1, keepdim=True) / x.shape[1]
 

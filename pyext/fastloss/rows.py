@@ -103,8 +103,8 @@ class RowOptions:
             raise ValueError(f"RowOptions(): total_classes must be positive, got {self.total_classes}")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"RowOptions(): label_smoothing must be between 0 and 1, got {self.label_smoothing}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"RowOptions(): softcap must be positive or None, got {self.softcap}")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"RowOptions(): softcap must be positive and finite, or None, got {self.softcap}")
         if self.loss_dtype not in (None, *DTYPE_CODES):
             raise ValueError(f"RowOptions(): loss_dtype must be a floating dtype or None, got {self.loss_dtype}")
 

@@ -50,13 +50,11 @@ def options(
     function: str, temperature: float, softcap: float | None, return_entropy: bool, ignore_index: int
 ) -> Options:
     """Checked. Temperature divides what the cap has left: c tanh(x / c) / T = (c / T) tanh((x / T) / (c / T))."""
-    temperature = _arguments.as_float(function, "temperature", temperature)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"{function}(): temperature must be positive and finite, got {temperature}")
+    temperature = _arguments.as_positive(function, "temperature", temperature)
     if softcap is not None:
         softcap = _arguments.as_float(function, "softcap", softcap)
-        if not softcap > 0:
-            raise ValueError(f"{function}(): softcap must be positive or None, got {softcap}")
+        if not 0 < softcap < float("inf"):
+            raise ValueError(f"{function}(): softcap must be positive and finite, or None, got {softcap}")
     ignore_index = _arguments.as_int(function, "ignore_index", ignore_index)
     return Options(ignore_index, (softcap or 0.0) / temperature, 1.0 / temperature, bool(return_entropy))
 

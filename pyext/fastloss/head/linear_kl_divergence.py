@@ -198,9 +198,7 @@ def linear_kl_divergence(
     _arguments.require_same_device(function, first, *others)
     refuse_recorders(function, _INSTEAD)
     code = _arguments.reduction_code(reduction)
-    temperature = _arguments.as_float(function, "temperature", temperature)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"{function}(): temperature must be positive and finite, got {temperature}")
+    temperature = _arguments.as_positive(function, "temperature", temperature)
     s_hidden, s_weight, t_hidden, t_weight = autocast_operands(*named.values())
     assert s_hidden is not None and s_weight is not None and t_hidden is not None and t_weight is not None
     check_head(function, ("student_hidden", "student_weight"), s_hidden, s_weight)

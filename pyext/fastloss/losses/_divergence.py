@@ -147,9 +147,7 @@ def run(
     for name, t in (("input", input), ("target", target), ("mask", mask), ("sample_weight", sample_weight)):
         if t is not None or name in ("input", "target"):
             _arguments.require_tensor(name, t, function)
-    temperature = float(_arguments.as_float(function, "temperature", temperature))
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"{function}(): temperature must be positive and finite, got {temperature}")
+    temperature = float(_arguments.as_positive(function, "temperature", temperature))
     if class_dim is not None:
         class_dim = _arguments.as_int(function, "class_dim", class_dim)
     _arguments.require_supported_tensors(function, input, target, mask, sample_weight)

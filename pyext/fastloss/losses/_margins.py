@@ -19,8 +19,6 @@ def run(function: str, margins: tuple[float, float], arguments: Mapping[str, Any
             f"{function}(): target must be class indices, of an integer dtype, got {target.dtype}: probabilities have "
             "no class of their own to move"
         )
-    scale = _arguments.as_float(function, "scale", arguments["scale"])
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"{function}(): scale must be positive and finite, got {scale}")
+    scale = _arguments.as_positive(function, "scale", arguments["scale"])
     g = given(arguments)._replace(logit_scale=float(scale))
     return run_cross_entropy(function, arguments["input"], target, g, margins=margins)

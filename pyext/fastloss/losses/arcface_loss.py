@@ -42,6 +42,7 @@ def arcface_loss(
     insightface with ``easy_margin=False``); the other logits are ``scale * cos``. Where one line takes over from the
     other the loss jumps a little, by definition. (Later versions of insightface move the target's angle outside of
     autograd, so that their gradient lacks the margin's derivative; here it is the derivative of the value.)
+    pytorch-metric-learning's makes the cosines itself, and its margin is in degrees.
 
     The derivative by cos t is that of this formula: ``cos m + cos t sin m / sin t`` times scale. It is infinite at
     cos t = 1, so sin t counts as 0.001 there at least (angles below 0.06 degrees). Beyond 1, where rounding may bring

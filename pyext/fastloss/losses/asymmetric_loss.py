@@ -29,8 +29,9 @@ def asymmetric_loss(
     and another for what is negative, of which probabilities up to ``clip`` cost nothing.
 
     The loss of an element is ``-t (1 - p)**gamma_pos log(p) - (1 - t) m**gamma_neg log(1 - m)``, with p = sigmoid(x)
-    and ``m = max(p - clip, 0)``. It is ``timm.loss.AsymmetricLossMultiLabel`` (whose reduction is ``'sum'``) without
-    its clamp of the probabilities at 1e-8: log(p) is taken from the logit, finite for any.
+    and ``m = max(p - clip, 0)``. Where targets are 0 and 1 it is ``timm.loss.AsymmetricLossMultiLabel``, whose default
+    reduction is the sum divided by N (``'batchmean'``; just the sum before it had that argument). Not copied: its clamp
+    of the probabilities at 1e-8, since log(p) is taken from the logit, finite for any; its conversion to float32.
 
     Args:
         input: logits x, any shape; float32, float64, float16 or bfloat16, any strides.
@@ -47,7 +48,7 @@ def asymmetric_loss(
         16-bit ones under autocast).
 
     Raises:
-        ValueError: a negative gamma; a clip outside [0, 1).
+        ValueError: a gamma that is negative or infinite; a clip outside [0, 1).
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Example::

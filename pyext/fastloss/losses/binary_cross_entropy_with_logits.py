@@ -72,8 +72,8 @@ def binary_cross_entropy_with_logits(
         return record("binary_cross_entropy_with_logits", locals())
     if size_average is not None or reduce is not None:
         reduction = _arguments.legacy_reduction(size_average, reduce)
-    usual = weight is pos_weight is sample_weight is mask is None and ignore_index is None and label_smoothing == 0.0
-    if usual:
+    usual = weight is pos_weight is sample_weight is mask is None and ignore_index is None
+    if usual and type(label_smoothing) is float and label_smoothing == 0.0:
         result = _pointwise.usual(_NAME, input, target, reduction)
         if result is not None:
             return result

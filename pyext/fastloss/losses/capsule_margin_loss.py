@@ -50,7 +50,7 @@ def capsule_margin_loss(
 
     Raises:
         IndexError: a class index outside [0, C); on CUDA by a later call, see :func:`fastloss.set_error_mode`.
-        ValueError: a negative down_weight; shapes that do not go together.
+        ValueError: a margin that is not finite; down_weight negative or infinite; shapes that do not go together.
         RuntimeError, TypeError, NotImplementedError: as :func:`fastloss.nll_loss`.
 
     Example::
@@ -71,8 +71,8 @@ def capsule_margin_loss(
     _arguments.require_tensor("input", input, _NAME)
     _arguments.require_tensor("target", target, _NAME)
     params = (
-        float(_arguments.as_float(_NAME, "m_plus", m_plus)),
-        float(_arguments.as_float(_NAME, "m_minus", m_minus)),
+        _margin("m_plus", m_plus),
+        _margin("m_minus", m_minus),
         float(_arguments.as_non_negative(_NAME, "down_weight", down_weight)),
     )
     if input.dim() and target.shape == input.shape:
@@ -92,6 +92,13 @@ def capsule_margin_loss(
         params=params,
         flags=_row_loss.MEAN_OVER_ROWS,
     )
+
+
+def _margin(name: str, value: Any) -> float:
+    value = float(_arguments.as_float(_NAME, name, value))
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{_NAME}(): {name} must be finite, got {value}; lengths are from 0 to 1")
+    return value
 
 
 def _of_several(

@@ -41,12 +41,14 @@ def charbonnier_loss(
         16-bit ones under autocast).
 
     Raises:
-        ValueError: eps not positive, or so small that its square is 0 in float32.
+        ValueError: eps not positive, or so small or large that its square is 0 or infinite in float32.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Example::
 
         >>> loss = fastloss.charbonnier_loss(restored_image, sharp_image)
+
+    kornia's ``charbonnier_loss`` is that of ``eps=1``, less 1.
     """
     name = "charbonnier_loss"
     if has_torch_function_variadic(input, target):
@@ -61,7 +63,7 @@ def charbonnier_loss(
     if recording():
         return record("charbonnier_loss", locals())
     eps = _arguments.as_float(name, "eps", eps)
-    if not eps > 1e-19:
+    if not 1e-19 < eps < 1e19:
         raise ValueError(f"{name}(): eps must be positive (and its square a number of float32), got {eps}")
     return pointwise_loss(name, input, target, reduction, weight, sample_weight, mask, params=(float(eps),))
 

@@ -39,7 +39,7 @@ def cosine_distance_loss(
         (float32 for 16-bit ones under autocast).
 
     Raises:
-        ValueError: eps not positive.
+        ValueError: eps not positive and finite.
         IndexError: a dim that is not there.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
@@ -53,9 +53,7 @@ def cosine_distance_loss(
     if recording():
         return record("cosine_distance_loss", locals())
     name = "cosine_distance_loss"
-    eps = _arguments.as_float(name, "eps", eps)
-    if not eps > 0:
-        raise ValueError(f"{name}(): eps must be positive, got {eps}")
+    eps = _arguments.as_positive(name, "eps", eps)
     dim = _arguments.as_int(name, "dim", dim)
     x = _pointwise.checked(name, input, target, reduction, weight, None, mask)
     rank = x.input.dim()

@@ -40,8 +40,8 @@ def cosine_embedding_loss(
         ones under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: as torch. Integer inputs, and vectors whose lengths D differ, are left to
-            torch's own composition.
+        ValueError, RuntimeError, TypeError: as torch. Integer inputs, vectors whose lengths D differ, and those without
+            elements are left to torch's own composition.
 
     Example::
 
@@ -61,7 +61,7 @@ def cosine_embedding_loss(
     margin = _arguments.as_float(name, "margin", margin)
     vectors = _vectors.checked(name, {"input1": input1, "input2": input2}, {"target": target})
     pairs = target.dim()
-    if vectors is None or pairs > 1 or not input1.dim() == input2.dim() == pairs + 1:
+    if vectors is None or pairs > 1 or not input1.dim() == input2.dim() == pairs + 1 or vectors[0].shape[-1] == 0:
         return torch.cosine_embedding_loss(input1, input2, target, margin, code)
     rows = target.detach() if target.requires_grad else target
     if not rows.is_floating_point():

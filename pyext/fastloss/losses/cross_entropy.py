@@ -366,8 +366,8 @@ def _checked_options(function: str, g: Given) -> Given:
         label_smoothing = 0.0
     if label_smoothing < 0.0 or label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     if not z_loss >= 0:
         raise ValueError(f"z_loss must not be negative, got {z_loss}")
     if g.all_ignored not in ("nan", "zero"):

@@ -78,8 +78,6 @@ def dice_ce_loss(
     factors = []
     for argument, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
         factors.append(_arguments.as_non_negative(name, argument, value))
-        if factors[-1] == float("inf"):
-            raise ValueError(f"{name}(): {argument} must be finite, got {value}")
     label_smoothing = _arguments.as_float(name, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")

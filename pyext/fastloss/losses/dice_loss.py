@@ -169,8 +169,8 @@ def dice_loss(
     Raises:
         IndexError: a target outside [0, C) that is not ignore_index; on CUDA by a later call, see
             :func:`fastloss.set_error_mode`.
-        ValueError: an unknown activation or reduction; smooth_nr or smooth_dr negative; an input of less than two
-            dimensions; a floating target that has not the input's shape; batches of different size.
+        ValueError: an unknown activation or reduction; smooth_nr or smooth_dr negative or infinite; an input of less
+            than two dimensions; a floating target that has not the input's shape; batches of different size.
         RuntimeError: a target of another shape or dtype, a weight that has not C elements or requires grad, tensors on
             different devices, a floating target with ignore_index >= 0.
         NotImplementedError: an input that is not floating; devices without kernels.
@@ -195,6 +195,9 @@ def dice_loss(
       ``from_logits=False`` is None; ``class_weights`` w are ``weight=w * C / w.sum()``, since its mean divides by the
       sum of the weights; ``classes`` are weights of 0 for the others and ``C / len(classes)`` for these. Not copied:
       its overlap is ``sum(min(p, t))``, the same where targets are 0 and 1 only. Not here: ``log_loss``.
+    - kornia: ``average='macro'`` is what is here, ``eps`` is smooth_dr beside smooth_nr=0; ``weight`` w is
+      ``w * C / w.sum()``. Not copied: its mean leaves out classes of which a sample's target has nothing, so that they
+      may be predicted for free; a sample whose pixels are all ignored counts as wrong. Not here: ``average='micro'``.
     """
     if has_torch_function_variadic(input, target, weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
@@ -227,7 +230,7 @@ def run(
 ) -> Tensor:
     """A loss of the family, from its arguments as they are given; ``name`` is its function's."""
     red = _arguments.reduction_code(given.reduction)
-    if given.activation not in _ACTIVATIONS:
+    if not isinstance(given.activation, (str, type(None))) or given.activation not in _ACTIVATIONS:
         raise ValueError(f"{name}(): activation must be 'softmax', 'sigmoid' or None, got {given.activation!r}")
     _arguments.require_tensor("input", input, name)
     _arguments.require_tensor("target", target, name)

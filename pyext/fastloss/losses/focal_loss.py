@@ -59,12 +59,17 @@ def focal_loss(
         The loss: shape () or, for ``'none'``, that of an index target; with ``return_stats`` a pair (loss, stats).
 
     Raises:
-        ValueError: gamma negative.
+        ValueError: gamma negative or infinite.
         IndexError, ValueError, RuntimeError, TypeError, NotImplementedError: as :func:`cross_entropy`.
 
     Example::
 
         >>> loss = fastloss.focal_loss(logits, labels, gamma=2.0, weight=torch.tensor([0.25, 0.75]))
+
+    kornia's ``focal_loss`` and MONAI's ``FocalLoss(use_softmax=True)`` return the classes too, of which all but the
+    target's are 0; their mean divides by those as well, kornia's also by ignored pixels. kornia's ``alpha`` a is a
+    weight of ``[1 - a, a, ..., a]``. segmentation_models_pytorch's ``FocalLoss('multiclass')`` has no softmax: it is a
+    :func:`fastloss.sigmoid_focal_loss` for each class.
     """
     arguments = locals()
     if has_torch_function_variadic(input, target, weight, sample_weight):

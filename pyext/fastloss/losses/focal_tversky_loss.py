@@ -55,7 +55,7 @@ def focal_tversky_loss(
         dtype, promoted with that of a floating target (float32 for 16-bit input under autocast).
 
     Raises:
-        ValueError: alpha or beta negative; gamma not positive or infinite.
+        ValueError: alpha or beta negative or infinite; gamma not positive or infinite.
         IndexError, ValueError, RuntimeError, NotImplementedError: as :func:`fastloss.dice_loss`.
 
     Example:

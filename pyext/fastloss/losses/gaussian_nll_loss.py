@@ -85,7 +85,10 @@ def gaussian_nll_loss(
     x = _pointwise.with_further(name, x, {"var": var})
     if not input.is_cuda:  # where autocast leaves it alone
         x = x._replace(dtype=torch.promote_types(torch.promote_types(input.dtype, target.dtype), var.dtype))
-    params = (float(_arguments.as_float(name, "eps", eps)), float(bool(full)))
+    eps = _arguments.as_float(name, "eps", eps)
+    if eps != eps:
+        raise ValueError(f"{name}(): eps must be a number, got {eps}")
+    params = (float(eps), float(bool(full)))
     return _pointwise.reported(_pointwise.run_checked(x, name, params), input)
 
 

@@ -8,7 +8,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
-from .relative_l1_loss import relative_l1_loss
+from . import relative_l1_loss
 
 
 @recordable
@@ -40,7 +40,7 @@ def mape_loss(
         16-bit ones under autocast).
 
     Raises:
-        ValueError: eps not positive.
+        ValueError: eps not positive and finite.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.relative_l1_loss`.
 
     Example::
@@ -58,7 +58,7 @@ def mape_loss(
         return handle_torch_function(mape_loss, (input, target), input, target, **options)
     if recording():
         return record("mape_loss", locals())
-    return relative_l1_loss(input, target, symmetric=False, **options)
+    return relative_l1_loss.run("mape_loss", input, target, symmetric=False, **options)
 
 
 class MAPELoss(torch.nn.Module):

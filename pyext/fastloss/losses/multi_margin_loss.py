@@ -41,7 +41,7 @@ def multi_margin_loss(
         The loss, in the input's dtype (float32 for 16-bit input under autocast).
 
     Raises:
-        IndexError: a target outside [0, C) (torch: RuntimeError); on CUDA by a later call, see
+        RuntimeError: a target outside [0, C); on CUDA an IndexError, by a later call, see
             :func:`fastloss.set_error_mode`.
         ValueError, RuntimeError, TypeError, NotImplementedError: as torch, for shapes, dtypes and arguments.
     """
@@ -87,8 +87,16 @@ def multi_margin_loss(
         )
     params = (float(p), _arguments.as_float(name, "margin", margin))
     flags = _row_loss.MEAN_OVER_ROWS | _row_loss.IGNORES_NOTHING
-    loss = _row_loss.run(name, input, target, weight, reduction, params=params, flags=flags, same_dtype=True)
-    return loss.reshape(target.shape) if reduction == "none" and input.dim() == 1 else loss
+    shape = target.shape  # of one row it may be () or (1), in torch and so here
+    if input.dim() == 2 and not shape:
+        target = target.reshape(1)
+    try:
+        loss = _row_loss.run(name, input, target, weight, reduction, params=params, flags=flags, same_dtype=True)
+    except IndexError as error:  # torch's other losses over classes raise that
+        if not input.is_cpu:  # it may be of an earlier call
+            raise
+        raise RuntimeError(f"target out of range. {error}") from None
+    return loss.reshape(shape) if reduction == "none" and input.dim() < 3 else loss
 
 
 class MultiMarginLoss(torch.nn.MultiMarginLoss):

@@ -72,9 +72,10 @@ def multilabel_soft_margin_loss(
             return result
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not valid: expected 'none', 'mean' or 'sum'")
-    for argument, t in (("input", input), ("target", target), ("weight", weight)):
-        if t is not None:
-            _arguments.require_tensor(argument, t, name)
+    _arguments.require_tensor("input", input, name)
+    _arguments.require_tensor("target", target, name)
+    if weight is not None:
+        _arguments.require_tensor("weight", weight, name)
     _arguments.require_supported_tensors(name, *operands)
     if not _fits(input, target, weight):
         return _composed(input, target, weight, reduction=reduction)

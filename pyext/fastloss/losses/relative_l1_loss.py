@@ -47,7 +47,7 @@ def relative_l1_loss(
         16-bit ones under autocast). A fraction: times 100 it is in percent.
 
     Raises:
-        ValueError: eps not positive.
+        ValueError: eps not positive and finite.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
     """
     if has_torch_function_variadic(input, target):
@@ -65,16 +65,35 @@ def relative_l1_loss(
         )
     if recording():
         return record("relative_l1_loss", locals())
+    return run("relative_l1_loss", input, target, reduction, eps, symmetric, weight, sample_weight, mask)
+
+
+def run(
+    function: str,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    eps: float | None,
+    symmetric: bool,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The loss under each of its names, ``function``."""
     if eps is None:
         eps = 1.0
         if isinstance(input, Tensor) and isinstance(target, Tensor):
             dtype = torch.promote_types(input.dtype, target.dtype)
             eps = torch.finfo(dtype).eps if dtype in DTYPE_CODES else 1.0  # other dtypes are refused below
-    eps = _arguments.as_float("relative_l1_loss", "eps", eps)
-    if not eps > 0:
-        raise ValueError(f"relative_l1_loss(): eps must be positive, or a target of 0 would divide by it; got {eps}")
+    eps = _arguments.as_float(function, "eps", eps)
+    if not 0 < eps < float("inf"):
+        raise ValueError(
+            f"{function}(): eps must be positive, or a target of 0 would divide by it, and finite; got {eps}"
+        )
     params = float(eps), float(bool(symmetric))
-    return pointwise_loss("relative_l1_loss", input, target, reduction, weight, sample_weight, mask, params=params)
+    return pointwise_loss(
+        function, input, target, reduction, weight, sample_weight, mask, loss="relative_l1_loss", params=params
+    )
 
 
 class RelativeL1Loss(torch.nn.Module):

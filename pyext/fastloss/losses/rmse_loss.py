@@ -56,7 +56,7 @@ def rmse_loss(
         The loss, dtype promoted over input and target (float32 for 16-bit ones under autocast).
 
     Raises:
-        ValueError: a negative eps.
+        ValueError: eps negative or infinite.
         IndexError: a dim that is not there.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 

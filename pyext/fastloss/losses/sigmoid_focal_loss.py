@@ -46,12 +46,17 @@ def sigmoid_focal_loss(
         under autocast).
 
     Raises:
-        ValueError: alpha outside [0, 1] and not -1; a negative gamma; targets of another size; an unknown reduction.
+        ValueError: alpha outside [0, 1] and not -1; gamma negative or infinite; targets of another size; an unknown
+            reduction.
         RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.mse_loss`.
 
     Example, boxes of a detector, normalised by how many are there::
 
         >>> loss = fastloss.sigmoid_focal_loss(logits, is_object, reduction="sum") / is_object.sum()
+
+    Where targets are 0 and 1, kornia's ``binary_focal_loss_with_logits``, MONAI's ``FocalLoss`` and
+    segmentation_models_pytorch's ``FocalLoss('binary')`` are the same; ``alpha=None`` is -1 here, ignored elements are
+    those of ``mask=False``. Not copied: MONAI's ``'sum'`` adds means over the pixels; MONAI converts to float32.
     """
     name = "sigmoid_focal_loss"
     if has_torch_function_variadic(inputs, targets):

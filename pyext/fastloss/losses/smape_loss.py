@@ -8,7 +8,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .._nested import handle_torch_function
 from .._recorded import not_scriptable, record, recordable, recording
-from .relative_l1_loss import relative_l1_loss
+from . import relative_l1_loss
 
 
 @recordable
@@ -42,7 +42,7 @@ def smape_loss(
         16-bit ones under autocast).
 
     Raises:
-        ValueError: eps not positive.
+        ValueError: eps not positive and finite.
         ValueError, RuntimeError, NotImplementedError, AttributeError: as :func:`fastloss.relative_l1_loss`.
 
     Example::
@@ -60,7 +60,7 @@ def smape_loss(
         return handle_torch_function(smape_loss, (input, target), input, target, **options)
     if recording():
         return record("smape_loss", locals())
-    return relative_l1_loss(input, target, symmetric=True, **options)
+    return relative_l1_loss.run("smape_loss", input, target, symmetric=True, **options)
 
 
 class SMAPELoss(torch.nn.Module):

@@ -54,7 +54,7 @@ def tversky_loss(
         dtype, promoted with that of a floating target (float32 for 16-bit input under autocast).
 
     Raises:
-        ValueError: alpha or beta negative.
+        ValueError: alpha or beta negative or infinite.
         IndexError, ValueError, RuntimeError, NotImplementedError: as :func:`fastloss.dice_loss`.
 
     Example:
@@ -66,6 +66,8 @@ def tversky_loss(
     :func:`fastloss.dice_loss`. Its floating targets are not probabilities unless ``soft_label``: the same where they
     are 0 and 1. segmentation_models_pytorch's has batch=True, skip_absent=True, ``smooth`` and the same alpha and beta.
     Its gamma is a power of the mean over the classes; that of :func:`fastloss.focal_tversky_loss` is one of each class.
+    kornia's has the same alpha and beta, ``eps`` is smooth_dr beside smooth_nr=0; its mean leaves out classes of which
+    a sample's target has nothing.
     """
     if has_torch_function_variadic(input, target, weight):
         options = {name: value for name, value in locals().items() if name not in ("input", "target")}
