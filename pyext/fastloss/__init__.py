@@ -2,14 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-# Of torch's losses those that are torch's own objects.
-from torch.nn import CTCLoss as CTCLoss
-from torch.nn import MultiLabelMarginLoss as MultiLabelMarginLoss
-from torch.nn import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
-from torch.nn.functional import ctc_loss as ctc_loss
-from torch.nn.functional import multilabel_margin_loss as multilabel_margin_loss
-from torch.nn.functional import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
-
 from . import _library  # noqa: F401  first: it checks the versions of Python and torch
 from . import plot as plot
 from . import rows as rows
@@ -23,6 +15,12 @@ from .head.lazy_logits import LazyHeadWarning
 from .head.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .head.linear_kl_divergence import linear_kl_divergence
 from .head.linear_token_log_probs import linear_token_log_probs
+from .losses._torchs import CTCLoss as CTCLoss
+from .losses._torchs import MultiLabelMarginLoss as MultiLabelMarginLoss
+from .losses._torchs import TripletMarginWithDistanceLoss as TripletMarginWithDistanceLoss
+from .losses._torchs import ctc_loss as ctc_loss
+from .losses._torchs import multilabel_margin_loss as multilabel_margin_loss
+from .losses._torchs import triplet_margin_with_distance_loss as triplet_margin_with_distance_loss
 from .losses.arcface_loss import ArcFaceLoss, arcface_loss
 from .losses.asymmetric_loss import AsymmetricLoss, asymmetric_loss
 from .losses.binary_cross_entropy import BCELoss, binary_cross_entropy

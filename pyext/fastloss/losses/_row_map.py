@@ -20,7 +20,7 @@ class MappedLoss(NamedTuple):
 
 
 LOSSES = {
-    "focal_loss": MappedLoss("focal", lambda gamma: gamma >= 0, "gamma must not be negative"),
+    "focal_loss": MappedLoss("focal", lambda gamma: 0 <= gamma < math.inf, "gamma must not be negative or infinite"),
     "generalized_cross_entropy": MappedLoss(
         "generalized_cross_entropy",
         lambda q: 0 < q <= 1,
