@@ -11,14 +11,14 @@ from .._library import DTYPE_CODES, SUM
 from . import _pointwise
 
 
-def _is_plain(t: Any) -> bool:
+def _is_strided_on_cpu(t: Any) -> bool:
     return type(t) is Tensor and t.is_cpu and t.layout is torch.strided and not t.is_nested
 
 
 def _are_alike(vectors: Sequence[Any]) -> bool:
     """Whether these are plain tensors of one shape and dtype on the CPU: what most small calls have, seen before
     anything is looked for that others may have."""
-    if not all(map(_is_plain, vectors)):
+    if not all(map(_is_strided_on_cpu, vectors)):
         return False
     shape, dtype = vectors[0].shape, vectors[0].dtype
     for t in vectors[1:]:
@@ -32,7 +32,7 @@ def checked(
 ) -> list[Tensor] | None:
     """The vectors, in one shape; None where torch's own composition is to take the call, or to refuse it."""
     given = list(vectors.values())
-    if _are_alike(given) and (not others or all(map(_is_plain, others.values()))):
+    if _are_alike(given) and (not others or all(map(_is_strided_on_cpu, others.values()))):
         return given
     named = {**vectors, **others} if others else vectors
     for name, t in named.items():
