@@ -215,7 +215,7 @@ class RowBatch {
   using lane_int = typename bits_of<T>::type;
   // The largest number, which is no class: the target of a row is one of another shard.
   static constexpr lane_int kElsewhere = lane_int(~uint64_t(0) >> (65 - 8 * sizeof(lane_int)));
-  static constexpr int64_t kValues = 12, kIndices = 2;
+  static constexpr int64_t kValues = 14, kIndices = 2;
   const int64_t pitch_;
   Scratch<unsigned char> memory_;  // all arrays: an allocation costs as much as some rows
 
@@ -229,9 +229,10 @@ class RowBatch {
   T *const max = value(0), *const ref = value(1), *const others = value(2);  // statistics: see RowStats
   T *const dot = value(3), *const mass = value(4);
   T *const picked = value(5), *const target_exp = value(9);      // z_t, e^(z_t - ref)
+  T* const weight = value(12);                                   // w_t; only with class weights
   T *const softmax_scale = value(6), *const q_scale = value(7);  // gradient: per e^(z - ref), per q
   T* const target_grad = value(8);                               // the target's own, complete
-  T* const target_nll = value(10);                               // -log p_t
+  T *const nll = value(10), *const slope = value(13);            // -log p_t; of a row map, value and slope
   T* const exp_dot = value(11);                                  // see Stat; only where entropy is wanted
   int64_t* const target = index(0);                              // class index, -1: ignored, none or elsewhere
   int64_t* const best = index(1);                                // where to look for the maximum
@@ -270,10 +271,13 @@ class RowBatch {
     for (int64_t b = n; b < pitch_; ++b)  // lanes that are computed and not used
       ref[b] = others[b] = dot[b] = mass[b] = picked[b] = exp_dot[b] = T(0);
   }
-  // w_t, where lane b has a target.
-  T target_weight(const CallConstants<T>& call, int64_t row, lane_int target) const {
-    if (target != kElsewhere) return call.weight[target];
-    return call.weight[load_index(call.a.target, call.a.index_type, row) - call.a.class_offset];
+  void set_weights(const CallConstants<T>& call, int64_t first, int64_t n) {
+    for (int64_t b = 0; b < pitch_; ++b) weight[b] = T(1);  // of rows without a target
+    for (int64_t b = 0; b < n; ++b)
+      if (lane_target[b] == kElsewhere)
+        weight[b] = call.weight[load_index(call.a.target, call.a.index_type, first + b) - call.a.class_offset];
+      else if (lane_target[b] >= 0)
+        weight[b] = call.weight[lane_target[b]];
   }
   // Where the logit of a target is.
   int64_t target_at(const CrossEntropyArgs& a, int64_t b) const { return logits[b] + target[b] * a.logits_strides.cls; }
@@ -323,109 +327,162 @@ inline void store_stats(const CallConstants<T>& call, const RowBatch<T>& s, int6
   }
 }
 
-// All that is O(1) per row, from the statistics of a batch: losses, saved values, gradient coefficients.
-template <Mode kMode, bool kTransform, class S, class T>
-inline void finish_batch(const CallConstants<T>& call, RowBatch<T>& s, int64_t first, int64_t n, LossSums* sums) {
-  const CrossEntropyArgs& a = call.a;
-  const RowConstants<T>& k = call.k;
-  if (a.stats) return store_stats<kMode, kTransform, S, T>(call, s, first, n);
-  const T per_d = call.per_d(), per_dn = call.per_dn();
-  const T map_a = T(a.map_params[0]), map_b = T(a.map_params[1]);
-  vec_double nll_sum{}, smooth_sum{}, z_sum{};
-  // In loops of their own: one long chain of operations per vector would leave the processor waiting.
-  for (int64_t v = 0; v < n; v += kLanes<T>) store(s.target_exp + v, exp_of(load(s.picked + v) - load(s.ref + v)));
-  for (int64_t v = 0; v < n && kMode != Mode::soft && !call.backward; v += kLanes<T>) {
+// What is O(1) per row goes in loops over the batch, a few vectors each: one long chain of operations per vector would
+// leave the processor waiting. Those that all kinds of calls share are flattened: their functions are inlined, which
+// the compiler does not do in a kernel of this size.
+
+template <class T>
+inline ivec<T> lane_targets(const RowBatch<T>& s, int64_t v) {
+  ivec<T> target;
+  __builtin_memcpy(&target, s.lane_target + v, sizeof target);
+  return target;
+}
+// Whether a row has a part in the loss.
+template <Mode kMode, class T>
+inline auto counted(ivec<T> target, int64_t lanes) {
+  return kMode == Mode::soft ? iota<T>() < T(lanes) : target >= 0;
+}
+// w_t of a batch whose weights are set.
+template <Mode kMode, class T>
+inline vec<T> target_weights(const CallConstants<T>& call, const RowBatch<T>& s, int64_t v) {
+  return kMode != Mode::soft && call.weight ? load(s.weight + v) : splat(T(1));
+}
+template <class T>
+inline vec<T> sample_weights(const CallConstants<T>& call, int64_t row, int64_t m) {
+  return call.sample_weight ? load_n(call.sample_weight + row, m, T(0)) : splat(T(1));
+}
+
+// e^(z_t - ref), of rows without a target 0.
+template <class T>
+[[gnu::flatten, gnu::noinline]] void target_exponentials(RowBatch<T>& s, int64_t n) {
+  for (int64_t v = 0; v < n; v += kLanes<T>) {
+    const vec<T> e = exp_of(load(s.picked + v) - load(s.ref + v));
+    store(s.target_exp + v, lane_targets(s, v) >= 0 ? e : vec<T>{});
+  }
+}
+
+// -log p_t, either form of target_nll from one logarithm.
+template <class T>
+[[gnu::flatten, gnu::noinline]] void target_nlls(const CallConstants<T>& call, RowBatch<T>& s, int64_t n) {
+  const bool zero_inf = call.a.zero_times_inf && call.weight;
+  for (int64_t v = 0; v < n; v += kLanes<T>) {
     const vec<T> others = load(s.others + v), e = load(s.target_exp + v), d = load(s.picked + v) - load(s.ref + v);
-    // Either form of target_nll from one logarithm.
     const vec<T> ratio = others / e, sum = others + e;
     const vec<T> log_w = log1p_from(others < e ? ratio : sum - T(1), others < e ? T(1) + ratio : sum);
-    store(s.target_nll + v, target_nll(others, e, log_w, d, log_w));
+    const vec<T> nll = target_nll(others, e, log_w, d, log_w);
+    store(s.nll + v, zero_inf && load(s.weight + v) == T(0) ? vec<T>{} : nll);
   }
+}
+
+// What the row map makes of the nll of each row, in its place, with its slope and level.
+template <Mode kMode, class T>
+[[gnu::flatten, gnu::noinline]] void map_rows(const CallConstants<T>& call, RowBatch<T>& s, int64_t first, int64_t n) {
+  const RowConstants<T> k = call.k;
+  const RowMap map = RowMap(call.a.row_map);
+  const T map_a = T(call.a.map_params[0]), map_b = T(call.a.map_params[1]);
+  T *const slopes = call.slope, *const levels = call.level;
   for (int64_t v = 0; v < n; v += kLanes<T>) {
     const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
-    ivec<T> target;
-    __builtin_memcpy(&target, s.lane_target + v, sizeof target);
-    const auto counts = kMode == Mode::soft ? iota<T>() < T(m) : target >= 0;
-    const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
-    const vec<T> picked = load(s.picked + v);
-    const vec<T> e = target >= 0 ? load(s.target_exp + v) : vec<T>{}, sum = others + e;
-    const bool wants_lse = kMode != Mode::index || k.z_loss != T(0) || a.lse || a.entropy;
-    const vec<T> log_sum = wants_lse ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
-    vec<T> w_t = splat(T(1));
-    if (kMode != Mode::soft && call.weight)
-      for (int64_t b = 0; b < m; ++b)
-        if (target[b] >= 0) w_t[b] = s.target_weight(call, row + b, target[b]);
-    vec<T> sample = splat(T(1));
-    if (call.sample_weight) sample = load_n(call.sample_weight + row, m, T(0));
-
-    vec<T> slope = splat(T(1));  // of the row map
-    if (call.mapped && call.backward) slope = load_n(call.slope + row, m, T(1));
-    if (!call.backward) {
-      vec<T> nll, smooth{}, z{};
-      if constexpr (kMode == Mode::soft)
-        nll = spread_nll(mass, log_sum, dot);
-      else {
-        vec<T> nll_t = load(s.target_nll + v);
-        if (a.zero_times_inf) nll_t = w_t == T(0) ? vec<T>{} : nll_t;
-        nll = index_row_nll(k, nll_t, w_t);
-        if (call.mapped && kMode == Mode::index) nll = nll_t;
-        if (call.mapped && kMode != Mode::index) {
-          nll += smooth_row_nll(k, log_sum, dot);
-        } else if constexpr (kMode != Mode::index) {
-          smooth = counts ? sample * smooth_row_nll(k, log_sum, dot) : vec<T>{};
-          smooth_sum += widen(smooth);
-        }
+    vec<T> mass = target_weights<kMode, T>(call, s, v), mean = load(s.nll + v);
+    if constexpr (kMode != Mode::index) {
+      const vec<T> log_sum = log_of(load(s.others + v) + load(s.target_exp + v)), dot = load(s.dot + v);
+      if constexpr (kMode == Mode::soft) {
+        mass = load(s.mass + v);
+        mean = spread_nll(mass, log_sum, dot) / mass;
+      } else {
+        const vec<T> nll = index_row_nll(k, mean, mass) + smooth_row_nll(k, log_sum, dot);
+        mass = (T(1) - k.smoothing) * mass + k.smooth_share * k.weight_sum;
+        mean = nll / mass;
       }
-      if (call.mapped) {
-        const vec<T> row_mass = kMode == Mode::soft    ? mass
-                                : kMode == Mode::index ? w_t
-                                                       : (T(1) - k.smoothing) * w_t + k.smooth_share * k.weight_sum;
-        const MappedRow<vec<T>> g =
-            mapped_row(RowMap(a.row_map), row_mass, kMode == Mode::index ? nll : nll / row_mass, map_a, map_b);
-        nll = g.nll;
-        slope = counts ? g.slope : slope;
-        if (call.slope) store_n(call.slope + row, m, slope);
-        if (call.level) store_n(call.level + row, m, g.level);
-      }
-      nll = counts ? nll * sample : vec<T>{};
-      if (k.z_loss != T(0)) z = counts ? sample * (k.z_loss * lse * lse) : vec<T>{};
-      nll_sum += widen(nll);
-      z_sum += widen(z);
-      if (a.loss && a.reduction == Reduction::none)
-        for (int64_t b = 0; b < m; ++b)
-          store_scalar(a.loss, a.loss_type, row + b, double(nll[b]) + double(smooth[b]) + double(z[b]));
-      if (call.ref) {
-        store_n(call.ref + row, m, ref);
-        store_n(call.others + row, m, others);
-        if (call.mass) store_n(call.mass + row, m, mass);
-      }
-      if (a.lse) store_n(static_cast<T*>(a.lse) + row, m, lse);
-      if (a.entropy) {
-        const vec<T> own = e > T(0) ? e * (picked - ref) : vec<T>{};
-        store_n(static_cast<T*>(a.entropy) + row, m, log_sum - (load(s.exp_dot + v) + own) / sum);
-      }
-      if (a.argmax || a.accuracy)
-        for (int64_t b = 0; b < m; ++b) {
-          const S* x = static_cast<const S*>(a.logits) + s.logits[v + b];
-          // No nan in it: the sum was not to be had because all is -inf, or something +inf.
-          if (a.lse && sum[b] != sum[b] && !row_has_nan(x, a.logits_strides.cls, a.classes))
-            static_cast<T*>(a.lse)[row + b] = ref[b] > T(0) ? kInf<T> : -kInf<T>;
-          const int64_t top = row_argmax<kTransform, S, T>(k, x, a.logits_strides.cls, a.classes, s.max[v + b],
-                                                           sum[b] != sum[b], s.best[v + b]);
-          if (a.argmax) a.argmax[row + b] = top;
-          sums->correct += top == (kMode == Mode::soft ? prob_argmax(a, s.prob[v + b]) : s.target[v + b]);
-        }
     }
-    if (!a.grad) continue;
-    vec<T> up = sample;  // what the row's loss weighs in the result that is differentiated
+    const MappedRow<vec<T>> g = mapped_row(map, mass, mean, map_a, map_b);
+    const vec<T> slope = counted<kMode, T>(lane_targets(s, v), m) ? g.slope : splat(T(1));
+    store(s.nll + v, g.nll);
+    store(s.slope + v, slope);
+    if (slopes) store_n(slopes + row, m, slope);
+    if (levels) store_n(levels + row, m, g.level);
+  }
+}
+
+// Losses of a batch of rows, and whatever else is wanted of them.
+template <Mode kMode, bool kTransform, class S, class T>
+inline void row_losses(const CallConstants<T>& call, const RowBatch<T>& s, int64_t first, int64_t n, LossSums* sums) {
+  const CrossEntropyArgs& a = call.a;
+  const RowConstants<T>& k = call.k;
+  const bool wants_log_sum = (kMode != Mode::index && !call.mapped) || k.z_loss != T(0) || a.lse || a.entropy;
+  vec_double nll_sum{}, smooth_sum{}, z_sum{};
+  for (int64_t v = 0; v < n; v += kLanes<T>) {
+    const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
+    const auto counts = counted<kMode, T>(lane_targets(s, v), m);
+    const vec<T> ref = load(s.ref + v), others = load(s.others + v), dot = load(s.dot + v), mass = load(s.mass + v);
+    const vec<T> e = load(s.target_exp + v), sum = others + e, sample = sample_weights(call, row, m);
+    const vec<T> log_sum = wants_log_sum ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
+
+    vec<T> nll = load(s.nll + v), smooth{}, z{};
+    if (!call.mapped && kMode == Mode::soft) nll = spread_nll(mass, log_sum, dot);
+    if (!call.mapped && kMode != Mode::soft) nll = index_row_nll(k, nll, target_weights<kMode, T>(call, s, v));
+    if constexpr (kMode == Mode::smooth || kMode == Mode::smooth_weighted)
+      if (!call.mapped) {
+        smooth = counts ? sample * smooth_row_nll(k, log_sum, dot) : vec<T>{};
+        smooth_sum += widen(smooth);
+      }
+    nll = counts ? nll * sample : vec<T>{};
+    if (k.z_loss != T(0)) z = counts ? sample * (k.z_loss * lse * lse) : vec<T>{};
+    nll_sum += widen(nll);
+    z_sum += widen(z);
+    if (a.loss && a.reduction == Reduction::none)
+      for (int64_t b = 0; b < m; ++b)
+        store_scalar(a.loss, a.loss_type, row + b, double(nll[b]) + double(smooth[b]) + double(z[b]));
+    if (call.ref) {
+      store_n(call.ref + row, m, ref);
+      store_n(call.others + row, m, others);
+      if (call.mass) store_n(call.mass + row, m, mass);
+    }
+    if (a.lse) store_n(static_cast<T*>(a.lse) + row, m, lse);
+    if (a.entropy) {
+      const vec<T> own = e > T(0) ? e * (load(s.picked + v) - ref) : vec<T>{};
+      store_n(static_cast<T*>(a.entropy) + row, m, log_sum - (load(s.exp_dot + v) + own) / sum);
+    }
+    if (a.argmax || a.accuracy)
+      for (int64_t b = 0; b < m; ++b) {
+        const S* x = static_cast<const S*>(a.logits) + s.logits[v + b];
+        // No nan in it: the sum was not to be had because all is -inf, or something +inf.
+        if (a.lse && sum[b] != sum[b] && !row_has_nan(x, a.logits_strides.cls, a.classes))
+          static_cast<T*>(a.lse)[row + b] = ref[b] > T(0) ? kInf<T> : -kInf<T>;
+        const int64_t top = row_argmax<kTransform, S, T>(k, x, a.logits_strides.cls, a.classes, s.max[v + b],
+                                                         sum[b] != sum[b], s.best[v + b]);
+        if (a.argmax) a.argmax[row + b] = top;
+        sums->correct += top == (kMode == Mode::soft ? prob_argmax(a, s.prob[v + b]) : s.target[v + b]);
+      }
+  }
+  sums->nll += sum_lanes<double>(nll_sum);
+  sums->smooth += sum_lanes<double>(smooth_sum);
+  sums->z += sum_lanes<double>(z_sum);
+}
+
+// The coefficients of the gradient of a batch of rows, and the target's own gradient.
+template <Mode kMode, bool kTransform, class S, class T>
+inline void row_gradients(const CallConstants<T>& call, RowBatch<T>& s, int64_t first, int64_t n) {
+  const CrossEntropyArgs& a = call.a;
+  const RowConstants<T>& k = call.k;
+  const T per_d = call.per_d(), per_dn = call.per_dn();
+  for (int64_t v = 0; v < n; v += kLanes<T>) {
+    const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
+    const auto counts = counted<kMode, T>(lane_targets(s, v), m);
+    const vec<T> others = load(s.others + v), e = load(s.target_exp + v), sum = others + e;
+    vec<T> up = sample_weights(call, row, m);  // what the row's loss weighs in the result that is differentiated
     if (call.backward)
       for (int64_t b = 0; b < m; ++b) up[b] *= call.grad_output(row + b);
-    vec<T> u = counts ? up * per_d : vec<T>{};
-    if (call.mapped) u *= slope;
-    const vec<T> uz = counts && k.z_loss != T(0) ? up * per_dn : vec<T>{};
+    vec<T> u = counts ? up * per_d : vec<T>{}, uz{}, lse{};
+    if (call.mapped) u *= call.backward ? load_n(call.slope + row, m, T(1)) : load(s.slope + v);
+    if (k.z_loss != T(0)) {
+      uz = counts ? up * per_dn : vec<T>{};
+      lse = load(s.ref + v) + log_of(sum);
+    }
+    const vec<T> w_t = target_weights<kMode, T>(call, s, v);
     RowGrad<vec<T>> g;
     if constexpr (kMode == Mode::soft)
-      g = soft_row_grad(k, lse, mass, u, uz);
+      g = soft_row_grad(k, lse, load(s.mass + v), u, uz);
     else
       g = index_row_grad(k, lse, w_t, u, uz);
     const vec<T> per_sum = T(1) / sum;
@@ -435,7 +492,7 @@ inline void finish_batch(const CallConstants<T>& call, RowBatch<T>& s, int64_t f
     if constexpr (kMode == Mode::smooth) own -= g.q_scale;
     if constexpr (kMode == Mode::smooth_weighted) own -= g.q_scale * w_t;
     if constexpr (kTransform) {
-      own *= transform_slope(k, picked);
+      own *= transform_slope(k, load(s.picked + v));
       if (call.margin.any)
         for (int64_t b = 0; b < m; ++b)
           if (s.target[v + b] >= 0)
@@ -443,9 +500,20 @@ inline void finish_batch(const CallConstants<T>& call, RowBatch<T>& s, int64_t f
     }
     store(s.target_grad + v, own);
   }
-  sums->nll += sum_lanes<double>(nll_sum);
-  sums->smooth += sum_lanes<double>(smooth_sum);
-  sums->z += sum_lanes<double>(z_sum);
+}
+
+// All that is O(1) per row, from the statistics of a batch: losses, saved values, gradient coefficients.
+template <Mode kMode, bool kTransform, class S, class T>
+inline void finish_batch(const CallConstants<T>& call, RowBatch<T>& s, int64_t first, int64_t n, LossSums* sums) {
+  if (call.a.stats) return store_stats<kMode, kTransform, S, T>(call, s, first, n);
+  if (kMode != Mode::soft && call.weight) s.set_weights(call, first, n);
+  target_exponentials(s, n);
+  if (!call.backward) {
+    if (kMode != Mode::soft) target_nlls(call, s, n);
+    if (call.mapped) map_rows<kMode, T>(call, s, first, n);
+    row_losses<kMode, kTransform, S, T>(call, s, first, n, sums);
+  }
+  if (call.a.grad) row_gradients<kMode, kTransform, S, T>(call, s, first, n);
 }
 
 }  // namespace FASTLOSS_ISA

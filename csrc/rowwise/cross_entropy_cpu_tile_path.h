@@ -131,27 +131,49 @@ inline TileShape tile_shape(const CrossEntropyArgs& a) {
   return {rows, pitch, clamp_to(kTileBytesMax / element / pitch, 1, a.classes > 0 ? a.classes : 1)};
 }
 
-// Brings the maximum of a tile's rows, and what has been summed relative to it, up to date with further classes.
-// Without smoothing z_t is not in the tile but in `picked` (see tile_path), so nothing need be compared with the
-// target.
+// z[c][b] of a tile that is loaded. Of a class index z_t is not there but in `picked` (see tile_path): nothing need be
+// compared with the target.
 template <Mode kMode, class T>
-inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t pitch, int64_t c0, int64_t classes) {
+struct Loaded {
+  static constexpr bool kHasTarget = kMode != Mode::index;
+  const T* tile;
+  int64_t pitch;
+  vec<T> operator()(int64_t c, int64_t v) const { return load(tile + c * pitch + v); }
+};
+// The same of a tile that is being loaded, of rows that are neighbours.
+template <class S, class T>
+struct Loading {
+  static constexpr bool kHasTarget = true;
+  const S* first;
+  int64_t stride;
+  T* tile;
+  int64_t pitch;
+  vec<T> operator()(int64_t c, int64_t v) const {
+    const vec<T> z = load(first + c * stride + v);
+    store(tile + c * pitch + v, z);
+    return z;
+  }
+};
+
+// Brings the maximum of a tile's rows, and what has been summed relative to it, up to date with further classes.
+template <class T, class Z>
+inline void tile_reference(RowBatch<T>& s, int64_t lanes, Z z, int64_t c0, int64_t classes) {
   constexpr int kTogether = 4;  // independent maxima: one alone would wait for itself
   for (int64_t v = 0; v < lanes; v += kTogether * kLanes<T>) {
     vec<T> top[kTogether];
     for (int i = 0; i < kTogether; ++i) {
       top[i] = load(s.max + v + i * kLanes<T>);
-      if constexpr (kMode == Mode::index) top[i] = max_of(load(s.picked + v + i * kLanes<T>), top[i]);
+      if constexpr (!Z::kHasTarget) top[i] = max_of(load(s.picked + v + i * kLanes<T>), top[i]);
     }
     for (int64_t c = 0; c < classes; ++c)
-      for (int i = 0; i < kTogether; ++i) top[i] = max_of(load(tile + c * pitch + v + i * kLanes<T>), top[i]);
+      for (int i = 0; i < kTogether; ++i) top[i] = max_of(z(c, v + i * kLanes<T>), top[i]);
     for (int i = 0; i < kTogether; ++i) {
       const int64_t at = v + i * kLanes<T>;
       const vec<T> max = top[i], ref = max > -kInf<T> ? max : vec<T>{};
       if (c0 > 0) {
         const vec<T> shift = load(s.ref + at) - ref, others = load(s.others + at);
         store(s.others + at, load(s.max + at) > -kInf<T> ? others * exp_of(shift) : others);
-        if constexpr (kMode != Mode::index) store(s.dot + at, load(s.dot + at) + load(s.mass + at) * shift);
+        store(s.dot + at, load(s.dot + at) + load(s.mass + at) * shift);
       }
       store(s.max + at, max);
       store(s.ref + at, ref);
@@ -159,7 +181,7 @@ inline void tile_reference(RowBatch<T>& s, int64_t lanes, const T* tile, int64_t
   }
 }
 
-// Adds classes to the sums of a tile's rows; with kKeep, z[c][b] becomes e^(z - ref). Terms are added in blocks of
+// Adds classes to the sums of a tile's rows; with kKeep, e^(z - ref) is left in the tile. Terms are added in blocks of
 // classes, blocks in the tile, tiles in the row: one long sum would lose a digit or two at 1e5 classes.
 template <Mode kMode, bool kKeep, class T>
 inline void tile_sums(const CallConstants<T>& call, RowBatch<T>& s, int64_t lanes, T* tile, const T* prob,
@@ -170,9 +192,7 @@ inline void tile_sums(const CallConstants<T>& call, RowBatch<T>& s, int64_t lane
   for (int64_t v = 0; v < lanes; v += kLanes<T>) {
     const vec<T> ref = load(s.ref + v);
     vec<T> others{}, dot{}, mass{}, blocks_others{}, blocks_dot{}, blocks_mass{};
-    ivec<T> target;
-    __builtin_memcpy(&target, s.lane_target + v, sizeof target);
-    target -= typename bits_of<T>::type(c0);
+    const ivec<T> target = lane_targets(s, v) - typename bits_of<T>::type(c0);
     for (int64_t c = 0;;) {
       for (const int64_t end = min_of(c + kBlock, classes); c < end; ++c) {
         next.fetch();
@@ -233,26 +253,35 @@ inline void tile_gradient(const CallConstants<T>& call, const RowBatch<T>& s, in
                           const F& put) {
   using lane_int = typename bits_of<T>::type;
   const RowConstants<T> k = call.k;
-  const T *const ref = s.ref, *const softmax_scale = s.softmax_scale, *const q_scale = s.q_scale;
-  const T* const target_grad = s.target_grad;
-  const lane_int* const lane_target = s.lane_target;
-  for (int64_t c = 0; c < classes; ++c) {
-    const T w = call.weight ? call.weight[c0 + c] : T(1);
-    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-      if constexpr (!kKept) next.fetch();
-      if constexpr (!kKept && kMode == Mode::soft) next_prob.fetch();
-      const vec<T> z = load(tile + c * pitch + v);
-      vec<T> g = (kKept ? z : exp_of(z - load(ref + v))) * load(softmax_scale + v);
-      if constexpr (kMode == Mode::smooth) g -= load(q_scale + v);
-      if constexpr (kMode == Mode::smooth_weighted) g -= load(q_scale + v) * w;
-      if constexpr (kMode == Mode::soft) g -= load(q_scale + v) * soft_q<T>(k, load(prob + c * pitch + v), splat(w));
-      if constexpr (kTransform) g *= transform_slope(k, z);
+  constexpr int kTogether = 4;  // vectors of rows, whose coefficients stay in registers for all classes
+  for (int64_t v0 = 0; v0 < lanes; v0 += kTogether * kLanes<T>) {
+    vec<T> softmax[kTogether], q[kTogether], own[kTogether], refs[kTogether];
+    ivec<T> target[kTogether];
+    for (int i = 0; i < kTogether; ++i) {
+      const int64_t v = v0 + i * kLanes<T>;
+      softmax[i] = load(s.softmax_scale + v);
+      if constexpr (kMode != Mode::index) q[i] = load(s.q_scale + v);
+      if constexpr (!kKept) refs[i] = load(s.ref + v);
       if constexpr (kMode != Mode::soft) {
-        ivec<T> target;
-        __builtin_memcpy(&target, lane_target + v, sizeof target);
-        g = target == lane_int(c0 + c) ? load(target_grad + v) : g;
+        own[i] = load(s.target_grad + v);
+        target[i] = lane_targets(s, v);
       }
-      put(c, v, g);
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      const T w = call.weight ? call.weight[c0 + c] : T(1);
+      for (int i = 0; i < kTogether; ++i) {
+        const int64_t v = v0 + i * kLanes<T>;
+        if constexpr (!kKept) next.fetch();
+        if constexpr (!kKept && kMode == Mode::soft) next_prob.fetch();
+        const vec<T> z = load(tile + c * pitch + v);
+        vec<T> g = (kKept ? z : exp_of(z - refs[i])) * softmax[i];
+        if constexpr (kMode == Mode::smooth) g -= q[i];
+        if constexpr (kMode == Mode::smooth_weighted) g -= q[i] * w;
+        if constexpr (kMode == Mode::soft) g -= q[i] * soft_q<T>(k, load(prob + c * pitch + v), splat(w));
+        if constexpr (kTransform) g *= transform_slope(k, z);
+        if constexpr (kMode != Mode::soft) g = target[i] == lane_int(c0 + c) ? own[i] : g;
+        put(c, v, g);
+      }
     }
   }
 }
@@ -315,16 +344,19 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
   // With a transform the gradient needs z itself once more; classes that come in parts are read again.
   const bool wants_exp_dots = a.entropy || a.stats_best;
   const bool keep = whole && !kTransform && !call.backward && a.grad && !wants_exp_dots;
+  // Rows of a full tile that are neighbours are brought to the tile as their maximum is looked for.
+  constexpr bool kMayLoad = kMode != Mode::soft && !kTransform;
+  const bool loading = kMayLoad && s.logits.step == 1 && n == tiles.shape.rows && !call.backward;
   s.set_targets(a, first, n);
   for (int64_t v = 0; v < lanes; v += kLanes<T>)
     store(s.picked + v, kMode == Mode::index ? splat(-kInf<T>) : vec<T>{});  // where there is no target
-  if (whole) load_classes(0, a.classes);
+  if (whole && !loading) load_classes(0, a.classes);
   // z_t of the rows whose target is in the tile; -inf in its place adds nothing to the sum of the others.
   auto pick = [&call, &a, &s, x, tile, pitch, n, target = s.target, picked = s.picked](int64_t c0, int64_t classes,
                                                                                        bool apart) {
     for (int64_t b = 0; b < n; ++b) {
       const int64_t c = target[b] - c0;
-      if (target[b] < 0 || uint64_t(c) >= uint64_t(classes)) continue;
+      if (uint64_t(c) >= uint64_t(classes)) continue;  // that of no target, -1, too
       T* const z = tile + c * pitch + b;
       picked[b] = *z;
       if (apart) *z = -kInf<T>;
@@ -332,7 +364,7 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
     if constexpr (kTransform)
       for (int64_t b = 0; call.margin.any && b < n; ++b) {
         const int64_t c = target[b] - c0;
-        if (target[b] < 0 || uint64_t(c) >= uint64_t(classes)) continue;
+        if (uint64_t(c) >= uint64_t(classes)) continue;
         picked[b] = target_logit<kTransform, T>(call, T(to_accum(x[s.target_at(a, b)])));
         if (!apart) tile[c * pitch + b] = picked[b];
       }
@@ -347,9 +379,13 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
     s.clear_statistics(lanes);
     for (int64_t c0 = 0; c0 < a.classes; c0 += step) {
       const int64_t classes = min_of(step, a.classes - c0);
-      if (!whole) load_classes(c0, classes);
+      const int64_t stride = a.logits_strides.cls;
+      auto reference = [&](const auto& z) { tile_reference<T>(s, lanes, z, c0, classes); };
+      if constexpr (kMayLoad)
+        if (loading) reference(Loading<S, T>{x + s.logits[0] + c0 * stride, stride, tile, pitch});
+      if (!whole && !loading) load_classes(c0, classes);
       pick(c0, classes, kMode == Mode::index);
-      tile_reference<kMode, T>(s, lanes, tile, pitch, c0, classes);
+      if (!loading) reference(Loaded<kMode, T>{tile, pitch});
       auto add = [&](auto kept) {
         tile_sums<kMode, decltype(kept)::value, T>(call, s, lanes, tile, prob, pitch, c0, classes, next(c0, classes),
                                                    next_prob(c0, classes));
@@ -363,8 +399,8 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
       if (!whole || kMode != Mode::index) pick(c0, classes, true);
       tile_exp_dots<T>(s, lanes, tile, pitch, classes);
     }
-    for (int64_t b = 0; b < lanes && !a.stats; ++b)
-      s.others[b] += s.max[b] > -kInf<T> ? T(0) : kNan<T>;  // nothing but -inf (or nan): no softmax
+    for (int64_t v = 0; v < lanes && !a.stats; v += kLanes<T>)  // nothing but -inf (or nan): no softmax
+      store(s.others + v, load(s.max + v) > -kInf<T> ? load(s.others + v) : splat(kNan<T>));
   }
   finish_batch<kMode, kTransform, S, T>(call, s, first, n, sums);
   if (!a.grad) return;
@@ -386,10 +422,10 @@ inline void tile_path(const CallConstants<accum_t<S>>& call, RowBatch<accum_t<S>
       const bool streamed = call.streamed;
       gradient([base, stride, n, streamed](int64_t c, int64_t v, vec<T> g) {
         S* const to = base + c * stride + v;
-        if (v + kLanes<T> > n)
-          store_tail(to, n - v, g);
-        else
+        if (v + kLanes<T> <= n)
           streamed ? stream(to, g) : store(to, g);
+        else if (v < n)
+          store_tail(to, n - v, g);
       });
     } else {
       gradient([tile, pitch](int64_t c, int64_t v, vec<T> g) { store(tile + c * pitch + v, g); });
