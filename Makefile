@@ -94,7 +94,7 @@ build/core-numpy: build/extension-full $(NUMPY_SOURCES) $(VENV)/test.stamp
 
 build/asan/.built: $(SOURCES) $(NUMPY_SOURCES) $(VENV)/test.stamp
 	cmake -S . -B build/asan -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DFASTLOSS_NUMPY=ON -DFASTLOSS_CUDA=OFF \
-	  -DFASTLOSS_SANITIZE=address,undefined -DFASTLOSS_WERROR=ON
+	  -DFASTLOSS_SANITIZE=address,undefined -DFASTLOSS_WERROR=ON -DFASTLOSS_ISAS=$(ISAS_HERE)
 	cmake --build build/asan -j$(JOBS)
 	touch $@
 
@@ -113,7 +113,8 @@ test-builds: build/core-numpy $(if $(WITH_CUDA),$(foreach v,plain asan tsan,buil
 test-python: build/extension-full build/core-numpy $(if $(WITH_CUDA),build/emulated/plain/.built)
 	PYTHONPATH=$(CORE):build/emulated/plain $(PY) -m pytest $(if $(GPU_ARCHS),,-n $(JOBS) --dist worksteal)
 
-# The core under AddressSanitizer and UndefinedBehaviorSanitizer, driven from Python without torch.
+# The core, portable and with the best instruction set of this machine, under AddressSanitizer and
+# UndefinedBehaviorSanitizer, driven from Python without torch.
 asan: build/asan/.built
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

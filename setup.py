@@ -178,7 +178,7 @@ class BuildCoreThenBinding(build_ext):
         command.force = True  # a library of the same age may be another one, with or without CUDA
         command.build_info = {
             "cuda": core["cuda"],
-            "cuda_archs": [f"sm_{arch}" for arch in core["cuda_archs"]],
+            "cuda_code": core["cuda_code"],
             "nvcc": core["nvcc"] or None,
             "compiler": core["compiler"],
             "instruction_sets": core["instruction_sets"],

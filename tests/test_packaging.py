@@ -137,13 +137,17 @@ def test_import_checks_the_version_of_torch(tmp_path):
         ((8, 9), "code of sm_80"),
         ((9, 0), "own code"),
         ((10, 3), "code of sm_100"),
-        ((11, 0), "FASTLOSS_CUDA_ARCHS=110"),  # later than 10.0, but of no major version in the build
+        ((11, 0), "PTX of compute_100"),  # of no major version in the build
         ((12, 1), "code of sm_120"),
-        ((13, 0), "PTX of sm_120"),
+        ((13, 0), "PTX of compute_100"),
     ],
 )
 def test_which_code_a_gpu_runs(gpu, said):
-    assert said in code_for(*gpu, ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+    assert said in code_for(*gpu, ["sm_75", "sm_80", "sm_90", "sm_100", "compute_100", "sm_120"])
+
+
+def test_a_gpu_older_than_the_ptx():
+    assert "FASTLOSS_CUDA_ARCHS=110" in code_for(11, 0, ["sm_80", "sm_120", "compute_120"])
 
 
 def test_the_package_does_without_its_testing():

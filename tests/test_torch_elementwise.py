@@ -320,3 +320,28 @@ def test_autocast_as_torch(name, device):
     with torch.autocast(device, dtype=torch.bfloat16):
         got, want = (getattr(m, name)(*args, reduction="sum") for m in (fastloss, F))
     assert got.dtype == want.dtype
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+def test_integer_inputs_are_torchs(reduction, device):
+    """Of Poisson's the loss is one of the default dtype, whatever the target is; of hinge embedding's one of integers."""
+    x, sign = torch.tensor([[1, 2, -3], [0, 5, 4]], device=device), torch.tensor([1, -1, 1], device=device)
+
+    def outcome(function, *operands, **options):
+        try:
+            return function(*operands, reduction=reduction, **options)
+        except RuntimeError as error:  # the mean of integers
+            return str(error)
+
+    for input in (x, x.to(torch.int32), x.abs().to(torch.uint8)):
+        for target in (sign, sign.to(torch.float16), sign.to(torch.float64)):
+            for log_input in (True, False):
+                positive = [t.abs() + 1 for t in (input, target)]
+                calls = [outcome(m.poisson_nll_loss, *positive, log_input=log_input) for m in (fastloss, F)]
+                torch.testing.assert_close(*calls)
+            ours, torchs = (outcome(m.hinge_embedding_loss, input, target, margin=4) for m in (fastloss, F))
+            assert type(ours) is type(torchs)
+            if isinstance(torchs, torch.Tensor):
+                torch.testing.assert_close(ours, torchs)
+    with pytest.raises(NotImplementedError, match="hinge_embedding_loss.*int64"):
+        fastloss.hinge_embedding_loss(x, sign, weight=torch.ones(3, device=device))

@@ -14,18 +14,19 @@ import sys
 from collections.abc import Sequence
 
 
-def code_for(major: int, minor: int, archs: list[str]) -> str:
-    """Which of the architectures in the build a GPU of that compute capability runs, in words."""
+def code_for(major: int, minor: int, built: list[str]) -> str:
+    """Which of the code in the build (``sm_80``; as PTX: ``compute_80``) a GPU of that compute capability runs."""
     if (major, minor) < (7, 5):
         return "not usable, sm_75 is the oldest"
-    built = [divmod(int(arch.removeprefix("sm_")), 10) for arch in archs]
-    own = [b for b in built if b[0] == major and b[1] <= minor]  # runs on every later one of the same major version
+    kinds = [code.split("_") for code in built]
+    archs, ptx = ([divmod(int(n), 10) for kind, n in kinds if kind == wanted] for wanted in ("sm", "compute"))
+    own = [arch for arch in archs if arch[0] == major and arch[1] <= minor]  # any later one of a major version runs it
     if (major, minor) in own:
         return "own code"
     if own:
         return "code of sm_{}{}, which it runs".format(*max(own))
-    if built and (major, minor) > built[-1]:
-        return "PTX of sm_{}{}, compiled at first use".format(*built[-1])
+    if ptx and (major, minor) >= max(ptx):
+        return "PTX of compute_{}{}, compiled at first use".format(*max(ptx))
     return f"not usable: rebuild with FASTLOSS_CUDA_ARCHS={major}{minor}"
 
 
@@ -63,8 +64,8 @@ def info(argv: Sequence[str]) -> int:
             "toolkit and reinstall with FASTLOSS_CUDA=1."
         )
     else:
-        archs = build.get("cuda_archs", [])
-        print(f"  CUDA       kernels for {', '.join(archs)} and PTX of the last")
+        code = build.get("cuda_code", [])
+        print(f"  CUDA       kernels for {', '.join(code)}")
         if torch.version.cuda is None:
             print(f"             not usable: torch {torch.__version__} is a CPU build; install a CUDA build of torch")
         elif not torch.cuda.is_available():
@@ -72,7 +73,7 @@ def info(argv: Sequence[str]) -> int:
         else:
             for i in range(torch.cuda.device_count()):
                 p = torch.cuda.get_device_properties(i)
-                print(f"             cuda:{i} {p.name}, sm_{p.major}{p.minor}: {code_for(p.major, p.minor, archs)}")
+                print(f"             cuda:{i} {p.name}, sm_{p.major}{p.minor}: {code_for(p.major, p.minor, code)}")
     return 0
 
 

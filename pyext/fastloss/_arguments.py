@@ -51,6 +51,11 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     return reduction
 
 
+def is_integral(t: object) -> bool:
+    """A tensor of integers or booleans."""
+    return isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex())
+
+
 def reduction_code(reduction: str) -> int:
     """0, 1, 2 for none, mean, sum. ValueError for anything else."""
     code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None

@@ -29,7 +29,8 @@ def hinge_embedding_loss(
     together is drawn together, the rest pushed a margin apart. At the margin the slope is -1, as torch's.
 
     Args:
-        input: distances, any shape; float32, float64, float16 or bfloat16, any strides.
+        input: distances, any shape; float32, float64, float16 or bfloat16, any strides. (Integers, without weights,
+            give torch's result.)
         target: 1 or -1, floating, integer or boolean; another shape is broadcast, without a copy. (Where it is neither,
             both terms count, as in torch.) No gradient.
         margin: how far apart the others are to be.
@@ -60,6 +61,9 @@ def hinge_embedding_loss(
         reduction = _arguments.legacy_reduction(size_average, reduce)
     if isinstance(target, Tensor) and target.requires_grad:
         target = target.detach()
+    if _arguments.is_integral(input) and weight is sample_weight is mask is None:
+        # Of integers the loss is one of integers, without a gradient: torch's own.
+        return torch.hinge_embedding_loss(input, target, margin, _arguments.reduction_code(reduction))
     params, weights = (float(_arguments.as_float(name, "margin", margin)),), (weight, sample_weight, mask)
     return pointwise_loss(
         name, input, target, reduction, *weights, params=params, keeps_input_dtype=True, broadcasts=True

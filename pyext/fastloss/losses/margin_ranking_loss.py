@@ -79,7 +79,7 @@ def margin_ranking_loss(
     names = ("input1", "input2")
     weights = (weight, sample_weight, mask)
     x = _pointwise.checked(name, input1, input2, ("none", "mean", "sum")[code], *weights, broadcasts=True, names=names)
-    if not (target.is_floating_point() or target.is_complex()):
+    if _arguments.is_integral(target):
         target = target.to(x.input.dtype)
     x = _pointwise.with_further(name, x, {"target": target})
     if dtype.is_floating_point:  # what is broadcast may be of another by now

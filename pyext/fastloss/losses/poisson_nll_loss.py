@@ -31,7 +31,8 @@ def poisson_nll_loss(
     expected count itself, ``x - t log(x + eps)``.
 
     Args:
-        input: expectations, any shape; float32, float64, float16 or bfloat16, any strides.
+        input: expectations, any shape; float32, float64, float16 or bfloat16, any strides. (Integers are taken as
+            numbers of the default dtype.)
         target: counts, floating or integer; another shape is broadcast, without a copy. Differentiable.
         log_input: see above.
         full: add what depends on the target alone, Stirling's ``t log(t) - t + log(2 pi t) / 2`` where t > 1. (Its
@@ -64,6 +65,8 @@ def poisson_nll_loss(
         reduction = _arguments.legacy_reduction(size_average, reduce)
     if reduction == "elementwise_mean":  # which this one does not know
         raise ValueError("elementwise_mean is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+    if _arguments.is_integral(input):
+        input = input.to(torch.get_default_dtype())  # what exp and log make of it, whatever the target is
     params = (float(bool(log_input)), float(bool(full)), float(_arguments.as_float(name, "eps", eps)))
     return pointwise_loss(name, input, target, reduction, weight, sample_weight, mask, params=params, broadcasts=True)
 
