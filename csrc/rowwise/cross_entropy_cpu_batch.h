@@ -383,17 +383,22 @@ template <Mode kMode, class T>
   T *const slopes = call.slope, *const levels = call.level;
   for (int64_t v = 0; v < n; v += kLanes<T>) {
     const int64_t row = first + v, m = min_of(kLanes<T>, n - v);
-    vec<T> mass = target_weights<kMode, T>(call, s, v), mean = load(s.nll + v);
-    if constexpr (kMode != Mode::index) {
+    const vec<T> w_t = target_weights<kMode, T>(call, s, v);
+    vec<T> mass, mean;
+    if constexpr (kMode == Mode::index) {
+      mass = w_t;
+      mean = load(s.nll + v);
+    } else {
       const vec<T> log_sum = log_of(load(s.others + v) + load(s.target_exp + v)), dot = load(s.dot + v);
+      vec<T> nll;
       if constexpr (kMode == Mode::soft) {
         mass = load(s.mass + v);
-        mean = spread_nll(mass, log_sum, dot) / mass;
+        nll = spread_nll(mass, log_sum, dot);
       } else {
-        const vec<T> nll = index_row_nll(k, mean, mass) + smooth_row_nll(k, log_sum, dot);
-        mass = (T(1) - k.smoothing) * mass + k.smooth_share * k.weight_sum;
-        mean = nll / mass;
+        mass = (T(1) - k.smoothing) * w_t + k.smooth_share * k.weight_sum;
+        nll = index_row_nll(k, load(s.nll + v), w_t) + smooth_row_nll(k, log_sum, dot);
       }
+      mean = nll / mass;
     }
     const MappedRow<vec<T>> g = mapped_row(map, mass, mean, map_a, map_b);
     const vec<T> slope = counted<kMode, T>(lane_targets(s, v), m) ? g.slope : splat(T(1));
@@ -418,9 +423,13 @@ inline void row_losses(const CallConstants<T>& call, const RowBatch<T>& s, int64
     const vec<T> e = load(s.target_exp + v), sum = others + e, sample = sample_weights(call, row, m);
     const vec<T> log_sum = wants_log_sum ? log_of(sum) : vec<T>{}, lse = ref + log_sum;
 
-    vec<T> nll = load(s.nll + v), smooth{}, z{};
-    if (!call.mapped && kMode == Mode::soft) nll = spread_nll(mass, log_sum, dot);
-    if (!call.mapped && kMode != Mode::soft) nll = index_row_nll(k, nll, target_weights<kMode, T>(call, s, v));
+    vec<T> nll, smooth{}, z{};
+    if (call.mapped)
+      nll = load(s.nll + v);
+    else if (kMode == Mode::soft)
+      nll = spread_nll(mass, log_sum, dot);
+    else
+      nll = index_row_nll(k, load(s.nll + v), target_weights<kMode, T>(call, s, v));
     if constexpr (kMode == Mode::smooth || kMode == Mode::smooth_weighted)
       if (!call.mapped) {
         smooth = counts ? sample * smooth_row_nll(k, log_sum, dot) : vec<T>{};
